@@ -1,0 +1,46 @@
+# The two commands of the README are `make demo` and `make test`; `make help` lists the rest.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test check bench docs format clean help
+
+demo: $(VENV)/.installed  ## install, then measure the bundled model and write a report (under 3 minutes)
+	$(BIN)/promptai demo
+
+test: $(VENV)/.dev  ## install what is missing, then the whole test suite
+	$(BIN)/pytest
+
+check: $(VENV)/.dev  ## lint, types, floors, generated documents
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python docs/generate.py --check
+
+bench: $(VENV)/.dev  ## measure the measuring: accuracy and cost of the harness, absolute figures
+	$(BIN)/python benchmarks/harness.py
+
+docs: $(VENV)/.dev  ## write the reference pages from the code
+	$(BIN)/python docs/generate.py
+
+format: $(VENV)/.dev  ## let ruff format and fix what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove the virtual environment and caches; runs/ stays
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist
+
+help:
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/  /' | sort
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "promptai needs Python 3.11 or newer; try: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev]'
+	@touch $@

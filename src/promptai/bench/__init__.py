@@ -1,0 +1,1 @@
+"""Measuring: workloads, playing them, recording, statistics. Sees the world only over HTTP."""

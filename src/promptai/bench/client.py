@@ -1,0 +1,188 @@
+"""Play one turn against a server and account for it.
+
+Knows two dialects: llama-server's, where the KV cache can be switched off and
+the engine tells its own timings, and plain OpenAI, where only the standard
+fields may be sent and what is not said stays ``None``.
+
+What counts as the first token is decided here: role-only, empty and reasoning
+chunks do not. Several benchmarks got that wrong (guidellm #737, genai-bench
+#81, vllm #15106) and published waiting times that nobody felt.
+"""
+
+import hashlib
+import time
+from typing import Any
+
+import msgspec
+
+from promptai.bench.plan import Protocol
+from promptai.bench.trace import Cache, Key, Trace
+from promptai.engine.client import EngineClient
+from promptai.errors import EngineDiedError, EngineError, EngineRefusedError
+from promptai.wire.llamaserver import Timings
+from promptai.wire.openai import Message, Usage
+
+CONTEXT_EXCEEDED = "ContextExceeded"
+
+
+class Live(msgspec.Struct):
+    """What a progress display may look at while a turn is being played."""
+
+    key: Key | None = None
+    chunks: int = 0
+    t_first: float | None = None
+
+
+class Played(msgspec.Struct, frozen=True):
+    """
+    One turn: its trace, the answer's text, and the error that ended it, if any.
+    """
+
+    trace: Trace
+    text: str
+    failure: EngineError | None = None
+
+
+class TurnClient:
+    """
+    Plays turns on one server.
+
+    Args:
+        model: The name that requests carry.
+        llama_server: Whether llama-server's own fields may be sent.
+        origin: Monotonic second at which the run's clock is 0.
+    """
+
+    def __init__(
+        self, client: EngineClient, protocol: Protocol, *, model: str, llama_server: bool, origin: float
+    ) -> None:
+        self._client = client
+        self._protocol = protocol
+        self._model = model
+        self._llama_server = llama_server
+        self._origin = origin
+        self.live = Live()
+
+    def now(self) -> float:
+        """Seconds on the run's clock."""
+        return time.monotonic() - self._origin
+
+    async def play(self, key: Key, messages: list[Message], *, t_scheduled: float) -> Played:
+        """Ask for the answer to ``messages``; errors of the engine end up in the trace."""
+        account = _Account(self.live)
+        self.live.key, self.live.chunks, self.live.t_first = key, 0, None
+        failure: EngineError | None = None
+        t_sent = self.now()
+        try:
+            await self._collect(account, self.body(messages, key.cache, max_tokens=self._protocol.max_tokens))
+        except EngineError as error:
+            failure = error
+        trace = account.trace(key, t_scheduled=t_scheduled, t_sent=t_sent, t_end=self.now(), failure=failure)
+        return Played(trace, "".join(account.texts), failure)
+
+    async def warm_up(self, messages: list[Message], cache: Cache, *, max_tokens: int) -> Trace:
+        """Play something that is not counted; raises the engine's error when it fails."""
+        account = _Account(Live())
+        t_sent = self.now()
+        await self._collect(account, self.body(messages, cache, max_tokens=max_tokens))
+        key = Key("warm-up", cache, 0, "warm-up", 0)
+        return account.trace(key, t_scheduled=t_sent, t_sent=t_sent, t_end=self.now(), failure=None)
+
+    async def _collect(self, account: "_Account", body: dict[str, Any]) -> None:
+        async for arrival in self._client.stream_chat(body):
+            chunk, t = arrival.chunk, arrival.t - self._origin
+            if chunk.choices:
+                choice = chunk.choices[0]
+                if choice.delta.content:
+                    account.content(t, choice.delta.content)
+                elif choice.delta.reasoning_content:
+                    account.reasoning(t)
+                if choice.finish_reason is not None:
+                    account.t_last, account.finish_reason = t, choice.finish_reason
+            account.usage = chunk.usage or account.usage
+            account.timings = chunk.timings or account.timings
+
+    def body(self, messages: list[Message], cache: Cache, *, max_tokens: int) -> dict[str, Any]:
+        """
+        The request: greedy, with a fixed seed.
+
+        ``temperature`` 0 alone leaves llama-server's other samplers in the chain, so the chain is named.
+        """
+        body: dict[str, Any] = {
+            "model": self._model,
+            "messages": messages,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "seed": self._protocol.seed,
+        }
+        if self._llama_server:
+            body |= {"top_k": 1, "samplers": ["top_k"], "cache_prompt": cache == "warm"}
+            if self._protocol.ignore_eos:
+                body["ignore_eos"] = True
+        return body
+
+
+class _Account:
+    """What has been seen of one answer so far."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self.texts: list[str] = []
+        self.chunks = 0
+        self.t_first: float | None = None
+        self.t_first_reasoning: float | None = None
+        self.t_last: float | None = None
+        self.finish_reason: str | None = None
+        self.usage: Usage | None = None
+        self.timings: Timings | None = None
+
+    def content(self, t: float, text: str) -> None:
+        if self.t_first is None:
+            self.t_first = self._live.t_first = t
+        self.chunks += 1
+        self._live.chunks = self.chunks
+        self.texts.append(text)
+
+    def reasoning(self, t: float) -> None:
+        if self.t_first_reasoning is None:
+            self.t_first_reasoning = t
+
+    def trace(
+        self, key: Key, *, t_scheduled: float, t_sent: float, t_end: float, failure: EngineError | None
+    ) -> Trace:
+        timings, usage = self.timings, self.usage
+        details = usage.prompt_tokens_details if usage else None
+        cached = timings.cache_n if timings else (details.cached_tokens if details else None)
+        return Trace(
+            target=key.target,
+            cache=key.cache,
+            repeat=key.repeat,
+            conversation=key.conversation,
+            turn=key.turn,
+            t_scheduled=t_scheduled,
+            t_sent=t_sent,
+            t_end=t_end,
+            t_first=self.t_first,
+            t_first_reasoning=self.t_first_reasoning,
+            t_last=self.t_last,
+            prompt_tokens=usage.prompt_tokens if usage else None,
+            cached_tokens=cached,
+            generated_tokens=usage.completion_tokens if usage else None,
+            chunks=self.chunks,
+            prompt_n=timings.prompt_n if timings else None,
+            prompt_ms=timings.prompt_ms if timings else None,
+            predicted_n=timings.predicted_n if timings else None,
+            predicted_ms=timings.predicted_ms if timings else None,
+            finish_reason=self.finish_reason,
+            error=None if failure is None else describe(failure),
+            text_sha256=None if failure is not None else hashlib.sha256("".join(self.texts).encode()).hexdigest(),
+        )
+
+
+def describe(failure: EngineError) -> str:
+    """``Kind: sentence``, as traces carry it."""
+    if isinstance(failure, EngineRefusedError) and failure.kind == "exceed_context_size_error":
+        return f"{CONTEXT_EXCEEDED}: {failure.message}"
+    if isinstance(failure, EngineDiedError):
+        return f"EngineDied: {failure.message}"
+    return f"{type(failure).__name__.removesuffix('Error')}: {failure.message}"

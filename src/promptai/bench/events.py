@@ -1,0 +1,51 @@
+"""What happened in a run besides requests: engines that were loaded, and what the measuring itself cost.
+
+One JSON line each in ``events.jsonl``. A harness that does not account for itself
+asks to be believed; this one writes down how much of a core and of memory its
+client and its telemetry took, for every session of the run.
+"""
+
+import msgspec
+
+
+class Opened(msgspec.Struct, frozen=True, tag="opened", tag_field="event"):
+    """
+    A target was opened and warmed up.
+
+    Attributes:
+        t: On the run's clock.
+        load_s: Seconds until it could answer; ``None`` for a server that was already there.
+        warm_up_s: Seconds of the first request, which pages the weights in.
+    """
+
+    t: float
+    target: str
+    load_s: float | None
+    warm_up_s: float | None
+
+
+class Cost(msgspec.Struct, frozen=True, tag="cost", tag_field="event"):
+    """
+    What one session of measuring took.
+
+    Attributes:
+        wall_s: Seconds from its first to its last request.
+        client_cpu_s: CPU seconds of this process in that time, progress display included.
+        client_max_rss_bytes: The most memory this process held.
+        telemetry_cpu_s, telemetry_max_rss_bytes: The same of the sampler's process.
+        energy_source: Where watts came from; ``None`` when nothing measured them.
+        telemetry_error: Why telemetry ended early; ``None`` when it did not.
+    """
+
+    t: float
+    wall_s: float
+    client_cpu_s: float
+    client_max_rss_bytes: int
+    telemetry_cpu_s: float | None
+    telemetry_wall_s: float | None
+    telemetry_max_rss_bytes: int | None
+    energy_source: str | None = None
+    telemetry_error: str | None = None
+
+
+Event = Opened | Cost

@@ -1,0 +1,153 @@
+"""What to play in which order, how long it will take, and what fits a time budget.
+
+A full evaluation is days of work for a board. Whoever starts one wants to know
+before and during how long it takes; whoever has half an hour wants the part of
+the workload that says most. And the order matters: a board that heats up
+punishes whatever runs last, so targets take turns instead of running one after
+another. Pure: the same input gives the same plan, which is what lets a run resume.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from promptai.bench.arrivals import Arrivals
+from promptai.bench.trace import Cache
+from promptai.bench.workload import Conversation, History
+
+if TYPE_CHECKING:
+    from random import Random
+
+#: Conversations of one stage: long enough that reloading an engine between two
+#: targets costs little, short enough that both see the same temperatures.
+BLOCK = 10
+
+
+class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """
+    How requests are made; the defaults are the paper's, made explicit.
+
+    Attributes:
+        max_tokens: Cap of generated tokens an answer.
+        seed: For the engine's sampler, the arrivals and the choice of a part of the workload.
+        caches: ``cold`` (KV cache off), ``warm`` (earlier turns may be in it), or both.
+        history: ``data``: the data set's own assistant turns stand in the prompt, so that every
+            model gets the same prompts; ``own``: the model's answers do.
+        repeats: Times the workload is played.
+        concurrency: Conversations at once in a closed loop.
+        ignore_eos: Answers always run to ``max_tokens``: for throughput, not for realism.
+    """
+
+    max_tokens: int = 500
+    seed: int = 0
+    caches: tuple[Cache, ...] = ("cold", "warm")
+    history: History = "data"
+    repeats: int = 1
+    concurrency: int = 1
+    arrivals: Arrivals = Arrivals()
+    ignore_eos: bool = False
+
+
+class Stage(msgspec.Struct, frozen=True):
+    """A stretch of one target with one cache setting: conversation ids in order."""
+
+    target: str
+    cache: Cache
+    repeat: int
+    conversations: tuple[str, ...]
+
+
+class Rates(msgspec.Struct, frozen=True):
+    """
+    What a target was seen to do in its warm-up, as far as forecasts need it.
+
+    Attributes:
+        answer_tokens: Expected tokens an answer.
+    """
+
+    prefill_tps: float
+    decode_tps: float
+    chars_per_token: float
+    answer_tokens: float
+
+
+def plan_stages(targets: Sequence[str], conversations: Sequence[str], protocol: Protocol) -> list[Stage]:
+    """
+    Every stage of a run, in order.
+
+    Blocks of conversations go through all targets forwards, the next block
+    backwards (A B, B A, …): slow drifts of temperature or clock then weigh on all
+    alike, and neighbouring stages of one target share a loaded engine.
+    """
+    stages: list[Stage] = []
+    order = list(targets)
+    for repeat in range(protocol.repeats):
+        for start in range(0, len(conversations), BLOCK):
+            block = tuple(conversations[start : start + BLOCK])
+            for target in order:
+                stages += [Stage(target, cache, repeat, block) for cache in protocol.caches]
+            order.reverse()
+    return stages
+
+
+def stratified(conversations: Sequence[Conversation], count: int, generator: "Random") -> list[Conversation]:
+    """
+    ``count`` conversations that stand for all lengths: one drawn from each of ``count`` equal
+    strata by prompt length; the original order is kept.
+    """
+    total = len(conversations)
+    if count >= total:
+        return list(conversations)
+    ranked = sorted(range(total), key=lambda i: (_weight(conversations[i]), i))
+    bounds = [round(total * edge / count) for edge in range(count + 1)]
+    chosen = {ranked[generator.randrange(low, high)] for low, high in zip(bounds, bounds[1:], strict=False)}
+    return [conversations[i] for i in sorted(chosen)]
+
+
+def conversation_seconds(conversation: Conversation, cache: Cache, rates: Rates) -> float:
+    """
+    How long playing ``conversation`` once should take, in seconds.
+
+    Cold, every turn computes its whole prompt again; warm, only what is new since the turn before.
+    """
+    chars = [conversation.prompt_chars(turn) for turn in range(conversation.user_turns)]
+    prompt_chars = sum(chars) if cache == "cold" else chars[-1]
+    prefill_s = prompt_chars / rates.chars_per_token / rates.prefill_tps
+    return prefill_s + conversation.user_turns * rates.answer_tokens / rates.decode_tps
+
+
+def fit_budget(
+    conversations: Sequence[Conversation],
+    budget_s: float,
+    seconds: Callable[[Conversation], float],
+    generator_for: Callable[[int], "Random"],
+) -> list[Conversation]:
+    """
+    The largest stratified part of the workload that fits ``budget_s``; empty when not even one does.
+
+    Args:
+        seconds: Estimated seconds of one conversation over all targets, caches and repeats.
+        generator_for: A fresh seeded generator for each size that is tried.
+    """
+    for count in range(len(conversations), 0, -1):
+        part = stratified(conversations, count, generator_for(count))
+        if sum(seconds(conversation) for conversation in part) <= budget_s:
+            return part
+    return []
+
+
+def context_needed(conversations: Iterable[Conversation], max_tokens: int) -> int:
+    """
+    Tokens of context that the longest conversation needs, rounded up to 512.
+
+    Assumes 2.5 characters a token, which is fewer than any common vocabulary
+    reaches on English (3.5 to 4.5): a context that is too small loses
+    conversations, one that is a little too large costs memory only.
+    """
+    longest = max((c.prompt_chars(c.user_turns - 1) + 40 * len(c.messages) for c in conversations), default=0)
+    return -(-(round(longest / 2.5) + max_tokens) // 512) * 512
+
+
+def _weight(conversation: Conversation) -> int:
+    return conversation.prompt_chars(conversation.user_turns - 1)

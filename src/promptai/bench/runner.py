@@ -1,0 +1,266 @@
+"""Play a plan: open each target, warm it up, play its stages, put every trace on the disk.
+
+The only place of the harness that has effects and an event loop. What to play
+was decided in ``bench.plan``, what is known is on the disk in ``bench.recorder``;
+so this module can be killed at any moment and started again.
+
+    for each group of stages of one target:
+        open it -> warm up (not counted) -> for each stage: play its conversations -> close it
+
+A conversation's turns follow one another; conversations run side by side only
+when the protocol says so. Before each warm conversation the KV cache is made
+to hold something else, so that "warm" always means: this conversation's own
+earlier turns. It does not compute statistics and prints nothing.
+"""
+
+import asyncio
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from random import Random
+from typing import Protocol as Interface
+
+from promptai.bench.arrivals import start_offsets
+from promptai.bench.client import Played, TurnClient
+from promptai.bench.events import Cost, Opened
+from promptai.bench.manifest import Manifest, TargetFacts
+from promptai.bench.plan import Protocol, Rates, Stage, conversation_seconds, plan_stages
+from promptai.bench.recorder import Recorder
+from promptai.bench.target import OpenTarget, open_target
+from promptai.bench.trace import Key
+from promptai.bench.workload import Conversation
+from promptai.device.telemetry import Telemetry
+from promptai.engine.client import SILENCE_S
+from promptai.errors import EngineDiedError, EngineError
+from promptai.wire.openai import Message
+
+_MAX_FAILURES_IN_A_ROW = 3
+_WARM_UP_TOKENS = 24
+#: About a hundred tokens: enough to page the weights in and to see both rates.
+_WARM_UP = (
+    "Before the shift begins, list what you would look at first on a small network edge: the mains and the "
+    "battery, the temperature of the cabinet, the links to the neighbours, the clock, the free memory and the "
+    "free disk, the radio's own alarms, and what the last shift wrote down. Say for each in a few words why it "
+    "matters, which value would worry you, and whom you would call when it is out of range at night."
+)
+
+
+class Observer(Interface):
+    """Who wants to know how the run goes; every method returns at once."""
+
+    def opened(self, target: str, rates: Rates, client: TurnClient) -> None:
+        """A target was seen to do ``rates`` in its warm-up; ``client.live`` shows the turn in progress."""
+
+    def stage(self, stage: Stage) -> None:
+        """A stage begins."""
+
+    def played(self, played: Played) -> None:
+        """A turn is on the disk."""
+
+
+class Runner:
+    """
+    Plays one run, from wherever it stands.
+
+    Args:
+        conversations: The selected ones, in order.
+        api_key: For targets that demand one.
+        silence_s: Longest wait for the next bytes of an answer.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        conversations: Sequence[Conversation],
+        recorder: Recorder,
+        observer: Observer,
+        *,
+        api_key: str | None = None,
+        silence_s: float = SILENCE_S,
+    ) -> None:
+        self._manifest = manifest
+        self._protocol = manifest.protocol
+        self._conversations = {conversation.id: conversation for conversation in conversations}
+        self._recorder = recorder
+        self._observer = observer
+        self._api_key = api_key
+        self._silence_s = silence_s
+        self._answered = recorder.answered()
+        self._hopeless = recorder.hopeless()
+        # The run's clock goes on where it stopped; a second apart, so that sessions can be told.
+        self.origin = time.monotonic() - (recorder.last_t() + 1.0 if recorder.traces else 0.0)
+        self._failures = 0
+
+    def remaining(self) -> list[Stage]:
+        """Stages that still have something to play, in order."""
+        names = [target.name for target in self._manifest.targets]
+        stages = plan_stages(names, list(self._conversations), self._protocol)
+        return [stage for stage in stages if any(self._pending(stage, id_) for id_ in stage.conversations)]
+
+    async def run(self) -> None:
+        """
+        Play what remains.
+
+        Raises:
+            EngineError: A target cannot be opened, died, or failed several times in a row.
+            RunError: The run cannot be written.
+        """
+        targets = {target.name: target for target in self._manifest.targets}
+        cpu_start, start = time.process_time(), time.monotonic()
+        telemetry = Telemetry().start(self._recorder.directory / "telemetry.jsonl", origin=self.origin)
+        try:
+            for name, stages in groupby(self.remaining(), key=lambda stage: stage.target):
+                await self._target(targets[name], list(stages), telemetry)
+        finally:
+            cpu_s, wall_s = time.process_time() - cpu_start, time.monotonic() - start
+            cost = telemetry.stop()
+            self._recorder.note(
+                Cost(
+                    t=time.monotonic() - self.origin,
+                    wall_s=wall_s,
+                    client_cpu_s=cpu_s,
+                    client_max_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                    telemetry_cpu_s=cost.cpu_s,
+                    telemetry_wall_s=cost.wall_s,
+                    telemetry_max_rss_bytes=cost.max_rss_bytes,
+                    energy_source=None if cost.energy_source == "none" else cost.energy_source,
+                    telemetry_error=cost.error,
+                )
+            )
+
+    async def _target(self, facts: TargetFacts, stages: list[Stage], telemetry: Telemetry) -> None:
+        log = self._recorder.directory / f"engine-{facts.name}.log"
+        async with open_target(facts, log=log, api_key=self._api_key, silence_s=self._silence_s) as opened:
+            telemetry.watch(opened.pid)
+            try:
+                client = turn_client(opened, self._protocol, origin=self.origin)
+                rates, seconds = await warm_up(client, answer_tokens=self._protocol.max_tokens)
+                self._recorder.note(Opened(client.now(), facts.name, opened.load_s, seconds))
+                self._observer.opened(facts.name, rates, client)
+                for stage in stages:
+                    self._observer.stage(stage)
+                    await self._stage(stage, client, opened)
+            except EngineError as error:
+                raise opened.death() or error from None
+            finally:
+                telemetry.watch(None)
+
+    async def _stage(self, stage: Stage, client: TurnClient, opened: OpenTarget) -> None:
+        """Let the stage's conversations begin as the arrivals say."""
+        pending = [id_ for id_ in stage.conversations if self._pending(stage, id_)]
+        generator = Random(f"{self._protocol.seed}/{stage.target}/{stage.cache}/{stage.repeat}/{pending[0]}")  # noqa: S311
+        offsets = start_offsets(self._protocol.arrivals, len(pending), generator)
+        begin = client.now()
+        async with asyncio.TaskGroup() as group:
+            if offsets is None:
+                queue = iter(pending)
+                for _ in range(self._protocol.concurrency):
+                    group.create_task(self._worker(stage, queue, client, opened))
+            else:
+                for id_, offset in zip(pending, offsets, strict=True):
+                    group.create_task(self._arrival(stage, id_, begin + offset, client, opened))
+
+    async def _worker(self, stage: Stage, queue: Iterator[str], client: TurnClient, opened: OpenTarget) -> None:
+        for id_ in queue:
+            await self._conversation(stage, id_, client, opened, t_scheduled=client.now())
+
+    async def _arrival(
+        self, stage: Stage, id_: str, t_scheduled: float, client: TurnClient, opened: OpenTarget
+    ) -> None:
+        await asyncio.sleep(max(0.0, t_scheduled - client.now()))
+        await self._conversation(stage, id_, client, opened, t_scheduled=t_scheduled)
+
+    async def _conversation(
+        self, stage: Stage, id_: str, client: TurnClient, opened: OpenTarget, *, t_scheduled: float
+    ) -> None:
+        conversation = self._conversations[id_]
+        pending = self._pending(stage, id_)
+        if stage.cache == "warm" and opened.llama_server and self._alone:
+            await self._prepare_cache(client, conversation, stage, pending[0])
+        for turn in pending:
+            played = await client.play(
+                self._key(stage, id_, turn), self._prompt(stage, conversation, turn), t_scheduled=t_scheduled
+            )
+            t_scheduled = played.trace.t_end  # the next turn is due when this one has been answered
+            await asyncio.to_thread(self._recorder.append, played.trace, played.text)
+            self._observer.played(played)
+            if played.failure is None:
+                self._failures = 0
+                continue
+            self._failures += 1
+            if isinstance(played.failure, EngineDiedError) or self._failures >= _MAX_FAILURES_IN_A_ROW:
+                raise played.failure
+            return  # its further turns would stand on an answer that never came
+
+    async def _prepare_cache(self, client: TurnClient, conversation: Conversation, stage: Stage, turn: int) -> None:
+        """Put into the one slot what an undisturbed run would find there: nothing, or the turn before."""
+        if turn == 0:
+            await client.warm_up([Message("user", "-")], "warm", max_tokens=1)
+        else:
+            await client.warm_up(self._prompt(stage, conversation, turn - 1), "warm", max_tokens=1)
+
+    def _prompt(self, stage: Stage, conversation: Conversation, turn: int) -> list[Message]:
+        if self._protocol.history == "data":
+            return conversation.prompt(turn)
+        answers = self._recorder.answers
+        own = [answers[self._key(stage, conversation.id, earlier)] for earlier in range(turn)]
+        return conversation.prompt(turn, own)
+
+    @property
+    def _alone(self) -> bool:
+        return self._protocol.concurrency == 1 and self._protocol.arrivals.kind == "closed"
+
+    def _key(self, stage: Stage, id_: str, turn: int) -> Key:
+        return Key(stage.target, stage.cache, stage.repeat, id_, turn)
+
+    def _pending(self, stage: Stage, id_: str) -> list[int]:
+        """Turns of a conversation that are still to be played; none after one that cannot fit the context."""
+        turns = range(self._conversations[id_].user_turns)
+        keys = [self._key(stage, id_, turn) for turn in turns]
+        if any(key in self._hopeless for key in keys):
+            return []
+        return [turn for turn, key in zip(turns, keys, strict=True) if key not in self._answered]
+
+
+def turn_client(opened: OpenTarget, protocol: Protocol, *, origin: float) -> TurnClient:
+    """A client that plays turns of ``protocol`` on an open target."""
+    return TurnClient(
+        opened.client, protocol, model=opened.model, llama_server=opened.llama_server, origin=origin
+    )
+
+
+async def warm_up(client: TurnClient, *, answer_tokens: float) -> tuple[Rates, float]:
+    """
+    Let a target page its weights in, and see what it does; the seconds it took come second.
+
+    Raises:
+        EngineError: It cannot answer even this.
+    """
+    trace = await client.warm_up([Message("user", _WARM_UP)], "cold", max_tokens=_WARM_UP_TOKENS)
+    # A second look, because the first paid for the paging.
+    trace = await client.warm_up([Message("user", _WARM_UP)], "cold", max_tokens=_WARM_UP_TOKENS)
+    tokens = trace.prompt_tokens or len(_WARM_UP) / 4
+    prefill_s = trace.prompt_s or trace.ttft_s or 1.0
+    return (
+        Rates(
+            prefill_tps=tokens / prefill_s,
+            # A model that answers with one token shows no decode rate; its prefill rate is an upper bound.
+            decode_tps=trace.decode_tps or tokens / prefill_s,
+            chars_per_token=len(_WARM_UP) / tokens,
+            answer_tokens=answer_tokens,
+        ),
+        trace.t_end - trace.t_sent,
+    )
+
+
+def run_seconds(stages: Sequence[Stage], conversations: dict[str, Conversation], rates: dict[str, Rates]) -> float:
+    """Estimated seconds of ``stages``; targets without known rates count as the mean of the others."""
+    known = [
+        conversation_seconds(conversations[id_], stage.cache, rates[stage.target])
+        for stage in stages
+        if stage.target in rates
+        for id_ in stage.conversations
+    ]
+    unknown = sum(len(stage.conversations) for stage in stages if stage.target not in rates)
+    return sum(known) * (1 + unknown / len(known)) if known else 0.0

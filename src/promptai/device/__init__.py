@@ -1,0 +1,1 @@
+"""The machine under the model: its processor, memory, heat and power."""

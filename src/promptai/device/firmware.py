@@ -1,0 +1,106 @@
+"""Ask a Raspberry Pi's firmware what Linux does not know.
+
+On a Pi the firmware, not the kernel, lowers the clock when the board is hot or
+its supply sags, and ``scaling_cur_freq`` goes on showing what the kernel asked
+for. A benchmark that misses this blames the model for a bad USB cable. The
+firmware's own account is one word of flags, ``get_throttled``: a file on boards
+up to the Pi 4, on a Pi 5 only ``vcgencmd get_throttled``.
+
+Bits (Raspberry Pi documentation, vcgencmd): 0 under-voltage, 1 ARM frequency
+capped, 2 throttled, 3 soft temperature limit, each *now*; 16 to 19 the same
+"has occurred since boot". Compare 16 to 19 before and after a run.
+
+In a container there is no ``vcgencmd`` unless it was put there with /dev/vcio.
+The kernel's voltage monitor (hwmon ``rpi_volt``) is no substitute: it knows
+under-voltage alone, and to fill the other bits with zeros would be to invent
+good news.
+"""
+
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from promptai.device.procfs import PinnedFile
+
+#: Runs a command; gives its standard output, or ``None`` when it cannot run, fails or takes too long.
+RunCommand = Callable[[Sequence[str]], str | None]
+#: Reads the flags; ``None`` when the firmware did not answer this time.
+ReadThrottled = Callable[[], int | None]
+
+#: The firmware answers in 1 to 100 ms; a mailbox that hangs must not hang the sampler.
+_COMMAND_TIMEOUT_S = 2.0
+_STICKY_BITS = 0xF0000
+
+
+def run_command(argv: Sequence[str]) -> str | None:
+    """Run a command without a shell; see ``RunCommand``."""
+    try:
+        done = subprocess.run(  # noqa: S603 - fixed words, never a user's
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=_COMMAND_TIMEOUT_S,
+            check=True,
+            # All our files are close-on-exec already; not closing them one by one saves a third of the call.
+            close_fds=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode("utf-8", "replace")
+
+
+def parse_throttled(text: str | bytes | None) -> int | None:
+    """
+    Give the flags in ``throttled=0x50005`` (vcgencmd) or ``50005`` (sysfs); both are hexadecimal.
+
+    Returns:
+        ``None`` for anything else, such as the firmware's ``error=1 ...``.
+    """
+    line = text.decode("ascii", "replace") if isinstance(text, bytes) else text or ""
+    name, equals, value = line.strip().rpartition("=")
+    if equals and name != "throttled":
+        return None
+    try:
+        return int(value, 16)
+    except ValueError:
+        return None
+
+
+def find_throttled(root: Path, run: RunCommand = run_command) -> ReadThrottled | None:
+    """
+    Give a reader of the flags; ``None`` on a machine whose firmware keeps none.
+
+    A sticky bit that was seen once stays set in all later readings: the kernel's
+    voltage monitor asks the firmware every 2 s to clear them.
+    """
+    read = _find_file(root) or _find_vcgencmd(run)
+    if read is None:
+        return None
+    seen = 0
+
+    def read_sticky() -> int | None:
+        nonlocal seen
+        flags = read()
+        if flags is None:
+            return None
+        seen |= flags & _STICKY_BITS
+        return flags | seen
+
+    return read_sticky
+
+
+def _find_file(root: Path) -> ReadThrottled | None:
+    for path in sorted((root / "sys/devices/platform").glob("soc*/*firmware/get_throttled")):
+        file = PinnedFile(str(path))
+        if parse_throttled(file.read()) is not None:
+            return lambda: parse_throttled(file.read())
+        file.close()
+    return None
+
+
+def _find_vcgencmd(run: RunCommand) -> ReadThrottled | None:
+    def ask() -> int | None:
+        return parse_throttled(run(("vcgencmd", "get_throttled")))
+
+    return ask if ask() is not None else None

@@ -1,0 +1,214 @@
+"""Follow one process and its descendants: their memory, faults and CPU time.
+
+An engine is rarely one process: the embedded one lives in a child of ours, a
+wrapper script starts another, and a measurement that watches a single number
+misses where the gigabytes went. Processes also come and go while they are being
+read, and their numbers are given away again; a reading that mixed in a stranger
+would be worse than none.
+
+So every member is read through files that stay open (see ``PinnedFile``): a
+member that ended yields nothing rather than somebody else's numbers, and its CPU
+time and faults stay in the totals, which therefore never fall.
+
+A process that is handed to init because its parent ended is no descendant any
+more and is dropped.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from promptai.device.procfs import PinnedFile
+
+_HERE = Path("/")
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+#: Without CONFIG_PROC_CHILDREN every process of the machine has to be asked for
+#: its parent: 150 processes cost about 4 ms on a small board, too much for each second.
+_READS_PER_SCAN = 5
+_DEAD_STATES = b"ZXx"
+
+
+class ProcessMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """
+    The memory of a process tree. Kernel counters; each may be a few pages behind.
+
+    Attributes:
+        anon_bytes: Anonymous pages in memory: KV cache, compute buffers, heap.
+        file_bytes: Pages of mapped files in memory: the weights, unless they are loaded without mmap.
+        shmem_bytes: Shared memory and tmpfs pages in memory.
+        swap_bytes: Anonymous pages swapped out.
+        major_faults: Page faults that had to read a disk, since each process began, ended ones included.
+    """
+
+    anon_bytes: int
+    file_bytes: int
+    shmem_bytes: int
+    swap_bytes: int
+    major_faults: int
+
+
+class TreeReading(NamedTuple):
+    """
+    One look at a process tree.
+
+    Attributes:
+        memory: What it holds.
+        cpu_s: CPU seconds used by all members since each began, ended ones included; never falls.
+            The kernel counts in ticks (10 ms), so two readings differ by whole ticks.
+        processes: How many members are alive.
+    """
+
+    memory: ProcessMemory
+    cpu_s: float
+    processes: int
+
+
+class ProcessStat(NamedTuple):
+    """What /proc/PID/stat says, as far as it matters here; times in ticks."""
+
+    alive: bool
+    parent: int
+    major_faults: int
+    ticks: int
+
+
+def parse_process_stat(stat: bytes) -> ProcessStat | None:
+    """Read a line of /proc/PID/stat (proc(5)); ``None`` when it is cut."""
+    # The second field is the program's name in parentheses and may hold spaces and parentheses itself.
+    fields = stat[stat.rfind(b")") + 1 :].split()
+    try:
+        return ProcessStat(
+            alive=fields[0] not in _DEAD_STATES,
+            parent=int(fields[1]),
+            major_faults=int(fields[9]),
+            ticks=int(fields[11]) + int(fields[12]),
+        )
+    except (IndexError, ValueError):
+        return None
+
+
+_STATUS_LINE = re.compile(rb"^(RssAnon|RssFile|RssShmem|VmSwap):\s+(\d+) kB", re.MULTILINE)
+
+
+def parse_process_status(status: bytes) -> dict[bytes, int]:
+    """Give RssAnon, RssFile, RssShmem and VmSwap of /proc/PID/status in bytes; a zombie has none of them."""
+    return {name: int(kib) * 1024 for name, kib in _STATUS_LINE.findall(status)}
+
+
+class ProcessTree:
+    """
+    A process and its descendants, read again and again.
+
+    One read of one process with 20 threads takes 0.2 ms on a 2.4 GHz x86 core.
+    Close it when done: it holds two files per member.
+    """
+
+    def __init__(self, pid: int, root: Path = _HERE) -> None:
+        self._proc = f"{str(root).rstrip('/')}/proc"
+        self._pid = pid
+        self._members: dict[int, _Member] = {pid: _Member(self._proc, pid)}
+        self._ended_ticks = 0
+        self._ended_faults = 0
+        self._has_children_files = Path(f"{self._proc}/{pid}/task/{pid}/children").exists()
+        self._scanned: dict[int, list[int]] | None = None
+        self._reads = 0
+
+    def read(self) -> TreeReading | None:
+        """Look at every member now; ``None``, from then on for ever, once the first process has ended."""
+        if self._reads % _READS_PER_SCAN == 0:
+            self._scanned = None
+        self._reads += 1
+        readings: dict[int, tuple[ProcessStat, dict[bytes, int]]] = {}
+        waiting = [self._pid] if self._pid in self._members else []
+        while waiting:
+            pid = waiting.pop()
+            if pid in readings:
+                continue
+            member = self._members.get(pid) or self._members.setdefault(pid, _Member(self._proc, pid))
+            if (reading := member.read()) is not None:
+                readings[pid] = reading
+                waiting += self._children(pid)
+        for pid in [pid for pid in self._members if pid not in readings]:
+            self._retire(pid)
+        if self._pid not in readings:
+            self.close()
+            return None
+        stats = [stat for stat, _ in readings.values()]
+        sizes = [size for _, size in readings.values()]
+        return TreeReading(
+            memory=ProcessMemory(
+                anon_bytes=sum(size.get(b"RssAnon", 0) for size in sizes),
+                file_bytes=sum(size.get(b"RssFile", 0) for size in sizes),
+                shmem_bytes=sum(size.get(b"RssShmem", 0) for size in sizes),
+                swap_bytes=sum(size.get(b"VmSwap", 0) for size in sizes),
+                major_faults=self._ended_faults + sum(stat.major_faults for stat in stats),
+            ),
+            cpu_s=(self._ended_ticks + sum(stat.ticks for stat in stats)) / _TICKS_PER_S,
+            processes=len(readings),
+        )
+
+    def close(self) -> None:
+        """Let all files go; reads give ``None`` from now on."""
+        for pid in list(self._members):
+            self._retire(pid)
+
+    def _retire(self, pid: int) -> None:
+        member = self._members.pop(pid)
+        member.close()
+        self._ended_ticks += member.last.ticks
+        self._ended_faults += member.last.major_faults
+
+    def _children(self, pid: int) -> list[int]:
+        """List the children of every thread of ``pid``; a child belongs to the thread that forked it."""
+        if not self._has_children_files:
+            if self._scanned is None:
+                self._scanned = _children_by_parent(self._proc)
+            return self._scanned.get(pid, [])
+        found: list[int] = []
+        tasks = f"{self._proc}/{pid}/task"
+        try:
+            for thread in os.listdir(tasks):  # noqa: PTH208 - a Path per thread would double the cost of a read
+                children = PinnedFile(f"{tasks}/{thread}/children")
+                found += map(int, (children.read() or b"").split())
+                children.close()
+        except OSError:
+            pass  # The process ended while its threads were being listed.
+        return found
+
+
+class _Member:
+    """One process of a tree, with what was last known of it."""
+
+    def __init__(self, proc: str, pid: int) -> None:
+        self._stat = PinnedFile(f"{proc}/{pid}/stat")
+        self._status = PinnedFile(f"{proc}/{pid}/status")
+        self.last = ProcessStat(alive=False, parent=0, major_faults=0, ticks=0)
+
+    def read(self) -> tuple[ProcessStat, dict[bytes, int]] | None:
+        stat = parse_process_stat(self._stat.read() or b"")
+        if stat is None or not stat.alive:
+            # A zombie still shows its final CPU time: the last slice of its work.
+            self.last = stat or self.last
+            return None
+        self.last = stat
+        return stat, parse_process_status(self._status.read() or b"")
+
+    def close(self) -> None:
+        self._stat.close()
+        self._status.close()
+
+
+def _children_by_parent(proc: str) -> dict[int, list[int]]:
+    """Ask every process of the machine for its parent."""
+    children: dict[int, list[int]] = {}
+    for name in os.listdir(proc):  # noqa: PTH208 - as above
+        if name.isdigit():
+            file = PinnedFile(f"{proc}/{name}/stat")
+            stat = parse_process_stat(file.read() or b"")
+            file.close()
+            if stat is not None:
+                children.setdefault(stat.parent, []).append(int(name))
+    return children

@@ -1,0 +1,149 @@
+"""The whole machine's gauges: how busy, how hot, how fast its clock is now.
+
+Each gauge knows at the start which file answers on this board and keeps it
+open; a reading is then one system call and a little parsing of bytes, cheap
+enough to take every second beside a benchmark that has all cores. A gauge whose
+file is missing gives ``None`` for ever; one that fails once gives ``None`` once.
+
+The parsers are pure and take the bytes of the files.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from promptai.device.procfs import PinnedFile, read_text, to_int
+
+#: hwmon drivers that measure the processor itself.
+_CPU_HWMON = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
+#: What thermal zones that sit on the processor are called: "cpu-thermal" (Pi), "x86_pkg_temp",
+#: "package-thermal", "soc-thermal", "cpu0-thermal". Not "acpitz", which is often a constant.
+_CPU_ZONE = re.compile("cpu|pkg|package|soc", re.IGNORECASE)
+
+
+class CpuTimes(NamedTuple):
+    """Ticks since boot, added up over some CPUs."""
+
+    busy: int
+    total: int
+
+
+def parse_cpu_times(stat: bytes, cpus: frozenset[int]) -> CpuTimes | None:
+    """
+    Add up the lines of /proc/stat that belong to ``cpus``.
+
+    The columns are those of proc(5): user nice system idle iowait irq softirq
+    steal; guest time is already inside user.
+
+    Returns:
+        ``None`` when none of them is listed.
+    """
+    busy = total = 0
+    for line in stat.split(b"\n"):
+        if not line.startswith(b"cpu"):
+            break
+        name, *columns = line.split()
+        if (number := to_int(name[3:])) is not None and number in cpus and len(columns) >= 4:
+            ticks = [int(column) for column in columns[:8]]
+            idle = sum(ticks[3:5])
+            total += sum(ticks)
+            busy += sum(ticks) - idle
+    return CpuTimes(busy, total) if total else None
+
+
+def parse_pressure(text: bytes) -> float | None:
+    """Give "some avg10" of a /proc/pressure file, 0-100; ``None`` when it is not one."""
+    # some avg10=0.00 avg60=0.00 avg300=0.00 total=0
+    words = text.split(maxsplit=2)
+    if len(words) < 2 or words[0] != b"some":
+        return None
+    name, _, value = words[1].partition(b"=")
+    return _to_float(value) if name == b"avg10" else None
+
+
+def parse_meminfo_kib(meminfo: bytes, name: bytes) -> int | None:
+    """Give one line of /proc/meminfo in KiB without reading all of them; ``None`` when it is not there."""
+    start = meminfo.find(b"\n" + name + b":")
+    return None if start < 0 else to_int(meminfo[start + len(name) + 2 :].split(maxsplit=1)[0])
+
+
+class Machine:
+    """All gauges of one machine. ``cpus`` are those whose load and clock count."""
+
+    def __init__(self, root: Path, cpus: Iterable[int]) -> None:
+        self._cpus = frozenset(cpus)
+        # /proc/stat goes on with every interrupt; a CPU's line is 240 bytes at most.
+        stat_bytes = 240 * (2 + max(self._cpus, default=0))
+        self._stat = PinnedFile(str(root / "proc/stat"), stat_bytes)
+        self._meminfo = PinnedFile(str(root / "proc/meminfo"))
+        self._loadavg = PinnedFile(str(root / "proc/loadavg"), 64)
+        self._pressure = PinnedFile(str(root / "proc/pressure/memory"), 256)
+        self._temperature = _find_temperature(root)
+        self._clocks = _find_clocks(root, self._cpus)
+        self._last_times: CpuTimes | None = None
+
+    def cpu_percent(self) -> float | None:
+        """Give the busy share of all CPUs since the call before, 0-100; ``None`` the first time."""
+        last, now = self._last_times, parse_cpu_times(self._stat.read() or b"", self._cpus)
+        self._last_times = now
+        if last is None or now is None or now.total <= last.total:
+            return None
+        # iowait may run backwards (proc(5)), and busy time with it.
+        return min(100.0, max(0.0, 100 * (now.busy - last.busy) / (now.total - last.total)))
+
+    def memory(self) -> tuple[int | None, int | None]:
+        """Give available bytes and used swap in bytes; no swap at all is ``None``."""
+        meminfo = b"\n" + (self._meminfo.read() or b"")
+        available, total, free = (
+            parse_meminfo_kib(meminfo, name) for name in (b"MemAvailable", b"SwapTotal", b"SwapFree")
+        )
+        used = (total - free) * 1024 if total and free is not None else None
+        return None if available is None else available * 1024, used
+
+    def load1(self) -> float | None:
+        """Give the one-minute load average."""
+        return _to_float((self._loadavg.read() or b"").partition(b" ")[0])
+
+    def memory_pressure(self) -> float | None:
+        """Give the share of the last 10 s in which a task waited for memory, 0-100."""
+        return parse_pressure(self._pressure.read() or b"")
+
+    def temperature_c(self) -> float | None:
+        """Give the processor's temperature."""
+        milli = to_int(self._temperature.read()) if self._temperature else None
+        return None if milli is None else milli / 1000
+
+    def cpu_mhz(self) -> float | None:
+        """Give the mean clock of the CPUs that say theirs."""
+        khz = [value for clock in self._clocks if (value := to_int(clock.read())) is not None]
+        return sum(khz) / len(khz) / 1000 if khz else None
+
+
+def _find_temperature(root: Path) -> PinnedFile | None:
+    """Open the file with the processor's temperature in thousandths of a degree."""
+    zones = sorted((root / "sys/class/thermal").glob("thermal_zone*"))
+    monitors = sorted((root / "sys/class/hwmon").glob("hwmon*"))
+    candidates = [
+        *(zone / "temp" for zone in zones if _CPU_ZONE.search(read_text(zone / "type") or "")),
+        *(monitor / "temp1_input" for monitor in monitors if read_text(monitor / "name") in _CPU_HWMON),
+    ]
+    for path in candidates:
+        file = PinnedFile(str(path), 32)
+        if to_int(file.read()) is not None:
+            return file
+        file.close()
+    return None
+
+
+def _find_clocks(root: Path, cpus: frozenset[int]) -> list[PinnedFile]:
+    folder = root / "sys/devices/system/cpu"
+    clocks = [PinnedFile(str(folder / f"cpu{cpu}/cpufreq/scaling_cur_freq"), 32) for cpu in sorted(cpus)]
+    return [clock for clock in clocks if clock.is_open]
+
+
+def _to_float(text: bytes) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,1 @@
+"""One llama-server: finding, starting, asking, imitating it."""

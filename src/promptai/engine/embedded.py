@@ -1,0 +1,81 @@
+"""The embedded llama.cpp in a process of its own: ``python -m promptai.engine.embedded FLAGS_JSON``.
+
+The ``xllamacpp`` wheel is llama-server as a Python extension. A bad model or a
+full memory ends the process that holds it, so that process is never ours: the
+parent sees an exit code and a log, as with a native engine. The only module
+that imports ``xllamacpp``.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from promptai.engine.flags import EngineFlags
+
+#: Exit code when the wheel cannot be imported; its reason is the last line of the log.
+EXIT_NO_WHEEL = 97
+
+
+def main() -> None:
+    """Serve one model until SIGTERM; with ``--probe`` only say what the wheel was built for."""
+    try:
+        import xllamacpp  # noqa: PLC0415  half a hundred MB that only this process may hold
+    except ImportError as error:
+        sys.stderr.write(f"cannot import xllamacpp: {error}\n")
+        sys.exit(EXIT_NO_WHEEL)
+    sys.stderr.write(f"system_info: {xllamacpp.get_system_info()}\n")
+    sys.stderr.flush()
+    if sys.argv[1] == "--probe":
+        return
+    flags = msgspec.json.decode(sys.argv[1].encode(), type=EngineFlags)
+    try:
+        server = xllamacpp.Server(_parameters(xllamacpp, flags))
+    except RuntimeError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.stderr.flush()
+        os._exit(1)  # its threads do not always end on their own
+    _leave_on(signal.SIGTERM, lambda: os._exit(0))
+    sys.stderr.write(f"listening on {server.listening_address}\n")
+    sys.stderr.flush()
+    threading.Event().wait()
+
+
+def _leave_on(signum: signal.Signals, leave: Callable[[], None]) -> None:
+    """Replace the wheel's own handler, which waits for streams that nobody reads any more."""
+    signal.signal(signum, lambda _number, _frame: leave())
+
+
+def _parameters(xllamacpp: Any, flags: EngineFlags) -> Any:
+    """The wheel's parameters for ``flags``; names follow llama.cpp's ``common_params``."""
+    p = xllamacpp.CommonParams()
+    p.model.path = flags.model
+    p.model_alias = {flags.alias}
+    p.hostnames = ["127.0.0.1"]
+    p.port = flags.port
+    p.n_ctx = flags.context
+    p.n_parallel = flags.slots
+    p.n_batch = flags.batch
+    p.n_ubatch = flags.ubatch
+    p.cpuparams.n_threads = flags.threads
+    p.cpuparams_batch.n_threads = flags.threads
+    types = xllamacpp.ggml_type
+    p.cache_type_k = getattr(types, f"GGML_TYPE_{flags.cache_type_k.upper()}")
+    p.cache_type_v = getattr(types, f"GGML_TYPE_{flags.cache_type_v.upper()}")
+    p.cache_ram_mib = flags.cache_ram_mib
+    modes = xllamacpp.llama_load_mode
+    p.load_mode = modes.LLAMA_LOAD_MODE_MMAP if flags.mmap else modes.LLAMA_LOAD_MODE_NONE
+    p.fit_params = False  # it would change context and slots behind our back
+    p.endpoint_metrics = True
+    p.endpoint_slots = True
+    p.ui = False
+    p.offline = True
+    return p
+
+
+if __name__ == "__main__":
+    main()

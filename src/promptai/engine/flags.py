@@ -1,0 +1,65 @@
+"""Every flag that an engine is started with, explicit and recorded.
+
+llama-server's defaults are made for a workstation: 8 GiB of prompt cache, four
+slots, the model's whole context. On a board they decide whether it swaps, and a
+measurement that does not name them cannot be repeated. So no flag that matters
+is left to a default: this value goes into the command line, and the same value
+into the run's manifest.
+"""
+
+from pathlib import Path
+
+import msgspec
+
+
+class EngineFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """
+    What one engine is started with.
+
+    Attributes:
+        port: TCP port on 127.0.0.1.
+        threads: CPU threads for decode and prefill alike.
+        context: Tokens of context of *all* slots together, as llama-server counts.
+        slots: Conversations that can be in progress at once.
+        batch: Most prompt tokens of one logical step; ``ubatch`` of one computation.
+            Smaller than llama-server's 2048 so that a board's buffers stay small
+            and decoding streams wait less for somebody else's prompt.
+        cache_type_k, cache_type_v: Type of the KV cache's numbers.
+        cache_ram_mib: Prompt cache beside the KV cache; 0 turns it off (llama-server: 8192).
+        mmap: Map the file instead of reading it, so that weights are page cache.
+    """
+
+    model: str
+    port: int
+    threads: int
+    context: int
+    slots: int = 1
+    batch: int = 512
+    ubatch: int = 512
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
+    cache_ram_mib: int = 0
+    mmap: bool = True
+
+    @property
+    def alias(self) -> str:
+        """The model's name in the API: the file's stem, never its path."""
+        return Path(self.model).stem
+
+    def to_argv(self) -> list[str]:
+        """
+        The arguments of a native ``llama-server``.
+
+        ``--no-webui`` is the older spelling of ``--no-ui`` and is understood by both ages.
+        """
+        return [
+            *("--model", self.model, "--alias", self.alias),
+            *("--host", "127.0.0.1", "--port", str(self.port)),
+            *("--threads", str(self.threads), "--threads-batch", str(self.threads)),
+            *("--ctx-size", str(self.context), "--parallel", str(self.slots)),
+            *("--batch-size", str(self.batch), "--ubatch-size", str(self.ubatch)),
+            *("--cache-type-k", self.cache_type_k, "--cache-type-v", self.cache_type_v),
+            *("--cache-ram", str(self.cache_ram_mib)),
+            *("--metrics", "--slots", "--no-webui", "--offline"),
+            *(() if self.mmap else ("--no-mmap",)),
+        ]

@@ -1,0 +1,31 @@
+"""Run a program that must not outlive its parent: ``python -m promptai.engine.guard PROGRAM ARG …``.
+
+A bench that is killed with SIGKILL cannot stop its engine, and an orphaned
+engine keeps gigabytes and a port on a board that has neither to spare. The
+kernel can: PR_SET_PDEATHSIG survives ``execve`` (prctl(2)), so this process
+asks for SIGKILL at its parent's death and then becomes the program.
+
+A ``preexec_fn`` would do the same but is unsafe in a parent with threads.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Tie this process to its parent, then become the program named in the arguments."""
+    parent = int(os.environ.pop("PROMPTAI_GUARD_PARENT", "0"))
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if parent and os.getppid() != parent:
+        sys.exit(0)  # the parent died before the line above: no signal will come
+    # Ctrl-C reaches the whole process group; the parent decides when the engine stops.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.execvp(sys.argv[1], sys.argv[1:])  # noqa: S606  becoming the program is the point
+
+
+if __name__ == "__main__":
+    main()

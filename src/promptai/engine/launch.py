@@ -1,0 +1,211 @@
+"""Start one engine, know when it can answer, stop it, and say plainly why it ended.
+
+An engine that dies says so in a log of hundreds of lines, or not at all (the
+out-of-memory killer leaves only an exit code of -9). Whoever started it wants
+one sentence. So the log goes to a file, the exit code is watched while waiting,
+and ``explain_exit`` turns both into that sentence.
+
+One engine, one process, loopback only. It is tied to this process
+(``engine.guard``), so that it goes away even when this one is killed.
+"""
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from promptai.engine.client import EngineClient
+from promptai.engine.embedded import EXIT_NO_WHEEL
+from promptai.engine.flags import EngineFlags
+from promptai.engine.locate import EngineBinary
+from promptai.errors import EngineDiedError, EngineError, EngineStartError
+
+_POLL_S = 0.05
+_STOP_S = 5.0
+# Loading reads the file once. 10 MB/s is a slow SD card; below that something is wrong.
+_SLOWEST_DISK_BYTES_PER_S = 10_000_000
+_START_BASE_S = 60.0
+
+
+class RunningEngine:
+    """
+    A started engine: an async context manager that is ready inside its block.
+
+    Attributes:
+        load_s: Seconds from its start until it could answer; ``None`` before that.
+    """
+
+    def __init__(self, binary: EngineBinary, flags: EngineFlags, *, log: Path) -> None:
+        self.binary = binary
+        self.flags = flags
+        self.log = log
+        self.load_s: float | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
+
+    @property
+    def base_url(self) -> str:
+        """Where its HTTP API is."""
+        return f"http://127.0.0.1:{self.flags.port}"
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id while it has one."""
+        return self._process.pid if self._process is not None else None
+
+    async def __aenter__(self) -> "RunningEngine":
+        """
+        Start it and wait until it answers.
+
+        Raises:
+            EngineStartError: It ended, or did not answer in the time its file should take to load.
+        """
+        if port_taken(self.flags.port):
+            raise EngineStartError(
+                f"port {self.flags.port} on 127.0.0.1 is taken by another program",
+                hint="choose another with --port, or leave it out to get a free one",
+            )
+        started = time.monotonic()
+        try:
+            with self.log.open("ab") as sink:
+                self._log_start = sink.tell()
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "promptai.engine.guard", *self.binary.arguments(self.flags)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=sink,
+                    stderr=sink,
+                    env={**os.environ, "PROMPTAI_GUARD_PARENT": str(os.getpid())},
+                )
+        except OSError as error:
+            raise EngineStartError(f"the engine could not be started: {error}", hint="see promptai doctor") from None
+        try:
+            await self._until_ready(started)
+        except BaseException:
+            self.stop()
+            raise
+        self.load_s = time.monotonic() - started
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        """Stop it."""
+        await asyncio.to_thread(self.stop)
+
+    def death(self) -> EngineDiedError | None:
+        """Why it is gone; ``None`` while it lives."""
+        if self._process is None:
+            return None
+        code = self._process.poll()
+        if code is None:
+            return None
+        reason, hint = explain_exit(code, self._log_tail())
+        return EngineDiedError(f"the engine of {self.flags.alias} died: {reason}", hint=hint)
+
+    def stop(self) -> None:
+        """End it: politely, then not; returns when it is gone."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    async def _until_ready(self, started: float) -> None:
+        allowed = _START_BASE_S + Path(self.flags.model).stat().st_size / _SLOWEST_DISK_BYTES_PER_S
+        async with EngineClient(self.base_url) as client:
+            while time.monotonic() - started < allowed:
+                if self._process is not None and self._process.poll() is not None:
+                    reason, hint = explain_exit(self._process.returncode, self._log_tail())
+                    raise EngineStartError(f"the engine could not load {self.flags.model}: {reason}", hint=hint)
+                with contextlib.suppress(EngineError):
+                    if await client.healthy():
+                        return
+                await asyncio.sleep(_POLL_S)
+        raise EngineStartError(
+            f"the engine did not answer within {allowed:.0f} s of its start", hint=f"its log is {self.log}"
+        )
+
+    def _log_tail(self) -> str:
+        try:
+            with self.log.open("rb") as log:
+                log.seek(max(self._log_start, self.log.stat().st_size - 16_384))
+                return log.read().decode("utf-8", "replace")
+        except OSError:
+            return ""
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def port_taken(port: int) -> bool:
+    """Whether somebody listens on that loopback port."""
+    with socket.socket() as probe:
+        probe.settimeout(0.5)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def explain_exit(code: int, log: str) -> tuple[str, str]:
+    """
+    Why an engine ended, and what to do: from its exit code and the end of its log.
+
+    Args:
+        code: As in ``subprocess``: negative is the number of the signal that killed it.
+        log: The last lines that it printed.
+    """
+    for pattern, reason, hint in _KNOWN_ENDS:
+        match = re.search(pattern, log)
+        if match:
+            return reason.format(*match.groups()), hint
+    if code == EXIT_NO_WHEEL:
+        return f"the embedded engine cannot be imported: {_last_line(log)}", "install promptai again"
+    if code == -signal.SIGKILL:
+        return (
+            "killed by signal 9 (SIGKILL), which is what the kernel sends when memory is full",
+            "use a smaller model, quantisation or --context, or close other programs",
+        )
+    if code < 0:
+        return f"killed by signal {-code} ({_signal_name(-code)}); its last words: {_last_line(log)}", _CRASH_HINT
+    return f"exit code {code}; its last words: {_last_line(log)}", "see promptai doctor"
+
+
+_CRASH_HINT = "if it happens again, try another engine: promptai engine list"
+_FETCH_HINT = "fetch the file again, or check it against its SHA-256"
+
+#: Sentence in the log -> reason and hint. The first that matches wins: causes before consequences.
+_KNOWN_ENDS = (
+    (
+        r"libgomp\.so\.1: cannot open shared object",
+        "the system library libgomp.so.1 is missing",
+        "install it: apt-get install libgomp1 (Debian, Ubuntu, Raspberry Pi OS), dnf install libgomp (Fedora)",
+    ),
+    (r"couldn't bind HTTP server socket.*port: (\d+)", "port {0} is taken", "choose another with --port"),
+    (r"error: invalid argument: (\S+)", "this llama-server does not know {0}", "it is too old; use a newer one"),
+    (r"(std::bad_alloc|failed to allocate|Cannot allocate memory)", "not enough memory ({0})", "use a smaller model or --context"),
+    (r"not within the file bounds", "the file is cut short or damaged", _FETCH_HINT),
+    (r"invalid magic characters", "the file is not a GGUF", _FETCH_HINT),
+    (r"unknown model architecture: '([^']+)'", "this engine does not know the architecture {0}", "use a newer engine"),
+    (r"error loading model: ([^\n]+)", "{0}", _FETCH_HINT),
+)
+
+
+def _last_line(log: str) -> str:
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "none"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"

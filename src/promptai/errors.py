@@ -1,0 +1,120 @@
+"""Everything that can go wrong on purpose, in one tree.
+
+A person in front of a board at night needs one line: what happened, to what,
+and what to do next. So every error that PromptAI raises deliberately carries a
+``message`` (what happened, to what) and a ``hint`` (what to do next), and the
+command line prints exactly these two and leaves with ``exit_code``. Whatever is
+not in this tree is a bug of ours and may show a traceback.
+
+    PromptAIError                  1
+    ├── SettingsError              2   same as a wrong option
+    ├── ModelError                 3
+    │   ├── ModelNotFoundError
+    │   ├── ModelFormatError
+    │   └── ModelTooLargeError
+    ├── EngineError                4
+    │   ├── EngineNotFoundError
+    │   ├── EngineStartError
+    │   ├── EngineDiedError
+    │   ├── EngineRefusedError
+    │   └── EngineProtocolError
+    ├── WorkloadError              5
+    └── RunError                   6
+    interrupted (Ctrl-C)         130   by convention, 128 + SIGINT
+
+Exceptions of libraries are translated where the library is called, never here.
+"""
+
+
+class PromptAIError(Exception):
+    """
+    Something went wrong that the user can understand and act on.
+
+    Attributes:
+        message: One line: what happened, to what.
+        hint: One line: what to do next; empty when there is nothing to do.
+        exit_code: What the command line leaves with.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class SettingsError(PromptAIError):
+    """A setting or option is unknown, of the wrong type or out of range."""
+
+    exit_code = 2
+
+
+class ModelError(PromptAIError):
+    """A model file cannot be used."""
+
+    exit_code = 3
+
+
+class ModelNotFoundError(ModelError):
+    """There is no file where a model was expected."""
+
+
+class ModelFormatError(ModelError):
+    """A file is not a GGUF, or a damaged one."""
+
+
+class ModelTooLargeError(ModelError):
+    """A model needs more memory than this machine has left."""
+
+
+class EngineError(PromptAIError):
+    """A llama-server cannot be found, started, reached or understood."""
+
+    exit_code = 4
+
+
+class EngineNotFoundError(EngineError):
+    """No engine is where it was said to be, or none at all."""
+
+
+class EngineStartError(EngineError):
+    """An engine ended, or never answered, while it was starting."""
+
+
+class EngineDiedError(EngineError):
+    """An engine that was serving is gone."""
+
+
+class EngineRefusedError(EngineError):
+    """
+    An engine answered a request with an error.
+
+    Attributes:
+        status: The HTTP status; ``None`` when the error came inside a stream.
+        kind: The ``type`` of the error envelope, e.g. ``exceed_context_size_error``.
+    """
+
+    def __init__(self, message: str, *, status: int | None, kind: str | None, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
+        self.kind = kind
+
+
+class EngineProtocolError(EngineError):
+    """An engine answered something that its API does not allow."""
+
+
+class WorkloadError(PromptAIError):
+    """A file of conversations is malformed; names the file and the line."""
+
+    exit_code = 5
+
+
+class RunError(PromptAIError):
+    """A run directory cannot be created, written, read or resumed."""
+
+    exit_code = 6

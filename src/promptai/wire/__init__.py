@@ -1,0 +1,1 @@
+"""Protocols as types: what goes over the wire, without the wire."""

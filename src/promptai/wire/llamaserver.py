@@ -1,0 +1,84 @@
+"""What llama-server adds to OpenAI's API, and its own endpoints.
+
+Field names are llama-server's. Every field has a default, because names come
+and go between builds (``build_info`` moved, ``timings`` grew); what a build does
+not send is ``None``, never 0. Seen in builds b11434 and b11549.
+"""
+
+import msgspec
+
+
+class Timings(msgspec.Struct, frozen=True):
+    """
+    The engine's own account of one request; the truth for prefill and decode.
+
+    Attributes:
+        cache_n: Prompt tokens taken from the KV cache.
+        prompt_n: Prompt tokens computed (without those of the cache).
+        prompt_ms: Milliseconds spent on them.
+        predicted_n: Tokens generated.
+        predicted_ms: Milliseconds from the first to the last of them: the first
+            token belongs to prefill, so the rate is (predicted_n - 1) / predicted_ms.
+    """
+
+    prompt_n: int
+    prompt_ms: float
+    predicted_n: int
+    predicted_ms: float
+    cache_n: int | None = None
+
+
+class PromptProgress(msgspec.Struct, frozen=True):
+    """How far prefill has come (``return_progress``): tokens and milliseconds."""
+
+    total: int
+    processed: int
+    cache: int = 0
+    time_ms: float = 0.0
+
+
+class GenerationSettings(msgspec.Struct, frozen=True):
+    """The part of ``default_generation_settings`` that is read: tokens of context of one slot."""
+
+    n_ctx: int | None = None
+
+
+class Props(msgspec.Struct, frozen=True):
+    """``GET /props``: what the server runs."""
+
+    total_slots: int = 1
+    default_generation_settings: GenerationSettings = GenerationSettings()
+    model_alias: str | None = None
+    model_path: str | None = None
+    model_ftype: str | None = None
+    build_info: str | None = None
+    chat_template: str | None = None
+
+
+class Slot(msgspec.Struct, frozen=True):
+    """One line of ``GET /slots``."""
+
+    id: int
+    is_processing: bool = False
+    n_ctx: int | None = None
+
+
+class Tokens(msgspec.Struct, frozen=True):
+    """``POST /tokenize``."""
+
+    tokens: list[int]
+
+
+class TokenProbability(msgspec.Struct, frozen=True):
+    """One generated token with its raw log-probability (natural logarithm)."""
+
+    id: int
+    logprob: float
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """``POST /completion`` without streaming, as far as scoring needs it."""
+
+    content: str = ""
+    completion_probabilities: list[TokenProbability] = []
+    timings: Timings | None = None
