@@ -7,23 +7,23 @@ fully, the random facts they are read from hardly at all.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
-from tokenizers import Tokenizer
-
 import longform
+import numpy as np
 import pronouns
+from scenes import SCENES
+from tokenizers import Tokenizer
 from vocabulary import NOISE, NOTED, SYSTEMS
-from world import SCENES, Question, Scene, cap, held_out
+from world import Question, Scene, held_out
 
 Message = dict[str, str]
 BOS, END = "<s>", "<|end|>"
 ROLE = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 SPECIALS = (BOS, END, *ROLE.values())
 PROMPT_WEIGHT, LONG_WEIGHT = 0.05, 0.4
-TRAIN_SEED, TRAIN_DOCUMENTS = 1, 220_000
+SHORT_SEED, LONG_SEED = 1, 2
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Document:
 
     @property
     def text(self) -> str:
+        """All pieces in one string."""
         return "".join(text for text, _ in self.pieces)
 
 
@@ -76,8 +77,10 @@ def stage(scene: Scene, asked: list[Question], rng: random.Random) -> list[Messa
         messages += [{"role": "user", "content": text}, {"role": "assistant", "content": rng.choice(NOTED)}]
         lead = ""
     for question in asked:
-        messages += [{"role": "user", "content": lead + question.text},
-                     {"role": "assistant", "content": question.answer}]
+        messages += [
+            {"role": "user", "content": lead + question.text},
+            {"role": "assistant", "content": question.answer},
+        ]
         lead = ""
     return messages
 
@@ -94,6 +97,30 @@ def short_chat(rng: random.Random) -> Document:
     return chat_document(stage(scene, asked, rng), [q.key for q in asked])
 
 
+def recite(rng: random.Random) -> Document:
+    """Facts to repeat, whole or the one sentence that holds a word: the plainest exercise in reading."""
+    scene = pick_scene(rng)
+    while not scene.facts:
+        scene = pick_scene(rng)
+    facts = [*scene.facts, *rng.sample(NOISE, rng.choice((0, 1)))]
+    rng.shuffle(facts)
+    lead, messages = " ".join(facts) + " ", list[Message]()
+    for _ in range(rng.choice((1, 2, 3))):
+        word, fact = rng.choice([(w, f) for f in facts for w in f.rstrip(".").split()])
+        if rng.random() < 0.2:
+            ask, answer = rng.choice(("Repeat the facts.", "Say that again.")), " ".join(facts)
+        elif sum(word in other.rstrip(".").split() for other in facts) == 1:
+            ask, answer = (
+                rng.choice((f"Quote the sentence with {word}.", f"Which sentence has {word}?")),
+                fact,
+            )
+        else:
+            continue
+        messages += [{"role": "user", "content": lead + ask}, {"role": "assistant", "content": answer}]
+        lead = ""
+    return chat_document(messages, []) if messages else recite(rng)
+
+
 def pronoun_chat(rng: random.Random) -> Document:
     """A sentence with a pronoun and the question what it stands for."""
     sentence, ask, answer, key = pronouns.chat_question(rng)
@@ -107,7 +134,7 @@ def pronoun_text(rng: random.Random) -> Document:
     keys = []
     for i in range(rng.choice((1, 1, 1, 2, 3))):
         fill = pronouns.draw(rng, want_held_out=False)
-        start, rest = fill.resolved(rng.random() < 0.5)
+        start, rest = fill.resolved(doer_side=rng.random() < 0.5)
         pieces += [((" " if i else "") + start, 0.1), (rest, 1.0)]
         keys.append(pronouns.pair_key(fill.rule, fill.doer, fill.other))
     return Document([*pieces, (END, 0.1)], keys)
@@ -127,7 +154,9 @@ def long_chat(rng: random.Random) -> Document:
 def small_talk(rng: random.Random) -> Document:
     """A greeting, a thank-you, or a question about the model itself."""
     asks, answer = rng.choice(longform.SMALL_TALK)
-    return chat_document([{"role": "user", "content": rng.choice(asks)}, {"role": "assistant", "content": answer}], [])
+    return chat_document(
+        [{"role": "user", "content": rng.choice(asks)}, {"role": "assistant", "content": answer}], []
+    )
 
 
 def long_text(rng: random.Random) -> Document:
@@ -136,13 +165,15 @@ def long_text(rng: random.Random) -> Document:
     return Document([(BOS, 0.0), (longform.explanation(topic, rng), LONG_WEIGHT), (END, LONG_WEIGHT)])
 
 
-MIX = ((short_chat, 56), (pronoun_chat, 8), (pronoun_text, 26), (long_chat, 8), (small_talk, 1), (long_text, 1))
+Mix = tuple[tuple[Callable[[random.Random], Document], int], ...]
+SHORT: Mix = ((short_chat, 50), (recite, 16), (pronoun_chat, 8), (pronoun_text, 22), (small_talk, 1))
+LONG: Mix = ((long_chat, 9), (long_text, 1))
 
 
-def documents(seed: int) -> Iterator[Document]:
-    """The endless training stream of one seed."""
+def documents(seed: int, mix: Mix) -> Iterator[Document]:
+    """An endless stream of documents of one seed."""
     rng = random.Random(seed)
-    makers, weights = [m for m, _ in MIX], [w for _, w in MIX]
+    makers, weights = [m for m, _ in mix], [w for _, w in mix]
     while True:
         yield rng.choices(makers, weights)[0](rng)
 
@@ -158,9 +189,10 @@ def encode(document: Document, tokenizer: Tokenizer) -> tuple[list[int], list[fl
     return ids, weights
 
 
-def batches(seed: int, tokenizer: Tokenizer, rows: int, length: int) -> Iterator[dict[str, np.ndarray]]:
+def batches(
+    stream: Iterator[Document], tokenizer: Tokenizer, rows: int, length: int
+) -> Iterator[dict[str, np.ndarray]]:
     """Rows of `length + 1` tokens; documents are packed whole where they fit and cut where they do not."""
-    stream = documents(seed)
     waiting: list[tuple[list[int], list[float]]] = []
     while True:
         tokens = np.zeros((rows, length + 1), np.int32)
@@ -182,8 +214,3 @@ def batches(seed: int, tokenizer: Tokenizer, rows: int, length: int) -> Iterator
                 weights[row, at] = 0.0
                 at, number = at + n, number + 1
         yield {"tokens": tokens, "segments": segments, "weights": weights}
-
-
-def describe(question: Question) -> str:
-    """One line for a log."""
-    return f"{question.kind}: {cap(question.text)} -> {question.answer}"

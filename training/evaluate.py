@@ -1,8 +1,8 @@
 """Score the shipped file through the real engine: `python evaluate.py`, exit status 1 below 90 per cent.
 
 Short questions are answered greedily over the chat endpoint and must match exactly. Pronoun items are scored
-as in lm-evaluation-harness's Winogrande: fill the blank with each option and compare the log-likelihood of the
-text after it. Nothing of the training code takes part, so a broken export cannot pass.
+as in lm-evaluation-harness's Winogrande: fill the blank with each option and compare the log-likelihood of
+the text after it. Nothing of the training code takes part, so a broken export cannot pass.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ class Engine:
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """One JSON request."""
         data = json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=120) as reply:
+        request = urllib.request.Request(  # noqa: S310 - a local http address
+            self.url + path, data, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as reply:  # noqa: S310
             answer: dict[str, Any] = json.load(reply)
         return answer
 
@@ -59,7 +61,7 @@ class Engine:
         choice = self.post("/v1/chat/completions", body)["choices"][0]
         return choice["message"]["content"], choice["finish_reason"]
 
-    def tokenize(self, text: str, bos: bool = True) -> list[int]:
+    def tokenize(self, text: str, *, bos: bool = True) -> list[int]:
         """Token ids, with the special tokens of the text."""
         body = {"content": text, "add_special": bos, "parse_special": True}
         ids: list[int] = self.post("/tokenize", body)["tokens"]
@@ -69,8 +71,14 @@ class Engine:
         """Sum of the raw log-probabilities of `tail` after `head`."""
         total = 0.0
         for i, target in enumerate(tail):
-            body = {"prompt": head + tail[:i], "n_predict": 1, "temperature": 0, "n_probs": 1,
-                    "logit_bias": [[target, FORCE]], "cache_prompt": True}
+            body = {
+                "prompt": head + tail[:i],
+                "n_predict": 1,
+                "temperature": 0,
+                "n_probs": 1,
+                "logit_bias": [[target, FORCE]],
+                "cache_prompt": True,
+            }
             first = self.post("/completion", body)["completion_probabilities"][0]
             if first["id"] != target:
                 raise RuntimeError(f"the engine returned token {first['id']} instead of {target}")
@@ -83,7 +91,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def score_questions(engine: Engine, verbose: bool) -> dict[str, list[bool]]:
+def score_questions(engine: Engine, *, verbose: bool) -> dict[str, list[bool]]:
     """Exact match after strip, by kind."""
     right: dict[str, list[bool]] = defaultdict(list)
     for item in read(QUESTIONS):
@@ -91,8 +99,10 @@ def score_questions(engine: Engine, verbose: bool) -> dict[str, list[bool]]:
         ok = content.strip() == item["answer"] and reason == "stop"
         right[item["kind"]].append(ok)
         if verbose and not ok:
-            print(f"{item['id']} {item['kind']}: {item['messages'][-1]['content']!r} -> {content!r},"
-                  f" wanted {item['answer']!r}")
+            print(
+                f"{item['id']} {item['kind']}: {item['messages'][-1]['content']!r} -> {content!r},"
+                f" wanted {item['answer']!r}"
+            )
     return right
 
 
@@ -105,11 +115,11 @@ def pick(engine: Engine, item: dict[str, Any]) -> str:
         whole = engine.tokenize(before + option + after)
         if whole[: len(head)] != head:
             raise RuntimeError(f"the token boundary moves in {item['id']}")
-        scores.append(engine.log_likelihood(head, whole[len(head):]))
+        scores.append(engine.log_likelihood(head, whole[len(head) :]))
     return "1" if scores[0] > scores[1] else "2"
 
 
-def score_pronouns(engine: Engine, verbose: bool) -> list[bool]:
+def score_pronouns(engine: Engine, *, verbose: bool) -> list[bool]:
     """Right or wrong for each item."""
     right = []
     for item in read(PRONOUNS):
@@ -121,16 +131,17 @@ def score_pronouns(engine: Engine, verbose: bool) -> list[bool]:
 
 
 def main() -> None:
+    """Score both files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--verbose", action="store_true", help="print what went wrong")
     args = parser.parse_args()
     engine = Engine(args.model)
-    by_kind = score_questions(engine, args.verbose)
+    by_kind = score_questions(engine, verbose=args.verbose)
     for kind in sorted(by_kind):
         print(f"  {kind:16} {sum(by_kind[kind])}/{len(by_kind[kind])}")
     short = [ok for oks in by_kind.values() for ok in oks]
-    twins = score_pronouns(engine, args.verbose)
+    twins = score_pronouns(engine, verbose=args.verbose)
     print(f"short questions  {sum(short)}/{len(short)} = {sum(short) / len(short):.3f}")
     print(f"pronoun items    {sum(twins)}/{len(twins)} = {sum(twins) / len(twins):.3f}")
     ok = sum(short) >= PASS * len(short) and sum(twins) >= PASS * len(twins)

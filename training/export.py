@@ -1,7 +1,7 @@
 """Write a checkpoint as GGUF: `python export.py`, to the file that the package ships.
 
-Matrices become Q8_0 and norms stay F32. llama.cpp rotates neighbouring rows of q and k where the training code
-rotates halves, so the rows of both are reordered here.
+Matrices become Q8_0 and norms stay F32. llama.cpp rotates neighbouring rows of q and k where the training
+code rotates halves, so the rows of both are reordered here.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import json
 from pathlib import Path
 
 import gguf
-import numpy as np
-
 import model
+import numpy as np
 import tokenizer
 import train
 from corpus import BOS, END, SPECIALS
@@ -121,6 +120,7 @@ def export(checkpoint: Path, out: Path) -> None:
 
 
 def main() -> None:
+    """Export and print the size and the hash."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint.npz")
     parser.add_argument("--out", type=Path, default=OUT)

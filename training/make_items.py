@@ -7,6 +7,7 @@ held-out key, prompt or sentence occurs in it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 from collections import Counter
@@ -22,14 +23,19 @@ QUESTIONS = HERE / "heldout-questions.jsonl"
 PRONOUNS = HERE.parent / "src" / "promptai" / "bench" / "data" / "edge-pronouns.jsonl"
 N_QUESTIONS, PAIRS_PER_RULE, SEED = 200, 6, 2026
 MOST_OF_A_KIND = 5
+SHORT_DOCUMENTS, LONG_DOCUMENTS = 260_000, 20_000
 
 
 def reason_question(rng: random.Random) -> dict[str, Any]:
     """A held-out pronoun sentence as a chat question."""
     fill = pronouns.draw(rng, want_held_out=True)
     sentence, ask, answer, key = pronouns.question_on(fill, doer_side=rng.random() < 0.5)
-    return {"messages": [{"role": "user", "content": f"{sentence} {ask}"}], "answer": answer,
-            "kind": "pronoun_reason", "key": key}
+    return {
+        "messages": [{"role": "user", "content": f"{sentence} {ask}"}],
+        "answer": answer,
+        "kind": "pronoun_reason",
+        "key": key,
+    }
 
 
 def scene_question(rng: random.Random) -> dict[str, Any] | None:
@@ -68,39 +74,42 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
 
 
-def check(asked: list[dict[str, Any]], items: list[dict[str, str]], n_documents: int) -> int:
-    """Number of held-out keys, prompts or sentences found in the training stream."""
+def check(asked: list[dict[str, Any]], items: list[dict[str, str]]) -> tuple[int, int]:
+    """Held-out keys, prompts or sentences found in the training streams, and documents read."""
     prompts = {corpus.chat_document(item["messages"], []).text for item in asked}
     keys = {item["key"] for item in asked}
     sentences = {item["sentence"].replace("_", item[o]) for item in items for o in ("option1", "option2")}
-    found = 0
-    for number, document in enumerate(corpus.documents(corpus.TRAIN_SEED)):
-        if number >= n_documents:
-            break
+    found = read = 0
+    short = itertools.islice(corpus.documents(corpus.SHORT_SEED, corpus.SHORT), SHORT_DOCUMENTS)
+    longer = itertools.islice(corpus.documents(corpus.LONG_SEED, corpus.LONG), LONG_DOCUMENTS)
+    for document in itertools.chain(short, longer):
+        read += 1
         found += sum(key in keys or held_out(key) for key in document.keys)
-        text = document.text
-        cuts = [i for i in range(len(text)) if text.startswith(corpus.ROLE["assistant"], i)]
-        found += sum(text[:i] in prompts for i in cuts)
-        if not cuts:
-            found += sum(f"{part.strip()}." in sentences
-                         for part in text.removeprefix(corpus.BOS).removesuffix(corpus.END).split("."))
-    return found
+        turns = document.text.split(corpus.ROLE["assistant"])
+        heads = itertools.accumulate(turns[:-1], lambda a, b: a + corpus.ROLE["assistant"] + b)
+        found += sum(head in prompts for head in heads)
+        plain = document.text.removeprefix(corpus.BOS).removesuffix(corpus.END)
+        found += sum(f"{part.strip()}." in sentences for part in plain.split(".")) if len(turns) == 1 else 0
+    return found, read
 
 
 def main() -> None:
+    """Write both files, and check them if asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--documents", type=int, default=corpus.TRAIN_DOCUMENTS)
     args = parser.parse_args()
     asked = questions(SEED, N_QUESTIONS, MOST_OF_A_KIND)
     items = list(pronouns.items(random.Random(SEED), PAIRS_PER_RULE))
     write(QUESTIONS, [{k: v for k, v in item.items() if k != "key"} for item in asked])
     write(PRONOUNS, items)
     answers = Counter(item["answer"] for item in items)
-    print(f"{len(asked)} questions of {len({q['kind'] for q in asked})} kinds; {len(items)} pronoun items, {dict(answers)}")
+    kinds = {item["kind"] for item in asked}
+    print(
+        f"{len(asked)} questions of {len(kinds)} kinds; {len(items)} pronoun items, answers {dict(answers)}"
+    )
     if args.check:
-        found = check(asked, items, args.documents)
-        print(f"{found} held-out texts in {args.documents} training documents")
+        found, read = check(asked, items)
+        print(f"{found} held-out texts in {read} training documents")
         raise SystemExit(1 if found else 0)
 
 

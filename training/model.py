@@ -24,13 +24,14 @@ class Config:
     vocab: int = 2048
     layers: int = 6
     width: int = 192
-    heads: int = 3
+    heads: int = 6
     feed: int = 448
     rope_base: float = 10000.0
     eps: float = 1e-5
 
     @property
     def head_dim(self) -> int:
+        """Width of one head."""
         return self.width // self.heads
 
 
@@ -81,7 +82,9 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
-def attend(x: jax.Array, p: Params, bias: jax.Array, tables: tuple[jax.Array, jax.Array], cfg: Config) -> jax.Array:
+def attend(
+    x: jax.Array, p: Params, bias: jax.Array, tables: tuple[jax.Array, jax.Array], cfg: Config
+) -> jax.Array:
     """Multi-head causal attention within each packed document."""
     b, t, w = x.shape
     qkv = x.reshape(b * t, w) @ jnp.concatenate([p["q"], p["k"], p["v"]], axis=1)
@@ -90,7 +93,8 @@ def attend(x: jax.Array, p: Params, bias: jax.Array, tables: tuple[jax.Array, ja
     q, k, v = (part.transpose(0, 2, 1, 3) for part in (q * cfg.head_dim**-0.5, k, v))
     scores = jnp.einsum("bhqd,bhkd->bhqk", q, k) + bias
     mixed = jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(scores, axis=-1), v)
-    return (mixed.transpose(0, 2, 1, 3).reshape(b * t, w) @ p["o"]).reshape(b, t, w)
+    out: jax.Array = mixed.transpose(0, 2, 1, 3).reshape(b * t, w) @ p["o"]
+    return out.reshape(b, t, w)
 
 
 def feed(x: jax.Array, p: Params) -> jax.Array:
@@ -98,7 +102,8 @@ def feed(x: jax.Array, p: Params) -> jax.Array:
     b, t, w = x.shape
     both = x.reshape(b * t, w) @ jnp.concatenate([p["gate"], p["up"]], axis=1)
     gate, up = jnp.split(both, 2, axis=-1)
-    return ((jax.nn.silu(gate) * up) @ p["down"]).reshape(b, t, w)
+    out: jax.Array = (jax.nn.silu(gate) * up) @ p["down"]
+    return out.reshape(b, t, w)
 
 
 LAYER_KEYS = ("attn_norm", "ffn_norm", "q", "k", "v", "o", "gate", "up", "down")
@@ -116,7 +121,8 @@ def forward(params: Params, tokens: jax.Array, segments: jax.Array, cfg: Config)
         p = {key: params[key][i] for key in LAYER_KEYS}
         x = x + attend(rms(x, p["attn_norm"], cfg.eps), p, bias, tables, cfg)
         x = x + feed(rms(x, p["ffn_norm"], cfg.eps), p)
-    return rms(x, params["out_norm"], cfg.eps) @ params["embed"].T
+    logits: jax.Array = rms(x, params["out_norm"], cfg.eps) @ params["embed"].T
+    return logits
 
 
 def loss(params: Params, batch: dict[str, jax.Array], cfg: Config) -> jax.Array:

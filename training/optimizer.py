@@ -6,12 +6,14 @@ half the tokens that Adam needs, for a tenth more time a step.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+DECAY = 0.02
+Arrays = dict[str, jax.Array]
 State = dict[str, Any]
 
 
@@ -27,16 +29,23 @@ def orthogonal(m: jax.Array, steps: int = 5) -> jax.Array:
     return x if wide else jnp.swapaxes(x, -1, -2)
 
 
-def init(params: dict[str, jax.Array]) -> State:
+def init(params: Arrays) -> State:
     """Zero moments."""
     zeros = {key: jnp.zeros_like(value) for key, value in params.items()}
     second = {key: jnp.zeros_like(value) for key, value in params.items() if key not in MATRICES}
     return {"first": zeros, "second": second}
 
 
-def update(params: dict[str, jax.Array], grads: dict[str, jax.Array], state: State,
-           step: jax.Array, rate: jax.Array, muon_lr: float, adam_lr: float) -> tuple[dict[str, jax.Array], State]:
-    """One step; `rate` in 0..1 is the schedule, `step` counts from one."""
+class Pace(NamedTuple):
+    """The step, counted from one, and the two learning rates at this step."""
+
+    step: jax.Array
+    muon: jax.Array
+    adam: jax.Array
+
+
+def update(params: Arrays, grads: Arrays, state: State, pace: Pace) -> tuple[Arrays, State]:
+    """One step: new weights and new moments."""
     norm = jnp.sqrt(sum(jnp.sum(g * g) for g in grads.values()))
     clip = jnp.minimum(1.0, 1.0 / (norm + 1e-6))
     new, first, second = {}, {}, {}
@@ -46,11 +55,11 @@ def update(params: dict[str, jax.Array], grads: dict[str, jax.Array], state: Sta
             first[key] = 0.95 * state["first"][key] + g
             move = orthogonal(g + 0.95 * first[key])
             scale = max(1.0, value.shape[-1] / value.shape[-2]) ** 0.5
-            new[key] = value * (1.0 - rate * muon_lr * 0.02) - rate * muon_lr * scale * move
+            new[key] = value * (1.0 - pace.muon * DECAY) - pace.muon * scale * move
         else:
             g = g * clip
             first[key] = 0.9 * state["first"][key] + 0.1 * g
             second[key] = 0.98 * state["second"][key] + 0.02 * g * g
-            mean, var = first[key] / (1 - 0.9**step), second[key] / (1 - 0.98**step)
-            new[key] = value - rate * adam_lr * mean / (jnp.sqrt(var) + 1e-8)
+            mean, var = first[key] / (1 - 0.9**pace.step), second[key] / (1 - 0.98**pace.step)
+            new[key] = value - pace.adam * mean / (jnp.sqrt(var) + 1e-8)
     return new, {"first": first, "second": second}

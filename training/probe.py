@@ -10,12 +10,11 @@ import functools
 import random
 from collections import defaultdict
 
-import jax
-import numpy as np
-
 import corpus
+import jax
 import make_items
 import model
+import numpy as np
 import pronouns
 import tokenizer
 
@@ -24,6 +23,7 @@ SEED, LENGTH = 77, 256
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def log_probs(params: model.Params, tokens: jax.Array, cfg: model.Config) -> jax.Array:
+    """Log-probabilities of the next token everywhere."""
     return jax.nn.log_softmax(model.forward(params, tokens, jax.numpy.zeros_like(tokens), cfg))
 
 
@@ -61,9 +61,9 @@ def pronoun_items(params: model.Params, cfg: model.Config, n: int) -> list[bool]
     rows, starts = [], []
     for i in range(n):
         fill = pronouns.draw(rng, want_held_out=True)
-        _, rest = fill.resolved(i % 2 == 0)
+        _, rest = fill.resolved(doer_side=i % 2 == 0)
         for side in (i % 2 == 0, i % 2 == 1):
-            head = tok.encode(corpus.BOS + fill.resolved(side)[0], add_special_tokens=False).ids
+            head = tok.encode(corpus.BOS + fill.resolved(doer_side=side)[0], add_special_tokens=False).ids
             rows.append(head + tok.encode(rest, add_special_tokens=False).ids)
             starts.append(len(head))
     scores = []

@@ -16,7 +16,7 @@ from world import cap, held_out
 
 @dataclass(frozen=True)
 class Rule:
-    """`The doer VERB the other because the doer WAS_A.` or `... because the other WAS_B.`"""
+    """A verb, the reason that speaks of its doer, the one that speaks of the other, and a noun group."""
 
     verb: str
     doer_reason: str
@@ -25,12 +25,12 @@ class Rule:
 
 
 GROUPS = {
-    "box": "router switch modem gateway server firewall recorder controller".split(),
-    "power": "battery charger rectifier generator inverter panel turbine converter".split(),
-    "radio": "radio antenna repeater receiver beacon handset transmitter sensor".split(),
-    "body": "mast tower cabinet fence shelter wall pole bracket".split(),
-    "person": "engineer operator technician manager driver guard planner visitor".split(),
-    "program": "client scheduler backup monitor database agent service logger".split(),
+    "box": ["router", "switch", "modem", "gateway", "server", "firewall", "recorder", "controller"],
+    "power": ["battery", "charger", "rectifier", "generator", "inverter", "panel", "turbine", "converter"],
+    "radio": ["radio", "antenna", "repeater", "receiver", "beacon", "handset", "transmitter", "sensor"],
+    "body": ["mast", "tower", "cabinet", "fence", "shelter", "wall", "pole", "bracket"],
+    "person": ["engineer", "operator", "technician", "manager", "driver", "guard", "planner", "visitor"],
+    "program": ["client", "scheduler", "backup", "monitor", "database", "agent", "service", "logger"],
 }
 
 RULES = (
@@ -79,14 +79,16 @@ class Fill:
     opening: str
 
     def start(self) -> str:
+        """The sentence up to and including "because"."""
         return cap(f"{self.opening}the {self.doer} {self.rule.verb} the {self.other} because")
 
-    def resolved(self, doer_side: bool) -> tuple[str, str]:
+    def resolved(self, *, doer_side: bool) -> tuple[str, str]:
         """The text up to and including the noun, and the text after it."""
         noun = self.doer if doer_side else self.other
-        return f"{self.start()} the {noun}", f" {self.reason(doer_side)}."
+        return f"{self.start()} the {noun}", f" {self.reason(doer_side=doer_side)}."
 
-    def reason(self, doer_side: bool) -> str:
+    def reason(self, *, doer_side: bool) -> str:
+        """What is said of the doer or of the other."""
         return self.rule.doer_reason if doer_side else self.rule.other_reason
 
 
@@ -96,7 +98,7 @@ def pair_key(rule: Rule, a: str, b: str) -> str:
     return f"pronoun|{rule.verb}|{first}|{second}"
 
 
-def draw(rng: random.Random, want_held_out: bool) -> Fill:
+def draw(rng: random.Random, *, want_held_out: bool) -> Fill:
     """A random fill on the wanted side of the split."""
     while True:
         rule = rng.choice(RULES)
@@ -106,18 +108,23 @@ def draw(rng: random.Random, want_held_out: bool) -> Fill:
 
 
 def chat_question(rng: random.Random) -> tuple[str, str, str, str]:
-    """A pronoun sentence, a question on it, the answer, and the reason's side as a key part."""
+    """A trained pronoun sentence, a question on it, the answer, and the key."""
     fill = draw(rng, want_held_out=False)
     return question_on(fill, doer_side=rng.random() < 0.5)
 
 
-def question_on(fill: Fill, doer_side: bool) -> tuple[str, str, str, str]:
-    """Sentence with "it" or "they"-free pronoun, question, answer, key."""
+def question_on(fill: Fill, *, doer_side: bool) -> tuple[str, str, str, str]:
+    """Sentence with "it" or "this person", question, answer, key."""
     person = fill.rule.group == "person"
-    reason = fill.reason(doer_side)
+    reason = fill.reason(doer_side=doer_side)
     sentence = f"{fill.start()} {'this person' if person else 'it'} {reason}."
     answer = f"The {fill.doer if doer_side else fill.other}"
-    return sentence, f"{'Who' if person else 'What'} {reason}?", answer, pair_key(fill.rule, fill.doer, fill.other)
+    return (
+        sentence,
+        f"{'Who' if person else 'What'} {reason}?",
+        answer,
+        pair_key(fill.rule, fill.doer, fill.other),
+    )
 
 
 def items(rng: random.Random, per_rule: int) -> Iterator[dict[str, str]]:
@@ -136,7 +143,7 @@ def items(rng: random.Random, per_rule: int) -> Iterator[dict[str, str]]:
             for twin, doer_side in enumerate((True, False)):
                 yield {
                     "id": f"edge-pronouns-{number:03d}{'ab'[twin]}",
-                    "sentence": f"{fill.start()} _ {fill.reason(doer_side)}.",
+                    "sentence": f"{fill.start()} _ {fill.reason(doer_side=doer_side)}.",
                     "option1": options[0],
                     "option2": options[1],
                     "answer": "1" if doer_side != swapped else "2",

@@ -13,9 +13,8 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+from corpus import LONG, SHORT, SPECIALS, documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-from corpus import SPECIALS, documents
 from vocabulary import ALARMS, DAYS, PEOPLE, PLURAL, SINGULAR, SITES
 
 HERE = Path(__file__).resolve().parent
@@ -33,7 +32,7 @@ def load() -> Tokenizer:
 def sample() -> Iterator[str]:
     """Text to learn merges from."""
     rng = random.Random(3)
-    for document in itertools.islice(documents(seed=3), 6000):
+    for document in itertools.islice(documents(3, SHORT + LONG), 6000):
         text = document.text
         for special in SPECIALS:
             text = text.replace(special, "\n")
@@ -49,6 +48,7 @@ def sample() -> Iterator[str]:
 
 
 def main() -> None:
+    """Train and write."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()

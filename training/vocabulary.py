@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SITES = (
+
+def words(text: str) -> tuple[str, ...]:
+    """The words of a text; shorter to read and to write than a list of strings."""
+    return tuple(text.split())
+
+
+SITES = words(
     "Harbor Hill Lake Mill North South East West River Bridge Park Station Tower Market Castle Forest "
     "Valley Airport Garden Beach Church School Stadium Museum"
-).split()
-PEOPLE = "Anna Ben Clara David Emma Frank Grace Henry Iris Jack Karen Leo Maria Nina Oscar Paul".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-SINGULAR = "router switch modem server battery antenna radio camera pump rectifier gateway heater".split()
-PLURAL = "fans cables filters sensors doors lamps panels ports meters masts".split()
+)
+PEOPLE = words("Anna Ben Clara David Emma Frank Grace Henry Iris Jack Karen Leo Maria Nina Oscar Paul")
+DAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+SINGULAR = words("router switch modem server battery antenna radio camera pump rectifier gateway heater")
+PLURAL = words("fans cables filters sensors doors lamps panels ports meters masts")
 NUMBER_WORDS = ("None", "One", "Two", "Three", "Four")
 
 
@@ -66,7 +72,9 @@ ALARMS = (
     Alarm("DOOR", "open door", "Close the door", "warning", "door", "Water may get in"),
     Alarm("CPUH", "processor overload", "Move some traffic", "minor", "server", "Answers will be late"),
     Alarm("DISK", "full disk", "Delete old logs", "warning", "disk", "New logs will be lost"),
-    Alarm("CERT", "expired certificate", "Renew the certificate", "warning", "certificate", "Logins will fail"),
+    Alarm(
+        "CERT", "expired certificate", "Renew the certificate", "warning", "certificate", "Logins will fail"
+    ),
 )
 
 SYSTEMS = (

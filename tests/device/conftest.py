@@ -33,14 +33,15 @@ SwapTotal:        524288 kB
 SwapFree:         524000 kB
 HugePages_Total:       0
 """
-_PC_FLAGS = "fpu lm pni ssse3 fma avx f16c avx2 bmi2 avx512f avx512dq avx512cd avx512bw avx512vl avx512_vnni avx512vbmi"
+_PC_FLAGS = (
+    "fpu lm pni ssse3 fma avx f16c avx2 bmi2"
+    " avx512f avx512dq avx512cd avx512bw avx512vl avx512_vnni avx512vbmi"
+)
 
 
 @pytest.fixture
 def write_tree(tmp_path: Path) -> WriteTree:
-    """
-    Write files below a root: path without the leading slash → content.
-    """
+    """Write files below a root: path without the leading slash → content."""
 
     def write(files: dict[str, str]) -> Path:
         for name, content in files.items():
@@ -54,9 +55,7 @@ def write_tree(tmp_path: Path) -> WriteTree:
 
 @pytest.fixture
 def pi5(write_tree: WriteTree) -> Path:
-    """
-    A 4 GB Raspberry Pi 5 with swap, an old sysfs layout for the flags left out.
-    """
+    """A 4 GB Raspberry Pi 5 with swap, an old sysfs layout for the flags left out."""
     cpu = "sys/devices/system/cpu"
     files = {
         "proc/cpuinfo": "".join(_PI_CORE.format(number=n) for n in range(4)) + _PI_BOARD,
@@ -84,9 +83,7 @@ def pi5(write_tree: WriteTree) -> Path:
 
 @pytest.fixture
 def pod(pi5: Path, write_tree: WriteTree) -> Path:
-    """
-    A container on that Pi: the quota of 1.5 CPUs on itself, 1 GiB of memory on its parent.
-    """
+    """A container on that Pi: the quota of 1.5 CPUs on itself, 1 GiB of memory on its parent."""
     group = "sys/fs/cgroup/kubepods/pod1"
     assert pi5.exists()
     return write_tree(
@@ -106,9 +103,7 @@ def pod(pi5: Path, write_tree: WriteTree) -> Path:
 
 @pytest.fixture
 def pc(write_tree: WriteTree) -> Path:
-    """
-    An x86 machine with 4 cores of 2 SMT threads, numbered as Linux does: siblings are n and n + 4.
-    """
+    """An x86 machine with 4 cores of 2 SMT threads, numbered as Linux does: siblings are n and n + 4."""
     cpu = "sys/devices/system/cpu"
     files = {
         "proc/cpuinfo": "".join(

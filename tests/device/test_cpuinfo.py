@@ -2,41 +2,31 @@ from promptai.device.cpuinfo import architecture, model_name, parse_cpuinfo, sim
 
 
 def test_an_empty_file_says_nothing() -> None:
-    """
-    No processors, no features, no name that was made up.
-    """
+    """No processors, no features, no name that was made up."""
     assert parse_cpuinfo("") == []
     assert simd_features([]) == ()
     assert model_name([]) == "unknown"
 
 
 def test_a_core_without_its_part_number_has_no_name() -> None:
-    """
-    Half of the two numbers is not enough to look anything up.
-    """
+    """Half of the two numbers is not enough to look anything up."""
     assert model_name([{"processor": "0", "CPU implementer": "0x41"}]) == "unknown"
 
 
 def test_an_unknown_core_is_named_by_its_numbers() -> None:
-    """
-    A core newer than the table must still be told from others.
-    """
+    """A core newer than the table must still be told from others."""
     assert model_name([{"CPU implementer": "0x41", "CPU part": "0xfff"}]) == "ARM core 0x41/0xfff"
 
 
 def test_the_board_s_own_block_is_no_processor() -> None:
-    """
-    A Pi ends the file with its revision and serial number.
-    """
+    """A Pi ends the file with its revision and serial number."""
     text = "processor : 0\nFeatures : asimd\n\nRevision : c04170\nModel : Raspberry Pi 5\n"
 
     assert parse_cpuinfo(text) == [{"processor": "0", "Features": "asimd"}]
 
 
 def test_the_avx512_foundation_alone_is_not_avx512() -> None:
-    """
-    llama.cpp's AVX-512 code needs five subsets; a Xeon Phi has one.
-    """
+    """llama.cpp's AVX-512 code needs five subsets; a Xeon Phi has one."""
     names = simd_features([{"processor": "0", "flags": "lm avx avx2 avx512f"}])
 
     assert "AVX512" not in names
@@ -44,9 +34,7 @@ def test_the_avx512_foundation_alone_is_not_avx512() -> None:
 
 
 def test_only_what_all_cores_have_counts() -> None:
-    """
-    A thread may be moved to the core that lacks the instruction.
-    """
+    """A thread may be moved to the core that lacks the instruction."""
     big = {"processor": "4", "Features": "asimd asimddp i8mm"}
     little = {"processor": "0", "Features": "asimd asimddp"}
 
@@ -54,9 +42,7 @@ def test_only_what_all_cores_have_counts() -> None:
 
 
 def test_two_kinds_of_core_are_both_named() -> None:
-    """
-    Each kind once, however many there are.
-    """
+    """Each kind once, however many there are."""
     little = {"CPU implementer": "0x41", "CPU part": "0xd05"}
     big = {"CPU implementer": "0x41", "CPU part": "0xd0b"}
 
@@ -64,9 +50,7 @@ def test_two_kinds_of_core_are_both_named() -> None:
 
 
 def test_a_server_s_features_come_in_llama_cpp_s_names() -> None:
-    """
-    Every name that an engine may report on x86, in its order.
-    """
+    """Every name that an engine may report on x86, in its order."""
     flags = (
         "lm pni ssse3 avx avx_vnni avx2 f16c fma bmi2 avx512f avx512cd avx512vl avx512dq avx512bw"
         " avx512vbmi avx512_vnni avx512_bf16 amx_int8"
@@ -78,9 +62,7 @@ def test_a_server_s_features_come_in_llama_cpp_s_names() -> None:
 
 
 def test_architectures_are_told_apart_by_the_file_alone() -> None:
-    """
-    The machine that runs the test does not matter.
-    """
+    """The machine that runs the test does not matter."""
     assert architecture([{"flags": "lm"}]) == "x86_64"
     assert architecture([{"flags": "fpu"}]) == "i686"
     assert architecture([{"CPU implementer": "0x41", "Features": "fp asimd"}]) == "aarch64"

@@ -25,13 +25,12 @@ class Clock:
     now = 100.0
 
     def __call__(self) -> float:
+        """Tell the time."""
         return self.now
 
 
 def no_command(_argv: Sequence[str]) -> None:
-    """
-    A machine without vcgencmd.
-    """
+    """A machine without vcgencmd."""
 
 
 def package(write: WriteTree, energy_uj: int, number: int = 0) -> Path:
@@ -47,16 +46,12 @@ def package(write: WriteTree, energy_uj: int, number: int = 0) -> Path:
 
 
 def test_a_machine_without_any_source_has_none(tmp_path: Path) -> None:
-    """
-    No zeros where nothing is measured.
-    """
+    """No zeros where nothing is measured."""
     assert find_energy_source(tmp_path, no_command) is None
 
 
 def test_a_counter_that_may_not_be_read_is_no_source(write_tree: WriteTree) -> None:
-    """
-    Since 2020 the counters are root's; a folder in the file's place fails as surely, even for root.
-    """
+    """Since 2020 the counters are root's; a folder in the file's place fails as surely, even for root."""
     root = write_tree(
         {
             "sys/class/powercap/intel-rapl:0/name": "package-0",
@@ -77,23 +72,17 @@ def test_a_counter_that_may_not_be_read_is_no_source(write_tree: WriteTree) -> N
     ],
 )
 def test_an_answer_without_a_whole_rail_is_none(text: str) -> None:
-    """
-    A voltage alone is no power.
-    """
+    """A voltage alone is no power."""
     assert parse_pmic(text) is None
 
 
 def test_a_power_chip_that_falls_silent_is_none() -> None:
-    """
-    One missing answer is one missing value.
-    """
+    """One missing answer is one missing value."""
     assert PmicRails(no_command).read() is None
 
 
 def test_readings_too_close_together_are_refused(write_tree: WriteTree) -> None:
-    """
-    The counter moves once a millisecond; over two of them any figure is chance.
-    """
+    """The counter moves once a millisecond; over two of them any figure is chance."""
     clock = Clock()
     source = RaplPackage([package(write_tree, 1_000_000)], clock)
 
@@ -107,9 +96,7 @@ def test_readings_too_close_together_are_refused(write_tree: WriteTree) -> None:
 
 
 def test_a_counter_that_wraps_is_carried_over(write_tree: WriteTree) -> None:
-    """
-    The kernel says where the counter starts again.
-    """
+    """The kernel says where the counter starts again."""
     clock = Clock()
     source = RaplPackage([package(write_tree, 262_143_000_000)], clock)
 
@@ -120,9 +107,7 @@ def test_a_counter_that_wraps_is_carried_over(write_tree: WriteTree) -> None:
 
 
 def test_a_counter_that_falls_without_a_known_range_is_none(write_tree: WriteTree) -> None:
-    """
-    How much was used cannot be known.
-    """
+    """How much was used cannot be known."""
     clock = Clock()
     zone = package(write_tree, 500)
     (zone / "max_energy_range_uj").unlink()
@@ -135,9 +120,7 @@ def test_a_counter_that_falls_without_a_known_range_is_none(write_tree: WriteTre
 
 
 def test_a_counter_that_fails_once_is_none_until_there_are_two_again(write_tree: WriteTree) -> None:
-    """
-    A mean over an interval needs both its ends.
-    """
+    """A mean over an interval needs both its ends."""
     clock = Clock()
     zone = package(write_tree, 0)
     source = RaplPackage([zone], clock)
@@ -151,9 +134,7 @@ def test_a_counter_that_fails_once_is_none_until_there_are_two_again(write_tree:
 
 
 def test_packages_are_added_and_their_parts_are_not(write_tree: WriteTree) -> None:
-    """
-    Core, uncore and the platform are the same joules again.
-    """
+    """Core, uncore and the platform are the same joules again."""
     clock = Clock()
     parts = {"intel-rapl:0:0": "core", "intel-rapl:1:0": "dram", "intel-rapl:2": "psys"}
 
@@ -174,16 +155,12 @@ def test_packages_are_added_and_their_parts_are_not(write_tree: WriteTree) -> No
 
 
 def test_rails_with_both_values_are_added() -> None:
-    """
-    EXT5V and BATT have no current and stay out.
-    """
+    """EXT5V and BATT have no current and stay out."""
     assert parse_pmic(PMIC) == pytest.approx(3.7 * 0.1 + 3.3 * 0.2 + 0.88 * 2.5)
 
 
 def test_a_pi_5_gives_its_rails(pi5: Path) -> None:
-    """
-    Found by asking, and named for what it is.
-    """
+    """Found by asking, and named for what it is."""
     source = find_energy_source(pi5, lambda argv: PMIC if argv[1] == "pmic_read_adc" else None)
 
     assert source is not None

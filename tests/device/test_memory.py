@@ -12,25 +12,19 @@ KIB = 1024
 
 
 def test_a_machine_without_meminfo_is_an_error(tmp_path: Path) -> None:
-    """
-    Without the machine's memory there is nothing to advise on.
-    """
+    """Without the machine's memory there is nothing to advise on."""
     with pytest.raises(FileNotFoundError):
         read_memory(tmp_path)
 
 
 def test_a_meminfo_without_a_total_is_an_error(write_tree: WriteTree) -> None:
-    """
-    A total of 0 would be an invented answer.
-    """
+    """A total of 0 would be an invented answer."""
     with pytest.raises(ValueError, match="MemTotal"):
         read_memory(write_tree({"proc/meminfo": "MemFree: 1 kB\n"}))
 
 
 def test_a_cgroup_that_is_over_its_limit_leaves_nothing() -> None:
-    """
-    Never a negative number of bytes.
-    """
+    """Never a negative number of bytes."""
     facts = MemoryFacts(
         total_bytes=100,
         available_bytes=50,
@@ -44,18 +38,14 @@ def test_a_cgroup_that_is_over_its_limit_leaves_nothing() -> None:
 
 
 def test_an_old_kernel_without_memavailable_counts_free_memory_alone(write_tree: WriteTree) -> None:
-    """
-    Too little rather than too much.
-    """
+    """Too little rather than too much."""
     root = write_tree({"proc/meminfo": "MemTotal: 100 kB\nMemFree: 20 kB\nCached: 60 kB\n"})
 
     assert read_memory(root).available_bytes == 20 * KIB
 
 
 def test_a_pi_s_memory_is_read_in_bytes(pi5: Path) -> None:
-    """
-    /proc's "kB" are KiB.
-    """
+    """/proc's "kB" are KiB."""
     assert read_memory(pi5) == MemoryFacts(
         total_bytes=4129600 * KIB,
         available_bytes=3300000 * KIB,
@@ -65,16 +55,12 @@ def test_a_pi_s_memory_is_read_in_bytes(pi5: Path) -> None:
 
 
 def test_without_a_limit_a_new_process_may_take_what_is_available(pi5: Path) -> None:
-    """
-    No cgroup, no other bound.
-    """
+    """No cgroup, no other bound."""
     assert read_memory(pi5).available_for_new_process() == 3300000 * KIB
 
 
 def test_the_limit_of_an_ancestor_holds(pod: Path) -> None:
-    """
-    The page cache that the kernel would drop first does not count as used.
-    """
+    """The page cache that the kernel would drop first does not count as used."""
     facts = read_memory(pod)
 
     assert (facts.limit_bytes, facts.limit_used_bytes) == (1 << 30, 400_000_000)
@@ -82,9 +68,7 @@ def test_the_limit_of_an_ancestor_holds(pod: Path) -> None:
 
 
 def test_the_group_with_the_least_left_is_the_limit(pod: Path, write_tree: WriteTree) -> None:
-    """
-    The smallest limit is not always the nearest.
-    """
+    """The smallest limit is not always the nearest."""
     write_tree({"sys/fs/cgroup/kubepods/pod1/engine/memory.max": "1000000000\n"})
 
     facts = read_memory(pod)
@@ -94,9 +78,7 @@ def test_the_group_with_the_least_left_is_the_limit(pod: Path, write_tree: Write
 
 
 def test_a_version_1_limit_is_read(pi5: Path, write_tree: WriteTree) -> None:
-    """
-    Version 1 has other names for the same facts.
-    """
+    """Version 1 has other names for the same facts."""
     group = "sys/fs/cgroup/memory"
     write_tree(
         {
@@ -113,9 +95,7 @@ def test_a_version_1_limit_is_read(pi5: Path, write_tree: WriteTree) -> None:
 
 
 def test_a_limit_beyond_the_machine_is_no_limit(pi5: Path, write_tree: WriteTree) -> None:
-    """
-    Version 1 writes "unlimited" as the largest number it has.
-    """
+    """Version 1 writes "unlimited" as the largest number it has."""
     write_tree(
         {
             "proc/self/cgroup": "4:memory:/\n",
@@ -128,23 +108,17 @@ def test_a_limit_beyond_the_machine_is_no_limit(pi5: Path, write_tree: WriteTree
 
 
 def test_counts_are_not_taken_for_bytes() -> None:
-    """
-    HugePages_Total has no unit: it is a number of pages.
-    """
+    """HugePages_Total has no unit: it is a number of pages."""
     assert parse_meminfo(b"MemTotal: 8 kB\nHugePages_Total: 5\n") == {"MemTotal": 8 * KIB}
 
 
 def test_a_process_that_never_was_is_none(tmp_path: Path) -> None:
-    """
-    No process, no zeros.
-    """
+    """No process, no zeros."""
     assert read_process_tree(4242, tmp_path) is None
 
 
 def test_one_process_is_read_in_under_two_milliseconds() -> None:
-    """
-    The best of several, because this machine has other things to do.
-    """
+    """The best of several, because this machine has other things to do."""
 
     def once() -> float:
         begin = time.perf_counter()

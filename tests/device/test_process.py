@@ -26,7 +26,7 @@ class FakeProc:
         self._write = write
         self.root = write({"proc/uptime": "1 1\n"})
 
-    def put(  # noqa: PLR0913
+    def put(
         self,
         pid: int,
         *,
@@ -39,20 +39,18 @@ class FakeProc:
         ticks: int = 0,
         state: str = "S",
     ) -> None:
+        """Write what /proc says of one process; ``children=None`` is a kernel without such files."""
         name = f"proc/{pid}"
-        zeros = "0 " * 30
-        self._write(
-            {
-                f"{name}/stat": f"{pid} (a (b) c) {state} {parent} 1 1 0 -1 4 9 0 {faults} 0 {ticks} 0 {zeros}\n",
-                f"{name}/status": f"Name:\tx\nVmRSS:\t 99 kB\nRssAnon:\t {anon_kib} kB\nRssFile:\t {file_kib} kB\n"
-                "RssShmem:\t       3 kB\nVmSwap:\t       2 kB\n",
-            }
-        )
+        stat = f"{pid} (a (b) c) {state} {parent} 1 1 0 -1 4 9 0 {faults} 0 {ticks} 0 0 0 20 0\n"
+        sizes = {"VmRSS": 99, "RssAnon": anon_kib, "RssFile": file_kib, "RssShmem": 3, "VmSwap": 2}
+        status = "Name:\tx\n" + "".join(f"{key}:\t{kib:8} kB\n" for key, kib in sizes.items())
+        self._write({f"{name}/stat": stat, f"{name}/status": status})
         if children is not None:
             self._write({f"{name}/task/{pid}/children": children})
             self._write({f"{name}/task/{pid + 1000}/children": thread_children})
 
     def kill(self, pid: int) -> None:
+        """Remove a process, also for those who have its files open."""
         # An open file of a dead process fails to be read; an emptied one is as unreadable.
         (self.root / f"proc/{pid}/stat").write_text("")
         shutil.rmtree(self.root / f"proc/{pid}")
@@ -60,17 +58,13 @@ class FakeProc:
 
 @pytest.fixture
 def proc(write_tree: WriteTree) -> FakeProc:
-    """
-    An empty /proc.
-    """
+    """An empty /proc."""
     return FakeProc(write_tree)
 
 
 @pytest.fixture
 def engine(proc: FakeProc) -> Iterator[ProcessTree]:
-    """
-    Process 10 with the child 11, watched.
-    """
+    """Process 10 with the child 11, watched."""
     proc.put(10, children="11 ", anon_kib=100, file_kib=1000, faults=5, ticks=200)
     proc.put(11, parent=10, anon_kib=50, ticks=30)
     tree = ProcessTree(10, proc.root)
@@ -79,9 +73,7 @@ def engine(proc: FakeProc) -> Iterator[ProcessTree]:
 
 
 def test_a_tree_without_its_first_process_is_none_for_ever(proc: FakeProc, engine: ProcessTree) -> None:
-    """
-    A number that is given away again belongs to a stranger.
-    """
+    """A number that is given away again belongs to a stranger."""
     assert engine.read() is not None
     proc.kill(10)
     assert engine.read() is None
@@ -92,18 +84,14 @@ def test_a_tree_without_its_first_process_is_none_for_ever(proc: FakeProc, engin
 
 
 def test_a_zombie_is_gone(proc: FakeProc, engine: ProcessTree) -> None:
-    """
-    An engine that ended and was not waited for still has an entry, but no memory.
-    """
+    """An engine that ended and was not waited for still has an entry, but no memory."""
     proc.put(10, state="Z")
 
     assert engine.read() is None
 
 
 def test_a_child_that_vanishes_is_left_out(proc: FakeProc, engine: ProcessTree) -> None:
-    """
-    It is still in its parent's list when it is already gone.
-    """
+    """It is still in its parent's list when it is already gone."""
     proc.kill(11)
 
     reading = engine.read()
@@ -114,9 +102,7 @@ def test_a_child_that_vanishes_is_left_out(proc: FakeProc, engine: ProcessTree) 
 
 
 def test_what_an_ended_child_used_stays_in_the_totals(proc: FakeProc, engine: ProcessTree) -> None:
-    """
-    CPU time and faults never fall, or a rate would be negative.
-    """
+    """CPU time and faults never fall, or a rate would be negative."""
     proc.put(11, parent=10, ticks=40, faults=2)
     before = engine.read()
     proc.kill(11)
@@ -129,9 +115,7 @@ def test_what_an_ended_child_used_stays_in_the_totals(proc: FakeProc, engine: Pr
 
 
 def test_memory_is_added_up_over_the_tree(engine: ProcessTree) -> None:
-    """
-    Each kind by itself.
-    """
+    """Each kind by itself."""
     reading = engine.read()
 
     assert reading is not None
@@ -146,9 +130,7 @@ def test_memory_is_added_up_over_the_tree(engine: ProcessTree) -> None:
 
 
 def test_a_child_of_another_thread_is_found(proc: FakeProc) -> None:
-    """
-    The kernel lists a child with the thread that forked it, not with the process.
-    """
+    """The kernel lists a child with the thread that forked it, not with the process."""
     proc.put(10, thread_children="11", anon_kib=1)
     proc.put(11, parent=10, children="12", anon_kib=1)
     proc.put(12, parent=11, anon_kib=1)
@@ -162,9 +144,7 @@ def test_a_child_of_another_thread_is_found(proc: FakeProc) -> None:
 
 
 def test_a_child_born_later_is_found(proc: FakeProc, engine: ProcessTree) -> None:
-    """
-    An engine may start its workers after it is watched.
-    """
+    """An engine may start its workers after it is watched."""
     engine.read()
     proc.put(10, children="11 12 ")
     proc.put(12, parent=10, anon_kib=8)
@@ -176,9 +156,7 @@ def test_a_child_born_later_is_found(proc: FakeProc, engine: ProcessTree) -> Non
 
 
 def test_without_children_files_the_parents_are_asked(proc: FakeProc) -> None:
-    """
-    A kernel without CONFIG_PROC_CHILDREN needs a look at every process.
-    """
+    """A kernel without CONFIG_PROC_CHILDREN needs a look at every process."""
     proc.put(10, children=None, anon_kib=1)
     proc.put(11, parent=10, children=None, anon_kib=1)
     proc.put(12, parent=1, children=None, anon_kib=1)
@@ -192,9 +170,7 @@ def test_without_children_files_the_parents_are_asked(proc: FakeProc) -> None:
 
 
 def test_a_program_s_name_may_hold_parentheses() -> None:
-    """
-    The name in /proc/PID/stat is free text.
-    """
+    """The name in /proc/PID/stat is free text."""
     line = b"7 (a) R (b) S 3 0 0 0 0 0 1 2 44 5 60 7 8 9"
 
     stat = parse_process_stat(line)
@@ -205,23 +181,17 @@ def test_a_program_s_name_may_hold_parentheses() -> None:
 
 @pytest.mark.parametrize("line", [b"", b"7 (a) S", b"7 (a) S x 0 0 0 0 0 0 0 0 0 0 0"])
 def test_a_cut_stat_line_is_none(line: bytes) -> None:
-    """
-    A process may end while its line is being written.
-    """
+    """A process may end while its line is being written."""
     assert parse_process_stat(line) is None
 
 
 def test_a_zombie_s_status_has_no_memory() -> None:
-    """
-    The lines are missing, not zero.
-    """
+    """The lines are missing, not zero."""
     assert parse_process_status(b"Name:\tx\nState:\tZ (zombie)\n") == {}
 
 
 def test_a_real_child_s_memory_is_seen() -> None:
-    """
-    The real /proc: 40 MB that a child fills show up as anonymous memory of this process's tree.
-    """
+    """The real /proc: 40 MB that a child fills show up as anonymous memory of this process's tree."""
     code = "x = bytearray(40_000_000); print(flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE

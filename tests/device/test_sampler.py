@@ -17,13 +17,12 @@ class Clock:
     now = 1000.0
 
     def __call__(self) -> float:
+        """Tell the time."""
         return self.now
 
 
 def no_command(_argv: Sequence[str]) -> None:
-    """
-    A machine without vcgencmd.
-    """
+    """A machine without vcgencmd."""
 
 
 def put_engine(write: WriteTree, *, ticks: int, faults: int = 0) -> None:
@@ -37,9 +36,7 @@ def put_engine(write: WriteTree, *, ticks: int, faults: int = 0) -> None:
 
 
 def test_a_bare_machine_s_sample_holds_no_zeros(tmp_path: Path) -> None:
-    """
-    Everything that is not there is null in the file.
-    """
+    """Everything that is not there is null in the file."""
     clock = Clock()
     sampler = Sampler(tmp_path, no_command, clock, frozenset({0}))
     sampler.sample()
@@ -52,9 +49,7 @@ def test_a_bare_machine_s_sample_holds_no_zeros(tmp_path: Path) -> None:
 
 
 def test_the_first_sample_has_no_rates(pi5: Path) -> None:
-    """
-    A rate needs two looks.
-    """
+    """A rate needs two looks."""
     sample = Sampler(pi5, no_command, Clock(), frozenset(range(4))).sample()
 
     assert sample.cpu_percent is None
@@ -63,9 +58,7 @@ def test_the_first_sample_has_no_rates(pi5: Path) -> None:
 
 
 def test_an_engine_that_ended_leaves_nothing_behind(pi5: Path, write_tree: WriteTree) -> None:
-    """
-    Not its last values, which would go on for ever.
-    """
+    """Not its last values, which would go on for ever."""
     put_engine(write_tree, ticks=0)
     sampler = Sampler(pi5, no_command, Clock(), frozenset(range(4)))
     sampler.watch(77)
@@ -78,10 +71,15 @@ def test_an_engine_that_ended_leaves_nothing_behind(pi5: Path, write_tree: Write
     assert (sample.engine_anon_bytes, sample.engine_rss_bytes, sample.major_faults) == (None, None, None)
 
 
+def test_times_count_from_the_origin(pi5: Path) -> None:
+    """A run that was resumed after a reboot goes on with its own clock."""
+    sampler = Sampler(pi5, no_command, Clock(), frozenset({0}), origin=-250.5)
+
+    assert sampler.sample().t == 1250.5
+
+
 def test_a_process_that_is_not_there_is_not_watched(pi5: Path) -> None:
-    """
-    The engine may end before anybody watches it.
-    """
+    """The engine may end before anybody watches it."""
     sampler = Sampler(pi5, no_command, Clock(), frozenset(range(4)))
 
     sampler.watch(77)
@@ -91,9 +89,7 @@ def test_a_process_that_is_not_there_is_not_watched(pi5: Path) -> None:
 
 
 def test_an_engine_s_share_is_of_all_usable_cores(pi5: Path, write_tree: WriteTree) -> None:
-    """
-    Two of four cores busy for two seconds are 50, not 200; what it used before it was watched is not counted.
-    """
+    """Two of four cores busy are 50, not 200; what it used before it was watched is not counted."""
     clock = Clock()
     put_engine(write_tree, ticks=5000)
     sampler = Sampler(pi5, no_command, clock, frozenset(range(4)))
@@ -108,9 +104,7 @@ def test_an_engine_s_share_is_of_all_usable_cores(pi5: Path, write_tree: WriteTr
 
 
 def test_a_sample_right_after_the_watch_has_no_share(pi5: Path, write_tree: WriteTree) -> None:
-    """
-    Over less than a tick the share would be 0 or hundreds; the next sample counts from the watch.
-    """
+    """Over less than a tick the share would be 0 or hundreds; the next sample counts from the watch."""
     clock = Clock()
     put_engine(write_tree, ticks=0)
     sampler = Sampler(pi5, no_command, clock, frozenset(range(4)))
@@ -125,9 +119,7 @@ def test_a_sample_right_after_the_watch_has_no_share(pi5: Path, write_tree: Writ
 
 
 def test_watching_another_engine_starts_its_count_anew(pi5: Path, write_tree: WriteTree) -> None:
-    """
-    The difference between two engines' CPU times means nothing.
-    """
+    """The difference between two engines' CPU times means nothing."""
     clock = Clock()
     put_engine(write_tree, ticks=9000)
     sampler = Sampler(pi5, no_command, clock, frozenset(range(4)))
@@ -143,9 +135,7 @@ def test_watching_another_engine_starts_its_count_anew(pi5: Path, write_tree: Wr
 
 
 def test_a_pi_5_s_sample_is_complete(pi5: Path, write_tree: WriteTree) -> None:
-    """
-    Every field of the file, on the board that it was made for.
-    """
+    """Every field of the file, on the board that it was made for."""
     answers = {
         "get_throttled": "throttled=0x20002\n",
         "pmic_read_adc": "VDD_CORE_A current(7)=2.0A\nVDD_CORE_V volt(15)=0.9V\n",

@@ -16,9 +16,7 @@ intr 5 cpu7
 
 
 def test_a_bare_machine_says_nothing(tmp_path: Path) -> None:
-    """
-    Every gauge is None, none is 0.
-    """
+    """Every gauge is None, none is 0."""
     machine = Machine(tmp_path, {0})
 
     assert machine.cpu_percent() is None
@@ -30,41 +28,31 @@ def test_a_bare_machine_says_nothing(tmp_path: Path) -> None:
 
 
 def test_cpus_that_are_not_ours_are_not_counted() -> None:
-    """
-    Idle and iowait are rest, steal is work.
-    """
+    """Idle and iowait are rest, steal is work."""
     assert parse_cpu_times(STAT, frozenset({0})) == CpuTimes(busy=150, total=1000)
     assert parse_cpu_times(STAT, frozenset({0, 1})) == CpuTimes(busy=350, total=2000)
 
 
 def test_cpus_that_are_not_listed_are_none() -> None:
-    """
-    An offline CPU is not an idle one.
-    """
+    """An offline CPU is not an idle one."""
     assert parse_cpu_times(STAT, frozenset({7})) is None
 
 
 @pytest.mark.parametrize("text", [b"", b"full avg10=1.0 avg60=0\n", b"some\n", b"some avg10=x total=0\n"])
 def test_a_pressure_file_without_its_figure_is_none(text: bytes) -> None:
-    """
-    PSI that is switched off reads as nothing.
-    """
+    """PSI that is switched off reads as nothing."""
     assert parse_pressure(text) is None
 
 
 def test_pressure_is_the_ten_second_share_of_some() -> None:
-    """
-    "some", not "full": one waiting thread already slows a model.
-    """
+    """It is "some", not "full": one waiting thread already slows a model."""
     text = b"some avg10=12.34 avg60=1.00 avg300=0.10 total=5\nfull avg10=9.00 avg60=0 avg300=0 total=0\n"
 
     assert parse_pressure(text) == 12.34
 
 
 def test_time_that_runs_backwards_is_no_negative_load(pi5: Path, write_tree: WriteTree) -> None:
-    """
-    The kernel's iowait may fall.
-    """
+    """The kernel's iowait may fall."""
     machine = Machine(pi5, {0})
     write_tree({"proc/stat": "cpu0 100 0 0 100 500\n"})
     machine.cpu_percent()
@@ -74,9 +62,7 @@ def test_time_that_runs_backwards_is_no_negative_load(pi5: Path, write_tree: Wri
 
 
 def test_no_tick_between_two_looks_is_none(pi5: Path) -> None:
-    """
-    No time has passed, so there is no rate.
-    """
+    """No time has passed, so there is no rate."""
     machine = Machine(pi5, range(4))
     machine.cpu_percent()
 
@@ -84,9 +70,7 @@ def test_no_tick_between_two_looks_is_none(pi5: Path) -> None:
 
 
 def test_load_is_the_share_of_all_usable_cores(pi5: Path, write_tree: WriteTree) -> None:
-    """
-    One of two usable cores busy for the whole time is 50, whatever the others do.
-    """
+    """One of two usable cores busy for the whole time is 50, whatever the others do."""
     machine = Machine(pi5, {2, 3})
     machine.cpu_percent()
     write_tree({"proc/stat": "cpu 0\ncpu0 900 0 10 890\ncpu2 200 0 10 890\ncpu3 100 0 10 990\n"})
@@ -95,9 +79,7 @@ def test_load_is_the_share_of_all_usable_cores(pi5: Path, write_tree: WriteTree)
 
 
 def test_a_machine_without_swap_has_no_swap_in_use(write_tree: WriteTree) -> None:
-    """
-    None, not 0: there is nothing that could be used.
-    """
+    """None, not 0: there is nothing that could be used."""
     root = write_tree(
         {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 5 kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\n"}
     )
@@ -106,9 +88,7 @@ def test_a_machine_without_swap_has_no_swap_in_use(write_tree: WriteTree) -> Non
 
 
 def test_a_sensor_beside_the_processor_is_not_its_temperature(write_tree: WriteTree) -> None:
-    """
-    "acpitz" often never moves; the processor's own monitor is found instead.
-    """
+    """The zone "acpitz" often never moves; the processor's own monitor is found instead."""
     root = write_tree(
         {
             "sys/class/thermal/thermal_zone0/type": "acpitz\n",
@@ -124,9 +104,7 @@ def test_a_sensor_beside_the_processor_is_not_its_temperature(write_tree: WriteT
 
 
 def test_a_pi_s_gauges_are_read(pi5: Path) -> None:
-    """
-    In the units that the samples promise.
-    """
+    """In the units that the samples promise."""
     machine = Machine(pi5, range(4))
 
     assert machine.memory() == (3300000 * 1024, 288 * 1024)
@@ -136,9 +114,7 @@ def test_a_pi_s_gauges_are_read(pi5: Path) -> None:
 
 
 def test_the_clock_is_the_mean_of_the_usable_cpus(pi5: Path, write_tree: WriteTree) -> None:
-    """
-    A core that is not ours does not count.
-    """
+    """A core that is not ours does not count."""
     write_tree({"sys/devices/system/cpu/cpu3/cpufreq/scaling_cur_freq": "2400000\n"})
 
     assert Machine(pi5, {2, 3}).cpu_mhz() == 1950.0

@@ -85,6 +85,8 @@ class WorkloadFacts(msgspec.Struct, frozen=True):
 
     Attributes:
         sha256: Fingerprint of the whole workload; ``selected`` are the ids that were played.
+        turns: User turns of the selected conversations: requests of one pass.
+        selection: How they were selected, in words.
     """
 
     name: str
@@ -93,6 +95,7 @@ class WorkloadFacts(msgspec.Struct, frozen=True):
     sha256: str
     total: int
     selected: tuple[str, ...]
+    turns: int
     selection: str
 
 
@@ -138,6 +141,7 @@ def describe_workload(workload: Workload, selected: list[Conversation], selectio
         sha256=workload.sha256,
         total=len(workload.conversations),
         selected=tuple(conversation.id for conversation in selected),
+        turns=sum(conversation.user_turns for conversation in selected),
         selection=selection,
     )
 

@@ -25,7 +25,7 @@ from promptai.bench.arrivals import start_offsets
 from promptai.bench.client import Played, TurnClient
 from promptai.bench.events import Cost, Opened
 from promptai.bench.manifest import Manifest, TargetFacts
-from promptai.bench.plan import Protocol, Rates, Stage, conversation_seconds, plan_stages
+from promptai.bench.plan import Protocol, Rates, Stage, plan_stages
 from promptai.bench.recorder import Recorder
 from promptai.bench.target import OpenTarget, open_target
 from promptai.bench.trace import Key
@@ -98,6 +98,15 @@ class Runner:
         stages = plan_stages(names, list(self._conversations), self._protocol)
         return [stage for stage in stages if any(self._pending(stage, id_) for id_ in stage.conversations)]
 
+    def pending(self) -> list[Key]:
+        """Every request that is still to be made, in order."""
+        return [
+            self._key(stage, id_, turn)
+            for stage in self.remaining()
+            for id_ in stage.conversations
+            for turn in self._pending(stage, id_)
+        ]
+
     async def run(self) -> None:
         """
         Play what remains.
@@ -152,14 +161,18 @@ class Runner:
         generator = Random(f"{self._protocol.seed}/{stage.target}/{stage.cache}/{stage.repeat}/{pending[0]}")  # noqa: S311
         offsets = start_offsets(self._protocol.arrivals, len(pending), generator)
         begin = client.now()
-        async with asyncio.TaskGroup() as group:
-            if offsets is None:
-                queue = iter(pending)
-                for _ in range(self._protocol.concurrency):
-                    group.create_task(self._worker(stage, queue, client, opened))
-            else:
-                for id_, offset in zip(pending, offsets, strict=True):
-                    group.create_task(self._arrival(stage, id_, begin + offset, client, opened))
+        try:
+            async with asyncio.TaskGroup() as group:
+                if offsets is None:
+                    queue = iter(pending)
+                    for _ in range(self._protocol.concurrency):
+                        group.create_task(self._worker(stage, queue, client, opened))
+                else:
+                    for id_, offset in zip(pending, offsets, strict=True):
+                        group.create_task(self._arrival(stage, id_, begin + offset, client, opened))
+        except BaseExceptionGroup as errors:
+            # One engine, one cause: the first error tells it, the others are its echo.
+            raise errors.exceptions[0] from None
 
     async def _worker(self, stage: Stage, queue: Iterator[str], client: TurnClient, opened: OpenTarget) -> None:
         for id_ in queue:
@@ -252,15 +265,3 @@ async def warm_up(client: TurnClient, *, answer_tokens: float) -> tuple[Rates, f
         ),
         trace.t_end - trace.t_sent,
     )
-
-
-def run_seconds(stages: Sequence[Stage], conversations: dict[str, Conversation], rates: dict[str, Rates]) -> float:
-    """Estimated seconds of ``stages``; targets without known rates count as the mean of the others."""
-    known = [
-        conversation_seconds(conversations[id_], stage.cache, rates[stage.target])
-        for stage in stages
-        if stage.target in rates
-        for id_ in stage.conversations
-    ]
-    unknown = sum(len(stage.conversations) for stage in stages if stage.target not in rates)
-    return sum(known) * (1 + unknown / len(known)) if known else 0.0

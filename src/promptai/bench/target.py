@@ -19,7 +19,7 @@ from promptai.engine.client import EngineClient
 from promptai.engine.flags import EngineFlags
 from promptai.engine.launch import RunningEngine, free_port
 from promptai.engine.locate import EngineBinary
-from promptai.errors import EngineDiedError, EngineRefusedError, ModelTooLargeError, SettingsError
+from promptai.errors import EngineDiedError, EngineRefusedError, ModelError, ModelTooLargeError, SettingsError
 from promptai.models.gguf import GgufHeader, read_header
 
 _GIB = 1024**3
@@ -122,11 +122,6 @@ def describe_model(
     return TargetFacts(name=name, model=model, engine=facts)
 
 
-def checked_header(path: Path) -> GgufHeader:
-    """The header of a model that can be loaded; raises ``ModelError`` otherwise."""
-    return read_header(path)
-
-
 def check_fits(header: GgufHeader, context: int, available_bytes: int) -> None:
     """
     Refuse a model whose weights and KV cache alone exceed the memory that is left.
@@ -144,6 +139,21 @@ def check_fits(header: GgufHeader, context: int, available_bytes: int) -> None:
             f"KV cache {kv_bytes / _GIB:.2f} for {context} tokens), {available_bytes / _GIB:.2f} GiB are available",
             hint="use a smaller model, a smaller quantisation or a smaller --context",
         )
+
+
+def verify_unchanged(facts: TargetFacts, progress: Callable[[int], None] | None = None) -> None:
+    """
+    Refuse to go on with a model file that is no longer the one that was measured.
+
+    Raises:
+        ModelError: It has gone, or changed.
+    """
+    if facts.model is None:
+        return
+    path = Path(facts.model.path)
+    read_header(path)
+    if sha256_of(path, progress) != facts.model.sha256:
+        raise ModelError(f"model {path} has changed since the run began", hint="start a new run instead of --resume")
 
 
 def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:

@@ -25,8 +25,8 @@ from promptai.device.procfs import PinnedFile
 
 _HERE = Path("/")
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-#: Without CONFIG_PROC_CHILDREN every process of the machine has to be asked for
-#: its parent: 150 processes cost about 4 ms on a small board, too much for each second.
+#: Without CONFIG_PROC_CHILDREN every process of the machine has to be asked for its parent:
+#: 1.5 ms for 72 of them on a 2.4 GHz x86 core, seven times the rest, so not at every read.
 _READS_PER_SCAN = 5
 _DEAD_STATES = b"ZXx"
 
@@ -102,7 +102,8 @@ class ProcessTree:
     """
     A process and its descendants, read again and again.
 
-    One read of one process with 20 threads takes 0.2 ms on a 2.4 GHz x86 core.
+    One read takes 0.05 ms for a process with one thread and 0.2 ms with 21, on a
+    2.4 GHz x86 core.
     Close it when done: it holds two files per member.
     """
 

@@ -20,8 +20,8 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     ``None`` while nothing is watched or once the watched process has ended.
 
     Attributes:
-        t: Seconds of CLOCK_MONOTONIC (``time.monotonic()`` on Linux): comparable between processes, until the
-            machine is started again.
+        t: Seconds since the recording's origin on CLOCK_MONOTONIC (``time.monotonic()`` on Linux), by default
+            the clock's own 0. The clock is shared by all processes, until the machine is started again.
         cpu_percent: Busy share of *all* usable cores, 0-100, whoever used them. Idle and iowait are not busy,
             steal is (as in top). ``None`` in the first sample.
         engine_cpu_percent: The engine's share of all usable cores, 0-100; all of four cores are 100, not 400.

@@ -35,6 +35,7 @@ class Sampler:
         run: Runs ``vcgencmd``.
         clock: Monotonic seconds.
         cpus: The CPUs that count as usable; ``None`` asks the kernel.
+        origin: The second of ``clock`` at which ``Sample.t`` is 0.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class Sampler:
         run: RunCommand = run_command,
         clock: Callable[[], float] = time.monotonic,
         cpus: frozenset[int] | None = None,
+        *,
+        origin: float = 0.0,
     ) -> None:
-        self._root, self._clock = root, clock
+        self._root, self._clock, self._origin = root, clock, origin
         usable = cpus if cpus is not None else frozenset(os.sched_getaffinity(0))
         self._cpu_count = max(1, len(usable))
         self._machine = Machine(root, usable)
@@ -75,7 +78,7 @@ class Sampler:
 
     def sample(self) -> Sample:
         """Look at everything once, now."""
-        t = self._clock()
+        t = self._clock() - self._origin
         cpu_percent = self._machine.cpu_percent()
         engine, engine_percent = self._read_engine()
         available, swap_used = self._machine.memory()

@@ -32,7 +32,7 @@ from promptai.errors import RunError
 
 __all__ = ["Sample", "Telemetry", "TelemetryCost", "read_samples"]
 
-#: An interpreter starts in 0.1 s on a PC, 0.4 s on a busy Pi with a cold SD card in several.
+#: The sampler starts in 0.1 s on a PC; from a cold SD card under load it may take seconds.
 _START_TIMEOUT_S = 30.0
 #: The sampler may be waiting 2 s for each of two firmware answers when it is told to stop.
 _STOP_TIMEOUT_S = 6.0
@@ -75,14 +75,16 @@ class Telemetry:
         self.cost: TelemetryCost | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, path: Path, interval_s: float = 1.0) -> Self:
+    def start(self, path: Path, interval_s: float = 1.0, *, origin: float = 0.0) -> Self:
         """
         Start sampling into ``path``; returns when the sampler is running.
 
         Args:
             path: Appended to; an existing file is continued.
-            interval_s: Seconds between samples. 1 s costs under 1 % of a core; a Pi 5's power chip alone
-                takes 0.1 s to answer.
+            interval_s: Seconds between samples, at least 0.02. A Pi 5's power chip takes 0.1 s to answer, so
+                below about 0.2 s its samples are late.
+            origin: The second of ``time.monotonic()`` that is 0 in the samples; lets a run that was resumed,
+                perhaps after a reboot, go on with its own clock.
 
         Raises:
             RunError: The file cannot be written, or the sampler does not start.
@@ -91,7 +93,7 @@ class Telemetry:
             raise RuntimeError("this telemetry was started before")
         ready, started = os.pipe()
         try:
-            self._process = _spawn(path, interval_s, started)
+            self._process = _spawn(path, interval_s, origin, started)
         finally:
             os.close(started)
         try:
@@ -163,7 +165,7 @@ def read_samples(path: Path) -> list[Sample]:
     return samples
 
 
-def _spawn(path: Path, interval_s: float, started: int) -> "subprocess.Popen[bytes]":
+def _spawn(path: Path, interval_s: float, origin: float, started: int) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(  # noqa: S603 - our own interpreter and module
         [
             sys.executable,
@@ -172,6 +174,8 @@ def _spawn(path: Path, interval_s: float, started: int) -> "subprocess.Popen[byt
             *("-m", "promptai.device.telemetry"),
             *("--out", str(path)),
             *("--interval", str(interval_s)),
+            # One word: a second one such as -1e-05 would be taken for an option.
+            f"--origin={origin}",
             *("--ready-fd", str(started)),
         ],
         stdin=subprocess.PIPE,

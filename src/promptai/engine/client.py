@@ -56,8 +56,11 @@ class EngineClient:
     async def __aenter__(self) -> "EngineClient":
         # No limit on connections: concurrency is the caller's decision, and a
         # hidden queue in the client would be measured as the server's.
+        # No kept-alive connections: llama-server closes them after a stream, and a
+        # request that meets the closing one fails (seen with b11549 on a busy board).
+        # A fresh connection costs 0.1 ms on loopback.
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=self._silence_s),
             headers=self._headers,
         )

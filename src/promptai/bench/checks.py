@@ -1,0 +1,294 @@
+"""Say when a result should not be believed, which check failed, and what to do about it.
+
+A table looks the same whether the board was throttling, swapping or measured
+twice. Each check here is a plain function over what was recorded, with its limit
+and the reason for the limit beside it. A finding does not hide a number; it
+stands next to it. Pure.
+
+The idea of naming the failed check and the remedy is pyperf's; the limits are ours.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import msgspec
+
+from promptai.bench.manifest import Machine, TargetFacts
+from promptai.bench.resources import samples_during
+from promptai.bench.statistics import MIN_FOR_PERCENTILE, Metric
+from promptai.bench.trace import Cache, Trace
+from promptai.device.sample import Sample
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """
+    One thing that a reader must know.
+
+    Attributes:
+        check: The check's name, stable, for scripts.
+        message: What was seen, with numbers.
+        action: What to do next.
+        serious: False for what explains a number rather than doubting it.
+    """
+
+    check: str
+    message: str
+    action: str
+    serious: bool = True
+
+
+class Evidence(msgspec.Struct, frozen=True):
+    """Everything a check may look at: one target's requests, and the samples taken meanwhile."""
+
+    machine: Machine
+    facts: TargetFacts
+    traces: list[Trace]
+    during: list[Sample]
+    metrics: Mapping[Cache, Mapping[str, Metric]]
+
+    @property
+    def answered(self) -> list[Trace]:
+        """Requests without an error."""
+        return [trace for trace in self.traces if trace.error is None]
+
+
+def check_target(
+    machine: Machine,
+    facts: TargetFacts,
+    traces: Sequence[Trace],
+    samples: Sequence[Sample],
+    metrics: Mapping[Cache, Mapping[str, Metric]],
+) -> list[Finding]:
+    """Run every check on one target; serious findings come first."""
+    evidence = Evidence(machine, facts, list(traces), samples_during(traces, samples), metrics)
+    found = [finding for check in _CHECKS for finding in check(evidence)]
+    return sorted(found, key=lambda finding: not finding.serious)
+
+
+def _failures(seen: Evidence) -> Iterator[Finding]:
+    kinds = Counter((trace.error or "").partition(":")[0] for trace in seen.traces if trace.error is not None)
+    for kind, count in kinds.most_common():
+        action = (
+            "give a larger --context, or leave the long conversations out"
+            if kind == "ContextExceeded"
+            else "see the errors in traces.jsonl and the engine's log, then go on with --resume"
+        )
+        yield Finding("failures", f"{count} of {len(seen.traces)} requests failed ({kind})", action)
+
+
+def _few_values(seen: Evidence) -> Iterator[Finding]:
+    for cache, metrics in seen.metrics.items():
+        n = metrics["ttft_s_mean"].n
+        if n < MIN_FOR_PERCENTILE:
+            yield Finding(
+                "few-values",
+                f"only {n} {cache} requests: no percentiles, and intervals are rough",
+                "play more conversations, or repeat them with --repeats",
+            )
+
+
+def _wide_interval(seen: Evidence) -> Iterator[Finding]:
+    # 5 % is what two quantisations or two engines often differ by: beyond it they cannot be told apart.
+    for cache, metrics in seen.metrics.items():
+        decode = metrics["decode_tps"]
+        if decode.value and decode.ci95 is not None:
+            half = (decode.ci95[1] - decode.ci95[0]) / 2 / decode.value
+            if half > 0.05:
+                yield Finding(
+                    "wide-interval",
+                    f"{cache} decode rate is known to +-{100 * half:.0f} % only",
+                    "repeat with --repeats 3, and keep other programs off the machine",
+                )
+
+
+def _drift(seen: Evidence) -> Iterator[Finding]:
+    # Each rate is compared with its own prompt length's mean, because long prompts decode slower anyway.
+    by_length: dict[int, list[float]] = {}
+    rated = [(trace, rate) for trace in sorted(seen.answered, key=lambda t: t.t_sent) if (rate := trace.decode_tps)]
+    for trace, rate in rated:
+        by_length.setdefault((trace.prompt_tokens or 0).bit_length(), []).append(rate)
+    relative = [
+        rate / (sum(same) / len(same))
+        for trace, rate in rated
+        for same in [by_length[(trace.prompt_tokens or 0).bit_length()]]
+    ]
+    third = len(relative) // 3
+    if third < 10:
+        return
+    change = sum(relative[-third:]) / sum(relative[:third]) - 1
+    if abs(change) > 0.05:
+        yield Finding(
+            "drift",
+            f"decode was {abs(change):.0%} {'slower' if change < 0 else 'faster'} in the last third than in the first",
+            "look at temperature, clock and background load over time; cool the board and measure again",
+        )
+
+
+def _throttled(seen: Evidence) -> Iterator[Finding]:
+    # Raspberry Pi bits: 0 under-voltage, 1 frequency capped, 2 throttled, 3 soft temperature limit.
+    names = {0: "under-voltage", 1: "capped clock", 2: "throttling", 3: "soft temperature limit"}
+    flags = [sample.throttled for sample in seen.during if sample.throttled is not None]
+    for bit, name in names.items():
+        share = sum(flag >> bit & 1 for flag in flags) / len(flags) if flags else 0
+        if share:
+            remedy = "use the 27 W supply" if bit == 0 else "cool the board"
+            yield Finding("throttled", f"{name} during {share:.0%} of the samples", f"{remedy} and measure again")
+
+
+def _clock(seen: Evidence) -> Iterator[Finding]:
+    clocks = [sample.cpu_mhz for sample in seen.during if sample.cpu_mhz is not None]
+    # 10 %: governors step in larger strides; smaller wobble is turbo bookkeeping.
+    if clocks and min(clocks) < 0.9 * max(clocks):
+        yield Finding(
+            "clock",
+            f"the CPU clock went from {max(clocks):.0f} down to {min(clocks):.0f} MHz while requests ran",
+            "set the governor to performance and check cooling",
+        )
+
+
+def _memory_pressure(seen: Evidence) -> Iterator[Finding]:
+    faults = [sample.major_faults for sample in seen.during if sample.major_faults is not None]
+    swap = [sample.swap_used_bytes for sample in seen.during if sample.swap_used_bytes is not None]
+    # Weights are paged in during the warm-up. A fault costs a board about a millisecond.
+    growth = sum(max(0, after - before) for before, after in zip(faults, faults[1:], strict=False))
+    if growth > 1000:
+        yield Finding(
+            "paging",
+            f"the engine read {growth:,} pages from the disk while answering: weights do not stay in memory",
+            "use a smaller model or quantisation, or close other programs",
+        )
+    if swap and max(swap) - swap[0] > 64 * 1024**2:
+        yield Finding(
+            "swapping",
+            f"swap grew by {(max(swap) - swap[0]) / 1024**2:.0f} MiB while answering",
+            "use a smaller model or --context",
+        )
+
+
+def _background(seen: Evidence) -> Iterator[Finding]:
+    others = [
+        sample.cpu_percent - sample.engine_cpu_percent
+        for sample in seen.during
+        if sample.cpu_percent is not None and sample.engine_cpu_percent is not None
+    ]
+    # The client and telemetry are in this figure too, but take about one percent of one core.
+    if len(others) >= 3 and sum(others) / len(others) > 10:
+        yield Finding(
+            "background-load",
+            f"other programs used {sum(others) / len(others):.0f} % of all cores while requests ran",
+            "stop them and measure again",
+        )
+
+
+def _clocks_disagree(seen: Evidence) -> Iterator[Finding]:
+    for cache, metrics in seen.metrics.items():
+        client, engine = metrics["decode_tps"].value, metrics["engine_decode_tps"].value
+        if client and engine and abs(client / engine - 1) > 0.05:
+            yield Finding(
+                "clocks-disagree",
+                f"{cache} decode is {client:.1f} tokens/s by the client's clock and {engine:.1f} by the engine's",
+                "something between them delays the stream: a proxy, a network, or a busy client",
+            )
+
+
+def _cold_hits(seen: Evidence) -> Iterator[Finding]:
+    hits = sum(trace.cache == "cold" and bool(trace.cached_tokens) for trace in seen.answered)
+    if hits:
+        yield Finding(
+            "cold-cache-hits",
+            f"{hits} cold requests took tokens from a cache: their prefill is not cold",
+            "the server ignores cache_prompt=false; measure the engine itself",
+        )
+
+
+def _not_deterministic(seen: Evidence) -> Iterator[Finding]:
+    texts: dict[tuple[Cache, str, int], set[str]] = {}
+    for trace in seen.answered:
+        if trace.text_sha256 is not None:
+            texts.setdefault((trace.cache, trace.conversation, trace.turn), set()).add(trace.text_sha256)
+    different = sum(len(hashes) > 1 for hashes in texts.values())
+    if different:
+        yield Finding(
+            "not-deterministic",
+            f"{different} of {len(texts)} prompts got different answers when repeated with the same seed",
+            "expected with several slots; with one slot the engine is at fault",
+        )
+
+
+def _no_timings(seen: Evidence) -> Iterator[Finding]:
+    if seen.answered and all(trace.prompt_ms is None for trace in seen.answered):
+        yield Finding(
+            "no-timings",
+            "the server does not tell its timings: prefill cannot be told from waiting",
+            "measure the llama-server behind it to get prefill rates",
+            serious=False,
+        )
+
+
+def _implausible(seen: Evidence) -> Iterator[Finding]:
+    # Dense models on a stock Pi 5 decode at 10.1 GB/s / file size (sd 3.8 % over 15 rows of the
+    # Edge-LLM leaderboard, December 2024). A published table once was off by a factor of 30.
+    model, decode = seen.facts.model, seen.metrics.get("cold", {}).get("decode_tps")
+    if model is None or decode is None or not decode.value or not seen.machine.board.startswith("Raspberry Pi 5"):
+        return
+    ratio = decode.value * model.file_bytes / 10.1e9
+    # Files below 0.2 GB are not bound by memory, so the law says nothing about them.
+    if model.file_bytes > 2e8 and not 0.6 <= ratio <= 1.3:
+        yield Finding(
+            "implausible",
+            f"decode is {ratio:.2f} times what a Raspberry Pi 5's memory bandwidth allows a dense model of this size",
+            "below: throttling, swapping or a wrong number of threads; above: a mixture of experts",
+        )
+
+
+def _simd(seen: Evidence) -> Iterator[Finding]:
+    engine = seen.facts.engine
+    if engine is not None and engine.missing_features:
+        yield Finding(
+            "simd",
+            f"the CPU has {', '.join(engine.missing_features)}, which this engine does not use",
+            "a llama-server built for this machine is faster; name it with --engine",
+            serious=False,
+        )
+
+
+def _capped(seen: Evidence) -> Iterator[Finding]:
+    answered = seen.answered
+    capped = sum(trace.finish_reason == "length" for trace in answered)
+    if answered and capped == len(answered):
+        yield Finding(
+            "capped",
+            "every answer was cut at the token limit: latency is that of the limit",
+            "compare latencies only with runs of the same --max-tokens",
+            serious=False,
+        )
+
+
+def _synthetic(seen: Evidence) -> Iterator[Finding]:
+    if seen.facts.model is not None and seen.facts.model.synthetic:
+        yield Finding(
+            "synthetic",
+            "the weights are random: speed and memory are real, the text is noise",
+            "do not read anything into the answers",
+            serious=False,
+        )
+
+
+_CHECKS: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
+    _failures,
+    _cold_hits,
+    _not_deterministic,
+    _clocks_disagree,
+    _implausible,
+    _throttled,
+    _memory_pressure,
+    _background,
+    _clock,
+    _drift,
+    _few_values,
+    _wide_interval,
+    _no_timings,
+    _simd,
+    _capped,
+    _synthetic,
+)

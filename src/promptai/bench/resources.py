@@ -1,0 +1,71 @@
+"""What requests did to the machine: telemetry samples joined to the requests that ran meanwhile.
+
+"CPU %" in a table means little without its denominator and its window. Here it is
+0-100 of *all* usable cores, and only samples that fall into a request count: a
+board that waits for the next prompt is not half as busy, it is idle. Memory is
+split the way the kernel splits it, because weights that are mapped from the file
+(page cache) can be dropped and anonymous memory cannot.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Sequence
+
+from promptai.bench.statistics import Metric
+from promptai.bench.trace import Trace
+from promptai.device.sample import Sample
+
+
+def samples_during(traces: Iterable[Trace], samples: Sequence[Sample]) -> list[Sample]:
+    """Samples taken while a request was in progress; ``samples`` are in order of time."""
+    times = [sample.t for sample in samples]
+    chosen: set[int] = set()
+    for trace in traces:
+        chosen.update(range(bisect_left(times, trace.t_sent), bisect_right(times, trace.t_end)))
+    return [samples[index] for index in sorted(chosen)]
+
+
+def resource_metrics(traces: Sequence[Trace], samples: Sequence[Sample]) -> dict[str, Metric]:
+    """CPU, memory, heat, clock and power while requests ran; what was not seen is ``None``."""
+    during = samples_during(traces, samples)
+    return {
+        "cpu_percent": _mean(during, lambda s: s.cpu_percent, "%"),
+        "engine_cpu_percent": _mean(during, lambda s: s.engine_cpu_percent, "%"),
+        "memory_anon_bytes": _peak(during, lambda s: s.engine_anon_bytes, "bytes"),
+        "memory_file_bytes": _peak(during, lambda s: s.engine_file_bytes, "bytes"),
+        "memory_rss_bytes": _peak(during, lambda s: s.engine_rss_bytes, "bytes"),
+        "available_bytes_min": _least(during, lambda s: s.available_bytes, "bytes"),
+        "swap_used_bytes": _peak(during, lambda s: s.swap_used_bytes, "bytes"),
+        "temperature_c_max": _peak(during, lambda s: s.temperature_c, "°C"),
+        "cpu_mhz": _mean(during, lambda s: s.cpu_mhz, "MHz"),
+        "watts": _mean(during, lambda s: s.watts, "W"),
+        "joules_per_token": _joules_per_token(traces, during),
+    }
+
+
+def _joules_per_token(traces: Sequence[Trace], during: Sequence[Sample]) -> Metric:
+    """Mean power times the seconds of the requests, over generated tokens; gross, idle power included."""
+    watts = [sample.watts for sample in during if sample.watts is not None]
+    seconds = sum(trace.t_end - trace.t_sent for trace in traces)
+    tokens = sum(trace.generated_tokens or 0 for trace in traces)
+    if not watts or not tokens:
+        return Metric(None, "J/token", 0)
+    return Metric(sum(watts) / len(watts) * seconds / tokens, "J/token", len(watts))
+
+
+def _values(samples: Iterable[Sample], field: Callable[[Sample], float | None]) -> list[float]:
+    return [value for sample in samples if (value := field(sample)) is not None]
+
+
+def _mean(samples: Iterable[Sample], field: Callable[[Sample], float | None], unit: str) -> Metric:
+    values = _values(samples, field)
+    return Metric(sum(values) / len(values) if values else None, unit, len(values))
+
+
+def _peak(samples: Iterable[Sample], field: Callable[[Sample], float | None], unit: str) -> Metric:
+    values = _values(samples, field)
+    return Metric(max(values) if values else None, unit, len(values))
+
+
+def _least(samples: Iterable[Sample], field: Callable[[Sample], float | None], unit: str) -> Metric:
+    values = _values(samples, field)
+    return Metric(min(values) if values else None, unit, len(values))

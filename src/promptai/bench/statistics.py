@@ -1,0 +1,211 @@
+"""Numbers with their uncertainty, from traces and nothing else.
+
+Three mistakes are common in published tables of this field: a mean of rates
+called throughput, turns of one conversation counted as independent samples,
+and a p99 of a dozen requests. Here rates are sums divided by sums (``mean_of_*``
+says when they are not), intervals come from resampling *conversations*, and a
+percentile needs twenty values.
+
+Pure and seeded: the same traces give the same summary, byte for byte.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from promptai.bench.trace import Trace
+
+MIN_FOR_PERCENTILE = 20
+#: Fewer clusters than this make a bootstrap interval that is far too narrow.
+MIN_FOR_INTERVAL = 5
+_RESAMPLES = 2000
+_SEED = 20241118
+
+Floats = NDArray[np.float64]
+
+
+class Metric(msgspec.Struct, frozen=True):
+    """
+    One number as it is reported.
+
+    Attributes:
+        value: ``None`` when it could not be measured, never 0 in its place.
+        unit: ``s``, ``tokens/s``, ``bytes``, ``%``, ``1`` (a ratio) …
+        n: Values it rests on.
+        ci95: 95 % bootstrap interval over conversations; ``None`` with fewer than five of them.
+    """
+
+    value: float | None
+    unit: str
+    n: int
+    ci95: tuple[float, float] | None = None
+
+
+class Bucket(msgspec.Struct, frozen=True):
+    """
+    Requests of similar prompt length.
+
+    Attributes:
+        low, high: Prompt tokens, ``low`` included, ``high`` not; ``None``: no upper bound.
+        cv: Coefficient of variation of each rate within the bucket, by metric name.
+        mean: Mean of each rate over the bucket's requests, by metric name.
+    """
+
+    low: int
+    high: int | None
+    n: int
+    mean: dict[str, float | None]
+    cv: dict[str, float | None]
+
+
+BUCKET_EDGES = (0, 128, 256, 512, 1024, 2048)
+_CV_OF: dict[str, Callable[[Trace], float | None]] = {
+    "prefill_tps": lambda trace: trace.prefill_tps,
+    "decode_tps": lambda trace: trace.decode_tps,
+    "total_tps": lambda trace: trace.total_tps,
+}
+
+
+def latency_metrics(name: str, traces: Sequence[Trace], value: Callable[[Trace], float | None]) -> dict[str, Metric]:
+    """Mean, median, 95th percentile and maximum of a duration in seconds, as ``NAME_mean`` and so on."""
+    values, clusters = _collect(traces, value)
+    if not values.size:
+        return {f"{name}_{what}": Metric(None, "s", 0) for what in ("mean", "p50", "p95", "max")}
+    n = int(values.size)
+    ones = np.ones_like(values)
+    return {
+        f"{name}_mean": Metric(float(values.mean()), "s", n, _ratio_interval(values, ones, clusters)),
+        f"{name}_p50": _percentile(values, clusters, 50),
+        f"{name}_p95": _percentile(values, clusters, 95),
+        f"{name}_max": Metric(float(values.max()), "s", n),
+    }
+
+
+def rate_metric(
+    traces: Sequence[Trace], count: Callable[[Trace], int | None], seconds: Callable[[Trace], float | None]
+) -> Metric:
+    """A throughput in tokens/s: the sum of counts over the sum of seconds, over traces that have both."""
+    counts, times, names = [], [], []
+    for trace in traces:
+        tokens, duration = count(trace), seconds(trace)
+        if tokens is not None and duration is not None and duration > 0:
+            counts.append(float(tokens))
+            times.append(duration)
+            names.append(trace.conversation)
+    if not counts:
+        return Metric(None, "tokens/s", 0)
+    num, den, clusters = np.array(counts), np.array(times), _cluster_index(names)
+    return Metric(float(num.sum() / den.sum()), "tokens/s", len(counts), _ratio_interval(num, den, clusters))
+
+
+def mean_metric(traces: Sequence[Trace], value: Callable[[Trace], float | None], unit: str) -> Metric:
+    """Plain mean over traces that have the value."""
+    values, clusters = _collect(traces, value)
+    if not values.size:
+        return Metric(None, unit, 0)
+    return Metric(float(values.mean()), unit, int(values.size), _ratio_interval(values, np.ones_like(values), clusters))
+
+
+def buckets(traces: Sequence[Trace]) -> list[Bucket]:
+    """Requests grouped by prompt length, with mean and CV of each rate; empty groups are left out."""
+    found = []
+    for low, high in zip(BUCKET_EDGES, (*BUCKET_EDGES[1:], None), strict=True):
+        inside = [
+            trace
+            for trace in traces
+            if trace.prompt_tokens is not None
+            and trace.prompt_tokens >= low
+            and (high is None or trace.prompt_tokens < high)
+        ]
+        if inside:
+            values = {name: _present(rate(trace) for trace in inside) for name, rate in _CV_OF.items()}
+            found.append(
+                Bucket(
+                    low=low,
+                    high=high,
+                    n=len(inside),
+                    mean={name: float(v.mean()) if v.size else None for name, v in values.items()},
+                    cv={name: coefficient_of_variation(v) for name, v in values.items()},
+                )
+            )
+    return found
+
+
+def cv_metrics(traces: Sequence[Trace], grouped: Sequence[Bucket]) -> dict[str, Metric]:
+    """
+    How steady each rate is, as the paper asks: sample standard deviation / mean of per-prompt throughput.
+
+    ``*_cv_within``: mean of the buckets' own CV, weighted by requests: steadiness at a given length.
+    ``*_cv_across``: CV of the buckets' means: how much prompt length changes the rate.
+    ``*_cv_all``: over all prompts at once, the paper's figure as far as it is defined.
+    """
+    result: dict[str, Metric] = {}
+    for name, rate in _CV_OF.items():
+        values = _present(rate(trace) for trace in traces)
+        inside = [(b.cv[name], b.n) for b in grouped]
+        known = [(cv, n) for cv, n in inside if cv is not None]
+        weight = sum(n for _, n in known)
+        within = sum(cv * n for cv, n in known) / weight if weight else None
+        means = _present(b.mean[name] for b in grouped)
+        result[f"{name}_cv_within"] = Metric(within, "1", weight)
+        result[f"{name}_cv_across"] = Metric(coefficient_of_variation(means), "1", int(means.size))
+        result[f"{name}_cv_all"] = Metric(coefficient_of_variation(values), "1", int(values.size))
+    return result
+
+
+def coefficient_of_variation(values: Floats) -> float | None:
+    """Sample standard deviation (n - 1) over mean; ``None`` for fewer than two values or a mean of 0."""
+    if values.size < 2 or values.mean() == 0:
+        return None
+    return float(values.std(ddof=1) / values.mean())
+
+
+def _collect(traces: Sequence[Trace], value: Callable[[Trace], float | None]) -> tuple[Floats, NDArray[np.intp]]:
+    pairs = [(v, trace.conversation) for trace in traces if (v := value(trace)) is not None]
+    return np.array([v for v, _ in pairs], dtype=np.float64), _cluster_index([name for _, name in pairs])
+
+
+def _present(values: Iterable[float | None]) -> Floats:
+    return np.array([value for value in values if value is not None], dtype=np.float64)
+
+
+def _cluster_index(names: Sequence[str]) -> NDArray[np.intp]:
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return np.array([numbers[name] for name in names], dtype=np.intp)
+
+
+def _weights(cluster_count: int) -> NDArray[np.int64]:
+    """How often each cluster is drawn in each resample: (resamples, clusters)."""
+    generator = np.random.default_rng(_SEED)
+    return generator.multinomial(cluster_count, np.full(cluster_count, 1 / cluster_count), size=_RESAMPLES)
+
+
+def _ratio_interval(num: Floats, den: Floats, clusters: NDArray[np.intp]) -> tuple[float, float] | None:
+    """Percentile bootstrap of sum(num) / sum(den) over whole clusters."""
+    count = int(clusters.max()) + 1
+    if count < MIN_FOR_INTERVAL:
+        return None
+    weights = _weights(count)
+    ratios = (weights @ np.bincount(clusters, num, count)) / (weights @ np.bincount(clusters, den, count))
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _percentile(values: Floats, clusters: NDArray[np.intp], percent: int) -> Metric:
+    """A percentile, interpolated as NumPy does, with its interval; ``None`` below twenty values."""
+    n = int(values.size)
+    if n < MIN_FOR_PERCENTILE:
+        return Metric(None, "s", n)
+    value = float(np.percentile(values, percent))
+    count = int(clusters.max()) + 1
+    if count < MIN_FOR_INTERVAL:
+        return Metric(value, "s", n)
+    order = np.argsort(values)
+    # One weight a value and resample; where the running sum passes the share, there is the percentile.
+    running = np.cumsum(_weights(count)[:, clusters[order]], axis=1)
+    wanted = running[:, -1:] * (percent / 100)
+    picks = values[order][np.argmax(running >= wanted, axis=1)]
+    low, high = np.quantile(picks, [0.025, 0.975])
+    return Metric(value, "s", n, (float(low), float(high)))

@@ -1,0 +1,216 @@
+"""What a run says, in one JSON file that can be made again from the raw lines at any time.
+
+``summary.json`` has a ``schema`` number and, per target and per cold/warm, metric
+name -> {value, unit, n, ci95}. Reporting never measures: this reads traces,
+telemetry and events, and derives. docs/reference/summary.md lists every metric.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from promptai.bench.checks import Finding, check_target
+from promptai.bench.events import Cost, Event, Opened
+from promptai.bench.manifest import Manifest
+from promptai.bench.recorder import read_events, read_manifest, read_traces, write_whole
+from promptai.bench.resources import resource_metrics
+from promptai.bench.statistics import (
+    Bucket,
+    Metric,
+    buckets,
+    cv_metrics,
+    latency_metrics,
+    mean_metric,
+    rate_metric,
+)
+from promptai.bench.trace import Cache, Trace
+from promptai.device.sample import Sample
+from promptai.device.telemetry import read_samples
+from promptai.errors import RunError
+
+SCHEMA = 1
+
+
+class Part(msgspec.Struct, frozen=True):
+    """
+    One target with one cache setting.
+
+    Attributes:
+        planned, answered, failed: Requests.
+        metrics: By name.
+        buckets: The same rates by prompt length.
+    """
+
+    planned: int
+    answered: int
+    failed: int
+    metrics: dict[str, Metric]
+    buckets: list[Bucket]
+
+
+class TargetSummary(msgspec.Struct, frozen=True):
+    """
+    One target.
+
+    Attributes:
+        load_s: Seconds to load, over every time it was loaded.
+        cold, warm: ``None`` when it was not played that way.
+        findings: What a reader must know before believing the numbers.
+    """
+
+    name: str
+    synthetic: bool
+    load_s: Metric
+    cold: Part | None
+    warm: Part | None
+    findings: list[Finding]
+
+
+class HarnessCost(msgspec.Struct, frozen=True):
+    """What measuring took: percent of one core, and the most memory in bytes."""
+
+    cpu_percent_of_one_core: Metric
+    client_max_rss_bytes: Metric
+    telemetry_max_rss_bytes: Metric
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole run."""
+
+    run: str
+    complete: bool
+    targets: list[TargetSummary]
+    harness: HarnessCost
+    energy_source: str | None
+    schema: int = SCHEMA
+
+
+class Run(msgspec.Struct, frozen=True):
+    """Everything a run directory holds, read back."""
+
+    directory: str
+    manifest: Manifest
+    traces: list[Trace]
+    samples: list[Sample]
+    events: list[Event]
+
+
+def read_run(directory: Path) -> Run:
+    """Read a run; raises ``RunError`` when it is none, or holds no trace yet."""
+    manifest = read_manifest(directory)
+    traces = latest(read_traces(directory))
+    if not traces:
+        raise RunError(f"run {directory} holds no request yet", hint="go on with promptai bench --resume")
+    return Run(directory.name, manifest, traces, read_samples(directory / "telemetry.jsonl"), read_events(directory))
+
+
+def latest(traces: Sequence[Trace]) -> list[Trace]:
+    """One trace a request: a request that failed and was made again counts as its last try."""
+    return list({trace.key: trace for trace in traces}.values())
+
+
+def summarize(run: Run) -> Summary:
+    """Derive the summary."""
+    planned = run.manifest.workload.turns * run.manifest.protocol.repeats
+    targets = []
+    for facts in run.manifest.targets:
+        mine = [trace for trace in run.traces if trace.target == facts.name]
+        parts: dict[Cache, Part] = {}
+        for cache in run.manifest.protocol.caches:
+            of_cache = [trace for trace in mine if trace.cache == cache]
+            if of_cache:
+                parts[cache] = _part(of_cache, run.samples, planned)
+        loads = [event.load_s for event in run.events if isinstance(event, Opened) and event.target == facts.name]
+        known = [load for load in loads if load is not None]
+        targets.append(
+            TargetSummary(
+                name=facts.name,
+                synthetic=facts.model is not None and facts.model.synthetic,
+                load_s=Metric(sum(known) / len(known) if known else None, "s", len(known)),
+                cold=parts.get("cold"),
+                warm=parts.get("warm"),
+                findings=check_target(
+                    run.manifest.machine,
+                    facts,
+                    mine,
+                    run.samples,
+                    {cache: part.metrics for cache, part in parts.items()},
+                ),
+            )
+        )
+    asked = planned * len(run.manifest.targets) * len(run.manifest.protocol.caches)
+    costs = [event for event in run.events if isinstance(event, Cost)]
+    return Summary(
+        run=run.directory,
+        complete=len(run.traces) >= asked,
+        targets=targets,
+        harness=_harness(costs),
+        energy_source=next((cost.energy_source for cost in costs if cost.energy_source), None),
+    )
+
+
+def write_summary(directory: Path, summary: Summary) -> Path:
+    """Put ``summary.json`` into the run's directory."""
+    path = directory / "summary.json"
+    write_whole(path, msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
+    return path
+
+
+def _part(traces: Sequence[Trace], samples: Sequence[Sample], planned: int) -> Part:
+    good = [trace for trace in traces if trace.error is None]
+    grouped = buckets(good)
+    metrics: dict[str, Metric] = {
+        **latency_metrics("ttft_s", good, lambda t: t.ttft_s),
+        **latency_metrics("latency_s", good, lambda t: t.latency_s),
+        "prefill_tps": rate_metric(good, lambda t: t.uncached_tokens, lambda t: t.prompt_s),
+        "decode_tps": rate_metric(good, lambda t: t.decode_steps, lambda t: t.decode_s),
+        "engine_decode_tps": rate_metric(good, _engine_steps, _engine_decode_s),
+        "total_tps": rate_metric(good, _all_tokens, lambda t: t.latency_s),
+        "mean_of_prefill_tps": mean_metric(good, lambda t: t.prefill_tps, "tokens/s"),
+        "mean_of_decode_tps": mean_metric(good, lambda t: t.decode_tps, "tokens/s"),
+        "mean_of_total_tps": mean_metric(good, lambda t: t.total_tps, "tokens/s"),
+        "prompt_tokens_mean": mean_metric(good, lambda t: t.prompt_tokens, "tokens"),
+        "generated_tokens_mean": mean_metric(good, lambda t: t.generated_tokens, "tokens"),
+        "cached_share": _cached_share(good),
+        "capped_share": mean_metric(good, lambda t: float(t.finish_reason == "length"), "1"),
+        **cv_metrics(good, grouped),
+        **resource_metrics(good, samples),
+    }
+    return Part(planned=planned, answered=len(good), failed=len(traces) - len(good), metrics=metrics, buckets=grouped)
+
+
+def _engine_steps(trace: Trace) -> int | None:
+    return trace.predicted_n - 1 if trace.predicted_n is not None and trace.predicted_n > 1 else None
+
+
+def _engine_decode_s(trace: Trace) -> float | None:
+    return trace.predicted_ms / 1000 if trace.predicted_ms is not None else None
+
+
+def _all_tokens(trace: Trace) -> int | None:
+    if trace.prompt_tokens is None or trace.generated_tokens is None:
+        return None
+    return trace.prompt_tokens + trace.generated_tokens
+
+
+def _cached_share(traces: Sequence[Trace]) -> Metric:
+    known = [(t.cached_tokens, t.prompt_tokens) for t in traces if t.cached_tokens is not None and t.prompt_tokens]
+    total = sum(prompt for _, prompt in known)
+    return Metric(sum(cached for cached, _ in known) / total if total else None, "1", len(known))
+
+
+def _harness(costs: Sequence[Cost]) -> HarnessCost:
+    wall = sum(cost.wall_s for cost in costs)
+    measured = [cost for cost in costs if cost.telemetry_cpu_s is not None and cost.telemetry_wall_s]
+    cpu: float | None = None
+    if wall and measured:
+        telemetry = sum((c.telemetry_cpu_s or 0) / (c.telemetry_wall_s or 1) for c in measured) / len(measured)
+        cpu = 100 * (sum(cost.client_cpu_s for cost in costs) / wall + telemetry)
+    client = [cost.client_max_rss_bytes for cost in costs]
+    sampler = [cost.telemetry_max_rss_bytes for cost in costs if cost.telemetry_max_rss_bytes is not None]
+    return HarnessCost(
+        cpu_percent_of_one_core=Metric(cpu, "%", len(costs)),
+        client_max_rss_bytes=Metric(max(client) if client else None, "bytes", len(client)),
+        telemetry_max_rss_bytes=Metric(max(sampler) if sampler else None, "bytes", len(sampler)),
+    )

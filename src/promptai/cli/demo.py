@@ -1,0 +1,50 @@
+"""``promptai demo``: the main job on what comes with the package."""
+
+from typing import Any
+
+import click
+from rich.console import Console
+
+from promptai.cli.bench import start
+from promptai.settings import load_settings
+
+_CONVERSATIONS = 10
+
+
+@click.command(
+    epilog="""\b
+Example:
+  promptai demo        then open the report that it names
+"""
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def demo(*, as_json: bool) -> None:
+    """
+    Measure the bundled model on this machine, without network, download or compiler.
+
+    Starts the engine, plays ten of the bundled conversations cold and warm,
+    watches the machine meanwhile, prints a table and writes a report.
+    """
+    console = Console(stderr=as_json)
+    settings = load_settings()
+    options: dict[str, Any] = dict.fromkeys(
+        ("workload", "budget", "max_tokens", "repeats", "seed", "engine_path", "threads", "context", "slots", "port",
+         "timeout", "runs")
+    )
+    options |= {
+        "targets": (),
+        "conversations": _CONVERSATIONS,
+        "cache": "both",
+        "history": "data",
+        "concurrency": 1,
+        "arrivals": "closed",
+        "ignore_eos": False,
+        "as_json": as_json,
+    }
+    start(options, settings, console)
+    console.print(
+        "\nnext:    promptai bench YOUR-MODEL.gguf     measure a model of your own, by the paper's protocol\n"
+        "         promptai bench http://HOST:8080    measure a server that is already running\n"
+        "         promptai doctor --selftest         see how exact these measurements are here",
+        highlight=False,
+    )

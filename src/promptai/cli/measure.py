@@ -1,0 +1,123 @@
+"""Measure and show: what ``demo`` and ``bench`` have in common.
+
+Puts the parts together in their order (recorder, runner, progress, summary, report)
+and prints. The report is rendered by a process of its own: its JavaScript bundle
+takes over 100 MB for a second, which must not weigh on the board while an engine is loaded.
+"""
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+import msgspec
+from rich.console import Console
+
+from promptai.bench.manifest import Manifest
+from promptai.bench.plan import Rates
+from promptai.bench.recorder import Recorder
+from promptai.bench.runner import Runner, turn_client, warm_up
+from promptai.bench.summary import Summary, read_run, summarize, write_summary
+from promptai.bench.target import open_target
+from promptai.bench.workload import Conversation
+from promptai.cli.progress import REDRAW_EVERY_S, RunProgress
+from promptai.errors import PromptAIError, RunError
+from promptai.report.table import print_summary
+
+
+def measure(
+    directory: Path,
+    manifest: Manifest,
+    conversations: list[Conversation],
+    *,
+    api_key: str | None,
+    silence_s: float,
+    as_json: bool,
+    console: Console,
+) -> None:
+    """
+    Play what remains of a run, then print and write what it says.
+
+    Whatever ends the playing early (Ctrl-C, a dead engine), what was measured is kept and shown.
+    """
+    ended: BaseException | None = None
+    with Recorder(directory) as recorder, RunProgress(console) as progress:
+        runner = Runner(manifest, conversations, recorder, progress, api_key=api_key, silence_s=silence_s)
+        progress.begin(runner, conversations)
+        try:
+            asyncio.run(_run(runner, progress))
+        except (PromptAIError, KeyboardInterrupt) as error:
+            ended = error
+    try:
+        show(directory, as_json=as_json, console=console)
+    except RunError:
+        # Nothing was measured: what ended it is the news.
+        if ended is None:
+            raise
+    if ended is not None:
+        console.print(f"what was measured is kept; go on with: promptai bench --resume {directory}", highlight=False)
+        raise ended
+
+
+async def _run(runner: Runner, progress: RunProgress) -> None:
+    async def redraw() -> None:
+        while True:
+            progress.redraw()
+            await asyncio.sleep(REDRAW_EVERY_S)
+
+    drawing = asyncio.create_task(redraw())
+    try:
+        await runner.run()
+    finally:
+        drawing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await drawing
+
+
+def calibrate(
+    manifest: Manifest, *, api_key: str | None, silence_s: float, console: Console
+) -> dict[str, Rates]:
+    """Open every target for a moment and see what it does, to know what fits a budget."""
+
+    async def look(logs: Path) -> dict[str, Rates]:
+        found = {}
+        for facts in manifest.targets:
+            log = logs / f"{facts.name}.log"
+            async with open_target(facts, log=log, api_key=api_key, silence_s=silence_s) as opened:
+                client = turn_client(opened, manifest.protocol, origin=0.0)
+                found[facts.name], _ = await warm_up(client, answer_tokens=manifest.protocol.max_tokens)
+        return found
+
+    with console.status("looking at what the targets can do"), tempfile.TemporaryDirectory() as logs:
+        return asyncio.run(look(Path(logs)))
+
+
+def show(directory: Path, *, as_json: bool, console: Console) -> Summary:
+    """Derive the summary, write it and the report, print it."""
+    summary = summarize(read_run(directory))
+    write_summary(directory, summary)
+    with console.status("writing the report"):
+        rendered = _render(directory)
+    if as_json:
+        click.echo(msgspec.json.encode(summary))
+        return summary
+    print_summary(summary, console)
+    if rendered:
+        console.print(f"report:  {directory / 'report.html'}", highlight=False)
+    return summary
+
+
+def _render(directory: Path) -> bool:
+    """Write report.html in another process; say why when that fails, but keep the numbers."""
+    done = subprocess.run(  # noqa: S603  ourselves
+        [sys.executable, "-m", "promptai", "report", str(directory), "--quiet"],
+        check=False,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+    )
+    if done.returncode != 0:
+        click.echo(f"promptai: the report could not be written: {done.stderr.decode(errors='replace').strip()}", err=True)
+    return done.returncode == 0

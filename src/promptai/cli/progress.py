@@ -1,0 +1,160 @@
+"""The progress line of a run: where it is, how fast, and how long it will take.
+
+Redrawn twice a second from values that the runner leaves lying about, never from
+inside the path that is being measured. Where there is no terminal (a log, CI) it
+prints one plain line a stage instead.
+"""
+
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+
+from promptai.bench.client import Live, Played, TurnClient
+from promptai.bench.plan import Rates, Stage
+from promptai.bench.runner import Runner
+from promptai.bench.timeleft import TimeLeft
+from promptai.bench.trace import Key
+from promptai.bench.workload import Conversation
+
+REDRAW_EVERY_S = 0.5
+
+
+class HashProgress:
+    """Shows bytes while model files are hashed: minutes for a large file on an SD card."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("hashing the model"),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task("hashing", total=None)
+
+    def count(self, size: int) -> None:
+        """``size`` more bytes were hashed."""
+        self._progress.advance(self._task, size)
+
+    def __enter__(self) -> Self:
+        """Begin to draw."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        """Leave the terminal as it was."""
+        self._progress.stop()
+
+
+class RunProgress:
+    """Shows one run; an observer of the runner and a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("[cyan]{task.fields[rate]}[/]"),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            auto_refresh=False,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._left: TimeLeft | None = None
+        self._conversations: dict[str, Conversation] = {}
+        self._live = Live()
+        self._client: TurnClient | None = None
+        self._stage: Stage | None = None
+        self._last_rate = ""
+
+    def begin(self, runner: Runner, conversations: list[Conversation]) -> None:
+        """Learn what is to be played."""
+        self._conversations = {conversation.id: conversation for conversation in conversations}
+        self._left = TimeLeft(runner.pending(), self._conversations)
+
+    def __enter__(self) -> Self:
+        """Begin to draw."""
+        self._progress.start()
+        self._task = self._progress.add_task("starting the engine", total=1.0, rate="", left="")
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        """Leave the terminal as it was."""
+        self._progress.stop()
+
+    def opened(self, target: str, rates: Rates, client: TurnClient) -> None:
+        """A target answers."""
+        self._client, self._live = client, client.live
+        if self._left is not None:
+            self._left.opened(target, rates)
+        self._console.print(
+            f"[bold]{target}[/]: warmed up, prefill {rates.prefill_tps:,.0f} and "
+            f"decode {rates.decode_tps:,.1f} tokens/s; {self._remaining()}",
+            highlight=False,
+        )
+
+    def stage(self, stage: Stage) -> None:
+        """A stage begins."""
+        self._stage = stage
+        if not self._console.is_terminal:
+            self._console.print(f"{stage.target}: {stage.cache}, {len(stage.conversations)} conversations", highlight=False)
+
+    def played(self, played: Played) -> None:
+        """A turn is finished."""
+        if self._left is not None:
+            self._left.played(played.trace.key, played.trace.t_end - played.trace.t_sent)
+        rate = played.trace.decode_tps
+        if rate is not None:
+            self._last_rate = f"{rate:,.1f} tokens/s"
+
+    def redraw(self) -> None:
+        """Draw the line anew; called by a timer of the event loop."""
+        if self._task is None or self._left is None:
+            return
+        self._progress.update(
+            self._task,
+            description=self._where(self._live.key),
+            completed=self._left.share(),
+            rate=self._rate(),
+            left=self._remaining(),
+        )
+        self._progress.refresh()
+
+    def _where(self, key: Key | None) -> str:
+        if key is None or self._stage is None or key.conversation not in self._conversations:
+            return "starting the engine"
+        place = list(self._conversations).index(key.conversation) + 1
+        turns = self._conversations[key.conversation].user_turns
+        return (
+            f"{key.target} {key.cache}: conversation {place}/{len(self._conversations)}, "
+            f"turn {key.turn + 1}/{turns}"
+        )
+
+    def _rate(self) -> str:
+        """Tokens a second of the answer in progress, else of the last one."""
+        if self._live.t_first is None or self._client is None or self._live.chunks < 2:
+            return self._last_rate
+        elapsed = self._client.now() - self._live.t_first
+        return f"{(self._live.chunks - 1) / elapsed:,.1f} tokens/s" if elapsed > 0 else self._last_rate
+
+    def _remaining(self) -> str:
+        seconds = self._left.seconds() if self._left is not None else None
+        return "" if seconds is None else f"{duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3 h 20 min``, ``2 d 4 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"

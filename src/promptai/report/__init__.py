@@ -1,0 +1,1 @@
+"""Faces of a run: a table for the terminal, figures, one offline HTML page."""

@@ -1,0 +1,337 @@
+"""The figures of a run, as Vega-Lite charts; the only module that draws.
+
+Each figure answers one question that the paper asks: how long were the prompts,
+how fast is prefill and decode, where does the time go, what does it take from the
+machine, how steady is it. Data are thinned before they are embedded, so that a
+run of a day does not make a page of 100 MB.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import altair as alt
+import msgspec
+import vl_convert
+
+from promptai.bench.statistics import BUCKET_EDGES
+from promptai.bench.summary import Part, Run, Summary
+from promptai.bench.trace import Trace
+from promptai.device.sample import Sample
+
+_MIB = 1024**2
+_MOST_POINTS = 1500
+_WIDTH = 520
+_COLOURS = alt.Scale(domain=["cold", "warm"], range=["#3b6fb6", "#e08a2e"])
+_SIZES = [f"{low}–{high - 1}" for low, high in zip(BUCKET_EDGES, BUCKET_EDGES[1:], strict=False)] + [
+    f"{BUCKET_EDGES[-1]}+"
+]
+VEGA_LITE = "v" + ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+
+Row = dict[str, Any]
+T = TypeVar("T")
+
+
+class Figure(msgspec.Struct, frozen=True):
+    """
+    One figure.
+
+    Attributes:
+        name: For files and anchors.
+        title: The question it answers, as a heading.
+        caption: How to read it.
+        spec: Vega-Lite, with its data inside.
+    """
+
+    name: str
+    title: str
+    caption: str
+    spec: dict[str, Any]
+
+
+def draw(run: Run, summary: Summary) -> list[Figure]:
+    """Every figure that the run has data for."""
+    found = [_prompt_lengths(run), _throughput(summary), _latency(summary), _first_token(run)]
+    found += [_steadiness(summary), _memory(run.samples), _cpu(run.samples), _heat(run.samples)]
+    return [figure for figure in found if figure is not None]
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as SVG; nothing is fetched."""
+    return str(vl_convert.vegalite_to_svg(figure.spec, vl_version=VEGA_LITE, allowed_base_urls=[]))
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as PNG, at twice the size for sharp print."""
+    return bytes(vl_convert.vegalite_to_png(figure.spec, vl_version=VEGA_LITE, scale=2, allowed_base_urls=[]))
+
+
+def javascript() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, so that the page needs no network."""
+    return str(vl_convert.javascript_bundle(vl_version=VEGA_LITE))
+
+
+def _figure(name: str, title: str, caption: str, chart: Any) -> Figure:
+    return Figure(name, title, caption, chart.to_dict())
+
+
+def _good(run: Run) -> list[Trace]:
+    return [trace for trace in run.traces if trace.error is None]
+
+
+def _prompt_lengths(run: Run) -> Figure | None:
+    rows: list[Row] = [
+        {"target": t.target, "conversation": t.conversation, "turn": t.turn + 1, "tokens": t.prompt_tokens}
+        for t in _good(run)
+        if t.prompt_tokens is not None and t.cache == run.manifest.protocol.caches[0] and t.repeat == 0
+    ]
+    if not rows:
+        return None
+    lines = (
+        alt.Chart(alt.Data(values=rows))
+        .mark_line(point=alt.OverlayMarkDef(size=18), opacity=0.55, strokeWidth=1.2)
+        .encode(
+            x=alt.X("turn:O", title="user turn", axis=alt.Axis(labelAngle=0)),
+            y=alt.Y("tokens:Q", title="tokens of the prompt, history included"),
+            detail="conversation:N",
+            color=alt.Color("target:N", title=None),
+            tooltip=["conversation:N", "turn:O", "tokens:Q"],
+        )
+        .properties(width=_WIDTH, height=240)
+    )
+    return _figure(
+        "prompt-lengths",
+        "How long were the prompts?",
+        "One line a conversation: tokens of the whole prompt at each user turn, by the model's own tokenizer.",
+        lines,
+    )
+
+
+def _parts(summary: Summary) -> list[tuple[str, str, Part]]:
+    return [
+        (target.name, cache, part)
+        for target in summary.targets
+        for cache, part in (("cold", target.cold), ("warm", target.warm))
+        if part is not None
+    ]
+
+
+def _throughput(summary: Summary) -> Figure | None:
+    rows: list[Row] = []
+    for target, cache, part in _parts(summary):
+        for name in ("prefill", "decode", "total"):
+            found = part.metrics[f"{name}_tps"]
+            if found.value is not None:
+                low, high = found.ci95 or (None, None)
+                rows.append(
+                    {"target": target, "cache": cache, "rate": name, "tps": found.value, "low": low, "high": high,
+                     "n": found.n}
+                )
+    if not rows:
+        return None
+    base = alt.Chart().encode(
+        y=alt.Y("target:N", title=None, axis=alt.Axis(labelLimit=160)), yOffset=alt.YOffset("cache:N")
+    )
+    bars = base.mark_bar().encode(
+        x=alt.X("tps:Q", title="tokens a second"),
+        color=alt.Color("cache:N", title="KV cache", scale=_COLOURS),
+        tooltip=["target:N", "cache:N", alt.Tooltip("tps:Q", format=",.2f"), alt.Tooltip("low:Q", format=",.2f"),
+                 alt.Tooltip("high:Q", format=",.2f"), "n:Q"],
+    )
+    whiskers = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q").transform_filter("isValid(datum.low)")
+    chart = (
+        alt.layer(bars, whiskers, data=alt.Data(values=rows))
+        .properties(width=_WIDTH / 3 - 12, height=alt.Step(24))
+        .facet(column=alt.Column("rate:N", title=None, sort=["prefill", "decode", "total"]))
+        .resolve_scale(x="independent")
+    )
+    return _figure(
+        "throughput",
+        "How fast is it?",
+        "Tokens a second: sums over sums. Lines are 95 % bootstrap intervals over conversations. "
+        "Each column has its own scale.",
+        chart,
+    )
+
+
+def _latency(summary: Summary) -> Figure | None:
+    rows: list[Row] = []
+    for target, cache, part in _parts(summary):
+        whole, first = part.metrics["latency_s_mean"].value, part.metrics["ttft_s_mean"].value
+        if whole is not None and first is not None:
+            where = {"where": f"{target}, {cache}"}
+            rows.append(where | {"part": "until the first token (prefill)", "seconds": first, "order": 0})
+            rows.append(where | {"part": "answering (decode)", "seconds": whole - first, "order": 1})
+    if not rows:
+        return None
+    chart = (
+        alt.Chart(alt.Data(values=rows))
+        .mark_bar()
+        .encode(
+            y=alt.Y("where:N", title=None, axis=alt.Axis(labelLimit=220)),
+            x=alt.X("seconds:Q", title="seconds of a mean request"),
+            color=alt.Color(
+                "part:N",
+                title=None,
+                scale=alt.Scale(
+                    domain=["until the first token (prefill)", "answering (decode)"], range=["#7b5ea7", "#4c9f70"]
+                ),
+                legend=alt.Legend(orient="top", labelLimit=300),
+            ),
+            order="order:Q",
+            tooltip=["where:N", "part:N", alt.Tooltip("seconds:Q", format=",.4f")],
+        )
+        .properties(width=_WIDTH, height=alt.Step(30))
+    )
+    return _figure(
+        "latency",
+        "Where does the time go?",
+        "Mean seconds of a request on the client's clock, split at the first token.",
+        chart,
+    )
+
+
+def _first_token(run: Run) -> Figure | None:
+    rows: list[Row] = [
+        {"cache": t.cache, "target": t.target, "tokens": t.prompt_tokens, "ttft": t.ttft_s, "cached": t.cached_tokens}
+        for t in thin(_good(run))
+        if t.prompt_tokens is not None and t.ttft_s is not None
+    ]
+    if not rows:
+        return None
+    chart = (
+        alt.Chart(alt.Data(values=rows))
+        .mark_point(filled=True, opacity=0.6, size=28)
+        .encode(
+            x=alt.X("tokens:Q", title="tokens of the prompt"),
+            y=alt.Y("ttft:Q", title="seconds until the first token"),
+            color=alt.Color("cache:N", title="KV cache", scale=_COLOURS),
+            shape=alt.Shape("target:N", title=None),
+            tooltip=["target:N", "cache:N", "tokens:Q", "cached:Q", alt.Tooltip("ttft:Q", format=",.4f")],
+        )
+        .properties(width=_WIDTH, height=240)
+    )
+    return _figure(
+        "first-token",
+        "How long until the first word?",
+        "One point a request. Cold, the wait grows with the whole prompt; warm, only with what is new.",
+        chart,
+    )
+
+
+def _steadiness(summary: Summary) -> Figure | None:
+    rows: list[Row] = []
+    for target, cache, part in _parts(summary):
+        for bucket in part.buckets:
+            for rate in ("prefill", "decode", "total"):
+                mean, cv = bucket.mean[f"{rate}_tps"], bucket.cv[f"{rate}_tps"]
+                if mean is not None:
+                    spread = mean * cv if cv is not None else None
+                    rows.append(
+                        {"target": target, "cache": cache, "rate": rate, "size": _SIZES[BUCKET_EDGES.index(bucket.low)],
+                         "mean": mean, "cv": cv, "n": bucket.n,
+                         "low": None if spread is None else max(0.0, mean - spread),
+                         "high": None if spread is None else mean + spread}
+                    )
+    if not rows:
+        return None
+    base = alt.Chart().encode(
+        x=alt.X("size:O", title="tokens of the prompt", sort=_SIZES, axis=alt.Axis(labelAngle=-40)),
+        color=alt.Color("cache:N", title="KV cache", scale=_COLOURS),
+    )
+    tooltip = ["target:N", "cache:N", "size:O", alt.Tooltip("mean:Q", format=",.2f"), alt.Tooltip("cv:Q", format=".1%"), "n:Q"]
+    points = base.mark_line(point=True).encode(
+        y=alt.Y("mean:Q", title="tokens a second", scale=alt.Scale(zero=True)), strokeDash=alt.StrokeDash("target:N", title=None), tooltip=tooltip
+    )
+    spread = base.mark_rule(opacity=0.5).encode(y="low:Q", y2="high:Q").transform_filter("isValid(datum.low)")
+    chart = (
+        alt.layer(points, spread, data=alt.Data(values=rows))
+        .properties(width=_WIDTH / 3 - 12, height=200)
+        .facet(column=alt.Column("rate:N", title=None, sort=["prefill", "decode", "total"]))
+        .resolve_scale(y="independent")
+    )
+    return _figure(
+        "steadiness",
+        "How steady is it across prompt lengths?",
+        "Mean of per-prompt rates by prompt length; the vertical lines are one standard deviation each way "
+        "(hover for the coefficient of variation).",
+        chart,
+    )
+
+
+def _memory(samples: Sequence[Sample]) -> Figure | None:
+    kinds: dict[str, Callable[[Sample], int | None]] = {
+        "anonymous (KV cache, buffers)": lambda s: s.engine_anon_bytes,
+        "mapped weights (page cache)": lambda s: s.engine_file_bytes,
+    }
+    rows: list[Row] = [
+        {"t": s.t, "kind": kind, "mib": value / _MIB}
+        for s in thin(samples)
+        for kind, read in kinds.items()
+        if (value := read(s)) is not None
+    ]
+    if not rows:
+        return None
+    chart = (
+        alt.Chart(alt.Data(values=rows))
+        .mark_area(opacity=0.75)
+        .encode(
+            x=alt.X("t:Q", title="seconds of the run"),
+            y=alt.Y("mib:Q", title="MiB of the engine", stack="zero"),
+            color=alt.Color("kind:N", title=None, legend=alt.Legend(orient="top", labelLimit=300),
+                            scale=alt.Scale(range=["#b65c5c", "#8fb3a6"])),
+            tooltip=["kind:N", alt.Tooltip("mib:Q", format=",.1f"), alt.Tooltip("t:Q", format=",.0f")],
+        )
+        .properties(width=_WIDTH, height=180)
+    )
+    return _figure("memory", "What memory does it take?", "The engine's process tree, once a second.", chart)
+
+
+def _cpu(samples: Sequence[Sample]) -> Figure | None:
+    kinds: dict[str, Callable[[Sample], float | None]] = {
+        "the whole machine": lambda s: s.cpu_percent,
+        "the engine": lambda s: s.engine_cpu_percent,
+    }
+    rows: list[Row] = [
+        {"t": s.t, "kind": kind, "percent": value}
+        for s in thin(samples)
+        for kind, read in kinds.items()
+        if (value := read(s)) is not None
+    ]
+    if not rows:
+        return None
+    chart = (
+        alt.Chart(alt.Data(values=rows))
+        .mark_line(strokeWidth=1.4)
+        .encode(
+            x=alt.X("t:Q", title="seconds of the run"),
+            y=alt.Y("percent:Q", title="% of all cores", scale=alt.Scale(domain=[0, 100])),
+            color=alt.Color("kind:N", title=None, legend=alt.Legend(orient="top")),
+            tooltip=["kind:N", alt.Tooltip("percent:Q", format=".1f"), alt.Tooltip("t:Q", format=",.0f")],
+        )
+        .properties(width=_WIDTH, height=160)
+    )
+    return _figure("cpu", "How busy is the processor?", "100 % means every core is busy. Gaps between engines are idle.", chart)
+
+
+def _heat(samples: Sequence[Sample]) -> Figure | None:
+    rows: list[Row] = [
+        {"t": s.t, "celsius": s.temperature_c} for s in thin(samples) if s.temperature_c is not None
+    ]
+    if not rows:
+        return None
+    chart = (
+        alt.Chart(alt.Data(values=rows))
+        .mark_line(strokeWidth=1.4, color="#b65c5c")
+        .encode(
+            x=alt.X("t:Q", title="seconds of the run"),
+            y=alt.Y("celsius:Q", title="°C", scale=alt.Scale(zero=False)),
+        )
+        .properties(width=_WIDTH, height=140)
+    )
+    return _figure("temperature", "Does it get hot?", "The processor's temperature.", chart)
+
+
+def thin(items: Sequence[T]) -> list[T]:
+    """At most ``_MOST_POINTS`` items, evenly taken."""
+    step = max(1, -(-len(items) // _MOST_POINTS))
+    return list(items[::step])

@@ -1,0 +1,119 @@
+"""One HTML file that opens anywhere, any year, with the network off.
+
+Reports that load their charts from a CDN go blank (guidellm #303). Everything is
+inside this one: data, styles, and the JavaScript that draws, which a Content
+Security Policy forbids to fetch anything. Names of models come from files of
+strangers, so every value is escaped by the template engine, and data inside
+scripts cannot close the script.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from promptai.bench.manifest import Manifest
+from promptai.bench.recorder import write_whole
+from promptai.bench.summary import Run, Summary
+from promptai.report import format as fmt
+from promptai.report.figures import Figure, draw, javascript, to_png, to_svg
+from promptai.report.rows import ROWS
+
+
+def write_report(directory: Path, run: Run, summary: Summary) -> Path:
+    """
+    Write ``report.html`` into the run's directory.
+
+    Raises:
+        RunError: It cannot be written.
+    """
+    path = directory / "report.html"
+    write_whole(path, render(run, summary, draw(run, summary)).encode())
+    return path
+
+
+def write_figures(directory: Path, run: Run, summary: Summary) -> list[Path]:
+    """Write every figure as SVG and PNG into ``figures/``; raises ``RunError``."""
+    folder = directory / "figures"
+    folder.mkdir(exist_ok=True)
+    written = []
+    for figure in draw(run, summary):
+        for suffix, data in ((".svg", to_svg(figure).encode()), (".png", to_png(figure))):
+            path = folder / f"{figure.name}{suffix}"
+            write_whole(path, data)
+            written.append(path)
+    return written
+
+
+def render(run: Run, summary: Summary, figures: list[Figure]) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=PackageLoader("promptai.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"metric": fmt.metric, "number": fmt.number, "script_json": _script_json}
+    page = environment.get_template("report.html.jinja")
+    return page.render(
+        run=run,
+        summary=summary,
+        manifest=run.manifest,
+        rows=ROWS,
+        figures=figures,
+        facts=_facts(run.manifest),
+        quantity=fmt.quantity,
+        javascript=Markup(javascript().replace("</script", "<\\/script")),  # noqa: S704  our own bundle
+    )
+
+
+def _script_json(value: object) -> Markup:
+    """JSON that can stand inside a script element: no ``<`` survives to close it."""
+    text = json.dumps(value).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return Markup(text)  # noqa: S704  escaped on the line above
+
+
+def _facts(manifest: Manifest) -> list[tuple[str, str]]:
+    """What was measured, of what, on what: label and words."""
+    machine, cpu = manifest.machine, manifest.machine.cpu
+    quota = f", CPU quota {cpu.quota_cpus:g}" if cpu.quota_cpus is not None else ""
+    found: list[tuple[str, Any]] = [
+        ("board", machine.board),
+        ("processor", f"{cpu.model_name}, {cpu.architecture}, {cpu.physical_cores} cores{quota}"),
+        ("SIMD", " ".join(cpu.features) or "unknown"),
+        ("governor", cpu.governor or "not told (no cpufreq)"),
+        ("memory", fmt.quantity(machine.memory_bytes, "bytes")),
+        ("kernel", machine.kernel),
+        ("workload", f"{manifest.workload.name}: {manifest.workload.selection}; {manifest.workload.rule}"),
+        ("workload SHA-256", manifest.workload.sha256),
+        ("conversations", ", ".join(manifest.workload.selected)),
+        ("protocol", _protocol(manifest)),
+    ]
+    for target in manifest.targets:
+        if target.url is not None:
+            found.append((target.name, f"server at {target.url}"))
+        if target.model is not None:
+            model = target.model
+            found.append(
+                (target.name, f"{model.name}: {model.architecture}, {model.parameters:,} parameters, "
+                 f"mostly {model.quantization}, {fmt.quantity(model.file_bytes, 'bytes')}"
+                 f"{', synthetic weights' if model.synthetic else ''}")
+            )
+            found.append((f"{target.name} SHA-256", model.sha256))
+        if target.engine is not None:
+            engine, flags = target.engine, target.engine.flags
+            found.append(
+                (f"{target.name} engine", f"{engine.source}, build {engine.build or 'unknown'}; {flags.threads} threads, "
+                 f"context {flags.context}, {flags.slots} slot(s), batch {flags.batch}, KV cache {flags.cache_type_k}, "
+                 f"prompt cache {flags.cache_ram_mib} MiB, mmap {'on' if flags.mmap else 'off'}")
+            )
+    found.append(("promptai", f"{manifest.promptai}, schema {manifest.schema}"))
+    return found
+
+
+def _protocol(manifest: Manifest) -> str:
+    asked = manifest.protocol
+    return (
+        f"greedy (temperature 0, top-k 1), seed {asked.seed}, at most {asked.max_tokens} tokens, "
+        f"{' and '.join(asked.caches)}, history from the {'data' if asked.history == 'data' else 'model itself'}, "
+        f"{asked.repeats} pass(es), {asked.arrivals.kind} arrivals, {asked.concurrency} conversation(s) at once"
+    )

@@ -1,0 +1,22 @@
+"""Which metrics a person sees first, under which name; one list for terminal and page."""
+
+#: Metric name -> label.
+ROWS = {
+    "ttft_s_p50": "first token, median",
+    "ttft_s_p95": "first token, 95 % within",
+    "ttft_s_mean": "first token, mean",
+    "latency_s_mean": "whole answer, mean",
+    "prefill_tps": "prefill",
+    "decode_tps": "decode",
+    "total_tps": "total",
+    "generated_tokens_mean": "tokens an answer, mean",
+    "cached_share": "prompt tokens from the cache",
+    "decode_tps_cv_within": "decode CV at one prompt length",
+    "decode_tps_cv_across": "decode CV across prompt lengths",
+    "memory_anon_bytes": "memory, anonymous (peak)",
+    "memory_file_bytes": "memory, weights mapped (peak)",
+    "cpu_percent": "CPU, of all cores",
+    "temperature_c_max": "temperature (peak)",
+    "watts": "power",
+    "joules_per_token": "energy a token",
+}

@@ -1,0 +1,49 @@
+"""The table of a run for the terminal."""
+
+from rich.console import Console
+from rich.table import Table
+
+from promptai.bench.summary import Part, Summary, TargetSummary
+from promptai.report import format as fmt
+from promptai.report.rows import ROWS
+
+
+def print_summary(summary: Summary, console: Console) -> None:
+    """Print what was measured, what to doubt, and what measuring cost."""
+    for target in summary.targets:
+        console.print(_table(target))
+        for finding in target.findings:
+            mark = "[yellow]doubt[/]" if finding.serious else "[cyan]note[/] "
+            console.print(f"{mark}  {finding.message}: {finding.action}", highlight=False)
+    if not summary.complete:
+        console.print("[yellow]doubt[/]  the run is not complete: these are the requests so far", highlight=False)
+    harness = summary.harness
+    console.print(
+        f"measuring took {fmt.quantity(harness.cpu_percent_of_one_core.value, '%')} of one core, "
+        f"{fmt.quantity(harness.client_max_rss_bytes.value, 'bytes')} for the client and "
+        f"{fmt.quantity(harness.telemetry_max_rss_bytes.value, 'bytes')} for telemetry",
+        highlight=False,
+    )
+
+
+def _table(target: TargetSummary) -> Table:
+    parts = [(name, part) for name, part in (("cold", target.cold), ("warm", target.warm)) if part is not None]
+    title = f"{target.name}{' (synthetic weights)' if target.synthetic else ''}"
+    table = Table(title=title, title_justify="left", caption=_caption(target), caption_justify="left")
+    table.add_column("")
+    for name, part in parts:
+        table.add_column(f"{name} (n = {part.answered})", justify="right")
+    for name, label in ROWS.items():
+        if any(part.metrics[name].value is not None for _, part in parts):
+            table.add_row(label, *(fmt.metric(part.metrics[name]) for _, part in parts))
+    return table
+
+
+def _caption(target: TargetSummary) -> str:
+    failed = sum(part.failed for part in (target.cold, target.warm) if isinstance(part, Part))
+    words = ["cold: KV cache off; warm: earlier turns may be in it; in brackets the 95 % interval"]
+    if target.load_s.value is not None:
+        words.append(f"loaded in {fmt.quantity(target.load_s.value, 's')}")
+    if failed:
+        words.append(f"{failed} failed")
+    return "; ".join(words)
