@@ -145,7 +145,8 @@ def _suggest(error: str) -> str:
     unknown = re.search(r"unknown field `([^`]+)`(?: - at `\$\.?([^`]*)`)?", error)
     if unknown is None:
         return "see docs/reference/settings.md"
-    section = {"engine": EngineSettings, "bench": BenchSettings}.get(unknown[2] or "", Settings)
+    sections: dict[str, type[msgspec.Struct]] = {"engine": EngineSettings, "bench": BenchSettings}
+    section = sections.get(unknown[2] or "", Settings)
     names = [field.encode_name for field in msgspec.structs.fields(section)]
     near = difflib.get_close_matches(unknown[1], names, n=1)
     return f"did you mean {near[0]}?" if near else f"known here: {', '.join(names)}"

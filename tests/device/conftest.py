@@ -33,10 +33,7 @@ SwapTotal:        524288 kB
 SwapFree:         524000 kB
 HugePages_Total:       0
 """
-_PC_FLAGS = (
-    "fpu lm pni ssse3 fma avx f16c avx2 bmi2"
-    " avx512f avx512dq avx512cd avx512bw avx512vl avx512_vnni avx512vbmi"
-)
+_PC_FLAGS = "fpu lm pni ssse3 fma avx f16c avx2 bmi2 avx512f avx512dq avx512cd avx512bw avx512vl avx512_vnni avx512vbmi"
 
 
 @pytest.fixture

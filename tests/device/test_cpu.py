@@ -157,12 +157,8 @@ def test_a_pc_s_name_comes_from_its_maker(pc: Path) -> None:
     assert board_name(pc) == "OptiPlex 7090"
 
 
-@pytest.mark.parametrize(
-    "product", ["", "To Be Filled By O.E.M.", "Standard PC (Q35 + ICH9, 2009)", "HVM domU"]
-)
-def test_a_product_that_is_none_gives_way_to_the_processor(
-    pc: Path, write_tree: WriteTree, product: str
-) -> None:
+@pytest.mark.parametrize("product", ["", "To Be Filled By O.E.M.", "Standard PC (Q35 + ICH9, 2009)", "HVM domU"])
+def test_a_product_that_is_none_gives_way_to_the_processor(pc: Path, write_tree: WriteTree, product: str) -> None:
     """Placeholders and hypervisors say nothing about speed."""
     write_tree({"sys/class/dmi/id/product_name": product})
 

@@ -13,9 +13,7 @@ def no_command(_argv: Sequence[str]) -> None:
     """A machine without vcgencmd."""
 
 
-@pytest.mark.parametrize(
-    "text", [None, "", "\n", 'error=1 error_msg="Command not registered"', "throttled=?"]
-)
+@pytest.mark.parametrize("text", [None, "", "\n", 'error=1 error_msg="Command not registered"', "throttled=?"])
 def test_anything_but_flags_is_none(text: str | None) -> None:
     """An error of the firmware is no "all is well"."""
     assert parse_throttled(text) is None

@@ -193,9 +193,7 @@ def test_a_zombie_s_status_has_no_memory() -> None:
 def test_a_real_child_s_memory_is_seen() -> None:
     """The real /proc: 40 MB that a child fills show up as anonymous memory of this process's tree."""
     code = "x = bytearray(40_000_000); print(flush=True); input()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as child:
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         child.stdout.readline()
         alone, whole = ProcessTree(child.pid), ProcessTree(os.getpid())

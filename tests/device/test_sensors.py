@@ -80,9 +80,7 @@ def test_load_is_the_share_of_all_usable_cores(pi5: Path, write_tree: WriteTree)
 
 def test_a_machine_without_swap_has_no_swap_in_use(write_tree: WriteTree) -> None:
     """None, not 0: there is nothing that could be used."""
-    root = write_tree(
-        {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 5 kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\n"}
-    )
+    root = write_tree({"proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 5 kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\n"})
 
     assert Machine(root, {0}).memory() == (5 * 1024, None)
 

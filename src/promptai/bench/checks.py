@@ -10,6 +10,7 @@ The idea of naming the failed check and the remedy is pyperf's; the limits are o
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import msgspec
 
@@ -150,7 +151,7 @@ def _memory_pressure(seen: Evidence) -> Iterator[Finding]:
     faults = [sample.major_faults for sample in seen.during if sample.major_faults is not None]
     swap = [sample.swap_used_bytes for sample in seen.during if sample.swap_used_bytes is not None]
     # Weights are paged in during the warm-up. A fault costs a board about a millisecond.
-    growth = sum(max(0, after - before) for before, after in zip(faults, faults[1:], strict=False))
+    growth = sum(max(0, after - before) for before, after in pairwise(faults))
     if growth > 1000:
         yield Finding(
             "paging",

@@ -34,9 +34,7 @@ class Live(msgspec.Struct):
 
 
 class Played(msgspec.Struct, frozen=True):
-    """
-    One turn: its trace, the answer's text, and the error that ended it, if any.
-    """
+    """One turn: its trace, the answer's text, and the error that ended it, if any."""
 
     trace: Trace
     text: str
@@ -147,9 +145,7 @@ class _Account:
         if self.t_first_reasoning is None:
             self.t_first_reasoning = t
 
-    def trace(
-        self, key: Key, *, t_scheduled: float, t_sent: float, t_end: float, failure: EngineError | None
-    ) -> Trace:
+    def trace(self, key: Key, *, t_scheduled: float, t_sent: float, t_end: float, failure: EngineError | None) -> Trace:
         timings, usage = self.timings, self.usage
         details = usage.prompt_tokens_details if usage else None
         cached = timings.cache_n if timings else (details.cached_tokens if details else None)

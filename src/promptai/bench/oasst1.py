@@ -69,7 +69,7 @@ def load_oasst1(path: Path, *, source: str = NAME) -> Workload:
         with path.open("rb") as probe:
             zipped = probe.read(2) == b"\x1f\x8b"
         with gzip.open(path) if zipped else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(lines, start=1):  # noqa: B007  the except clause below names it
                 tree = decoder.decode(line)
                 conversation = _best_path(tree.prompt)
                 if conversation is not None:

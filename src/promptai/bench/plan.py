@@ -8,6 +8,7 @@ another. Pure: the same input gives the same plan, which is what lets a run resu
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -93,15 +94,16 @@ def plan_stages(targets: Sequence[str], conversations: Sequence[str], protocol: 
 
 def stratified(conversations: Sequence[Conversation], count: int, generator: "Random") -> list[Conversation]:
     """
-    ``count`` conversations that stand for all lengths: one drawn from each of ``count`` equal
-    strata by prompt length; the original order is kept.
+    Draw ``count`` conversations that stand for all lengths.
+
+    One comes from each of ``count`` equal strata by prompt length; the original order is kept.
     """
     total = len(conversations)
     if count >= total:
         return list(conversations)
     ranked = sorted(range(total), key=lambda i: (_weight(conversations[i]), i))
     bounds = [round(total * edge / count) for edge in range(count + 1)]
-    chosen = {ranked[generator.randrange(low, high)] for low, high in zip(bounds, bounds[1:], strict=False)}
+    chosen = {ranked[generator.randrange(low, high)] for low, high in pairwise(bounds)}
     return [conversations[i] for i in sorted(chosen)]
 
 

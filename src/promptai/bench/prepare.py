@@ -115,9 +115,7 @@ def describe_targets(
     return found
 
 
-def choose_conversations(
-    workload: Workload, *, count: int | None, seed: int
-) -> tuple[list[Conversation], str]:
+def choose_conversations(workload: Workload, *, count: int | None, seed: int) -> tuple[list[Conversation], str]:
     """The conversations to play and how they were chosen, in words; ``count`` ``None`` takes all."""
     everything = list(workload.conversations)
     if count is None or count >= len(everything):
@@ -173,7 +171,8 @@ def reload_selected(workload: Workload, sha256: str, selected: Sequence[str]) ->
     """
     if workload.sha256 != sha256:
         raise WorkloadError(
-            f"workload {workload.source} has changed since the run began", hint="start a new run instead of --resume"
+            f"workload {workload.source} has changed since the run began",
+            hint="start a new run instead of --resume",
         )
     by_id = {conversation.id: conversation for conversation in workload.conversations}
     return [by_id[id_] for id_ in selected]
@@ -192,5 +191,5 @@ def unique_names(names: Sequence[str]) -> list[str]:
 
 def _stem(source: str) -> str:
     if is_url(source):
-        return source.split("://", 1)[1].split("/")[0].rsplit("@", 1)[-1].replace(":", "-")
+        return source.split("://", 1)[1].split("/", maxsplit=1)[0].rsplit("@", 1)[-1].replace(":", "-")
     return Path(source).stem

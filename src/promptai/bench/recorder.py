@@ -18,7 +18,7 @@ import os
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, Self, TypeVar
 
 import msgspec
 
@@ -52,7 +52,7 @@ class Recorder:
         self.answers = {answer.key: answer.text for answer in _read_lines(directory / "answers.jsonl", Answer)}
         self._files: list[BinaryIO] = []
 
-    def __enter__(self) -> "Recorder":
+    def __enter__(self) -> Self:
         """
         Open the files for appending.
 
@@ -199,7 +199,7 @@ def read_traces(directory: Path) -> list[Trace]:
 
 def read_events(directory: Path) -> list[Event]:
     """Every event of a run, in order; raises ``RunError`` on damage."""
-    return _read_lines(directory / "events.jsonl", Event)
+    return _read_lines(directory / "events.jsonl", Event)  # type: ignore[arg-type]  # mypy has no TypeForm yet
 
 
 def _read_lines(path: Path, kind: type[T]) -> list[T]:
@@ -215,7 +215,9 @@ def _read_lines(path: Path, kind: type[T]) -> list[T]:
         try:
             found.append(decoder.decode(line))
         except msgspec.MsgspecError as error:
-            raise RunError(f"{path}, line {number} is damaged: {error}", hint="remove the line, or measure again") from None
+            raise RunError(
+                f"{path}, line {number} is damaged: {error}", hint="remove the line, or measure again"
+            ) from None
     return found
 
 

@@ -238,9 +238,7 @@ class Runner:
 
 def turn_client(opened: OpenTarget, protocol: Protocol, *, origin: float) -> TurnClient:
     """A client that plays turns of ``protocol`` on an open target."""
-    return TurnClient(
-        opened.client, protocol, model=opened.model, llama_server=opened.llama_server, origin=origin
-    )
+    return TurnClient(opened.client, protocol, model=opened.model, llama_server=opened.llama_server, origin=origin)
 
 
 async def warm_up(client: TurnClient, *, answer_tokens: float) -> tuple[Rates, float]:

@@ -47,7 +47,9 @@ class OpenTarget(msgspec.Struct, frozen=True):
 
 
 @asynccontextmanager
-async def open_target(facts: TargetFacts, *, log: Path, api_key: str | None, silence_s: float) -> AsyncIterator[OpenTarget]:
+async def open_target(
+    facts: TargetFacts, *, log: Path, api_key: str | None, silence_s: float
+) -> AsyncIterator[OpenTarget]:
     """
     Start or reach a target; inside the block it answers.
 
@@ -104,7 +106,13 @@ def describe_url(url: str, name: str) -> TargetFacts:
 
 
 def describe_model(
-    header: GgufHeader, flags: EngineFlags, engine: EngineBinary, *, name: str, missing: list[str], sha256: str
+    header: GgufHeader,
+    flags: EngineFlags,
+    engine: EngineBinary,
+    *,
+    name: str,
+    missing: list[str],
+    sha256: str,
 ) -> TargetFacts:
     """A model file and the engine it will run on."""
     model = ModelFacts(

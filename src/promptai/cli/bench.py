@@ -55,17 +55,38 @@ Examples:
 @click.option("--workload", help="edge-50 (bundled), oasst1 (from the hub), oasst1:FILE, or a .jsonl file.")
 @click.option("--conversations", type=int, help="Play this many, drawn evenly from short to long.")
 @click.option("--budget", help="Play as much as fits, e.g. 30m or 8h.")
-@click.option("--cache", type=click.Choice(list(_CACHES)), default="both", show_default=True, help="KV cache off, on, or one after the other.")
-@click.option("--history", type=click.Choice(["data", "own"]), default="data", show_default=True, help="Earlier answers in the prompt: the data's (same prompts for all) or the model's.")
+@click.option(
+    "--cache",
+    type=click.Choice(list(_CACHES)),
+    default="both",
+    show_default=True,
+    help="KV cache off, on, or one after the other.",
+)
+@click.option(
+    "--history",
+    type=click.Choice(["data", "own"]),
+    default="data",
+    show_default=True,
+    help="Earlier answers in the prompt: the data's (same prompts for all) or the model's.",
+)
 @click.option("--max-tokens", type=int, help="Cap of tokens an answer.  [default: 500]")
 @click.option("--repeats", type=int, help="Times the workload is played.  [default: 1]")
 @click.option("--concurrency", type=click.IntRange(min=1), default=1, show_default=True, help="Conversations at once.")
-@click.option("--arrivals", default="closed", show_default=True, help="closed, constant:RATE or poisson:RATE, in conversations a second.")
+@click.option(
+    "--arrivals",
+    default="closed",
+    show_default=True,
+    help="closed, constant:RATE or poisson:RATE, in conversations a second.",
+)
 @click.option("--ignore-eos", is_flag=True, help="Let every answer run to --max-tokens.")
 @click.option("--seed", type=int, help="For sampler, arrivals and choice of conversations.  [default: 0]")
 @click.option("--engine", "engine_path", type=click.Path(path_type=Path), help="A llama-server to use.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the physical cores that are ours]")
-@click.option("--context", type=click.IntRange(min=64), help="Tokens of context of a slot.  [default: what the workload needs]")
+@click.option(
+    "--context",
+    type=click.IntRange(min=64),
+    help="Tokens of context of a slot.  [default: what the workload needs]",
+)
 @click.option("--slots", type=click.IntRange(min=1), help="Slots of the engine.  [default: 1]")
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of the engine.  [default: a free one]")
 @click.option("--timeout", type=float, help="Longest silence in an answer, in seconds.  [default: 1800]")

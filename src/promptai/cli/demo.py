@@ -28,8 +28,20 @@ def demo(*, as_json: bool) -> None:
     console = Console(stderr=as_json)
     settings = load_settings()
     options: dict[str, Any] = dict.fromkeys(
-        ("workload", "budget", "max_tokens", "repeats", "seed", "engine_path", "threads", "context", "slots", "port",
-         "timeout", "runs")
+        (
+            "workload",
+            "budget",
+            "max_tokens",
+            "repeats",
+            "seed",
+            "engine_path",
+            "threads",
+            "context",
+            "slots",
+            "port",
+            "timeout",
+            "runs",
+        )
     )
     options |= {
         "targets": (),

@@ -56,7 +56,11 @@ Examples:
 @click.option("--decode-tps", type=float, default=10.0, show_default=True, help="Tokens a second of one stream.")
 @click.option("--slots", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--context", type=click.IntRange(min=16), default=8192, show_default=True, help="Tokens of a slot.")
-@click.option("--answer-tokens", type=click.IntRange(min=1), help="Mean length of an answer.  [default: the request's cap]")
+@click.option(
+    "--answer-tokens",
+    type=click.IntRange(min=1),
+    help="Mean length of an answer.  [default: the request's cap]",
+)
 @click.option("--load-s", type=float, default=0.0, show_default=True, help="Seconds of pretended loading.")
 @click.option("--time-scale", type=float, default=1.0, show_default=True, help="10: ten times as fast.")
 @click.option("--fault", "kind", type=click.Choice(["refuse", "stall", "cut", "malformed", "error", "die"]))

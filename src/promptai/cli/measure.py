@@ -77,9 +77,7 @@ async def _run(runner: Runner, progress: RunProgress) -> None:
             await drawing
 
 
-def calibrate(
-    manifest: Manifest, *, api_key: str | None, silence_s: float, console: Console
-) -> dict[str, Rates]:
+def calibrate(manifest: Manifest, *, api_key: str | None, silence_s: float, console: Console) -> dict[str, Rates]:
     """Open every target for a moment and see what it does, to know what fits a budget."""
 
     async def look(logs: Path) -> dict[str, Rates]:
@@ -119,5 +117,8 @@ def _render(directory: Path) -> bool:
         stdin=subprocess.DEVNULL,
     )
     if done.returncode != 0:
-        click.echo(f"promptai: the report could not be written: {done.stderr.decode(errors='replace').strip()}", err=True)
+        click.echo(
+            f"promptai: the report could not be written: {done.stderr.decode(errors='replace').strip()}",
+            err=True,
+        )
     return done.returncode == 0

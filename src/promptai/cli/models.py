@@ -32,7 +32,9 @@ def inspect(path: Path, *, as_json: bool) -> None:
     Console().print(table)
 
 
-@models.command(epilog="\b\nExample:\n  promptai models synth synthetic-1b.gguf && promptai bench synthetic-1b.gguf --budget 5m")
+@models.command(
+    epilog="\b\nExample:\n  promptai models synth synthetic-1b.gguf && promptai bench synthetic-1b.gguf --budget 5m"
+)
 @click.argument("path", type=click.Path(path_type=Path))
 def synth(path: Path) -> None:
     """Write a model of TinyLlama's shape (1.1 B, Q4_0, 0.6 GB) with random weights, to measure speed and memory."""

@@ -102,7 +102,9 @@ class RunProgress:
         """A stage begins."""
         self._stage = stage
         if not self._console.is_terminal:
-            self._console.print(f"{stage.target}: {stage.cache}, {len(stage.conversations)} conversations", highlight=False)
+            self._console.print(
+                f"{stage.target}: {stage.cache}, {len(stage.conversations)} conversations", highlight=False
+            )
 
     def played(self, played: Played) -> None:
         """A turn is finished."""
@@ -130,10 +132,7 @@ class RunProgress:
             return "starting the engine"
         place = list(self._conversations).index(key.conversation) + 1
         turns = self._conversations[key.conversation].user_turns
-        return (
-            f"{key.target} {key.cache}: conversation {place}/{len(self._conversations)}, "
-            f"turn {key.turn + 1}/{turns}"
-        )
+        return f"{key.target} {key.cache}: conversation {place}/{len(self._conversations)}, turn {key.turn + 1}/{turns}"
 
     def _rate(self) -> str:
         """Tokens a second of the answer in progress, else of the last one."""

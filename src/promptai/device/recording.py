@@ -204,9 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--origin", type=float, default=0.0, metavar="SECONDS", help="monotonic second that samples call 0"
     )
-    parser.add_argument(
-        "--watch", metavar="PID_OR_FILE", help="process to watch, or a file that will hold its number"
-    )
+    parser.add_argument("--watch", metavar="PID_OR_FILE", help="process to watch, or a file that will hold its number")
     parser.add_argument(
         "--ready-fd", type=int, metavar="FD", help="file descriptor that gets one byte once sampling begins"
     )

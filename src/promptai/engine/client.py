@@ -12,7 +12,7 @@ the gateway the router decides. aiohttp's exceptions end here.
 
 import time
 from collections.abc import AsyncIterator
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import aiohttp
 import msgspec
@@ -53,7 +53,7 @@ class EngineClient:
         self._silence_s = silence_s
         self._session: aiohttp.ClientSession | None = None
 
-    async def __aenter__(self) -> "EngineClient":
+    async def __aenter__(self) -> Self:
         # No limit on connections: concurrency is the caller's decision, and a
         # hidden queue in the client would be measured as the server's.
         # No kept-alive connections: llama-server closes them after a stream, and a
@@ -120,7 +120,9 @@ class EngineClient:
         parser = SseParser()
         try:
             async with self._open().post(
-                f"{self.base_url}/v1/chat/completions", data=payload, headers={"Content-Type": "application/json"}
+                f"{self.base_url}/v1/chat/completions",
+                data=payload,
+                headers={"Content-Type": "application/json"},
             ) as response:
                 if response.status != 200:
                     raise self._refused(response.status, await response.read())
@@ -177,9 +179,7 @@ class EngineClient:
         # A quick answer is expected of everything but inference.
         timeout = aiohttp.ClientTimeout(total=self._silence_s if path == "/completion" else _QUICK_S)
         try:
-            async with self._open().request(
-                method, f"{self.base_url}{path}", json=body, timeout=timeout
-            ) as response:
+            async with self._open().request(method, f"{self.base_url}{path}", json=body, timeout=timeout) as response:
                 return response.status, await response.read()
         except TimeoutError:
             raise EngineDiedError(f"{self.base_url}{path} did not answer in time") from None

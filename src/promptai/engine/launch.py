@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Self
 
 from promptai.engine.client import EngineClient
 from promptai.engine.embedded import EXIT_NO_WHEEL
@@ -59,7 +60,7 @@ class RunningEngine:
         """Its process id while it has one."""
         return self._process.pid if self._process is not None else None
 
-    async def __aenter__(self) -> "RunningEngine":
+    async def __aenter__(self) -> Self:
         """
         Start it and wait until it answers.
 
@@ -75,7 +76,7 @@ class RunningEngine:
         try:
             with self.log.open("ab") as sink:
                 self._log_start = sink.tell()
-                self._process = subprocess.Popen(
+                self._process = subprocess.Popen(  # noqa: S603  the located engine, no shell
                     [sys.executable, "-m", "promptai.engine.guard", *self.binary.arguments(self.flags)],
                     stdin=subprocess.DEVNULL,
                     stdout=sink,
@@ -175,7 +176,10 @@ def explain_exit(code: int, log: str) -> tuple[str, str]:
             "use a smaller model, quantisation or --context, or close other programs",
         )
     if code < 0:
-        return f"killed by signal {-code} ({_signal_name(-code)}); its last words: {_last_line(log)}", _CRASH_HINT
+        return (
+            f"killed by signal {-code} ({_signal_name(-code)}); its last words: {_last_line(log)}",
+            _CRASH_HINT,
+        )
     return f"exit code {code}; its last words: {_last_line(log)}", "see promptai doctor"
 
 
@@ -190,11 +194,23 @@ _KNOWN_ENDS = (
         "install it: apt-get install libgomp1 (Debian, Ubuntu, Raspberry Pi OS), dnf install libgomp (Fedora)",
     ),
     (r"couldn't bind HTTP server socket.*port: (\d+)", "port {0} is taken", "choose another with --port"),
-    (r"error: invalid argument: (\S+)", "this llama-server does not know {0}", "it is too old; use a newer one"),
-    (r"(std::bad_alloc|failed to allocate|Cannot allocate memory)", "not enough memory ({0})", "use a smaller model or --context"),
+    (
+        r"error: invalid argument: (\S+)",
+        "this llama-server does not know {0}",
+        "it is too old; use a newer one",
+    ),
+    (
+        r"(std::bad_alloc|failed to allocate|Cannot allocate memory)",
+        "not enough memory ({0})",
+        "use a smaller model or --context",
+    ),
     (r"not within the file bounds", "the file is cut short or damaged", _FETCH_HINT),
     (r"invalid magic characters", "the file is not a GGUF", _FETCH_HINT),
-    (r"unknown model architecture: '([^']+)'", "this engine does not know the architecture {0}", "use a newer engine"),
+    (
+        r"unknown model architecture: '([^']+)'",
+        "this engine does not know the architecture {0}",
+        "use a newer engine",
+    ),
     (r"error loading model: ([^\n]+)", "{0}", _FETCH_HINT),
 )
 

@@ -25,8 +25,10 @@ from promptai.errors import EngineNotFoundError
 
 #: Features that change the speed of llama.cpp's kernels, in its own names.
 _SPEED_FEATURES = frozenset(
-    "AVX2 AVX_VNNI AVX512 AVX512_VBMI AVX512_VNNI AVX512_BF16 AMX_INT8 FMA F16C "
-    "NEON ARM_FMA FP16_VA DOTPROD MATMUL_INT8 SVE SME".split()
+    (
+        *("AVX2", "AVX_VNNI", "AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16", "AMX_INT8", "FMA", "F16C"),
+        *("NEON", "ARM_FMA", "FP16_VA", "DOTPROD", "MATMUL_INT8", "SVE", "SME"),
+    )
 )
 _PROBE_TIMEOUT_S = 20.0
 
@@ -86,7 +88,8 @@ def find_engines(named: Path | None = None, *, cache: Path | None = None) -> lis
     if named is not None:
         if not (named.is_file() and os.access(named, os.X_OK)):
             raise EngineNotFoundError(
-                f"engine {named} is not an executable file", hint="give the path of a llama-server, or leave it out"
+                f"engine {named} is not an executable file",
+                hint="give the path of a llama-server, or leave it out",
             )
         found.append(_native("settings", named))
     built = sorted(cache.glob("*/bin/llama-server"), reverse=True) if cache is not None and cache.is_dir() else []

@@ -14,8 +14,8 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator
-from typing import Any, Literal, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, Literal, Self, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -113,7 +113,7 @@ class SimulatedEngine:
         """Where it listens."""
         return f"http://127.0.0.1:{self._port}"
 
-    async def __aenter__(self) -> "SimulatedEngine":
+    async def __aenter__(self) -> Self:
         """Listen; raises ``OSError`` when the port is taken."""
         app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[_envelope])
         app.add_routes(
@@ -161,7 +161,7 @@ class SimulatedEngine:
                 if emission.request in self._outboxes:
                     self._outboxes[emission.request].put_nowait((emission.text, emission.request))
 
-    async def _generate(self, request: Request, sent: Sent) -> AsyncIterator[str]:
+    async def _generate(self, request: Request, sent: Sent) -> AsyncGenerator[str, None]:
         """Texts of the tokens of one request as they are computed."""
         outbox = self._outboxes[request] = asyncio.Queue()
         self._scheduler.add(request)
@@ -224,9 +224,7 @@ class SimulatedEngine:
         }
         return _json({**self._head("chat.completion"), "choices": [choice], **_account(request)})
 
-    async def _stream(
-        self, http: web.Request, request: Request, sent: Sent, fault: Fault | None
-    ) -> web.StreamResponse:
+    async def _stream(self, http: web.Request, request: Request, sent: Sent, fault: Fault | None) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         head = self._head("chat.completion.chunk")
         texts = self._generate(request, sent)
@@ -354,9 +352,11 @@ def _json(body: object) -> web.Response:
 
 
 @web.middleware
-async def _envelope(http: web.Request, handler: Any) -> web.StreamResponse:
+async def _envelope(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
     try:
-        answer: web.StreamResponse = await handler(http)
+        answer = await handler(request)
     except _Rejected as rejected:
         return web.Response(
             status=rejected.status, body=msgspec.json.encode(rejected.body), content_type="application/json"

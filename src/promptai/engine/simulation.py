@@ -28,9 +28,10 @@ from promptai.wire.openai import Message
 #: At most six characters, with the white space before them; template marks are one token each.
 _PIECE = re.compile(r"<\|[a-z]+\|>|\s?[^\s<]{1,6}|\s|<")
 _WORDS = (
-    "cell link fibre mast radio alarm power load drift clock packet router sector backup signal uplink "
-    "switch node queue frame the a is was has no and when then over under high low next check reset"
-).split()
+    *("cell", "link", "fibre", "mast", "radio", "alarm", "power", "load", "drift", "clock", "packet", "router"),
+    *("sector", "backup", "signal", "uplink", "switch", "node", "queue", "frame", "reset", "check", "next"),
+    *("the", "a", "is", "was", "has", "no", "and", "when", "then", "over", "under", "high", "low"),
+)
 
 
 class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

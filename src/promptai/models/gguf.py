@@ -192,9 +192,13 @@ def read_header(path: Path) -> GgufHeader:
         with path.open("rb", buffering=1 << 20) as file:
             header = _Reader(file, file_bytes).header(str(path))
     except _Damaged as damage:
-        raise ModelFormatError(f"model {path} {damage}", hint="fetch it again, or check it against its SHA-256") from None
+        raise ModelFormatError(
+            f"model {path} {damage}", hint="fetch it again, or check it against its SHA-256"
+        ) from None
     except OSError as error:
-        raise ModelNotFoundError(f"model {path} cannot be read: {error.strerror}", hint="check its permissions") from None
+        raise ModelNotFoundError(
+            f"model {path} cannot be read: {error.strerror}", hint="check its permissions"
+        ) from None
     needed = max((header.data_offset + t.offset + t.size_bytes for t in header.tensors), default=0)
     if needed > file_bytes:
         raise ModelFormatError(
@@ -262,7 +266,9 @@ class _Reader:
             count *= length
         if count % block or count > 1 << 44:
             raise _Damaged(f"has an impossible shape {shape} for tensor {name!r} of type {label}")
-        return Tensor(name=name, shape=shape, quantization=label, offset=offset, size_bytes=count // block * block_bytes)
+        return Tensor(
+            name=name, shape=shape, quantization=label, offset=offset, size_bytes=count // block * block_bytes
+        )
 
     def _array(self, key: str, *, depth: int) -> tuple[list[Scalar] | None, int]:
         kind = self._number("<I", key)

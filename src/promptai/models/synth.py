@@ -67,7 +67,9 @@ def write_synthetic(path: Path, shape: Shape, *, name: str, seed: int = 0) -> Pa
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise ModelError(f"cannot write {path}: {error.strerror}", hint="free some space or choose another path") from None
+        raise ModelError(
+            f"cannot write {path}: {error.strerror}", hint="free some space or choose another path"
+        ) from None
     return path
 
 

@@ -7,6 +7,7 @@ run of a day does not make a page of 100 MB.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import altair as alt
@@ -22,9 +23,7 @@ _MIB = 1024**2
 _MOST_POINTS = 1500
 _WIDTH = 520
 _COLOURS = alt.Scale(domain=["cold", "warm"], range=["#3b6fb6", "#e08a2e"])
-_SIZES = [f"{low}–{high - 1}" for low, high in zip(BUCKET_EDGES, BUCKET_EDGES[1:], strict=False)] + [
-    f"{BUCKET_EDGES[-1]}+"
-]
+_SIZES = [f"{low}–{high - 1}" for low, high in pairwise(BUCKET_EDGES)] + [f"{BUCKET_EDGES[-1]}+"]
 VEGA_LITE = "v" + ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 
 Row = dict[str, Any]
@@ -67,11 +66,15 @@ def to_png(figure: Figure) -> bytes:
 
 def javascript() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, so that the page needs no network."""
-    return str(vl_convert.javascript_bundle(vl_version=VEGA_LITE))
+    return str(vl_convert.javascript_bundle(vl_version=VEGA_LITE))  # type: ignore[call-arg]  # its stub is wrong
 
 
 def _figure(name: str, title: str, caption: str, chart: Any) -> Figure:
     return Figure(name, title, caption, chart.to_dict())
+
+
+def _data(rows: list[Row]) -> alt.InlineData:
+    return alt.InlineData(values=rows)
 
 
 def _good(run: Run) -> list[Trace]:
@@ -87,7 +90,7 @@ def _prompt_lengths(run: Run) -> Figure | None:
     if not rows:
         return None
     lines = (
-        alt.Chart(alt.Data(values=rows))
+        alt.Chart(_data(rows))
         .mark_line(point=alt.OverlayMarkDef(size=18), opacity=0.55, strokeWidth=1.2)
         .encode(
             x=alt.X("turn:O", title="user turn", axis=alt.Axis(labelAngle=0)),
@@ -123,8 +126,15 @@ def _throughput(summary: Summary) -> Figure | None:
             if found.value is not None:
                 low, high = found.ci95 or (None, None)
                 rows.append(
-                    {"target": target, "cache": cache, "rate": name, "tps": found.value, "low": low, "high": high,
-                     "n": found.n}
+                    {
+                        "target": target,
+                        "cache": cache,
+                        "rate": name,
+                        "tps": found.value,
+                        "low": low,
+                        "high": high,
+                        "n": found.n,
+                    }
                 )
     if not rows:
         return None
@@ -134,12 +144,18 @@ def _throughput(summary: Summary) -> Figure | None:
     bars = base.mark_bar().encode(
         x=alt.X("tps:Q", title="tokens a second"),
         color=alt.Color("cache:N", title="KV cache", scale=_COLOURS),
-        tooltip=["target:N", "cache:N", alt.Tooltip("tps:Q", format=",.2f"), alt.Tooltip("low:Q", format=",.2f"),
-                 alt.Tooltip("high:Q", format=",.2f"), "n:Q"],
+        tooltip=[
+            "target:N",
+            "cache:N",
+            alt.Tooltip("tps:Q", format=",.2f"),
+            alt.Tooltip("low:Q", format=",.2f"),
+            alt.Tooltip("high:Q", format=",.2f"),
+            "n:Q",
+        ],
     )
     whiskers = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q").transform_filter("isValid(datum.low)")
     chart = (
-        alt.layer(bars, whiskers, data=alt.Data(values=rows))
+        alt.layer(bars, whiskers, data=_data(rows))
         .properties(width=_WIDTH / 3 - 12, height=alt.Step(24))
         .facet(column=alt.Column("rate:N", title=None, sort=["prefill", "decode", "total"]))
         .resolve_scale(x="independent")
@@ -164,7 +180,7 @@ def _latency(summary: Summary) -> Figure | None:
     if not rows:
         return None
     chart = (
-        alt.Chart(alt.Data(values=rows))
+        alt.Chart(_data(rows))
         .mark_bar()
         .encode(
             y=alt.Y("where:N", title=None, axis=alt.Axis(labelLimit=220)),
@@ -173,7 +189,8 @@ def _latency(summary: Summary) -> Figure | None:
                 "part:N",
                 title=None,
                 scale=alt.Scale(
-                    domain=["until the first token (prefill)", "answering (decode)"], range=["#7b5ea7", "#4c9f70"]
+                    domain=["until the first token (prefill)", "answering (decode)"],
+                    range=["#7b5ea7", "#4c9f70"],
                 ),
                 legend=alt.Legend(orient="top", labelLimit=300),
             ),
@@ -192,14 +209,20 @@ def _latency(summary: Summary) -> Figure | None:
 
 def _first_token(run: Run) -> Figure | None:
     rows: list[Row] = [
-        {"cache": t.cache, "target": t.target, "tokens": t.prompt_tokens, "ttft": t.ttft_s, "cached": t.cached_tokens}
+        {
+            "cache": t.cache,
+            "target": t.target,
+            "tokens": t.prompt_tokens,
+            "ttft": t.ttft_s,
+            "cached": t.cached_tokens,
+        }
         for t in thin(_good(run))
         if t.prompt_tokens is not None and t.ttft_s is not None
     ]
     if not rows:
         return None
     chart = (
-        alt.Chart(alt.Data(values=rows))
+        alt.Chart(_data(rows))
         .mark_point(filled=True, opacity=0.6, size=28)
         .encode(
             x=alt.X("tokens:Q", title="tokens of the prompt"),
@@ -227,10 +250,17 @@ def _steadiness(summary: Summary) -> Figure | None:
                 if mean is not None:
                     spread = mean * cv if cv is not None else None
                     rows.append(
-                        {"target": target, "cache": cache, "rate": rate, "size": _SIZES[BUCKET_EDGES.index(bucket.low)],
-                         "mean": mean, "cv": cv, "n": bucket.n,
-                         "low": None if spread is None else max(0.0, mean - spread),
-                         "high": None if spread is None else mean + spread}
+                        {
+                            "target": target,
+                            "cache": cache,
+                            "rate": rate,
+                            "size": _SIZES[BUCKET_EDGES.index(bucket.low)],
+                            "mean": mean,
+                            "cv": cv,
+                            "n": bucket.n,
+                            "low": None if spread is None else max(0.0, mean - spread),
+                            "high": None if spread is None else mean + spread,
+                        }
                     )
     if not rows:
         return None
@@ -238,13 +268,22 @@ def _steadiness(summary: Summary) -> Figure | None:
         x=alt.X("size:O", title="tokens of the prompt", sort=_SIZES, axis=alt.Axis(labelAngle=-40)),
         color=alt.Color("cache:N", title="KV cache", scale=_COLOURS),
     )
-    tooltip = ["target:N", "cache:N", "size:O", alt.Tooltip("mean:Q", format=",.2f"), alt.Tooltip("cv:Q", format=".1%"), "n:Q"]
+    tooltip = [
+        "target:N",
+        "cache:N",
+        "size:O",
+        alt.Tooltip("mean:Q", format=",.2f"),
+        alt.Tooltip("cv:Q", format=".1%"),
+        "n:Q",
+    ]
     points = base.mark_line(point=True).encode(
-        y=alt.Y("mean:Q", title="tokens a second", scale=alt.Scale(zero=True)), strokeDash=alt.StrokeDash("target:N", title=None), tooltip=tooltip
+        y=alt.Y("mean:Q", title="tokens a second", scale=alt.Scale(zero=True)),
+        strokeDash=alt.StrokeDash("target:N", title=None),
+        tooltip=tooltip,
     )
     spread = base.mark_rule(opacity=0.5).encode(y="low:Q", y2="high:Q").transform_filter("isValid(datum.low)")
     chart = (
-        alt.layer(points, spread, data=alt.Data(values=rows))
+        alt.layer(points, spread, data=_data(rows))
         .properties(width=_WIDTH / 3 - 12, height=200)
         .facet(column=alt.Column("rate:N", title=None, sort=["prefill", "decode", "total"]))
         .resolve_scale(y="independent")
@@ -272,13 +311,17 @@ def _memory(samples: Sequence[Sample]) -> Figure | None:
     if not rows:
         return None
     chart = (
-        alt.Chart(alt.Data(values=rows))
+        alt.Chart(_data(rows))
         .mark_area(opacity=0.75)
         .encode(
             x=alt.X("t:Q", title="seconds of the run"),
             y=alt.Y("mib:Q", title="MiB of the engine", stack="zero"),
-            color=alt.Color("kind:N", title=None, legend=alt.Legend(orient="top", labelLimit=300),
-                            scale=alt.Scale(range=["#b65c5c", "#8fb3a6"])),
+            color=alt.Color(
+                "kind:N",
+                title=None,
+                legend=alt.Legend(orient="top", labelLimit=300),
+                scale=alt.Scale(range=["#b65c5c", "#8fb3a6"]),
+            ),
             tooltip=["kind:N", alt.Tooltip("mib:Q", format=",.1f"), alt.Tooltip("t:Q", format=",.0f")],
         )
         .properties(width=_WIDTH, height=180)
@@ -300,7 +343,7 @@ def _cpu(samples: Sequence[Sample]) -> Figure | None:
     if not rows:
         return None
     chart = (
-        alt.Chart(alt.Data(values=rows))
+        alt.Chart(_data(rows))
         .mark_line(strokeWidth=1.4)
         .encode(
             x=alt.X("t:Q", title="seconds of the run"),
@@ -310,17 +353,20 @@ def _cpu(samples: Sequence[Sample]) -> Figure | None:
         )
         .properties(width=_WIDTH, height=160)
     )
-    return _figure("cpu", "How busy is the processor?", "100 % means every core is busy. Gaps between engines are idle.", chart)
+    return _figure(
+        "cpu",
+        "How busy is the processor?",
+        "100 % means every core is busy. Gaps between engines are idle.",
+        chart,
+    )
 
 
 def _heat(samples: Sequence[Sample]) -> Figure | None:
-    rows: list[Row] = [
-        {"t": s.t, "celsius": s.temperature_c} for s in thin(samples) if s.temperature_c is not None
-    ]
+    rows: list[Row] = [{"t": s.t, "celsius": s.temperature_c} for s in thin(samples) if s.temperature_c is not None]
     if not rows:
         return None
     chart = (
-        alt.Chart(alt.Data(values=rows))
+        alt.Chart(_data(rows))
         .mark_line(strokeWidth=1.4, color="#b65c5c")
         .encode(
             x=alt.X("t:Q", title="seconds of the run"),

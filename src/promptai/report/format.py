@@ -43,8 +43,10 @@ def metric(found: Metric) -> str:
     if found.value is None or found.ci95 is None:
         return text
     low, high = (quantity(bound, found.unit) for bound in found.ci95)
-    return f"{text} ({low.rsplit(' ', 1)[0]} to {high.rsplit(' ', 1)[0]})" if _same_unit(text, low, high) else (
-        f"{text} ({low} to {high})"
+    return (
+        f"{text} ({low.rsplit(' ', 1)[0]} to {high.rsplit(' ', 1)[0]})"
+        if _same_unit(text, low, high)
+        else (f"{text} ({low} to {high})")
     )
 
 

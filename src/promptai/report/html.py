@@ -94,17 +94,28 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
         if target.model is not None:
             model = target.model
             found.append(
-                (target.name, f"{model.name}: {model.architecture}, {model.parameters:,} parameters, "
-                 f"mostly {model.quantization}, {fmt.quantity(model.file_bytes, 'bytes')}"
-                 f"{', synthetic weights' if model.synthetic else ''}")
+                (
+                    target.name,
+                    (
+                        f"{model.name}: {model.architecture}, {model.parameters:,} parameters, "
+                        f"mostly {model.quantization}, {fmt.quantity(model.file_bytes, 'bytes')}"
+                        f"{', synthetic weights' if model.synthetic else ''}"
+                    ),
+                )
             )
             found.append((f"{target.name} SHA-256", model.sha256))
         if target.engine is not None:
             engine, flags = target.engine, target.engine.flags
             found.append(
-                (f"{target.name} engine", f"{engine.source}, build {engine.build or 'unknown'}; {flags.threads} threads, "
-                 f"context {flags.context}, {flags.slots} slot(s), batch {flags.batch}, KV cache {flags.cache_type_k}, "
-                 f"prompt cache {flags.cache_ram_mib} MiB, mmap {'on' if flags.mmap else 'off'}")
+                (
+                    f"{target.name} engine",
+                    (
+                        f"{engine.source}, build {engine.build or 'unknown'}; {flags.threads} threads, "
+                        f"context {flags.context}, {flags.slots} slot(s), batch {flags.batch}, "
+                        f"KV cache {flags.cache_type_k}, prompt cache {flags.cache_ram_mib} MiB, "
+                        f"mmap {'on' if flags.mmap else 'off'}"
+                    ),
+                )
             )
     found.append(("promptai", f"{manifest.promptai}, schema {manifest.schema}"))
     return found

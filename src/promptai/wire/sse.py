@@ -1,6 +1,6 @@
-"""Server-sent events from bytes, as they come.
+r"""Server-sent events from bytes, as they come.
 
-Network chunks end anywhere: in the middle of a line, between ``\\r`` and ``\\n``,
+Network chunks end anywhere: in the middle of a line, between ``\r`` and ``\n``,
 inside a UTF-8 character. A measuring client must neither lose an event to that
 nor wait for one that is already whole. This parser takes bytes and gives back
 every event that they complete; it never waits, decodes only whole lines, and
