@@ -139,16 +139,22 @@ def fit_budget(
     return []
 
 
-def context_needed(conversations: Iterable[Conversation], max_tokens: int) -> int:
+def context_needed(conversations: Iterable[Conversation], max_tokens: int, *, vocabulary: int | None) -> int:
     """
     Tokens of context that the longest conversation needs, rounded up to 512.
 
-    Assumes 2.5 characters a token, which is fewer than any common vocabulary
-    reaches on English (3.5 to 4.5): a context that is too small loses
-    conversations, one that is a little too large costs memory only.
+    Assumes 3 characters a token, 1.8 for vocabularies below 16 k: fewer than
+    vocabularies reach on technical English (3.6 to 4.5 for 32 k to 256 k; 2.1 for
+    promptai-tiny's 2 k). A context that is too small loses conversations, one
+    that is a little too large costs some memory.
+
+    Args:
+        vocabulary: Tokens of the model's vocabulary; ``None`` when unknown.
     """
+    per_token = 1.8 if vocabulary is not None and vocabulary < 16_000 else 3.0
+    # 40 characters a message stand for the marks of the chat template.
     longest = max((c.prompt_chars(c.user_turns - 1) + 40 * len(c.messages) for c in conversations), default=0)
-    return -(-(round(longest / 2.5) + max_tokens) // 512) * 512
+    return -(-(round(longest / per_token) + max_tokens) // 512) * 512
 
 
 def _weight(conversation: Conversation) -> int:

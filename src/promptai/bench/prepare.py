@@ -93,7 +93,7 @@ def describe_targets(
             found.append(describe_url(source, name))
             continue
         header = headers[source]
-        needed = wishes.context or context_needed(conversations, protocol.max_tokens)
+        needed = wishes.context or context_needed(conversations, protocol.max_tokens, vocabulary=header.vocabulary)
         context = min(needed, header.context_length or needed)
         check_fits(header, context * wishes.slots, available_bytes)
         flags = EngineFlags(

@@ -20,7 +20,7 @@ from typing import Any, Literal, Self, TypeVar
 import msgspec
 from aiohttp import web
 
-from promptai.engine.simulation import Request, Scheduler, SimulationConfig, render, tokenize
+from promptai.engine.simulation import Emission, Request, Scheduler, SimulationConfig, render, tokenize
 from promptai.wire.openai import Message
 
 _MAX_BODY_BYTES = 16 * 1024 * 1024
@@ -103,7 +103,7 @@ class SimulatedEngine:
         self.sent: list[Sent] = []
         self._port = port
         self._scheduler = Scheduler(config)
-        self._outboxes: dict[Request, asyncio.Queue[tuple[str, Request]]] = {}
+        self._outboxes: dict[Request, asyncio.Queue[Emission]] = {}
         self._wake = asyncio.Event()
         self._hits = 0
         self._stack = contextlib.AsyncExitStack()
@@ -159,7 +159,7 @@ class SimulatedEngine:
             await asyncio.sleep(max(0.0, clock - time.monotonic()))
             for emission in emissions:
                 if emission.request in self._outboxes:
-                    self._outboxes[emission.request].put_nowait((emission.text, emission.request))
+                    self._outboxes[emission.request].put_nowait(emission)
 
     async def _generate(self, request: Request, sent: Sent) -> AsyncGenerator[str, None]:
         """Texts of the tokens of one request as they are computed."""
@@ -167,12 +167,13 @@ class SimulatedEngine:
         self._scheduler.add(request)
         self._wake.set()
         try:
-            for _ in range(request.max_tokens):
-                text, _request = await outbox.get()
+            # The scheduler decides a step before its time has passed, so the end
+            # is what the emission says, not what the request says by now.
+            last = False
+            while not last:
+                _, text, last = await outbox.get()
                 sent.cached_tokens = request.cached
                 yield text
-                if outbox.empty() and request.finish_reason is not None:
-                    return
         finally:
             self._scheduler.drop(request)
             del self._outboxes[request]

@@ -110,10 +110,11 @@ class Request:
 
 
 class Emission(NamedTuple):
-    """A token that a step produced."""
+    """A token that a step produced, and whether it ends the answer."""
 
     request: Request
     text: str
+    last: bool
 
 
 class Slot:
@@ -181,7 +182,8 @@ class Scheduler:
         duration /= self.config.time_scale
         ready = decoding + [r for r in busy if r.t_first is None and r.prefilled == len(r.prompt)]
         done = now + duration
-        emissions = [Emission(r, r.emit(done, self.config.answer_tokens)) for r in ready]
+        texts = [(r, r.emit(done, self.config.answer_tokens)) for r in ready]
+        emissions = [Emission(r, text, r.finish_reason is not None) for r, text in texts]
         for slot in self.slots:
             if slot.request is not None and slot.request.finish_reason is not None:
                 self._release(slot)

@@ -21,7 +21,7 @@ from promptai.device.sample import Sample
 
 _MIB = 1024**2
 _MOST_POINTS = 1500
-_WIDTH = 520
+_WIDTH = 700
 _COLOURS = alt.Scale(domain=["cold", "warm"], range=["#3b6fb6", "#e08a2e"])
 _SIZES = [f"{low}–{high - 1}" for low, high in pairwise(BUCKET_EDGES)] + [f"{BUCKET_EDGES[-1]}+"]
 VEGA_LITE = "v" + ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
@@ -50,7 +50,7 @@ class Figure(msgspec.Struct, frozen=True):
 def draw(run: Run, summary: Summary) -> list[Figure]:
     """Every figure that the run has data for."""
     found = [_prompt_lengths(run), _throughput(summary), _latency(summary), _first_token(run)]
-    found += [_steadiness(summary), _memory(run.samples), _cpu(run.samples), _heat(run.samples)]
+    found += [_steadiness(run, summary), _memory(run.samples), _cpu(run.samples), _heat(run.samples)]
     return [figure for figure in found if figure is not None]
 
 
@@ -77,6 +77,11 @@ def _data(rows: list[Row]) -> alt.InlineData:
     return alt.InlineData(values=rows)
 
 
+def _legend(run: Run) -> alt.Legend | None:
+    """A legend of targets, where there is more than one to tell apart."""
+    return alt.Legend() if len(run.manifest.targets) > 1 else None
+
+
 def _good(run: Run) -> list[Trace]:
     return [trace for trace in run.traces if trace.error is None]
 
@@ -96,7 +101,7 @@ def _prompt_lengths(run: Run) -> Figure | None:
             x=alt.X("turn:O", title="user turn", axis=alt.Axis(labelAngle=0)),
             y=alt.Y("tokens:Q", title="tokens of the prompt, history included"),
             detail="conversation:N",
-            color=alt.Color("target:N", title=None),
+            color=alt.Color("target:N", title=None, legend=_legend(run)),
             tooltip=["conversation:N", "turn:O", "tokens:Q"],
         )
         .properties(width=_WIDTH, height=240)
@@ -228,7 +233,7 @@ def _first_token(run: Run) -> Figure | None:
             x=alt.X("tokens:Q", title="tokens of the prompt"),
             y=alt.Y("ttft:Q", title="seconds until the first token"),
             color=alt.Color("cache:N", title="KV cache", scale=_COLOURS),
-            shape=alt.Shape("target:N", title=None),
+            shape=alt.Shape("target:N", title=None, legend=_legend(run)),
             tooltip=["target:N", "cache:N", "tokens:Q", "cached:Q", alt.Tooltip("ttft:Q", format=",.4f")],
         )
         .properties(width=_WIDTH, height=240)
@@ -241,7 +246,7 @@ def _first_token(run: Run) -> Figure | None:
     )
 
 
-def _steadiness(summary: Summary) -> Figure | None:
+def _steadiness(run: Run, summary: Summary) -> Figure | None:
     rows: list[Row] = []
     for target, cache, part in _parts(summary):
         for bucket in part.buckets:
@@ -278,7 +283,7 @@ def _steadiness(summary: Summary) -> Figure | None:
     ]
     points = base.mark_line(point=True).encode(
         y=alt.Y("mean:Q", title="tokens a second", scale=alt.Scale(zero=True)),
-        strokeDash=alt.StrokeDash("target:N", title=None),
+        strokeDash=alt.StrokeDash("target:N", title=None, legend=_legend(run)),
         tooltip=tooltip,
     )
     spread = base.mark_rule(opacity=0.5).encode(y="low:Q", y2="high:Q").transform_filter("isValid(datum.low)")

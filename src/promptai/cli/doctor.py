@@ -1,0 +1,134 @@
+"""``promptai doctor``: what this machine is, what would spoil a measurement on it, and how exact ours are."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from promptai.bench.manifest import Machine, describe_machine
+from promptai.bench.selftest import TOLERANCE, Check, selftest
+from promptai.device.energy import find_energy_source
+from promptai.device.memory import MemoryFacts, read_memory
+from promptai.engine.locate import EngineBinary, find_engines, missing_features
+from promptai.report import format as fmt
+from promptai.settings import cache_directory, load_settings
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  promptai doctor
+  promptai doctor --selftest     measures a pretended engine of known speed and prints our own error
+"""
+)
+@click.option("--selftest", "test", is_flag=True, help="Measure the measuring; exit code 1 beyond 2 %.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(*, test: bool, as_json: bool) -> int:
+    """Check this machine before you trust what it measures."""
+    console = Console()
+    if test:
+        with console.status("playing three prompts of known speed, about 6 s"):
+            checks = asyncio.run(selftest())
+        if as_json:
+            click.echo(msgspec.json.encode([{"error": check.error, **msgspec.to_builtins(check)} for check in checks]))
+        else:
+            console.print(_selftest_table(checks))
+        return int(any(abs(check.error) > TOLERANCE for check in checks))
+    settings = load_settings()
+    named = Path(settings.engine.path) if settings.engine.path else None
+    machine, memory = describe_machine(), read_memory()
+    engines = find_engines(named, cache=cache_directory() / "engines")
+    energy = find_energy_source(Path("/"))
+    advice = list(_advice(machine, memory, engines))
+    if as_json:
+        click.echo(
+            msgspec.json.encode(
+                {
+                    "machine": machine,
+                    "memory": memory,
+                    "engines": engines,
+                    "energy_source": energy.name if energy is not None else None,
+                    "advice": advice,
+                }
+            )
+        )
+        return 0
+    console.print(_machine_table(machine, memory, engines, energy.name if energy is not None else None))
+    for line in advice:
+        console.print(f"[yellow]advice[/]  {line}", highlight=False)
+    if not advice:
+        console.print("nothing to complain about", highlight=False)
+    return 0
+
+
+def _advice(machine: Machine, memory: MemoryFacts, engines: list[EngineBinary]) -> Iterator[str]:
+    """What would make measurements slower or less steady here, and the remedy."""
+    cpu = machine.cpu
+    if cpu.governor is not None and cpu.governor != "performance":
+        yield (
+            f"the CPU governor is {cpu.governor}, so the clock wanders; before measuring: "
+            "echo performance | sudo tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor"
+        )
+    missing = missing_features(engines[0], cpu.features)
+    if missing:
+        yield (
+            f"the engine that is used does not use this CPU's {', '.join(missing)}; "
+            "a llama-server built on this machine is faster, name it with --engine or PROMPTAI_ENGINE"
+        )
+    if cpu.quota_cpus is not None and cpu.quota_cpus < cpu.usable_cores:
+        yield (
+            f"a CPU quota of {cpu.quota_cpus:g} is set for {cpu.usable_cores} cores; the engine's threads wait for one "
+            "another, so a throttled one stops all: better to give whole cores and no quota"
+        )
+    if memory.swap_used_bytes:
+        yield (
+            f"{fmt.quantity(memory.swap_used_bytes, 'bytes')} of swap are in use; "
+            "close what is not needed, or results will show it"
+        )
+
+
+def _machine_table(machine: Machine, memory: MemoryFacts, engines: list[EngineBinary], energy: str | None) -> Table:
+    cpu = machine.cpu
+    table = Table(show_header=False)
+    table.add_row("board", machine.board)
+    table.add_row("processor", f"{cpu.model_name}, {cpu.architecture}")
+    quota = "no quota" if cpu.quota_cpus is None else f"quota {cpu.quota_cpus:g}"
+    table.add_row("cores", f"{cpu.physical_cores} physical, {cpu.usable_cores} usable, {quota}")
+    table.add_row("SIMD", " ".join(cpu.features) or "none that llama.cpp uses")
+    table.add_row("governor", cpu.governor or "not told (no cpufreq)")
+    table.add_row(
+        "memory",
+        f"{fmt.quantity(memory.total_bytes, 'bytes')}, {fmt.quantity(memory.available_for_new_process(), 'bytes')} free",
+    )
+    table.add_row("power from", energy or "nothing here measures it")
+    for number, binary in enumerate(engines):
+        features = "unknown SIMD" if binary.features is None else " ".join(binary.features)
+        table.add_row("engine" if number == 0 else "also", f"{binary.label} ({binary.source}): {features}")
+    return table
+
+
+def _selftest_table(checks: list[Check]) -> Table:
+    worst = max(abs(check.error) for check in checks)
+    table = Table(
+        "prompt",
+        "metric",
+        "truth",
+        "measured",
+        "error",
+        caption=f"worst error {worst:.2%}, allowed {TOLERANCE:.0%}; token counts exact",
+        caption_justify="left",
+    )
+    for check in checks:
+        colour = "green" if abs(check.error) <= TOLERANCE else "red"
+        table.add_row(
+            f"{check.case.prompt_tokens} tokens",
+            check.metric,
+            fmt.quantity(check.expected, check.unit),
+            fmt.quantity(check.measured, check.unit),
+            f"[{colour}]{check.error:+.2%}[/]",
+        )
+    return table
