@@ -166,7 +166,7 @@ def long_text(rng: random.Random) -> Document:
 
 
 Mix = tuple[tuple[Callable[[random.Random], Document], int], ...]
-SHORT: Mix = ((short_chat, 50), (recite, 16), (pronoun_chat, 8), (pronoun_text, 22), (small_talk, 1))
+SHORT: Mix = ((short_chat, 50), (recite, 20), (pronoun_chat, 8), (pronoun_text, 22), (small_talk, 1))
 LONG: Mix = ((long_chat, 9), (long_text, 1))
 
 

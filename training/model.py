@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import headstart
+
 Params = dict[str, Any]
 
 
@@ -22,10 +24,10 @@ class Config:
     """The shape of the network; every width divides by 32, the block size of Q8_0."""
 
     vocab: int = 2048
-    layers: int = 6
+    layers: int = 5
     width: int = 192
     heads: int = 6
-    feed: int = 448
+    feed: int = 384
     rope_base: float = 10000.0
     eps: float = 1e-5
 
@@ -36,26 +38,28 @@ class Config:
 
 
 def init(cfg: Config, seed: int) -> Params:
-    """Random weights; the matrices that write to the residual stream start at zero."""
+    """Random weights with the head start; other matrices that write to the residual stream start at zero."""
     rng = np.random.default_rng(seed)
 
-    def normal(*shape: int, scale: float) -> jax.Array:
-        return jnp.asarray(rng.normal(0.0, scale, shape), jnp.float32)
+    def normal(*shape: int, scale: float) -> np.ndarray:
+        return rng.normal(0.0, scale, shape).astype(np.float32)
 
     n, w, f = cfg.layers, cfg.width, cfg.feed
-    return {
+    weights = {
         "embed": normal(cfg.vocab, w, scale=0.05),
-        "out_norm": jnp.ones((w,), jnp.float32),
-        "attn_norm": jnp.ones((n, w), jnp.float32),
-        "ffn_norm": jnp.ones((n, w), jnp.float32),
+        "out_norm": np.ones((w,), np.float32),
+        "attn_norm": np.ones((n, w), np.float32),
+        "ffn_norm": np.ones((n, w), np.float32),
         "q": normal(n, w, w, scale=w**-0.5),
         "k": normal(n, w, w, scale=w**-0.5),
         "v": normal(n, w, w, scale=w**-0.5),
-        "o": jnp.zeros((n, w, w), jnp.float32),
+        "o": np.zeros((n, w, w), np.float32),
         "gate": normal(n, w, f, scale=w**-0.5),
         "up": normal(n, w, f, scale=w**-0.5),
-        "down": jnp.zeros((n, f, w), jnp.float32),
+        "down": np.zeros((n, f, w), np.float32),
     }
+    headstart.apply(weights, cfg.heads, cfg.rope_base)
+    return {key: jnp.asarray(value) for key, value in weights.items()}
 
 
 def count(params: Params) -> int:

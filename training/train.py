@@ -1,7 +1,7 @@
 """Train promptai-tiny from nothing: `python train.py` writes checkpoint.npz, in under an hour on two cores.
 
 The text is drawn as it is needed from fixed seeds. The rate warms up, stays, and falls to zero over the last
-third. Rows are short because attention is what costs most on a CPU; every fourth batch has long rows.
+third. Rows are short because attention is what costs most on a CPU; every sixth batch has long rows.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import tokenizer
 from probe import accuracy
 
 HERE = Path(__file__).resolve().parent
-STEPS, WARMUP, DECAY_FROM = 5000, 100, 0.65
+STEPS, WARMUP, DECAY_FROM = 4000, 60, 0.7
 SHORT_ROWS, SHORT_LENGTH = 16, 128
-LONG_ROWS, LONG_LENGTH, LONG_EVERY = 5, 384, 4
+LONG_ROWS, LONG_LENGTH, LONG_EVERY = 5, 384, 6
 MUON_LR, ADAM_LR = 0.02, 0.003
 SEED = 1
 
@@ -71,7 +71,7 @@ def load(path: Path) -> tuple[model.Params, optimizer.State]:
 
 
 def rows(steps: int) -> Iterator[dict[str, np.ndarray]]:
-    """Short rows of short documents; every fourth batch is long rows of longer answers."""
+    """Short rows of short documents; every sixth batch is long rows of longer answers."""
     tok = tokenizer.load()
     short = corpus.batches(corpus.documents(corpus.SHORT_SEED, corpus.SHORT), tok, SHORT_ROWS, SHORT_LENGTH)
     longer = corpus.batches(corpus.documents(corpus.LONG_SEED, corpus.LONG), tok, LONG_ROWS, LONG_LENGTH)

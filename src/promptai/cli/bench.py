@@ -29,7 +29,7 @@ from promptai.bench.prepare import (
 from promptai.bench.recorder import create_run, read_manifest
 from promptai.bench.target import verify_unchanged
 from promptai.bench.trace import Cache
-from promptai.cli.measure import calibrate, measure
+from promptai.cli.measure import Output, calibrate, measure
 from promptai.cli.progress import HashProgress
 from promptai.device.cpu import board_slug
 from promptai.device.memory import read_memory
@@ -93,6 +93,7 @@ Examples:
 @click.option("--runs", type=click.Path(path_type=Path), help="Where runs are collected.  [default: runs]")
 @click.option("--resume", type=click.Path(path_type=Path), help="Go on with this run; takes no other options.")
 @click.option("--config", type=click.Path(path_type=Path), help="A promptai.toml.")
+@click.option("--report/--no-report", default=True, help="Write report.html at the end, or later: promptai report RUN.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def bench(**options: Any) -> None:
     """
@@ -104,13 +105,14 @@ def bench(**options: Any) -> None:
     settings = load_settings(options["config"])
     console = Console(stderr=options["as_json"])
     if options["resume"] is not None:
-        resume(options["resume"], settings, as_json=options["as_json"], console=console)
+        resume(options["resume"], settings, Output(console, options["as_json"], options["report"]))
         return
-    start(options, settings, console)
+    start(options, settings, Output(console, options["as_json"], options["report"]))
 
 
-def start(options: dict[str, Any], settings: Settings, console: Console) -> None:
+def start(options: dict[str, Any], settings: Settings, output: Output) -> None:
     """Check everything, make the run's directory, and measure."""
+    console = output.console
     protocol = _protocol(options, settings)
     workload = load_workload(options["workload"] or settings.bench.workload)
     conversations, selection = choose_conversations(workload, count=options["conversations"], seed=protocol.seed)
@@ -156,17 +158,16 @@ def start(options: dict[str, Any], settings: Settings, console: Console) -> None
         conversations,
         api_key=secrets.api_key,
         silence_s=silence_s,
-        as_json=options["as_json"],
-        console=console,
+        output=output,
     )
 
 
-def resume(directory: Path, settings: Settings, *, as_json: bool, console: Console) -> None:
+def resume(directory: Path, settings: Settings, output: Output) -> None:
     """Go on with a run where its traces end."""
     manifest = read_manifest(directory)
     workload = load_workload(manifest.workload.source)
     conversations = reload_selected(workload, manifest.workload.sha256, manifest.workload.selected)
-    with HashProgress(console) as hashing:
+    with HashProgress(output.console) as hashing:
         for target in manifest.targets:
             verify_unchanged(target, hashing.count)
     measure(
@@ -175,8 +176,7 @@ def resume(directory: Path, settings: Settings, *, as_json: bool, console: Conso
         conversations,
         api_key=load_secrets().api_key,
         silence_s=settings.bench.timeout_s,
-        as_json=as_json,
-        console=console,
+        output=output,
     )
 
 

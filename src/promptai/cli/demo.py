@@ -6,6 +6,7 @@ import click
 from rich.console import Console
 
 from promptai.cli.bench import start
+from promptai.cli.measure import Output
 from promptai.settings import load_settings
 
 _CONVERSATIONS = 10
@@ -51,9 +52,8 @@ def demo(*, as_json: bool) -> None:
         "concurrency": 1,
         "arrivals": "closed",
         "ignore_eos": False,
-        "as_json": as_json,
     }
-    start(options, settings, console)
+    start(options, settings, Output(console, as_json, write_report=True))
     console.print(
         "\nnext:    promptai bench YOUR-MODEL.gguf     measure a model of your own, by the paper's protocol\n"
         "         promptai bench http://HOST:8080    measure a server that is already running\n"

@@ -102,7 +102,8 @@ def _machine_table(machine: Machine, memory: MemoryFacts, engines: list[EngineBi
     table.add_row("governor", cpu.governor or "not told (no cpufreq)")
     table.add_row(
         "memory",
-        f"{fmt.quantity(memory.total_bytes, 'bytes')}, {fmt.quantity(memory.available_for_new_process(), 'bytes')} free",
+        f"{fmt.quantity(memory.total_bytes, 'bytes')}, "
+        f"{fmt.quantity(memory.available_for_new_process(), 'bytes')} free",
     )
     table.add_row("power from", energy or "nothing here measures it")
     for number, binary in enumerate(engines):

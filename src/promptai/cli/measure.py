@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import msgspec
@@ -20,12 +21,27 @@ from promptai.bench.manifest import Manifest
 from promptai.bench.plan import Rates
 from promptai.bench.recorder import Recorder
 from promptai.bench.runner import Runner, turn_client, warm_up
-from promptai.bench.summary import Summary, read_run, summarize, write_summary
+from promptai.bench.summary import read_run, summarize, write_summary
 from promptai.bench.target import open_target
 from promptai.bench.workload import Conversation
 from promptai.cli.progress import REDRAW_EVERY_S, RunProgress
 from promptai.errors import PromptAIError, RunError
 from promptai.report.table import print_summary
+
+
+class Output(NamedTuple):
+    """
+    Where results go.
+
+    Attributes:
+        console: For people; stderr when stdout carries JSON.
+        as_json: Print the summary as JSON on stdout.
+        write_report: Also render report.html.
+    """
+
+    console: Console
+    as_json: bool
+    write_report: bool
 
 
 def measure(
@@ -35,8 +51,7 @@ def measure(
     *,
     api_key: str | None,
     silence_s: float,
-    as_json: bool,
-    console: Console,
+    output: Output,
 ) -> None:
     """
     Play what remains of a run, then print and write what it says.
@@ -44,7 +59,7 @@ def measure(
     Whatever ends the playing early (Ctrl-C, a dead engine), what was measured is kept and shown.
     """
     ended: BaseException | None = None
-    with Recorder(directory) as recorder, RunProgress(console) as progress:
+    with Recorder(directory) as recorder, RunProgress(output.console) as progress:
         runner = Runner(manifest, conversations, recorder, progress, api_key=api_key, silence_s=silence_s)
         progress.begin(runner, conversations)
         try:
@@ -52,13 +67,15 @@ def measure(
         except (PromptAIError, KeyboardInterrupt) as error:
             ended = error
     try:
-        show(directory, as_json=as_json, console=console)
+        show(directory, output)
     except RunError:
         # Nothing was measured: what ended it is the news.
         if ended is None:
             raise
     if ended is not None:
-        console.print(f"what was measured is kept; go on with: promptai bench --resume {directory}", highlight=False)
+        output.console.print(
+            f"what was measured is kept; go on with: promptai bench --resume {directory}", highlight=False
+        )
         raise ended
 
 
@@ -93,19 +110,21 @@ def calibrate(manifest: Manifest, *, api_key: str | None, silence_s: float, cons
         return asyncio.run(look(Path(logs)))
 
 
-def show(directory: Path, *, as_json: bool, console: Console) -> Summary:
+def show(directory: Path, output: Output) -> None:
     """Derive the summary, write it and the report, print it."""
+    console = output.console
     summary = summarize(read_run(directory))
     write_summary(directory, summary)
-    with console.status("writing the report"):
-        rendered = _render(directory)
-    if as_json:
+    rendered = False
+    if output.write_report:
+        with console.status("writing the report"):
+            rendered = _render(directory)
+    if output.as_json:
         click.echo(msgspec.json.encode(summary))
-        return summary
+        return
     print_summary(summary, console)
     if rendered:
         console.print(f"report:  {directory / 'report.html'}", highlight=False)
-    return summary
 
 
 def _render(directory: Path) -> bool:

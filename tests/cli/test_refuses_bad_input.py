@@ -1,0 +1,234 @@
+"""Every bad input ends in one clear line, a non-zero exit code, and nothing half-written."""
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from promptai.models.synth import Shape, write_synthetic
+from support_cli import (
+    ONE_THREAD,
+    PROMPTAI,
+    children_of,
+    clean_environment,
+    lines,
+    only_run,
+    promptai,
+    simulated,
+    start,
+    wait_for,
+)
+
+pytestmark = pytest.mark.real
+
+MODEL, ENGINE, WORKLOAD, RUN, USAGE = 3, 4, 5, 6, 2
+
+
+def assert_refused(done: "subprocess.CompletedProcess[str]", code: int, *words: str) -> None:
+    """One line that names everything in ``words``, and the exit code."""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("promptai: error:")]
+    assert len(errors) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in errors[0]
+    assert code == done.returncode
+
+
+def assert_nothing_left(cwd: Path) -> None:
+    """No run directory was begun."""
+    assert not list((cwd / "runs").glob("*"))
+
+
+def empty(path: Path, _whole: bytes) -> None:
+    path.write_bytes(b"")
+
+
+def truncated(path: Path, whole: bytes) -> None:
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+
+
+def truncated_in_its_header(path: Path, whole: bytes) -> None:
+    path.write_bytes(whole[:200])
+
+
+def not_gguf(path: Path, _whole: bytes) -> None:
+    path.write_text("<html>404</html>")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(empty, "empty"), (truncated, "cut short"), (truncated_in_its_header, "cut short"), (not_gguf, "not a GGUF")],
+)
+def test_a_damaged_model_is_named_with_its_damage(
+    damage: Callable[[Path, bytes], None], words: str, small_model: Path, tmp_path: Path
+) -> None:
+    damage(tmp_path / "bad.gguf", small_model.read_bytes())
+
+    done = promptai("bench", "bad.gguf", cwd=tmp_path)
+
+    assert_refused(done, MODEL, "bad.gguf", words)
+    assert_nothing_left(tmp_path)
+
+
+def test_a_missing_model_is_named(tmp_path: Path) -> None:
+    assert_refused(promptai("bench", "nowhere.gguf", cwd=tmp_path), MODEL, "nowhere.gguf", "does not exist")
+    assert_nothing_left(tmp_path)
+
+
+def test_a_model_larger_than_memory_is_refused_with_the_numbers_before_anything_is_loaded(tmp_path: Path) -> None:
+    """A sparse file that really is as long as its header says, but holds more than any test machine."""
+    path = tmp_path / "huge.gguf"
+    shape = Shape(layers=1, width=64, heads=4, kv_heads=2, ffn=128, vocabulary=512)
+    write_synthetic(path, shape, name="huge")
+    # One tensor claims 2^42 f32 elements, 16 TiB less than ext4 allows but more than any board has.
+    data = bytearray(path.read_bytes())
+    name = b"output_norm.weight"
+    at = data.index(name) + len(name)
+    data[at + 4 : at + 12] = (1 << 38).to_bytes(8, "little")
+    path.write_bytes(data)
+    os.truncate(path, (1 << 40) + (1 << 20))
+
+    done = promptai("bench", "huge.gguf", cwd=tmp_path)
+
+    assert_refused(done, MODEL, "huge.gguf", "1024.00", "GiB are available")
+    assert_nothing_left(tmp_path)
+
+
+def test_an_engine_that_dies_while_loading_says_why(small_model: Path, workload: Path, tmp_path: Path) -> None:
+    data = small_model.read_bytes().replace(b"llama", b"lamma")  # an architecture that no engine knows
+    (tmp_path / "odd.gguf").write_bytes(data)
+
+    done = promptai("bench", "odd.gguf", "--workload", workload, *ONE_THREAD, cwd=tmp_path)
+
+    assert_refused(done, ENGINE, "odd.gguf", "lamma")
+
+
+def test_an_engine_that_is_killed_while_decoding_says_so_and_what_was_measured_stays(
+    small_model: Path, workload: Path, tmp_path: Path
+) -> None:
+    bench = start(
+        *("bench", small_model, "--workload", workload, "--max-tokens", "2000", "--context", "4096"),
+        *(*ONE_THREAD, "--ignore-eos"),
+        cwd=tmp_path,
+    )
+    wait_for(lambda: bool(list(tmp_path.glob("runs/*/traces.jsonl"))), what="the run to begin")
+    wait_for(lambda: len(lines(only_run(tmp_path) / "traces.jsonl")) >= 2, what="two answers")
+    engines = children_of(bench.pid, "promptai.engine.embedded")
+    assert len(engines) == 1
+    os.kill(engines[0], signal.SIGKILL)
+    _, stderr = bench.communicate(timeout=60)
+
+    assert bench.returncode == ENGINE
+    assert "the engine of small died: killed by signal 9 (SIGKILL)" in stderr
+    assert "Traceback" not in stderr
+    assert (only_run(tmp_path) / "report.html").exists()
+
+
+def test_a_taken_port_is_named(small_model: Path, workload: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+
+        done = promptai("bench", small_model, "--workload", workload, "--port", port, cwd=tmp_path)
+
+    assert_refused(done, ENGINE, f"port {port}", "taken")
+
+
+def test_nobody_at_a_url_is_said_in_one_line(workload: Path, tmp_path: Path) -> None:
+    done = promptai("bench", "http://127.0.0.1:9", "--workload", workload, cwd=tmp_path)
+
+    assert_refused(done, ENGINE, "no connection to http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        pytest.param("{not json", "malformed", id="not JSON"),
+        pytest.param('{"messages": [{"role": "assistant", "content": "hi"}]}', "user first", id="wrong order"),
+        pytest.param('{"messages": [{"role": "user", "content": 5}]}', "Expected `str`", id="wrong type"),
+        pytest.param('{"text": "hi"}', "neither", id="unknown form"),
+    ],
+)
+def test_a_malformed_workload_line_is_named_with_file_line_and_reason(
+    line: str, reason: str, small_model: Path, tmp_path: Path
+) -> None:
+    good = json.dumps({"messages": [{"role": "user", "content": "hi"}]})
+    (tmp_path / "mine.jsonl").write_text(f"{good}\n{line}\n")
+
+    done = promptai("bench", small_model, "--workload", "mine.jsonl", cwd=tmp_path)
+
+    assert_refused(done, WORKLOAD, "mine.jsonl, line 2", reason)
+    assert_nothing_left(tmp_path)
+
+
+def test_an_unwritable_run_directory_is_named(workload: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file where a directory should be")
+
+    with simulated("--time-scale", "100", cwd=tmp_path) as url:
+        done = promptai("bench", url, "--workload", workload, cwd=tmp_path)
+
+    assert_refused(done, RUN, "runs")
+
+
+def test_a_full_disk_stops_the_run_with_whole_lines_only(workload: Path, tmp_path: Path) -> None:
+    """The kernel's file size limit stands in for a full disk: writes fail in the middle of a line."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+
+    with simulated("--time-scale", "100", cwd=tmp_path) as url:
+        done = subprocess.run(
+            [*PROMPTAI, "bench", url, "--workload", str(workload), "--max-tokens", "5", "--no-report"],
+            check=False,
+            cwd=tmp_path,
+            env=clean_environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            preexec_fn=limit,
+        )
+
+    assert done.returncode == RUN
+    assert "Traceback" not in done.stderr
+    data = (only_run(tmp_path) / "traces.jsonl").read_bytes()
+    assert data.endswith(b"\n")
+    assert len(lines(only_run(tmp_path) / "traces.jsonl")) >= 1
+
+
+@pytest.mark.parametrize(
+    ("toml", "words"),
+    [
+        pytest.param("[engine]\nthread = 2\n", "did you mean threads?", id="misspelt key"),
+        pytest.param("[bench]\nrepeats = 'two'\n", "repeats", id="wrong type"),
+        pytest.param("[bench]\nrepeats = 0\n", "above 0", id="out of range"),
+        pytest.param("[engine\n", "promptai.toml", id="not TOML"),
+    ],
+)
+def test_a_wrong_setting_is_refused(toml: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "promptai.toml").write_text(toml)
+
+    assert_refused(promptai("bench", cwd=tmp_path), USAGE, "promptai.toml", words)
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("budget", ["soon", "-3m", "0"])
+def test_a_budget_that_is_no_duration_is_refused(budget: str, workload: Path, tmp_path: Path) -> None:
+    with simulated("--time-scale", "100", cwd=tmp_path) as url:
+        done = promptai("bench", url, "--workload", workload, f"--budget={budget}", cwd=tmp_path)
+
+    assert_refused(done, USAGE, budget)
+    assert_nothing_left(tmp_path)
+
+
+def test_an_unknown_option_is_refused_with_the_usage(tmp_path: Path) -> None:
+    done = promptai("bench", "--treads", "2", cwd=tmp_path)
+
+    assert done.returncode == USAGE
+    assert "--threads" in done.stderr

@@ -1,0 +1,96 @@
+"""The harness against the real llama.cpp: it must say what the engine says, and the same twice."""
+
+import asyncio
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from promptai.bench.client import TurnClient
+from promptai.bench.plan import Protocol
+from promptai.bench.trace import Key, Trace
+from promptai.bench.workload import load_bundled
+from promptai.engine.client import EngineClient
+from promptai.engine.flags import EngineFlags
+from promptai.engine.launch import RunningEngine, free_port
+from promptai.engine.locate import locate
+from promptai.models.bundled import bundled_model
+from promptai.models.synth import LLAMA_1B, Shape, write_synthetic
+from support_cli import lines, only_run, promptai
+
+pytestmark = pytest.mark.real
+
+#: Two of TinyLlama's 22 layers: the same matrices, a tenth of the time.
+SLICE_OF_1B = Shape(**{name: getattr(LLAMA_1B, name) for name in LLAMA_1B.__struct_fields__} | {"layers": 2})
+
+
+@pytest.fixture(scope="module", params=["bundled", "slice of 1B"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model, and one of a real model's width."""
+    if request.param == "bundled":
+        return bundled_model()
+    return write_synthetic(tmp_path_factory.mktemp("models") / "slice.gguf", SLICE_OF_1B, name="slice")
+
+
+async def play(model: Path, log: Path) -> tuple[list[Trace], str]:
+    """Twelve cold prompts with answers of 100 tokens; their traces, and the engine's own counters."""
+    flags = EngineFlags(model=str(model), port=free_port(), threads=1, context=8192)
+    prompts = [conversation.prompt(0) for conversation in load_bundled().conversations[:12]]
+    async with RunningEngine(locate(), flags, log=log) as engine, EngineClient(engine.base_url) as client:
+        protocol = Protocol(max_tokens=100, ignore_eos=True)
+        turns = TurnClient(client, protocol, model=flags.alias, llama_server=True, origin=0.0)
+        traces = []
+        for number, prompt in enumerate(prompts):
+            played = await turns.play(Key("m", "cold", 0, str(number), 0), prompt, t_scheduled=turns.now())
+            assert played.failure is None, played.failure
+            traces.append(played.trace)
+        return traces, await client.metrics()
+
+
+def counter(metrics: str, name: str) -> float:
+    match = re.search(rf"^llamacpp:{name} (\S+)$", metrics, flags=re.MULTILINE)
+    assert match is not None
+    return float(match[1])
+
+
+def test_counts_and_rates_are_the_engine_s_own_within_1_percent(model: Path, tmp_path: Path) -> None:
+    """
+    Prefill and decode, summed over requests, against the engine's counters.
+
+    Decode is by the client's clock: nothing but agreement makes the two equal.
+    """
+    traces, metrics = asyncio.run(play(model, tmp_path / "engine.log"))
+
+    assert sum(t.prompt_n or 0 for t in traces) == counter(metrics, "prompt_tokens_total")
+    assert sum(t.generated_tokens or 0 for t in traces) == counter(metrics, "tokens_predicted_total")
+    prefill = sum(t.uncached_tokens or 0 for t in traces) / sum(t.prompt_s or 0 for t in traces)
+    engine_prefill = counter(metrics, "prompt_tokens_total") / counter(metrics, "prompt_seconds_total")
+    assert prefill == pytest.approx(engine_prefill, rel=0.01)
+    decode_s = sum(t.decode_s or 0 for t in traces)
+    assert decode_s == pytest.approx(counter(metrics, "tokens_predicted_seconds_total"), rel=0.01)
+    assert decode_s == pytest.approx(sum((t.predicted_ms or 0) / 1000 for t in traces), rel=0.01)
+
+
+def hashes(run: Path) -> dict[tuple[Any, ...], str]:
+    return {(t["cache"], t["conversation"], t["turn"]): t["text_sha256"] for t in lines(run / "traces.jsonl")}
+
+
+def test_two_runs_of_the_same_seed_give_byte_identical_texts_and_measuring_is_cheap(tmp_path: Path) -> None:
+    """Bundled model, one slot, cold and warm; and our own process stays small."""
+    found = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        done = promptai(
+            *("bench", "--conversations", "3", "--max-tokens", "40", "--threads", "1", "--json", "--no-report"),
+            cwd=tmp_path / name,
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(hashes(only_run(tmp_path / name)))
+        harness = json.loads(done.stdout)["harness"]
+        assert harness["client_max_rss_bytes"]["value"] < 150e6
+        assert harness["telemetry_max_rss_bytes"]["value"] < 30e6
+
+    assert found[0] == found[1]
+    assert len(found[0]) > 30
