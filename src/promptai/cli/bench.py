@@ -87,7 +87,7 @@ Examples:
     type=click.IntRange(min=64),
     help="Tokens of context of a slot.  [default: what the workload needs]",
 )
-@click.option("--slots", type=click.IntRange(min=1), help="Slots of the engine.  [default: 1]")
+@click.option("--slots", type=click.IntRange(min=1), help="Slots of the engine.  [default: as many as --concurrency]")
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of the engine.  [default: a free one]")
 @click.option("--timeout", type=float, help="Longest silence in an answer, in seconds.  [default: 1800]")
 @click.option("--runs", type=click.Path(path_type=Path), help="Where runs are collected.  [default: runs]")
@@ -105,6 +105,7 @@ def bench(**options: Any) -> None:
     settings = load_settings(options["config"])
     console = Console(stderr=options["as_json"])
     if options["resume"] is not None:
+        _refuse_more_than_resume()
         resume(options["resume"], settings, Output(console, options["as_json"], options["report"]))
         return
     start(options, settings, Output(console, options["as_json"], options["report"]))
@@ -201,6 +202,20 @@ def parse_arrivals(text: str) -> Arrivals:
     return Arrivals()
 
 
+def _refuse_more_than_resume() -> None:
+    """A run goes on as it began: an option that would be ignored is an error."""
+    context = click.get_current_context()
+    allowed = {"resume", "config", "as_json", "report"}
+    given = [
+        name
+        for name in context.params
+        if name not in allowed and context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    ]
+    if given and (given != ["targets"] or context.params["targets"]):
+        names = ", ".join(name.replace("_", "-") for name in given)
+        raise SettingsError(f"--resume goes on as the run began and takes no {names}", hint="leave it out")
+
+
 def _protocol(options: dict[str, Any], settings: Settings) -> Protocol:
     defaults = settings.bench
     protocol = Protocol(
@@ -223,7 +238,7 @@ def _wishes(options: dict[str, Any], settings: Settings) -> EngineWishes:
     return EngineWishes(
         threads=_chosen(options["threads"], engine.threads),
         context=_chosen(options["context"], engine.context),
-        slots=_chosen(options["slots"], engine.slots),
+        slots=_chosen(options["slots"], max(engine.slots, options["concurrency"])),
         batch=engine.batch,
         cache_type=engine.cache_type,
         cache_ram_mib=engine.cache_ram_mib,

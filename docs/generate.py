@@ -1,0 +1,126 @@
+"""Write the reference pages from the code, or check that they are what the code says.
+
+``python docs/generate.py`` writes docs/reference/*.md; ``--check`` writes nothing and
+fails when a page is behind. A reference that is written by hand is wrong within a month.
+"""
+
+import importlib
+import inspect
+import sys
+from pathlib import Path
+
+import click
+import msgspec
+
+from promptai import settings
+from promptai.bench import glossary
+from promptai.cli.main import _VERBS, cli
+from promptai.errors import PromptAIError
+
+REFERENCE = Path(__file__).parent / "reference"
+
+
+def cli_page() -> str:
+    """Every command's help."""
+    parts = ["# Command line\n\nGenerated from the code by `make docs`.\n"]
+    root = click.Context(cli, info_name="promptai", max_content_width=100, terminal_width=100)
+    parts.append(_help("promptai", cli, root))
+    for name, (where, _) in _VERBS.items():
+        module, attribute = where.split(":")
+        command = getattr(importlib.import_module(module), attribute)
+        context = click.Context(command, info_name=name, parent=root, max_content_width=100, terminal_width=100)
+        parts.append(_help(f"promptai {name}", command, context))
+        if isinstance(command, click.Group):
+            for child_name, child in sorted(command.commands.items()):
+                child_context = click.Context(
+                    child, info_name=child_name, parent=context, max_content_width=100, terminal_width=100
+                )
+                parts.append(_help(f"promptai {name} {child_name}", child, child_context))
+    parts.append(_exit_codes())
+    return "\n".join(parts)
+
+
+def settings_page() -> str:
+    """Every key of promptai.toml, with its default and its documentation."""
+    parts = ["# Settings: promptai.toml\n\nGenerated from the code by `make docs`. Every key is optional.\n"]
+    parts.append("| section | key | type | default | meaning |\n|---|---|---|---|---|")
+    for title, struct in (
+        ("(top)", settings.Settings),
+        ("[engine]", settings.EngineSettings),
+        ("[bench]", settings.BenchSettings),
+    ):
+        meanings = _attributes(struct)
+        for field in msgspec.structs.fields(struct):
+            if title == "(top)" and field.encode_name in ("engine", "bench"):
+                continue
+            kind = getattr(field.type, "__name__", str(field.type)).replace("typing.", "").replace("|", "or")
+            default = "absent" if field.default is None else f"`{field.default!r}`"
+            parts.append(f"| {title} | `{field.encode_name}` | {kind} | {default} | {meanings[field.encode_name]} |")
+    parts.append(
+        "\nEnvironment: `PROMPTAI_CONFIG` names the file, `PROMPTAI_ENGINE` a llama-server, `PROMPTAI_RUNS` the "
+        "directory of runs, `PROMPTAI_API_KEY` the key of a server that demands one. Options beat the environment, "
+        "which beats the file. Unknown keys are refused.\n"
+    )
+    return "\n".join(parts)
+
+
+def summary_page() -> str:
+    """Every metric of summary.json."""
+    head = (
+        "# summary.json\n\nGenerated from the code by `make docs`. `schema` is 1. "
+        "`targets[]` holds for each target `load_s`, `findings[]` and, per cache setting, `cold` and `warm`: "
+        "`planned`, `answered`, `failed`, `metrics` and `buckets` (the same rates by prompt length). "
+        "Each metric is `{value, unit, n, ci95}`: `value` is null when it could not be measured, `n` is how many "
+        "values it rests on, `ci95` a bootstrap interval over conversations, null with fewer than five of them.\n"
+    )
+    parts = [head, "| metric | meaning |\n|---|---|"]
+    parts += [f"| `{name}` | {words} |" for name, words in glossary.METRICS.items()]
+    return "\n".join(parts) + "\n"
+
+
+PAGES = {"cli.md": cli_page, "settings.md": settings_page, "summary.md": summary_page}
+
+
+def main() -> int:
+    """Write or check all pages."""
+    behind = []
+    REFERENCE.mkdir(exist_ok=True)
+    for name, make in PAGES.items():
+        path, text = REFERENCE / name, make()
+        if "--check" not in sys.argv:
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            behind.append(str(path.relative_to(Path.cwd())))
+    if behind:
+        print(f"behind the code: {', '.join(behind)}; run: make docs", file=sys.stderr)
+    return int(bool(behind))
+
+
+def _help(title: str, command: click.Command, context: click.Context) -> str:
+    return f"## {title}\n\n```text\n{command.get_help(context).rstrip()}\n```\n"
+
+
+def _exit_codes() -> str:
+    rows = ["## Exit codes\n\n| code | error | when |\n|---|---|---|", "| 0 | | it worked |"]
+    for error in (PromptAIError, *PromptAIError.__subclasses__()):
+        first = (inspect.getdoc(error) or "").splitlines()[0]
+        rows.append(f"| {error.exit_code} | {error.__name__} | {first} |")
+    rows.append("| 130 | | interrupted with Ctrl-C |")
+    return "\n".join(rows) + "\n"
+
+
+def _attributes(struct: type) -> dict[str, str]:
+    """Name -> text of the ``Attributes:`` section of a docstring."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in (inspect.getdoc(struct) or "").partition("Attributes:\n")[2].splitlines():
+        if line.startswith("    ") and not line.startswith("     "):
+            name, _, text = line.strip().partition(": ")
+            found[name] = text
+        elif name and line.strip():
+            found[name] += " " + line.strip()
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
