@@ -102,7 +102,8 @@ def _help(title: str, command: click.Command, context: click.Context) -> str:
 
 def _exit_codes() -> str:
     rows = ["## Exit codes\n\n| code | error | when |\n|---|---|---|", "| 0 | | it worked |"]
-    for error in (PromptAIError, *PromptAIError.__subclasses__()):
+    errors: list[type[PromptAIError]] = [PromptAIError, *PromptAIError.__subclasses__()]
+    for error in errors:
         first = (inspect.getdoc(error) or "").splitlines()[0]
         rows.append(f"| {error.exit_code} | {error.__name__} | {first} |")
     rows.append("| 130 | | interrupted with Ctrl-C |")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import longform
 import numpy as np
 import pronouns
-from scenes import SCENES
+from scenes import LOOKUP_KINDS, LOOKUPS, SCENES
 from tokenizers import Tokenizer
 from vocabulary import NOISE, NOTED, SYSTEMS
 from world import Question, Scene, held_out
@@ -23,7 +23,7 @@ BOS, END = "<s>", "<|end|>"
 ROLE = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 SPECIALS = (BOS, END, *ROLE.values())
 PROMPT_WEIGHT, LONG_WEIGHT = 0.05, 0.4
-SHORT_SEED, LONG_SEED = 1, 2
+FIRST_SEED, SHORT_SEED, LONG_SEED = 3, 1, 2
 
 
 @dataclass
@@ -86,15 +86,24 @@ def stage(scene: Scene, asked: list[Question], rng: random.Random) -> list[Messa
 
 
 def short_chat(rng: random.Random) -> Document:
-    """One scene with up to five of its trained questions."""
+    """One scene with up to seven of its trained questions."""
     while True:
         scene = pick_scene(rng)
         asked = [q for q in scene.questions if not held_out(q.key)]
         if asked:
             break
     rng.shuffle(asked)
-    asked = asked[: rng.choice((1, 2, 3, 4, 5))]
+    asked = asked[: rng.randint(1, 7)]
     return chat_document(stage(scene, asked, rng), [q.key for q in asked])
+
+
+def drill(rng: random.Random) -> Document:
+    """Plain look-ups in plain facts, many a scene: what training starts with."""
+    scene = rng.choice(LOOKUPS)(rng)
+    asked = [q for q in scene.questions if q.kind in LOOKUP_KINDS and not held_out(q.key)]
+    rng.shuffle(asked)
+    asked = asked[:7]
+    return chat_document(stage(scene, asked, rng), [q.key for q in asked]) if asked else drill(rng)
 
 
 def recite(rng: random.Random) -> Document:
@@ -167,6 +176,7 @@ def long_text(rng: random.Random) -> Document:
 
 Mix = tuple[tuple[Callable[[random.Random], Document], int], ...]
 SHORT: Mix = ((short_chat, 50), (recite, 20), (pronoun_chat, 8), (pronoun_text, 22), (small_talk, 1))
+FIRST: Mix = ((drill, 70), (recite, 30))
 LONG: Mix = ((long_chat, 9), (long_text, 1))
 
 

@@ -37,7 +37,7 @@ class Config:
         return self.width // self.heads
 
 
-def init(cfg: Config, seed: int) -> Params:
+def init(cfg: Config, tokens: list[str], seed: int) -> Params:
     """Random weights with the head start; other matrices that write to the residual stream start at zero."""
     rng = np.random.default_rng(seed)
 
@@ -46,7 +46,7 @@ def init(cfg: Config, seed: int) -> Params:
 
     n, w, f = cfg.layers, cfg.width, cfg.feed
     weights = {
-        "embed": normal(cfg.vocab, w, scale=0.05),
+        "embed": headstart.embeddings(tokens, w),
         "out_norm": np.ones((w,), np.float32),
         "attn_norm": np.ones((n, w), np.float32),
         "ffn_norm": np.ones((n, w), np.float32),

@@ -22,3 +22,7 @@ SCENES: tuple[tuple[Callable[[random.Random], Scene], int], ...] = (
     (sequence, 2),
     (duty, 2),
 )
+LOOKUPS = (places, people, readings, links, alarms)
+LOOKUP_KINDS = frozenset(
+    ("where", "what_at", "who", "whereto", "when", "value", "which_link", "other_end", "which_alarm", "alarm_site")
+)

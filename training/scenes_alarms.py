@@ -20,55 +20,55 @@ def alarms(rng: random.Random) -> Scene:
     )
     facts = [shape.format(s=s, c=a.code) for s, a in zip(sites, chosen, strict=True)]
     scene = Scene(facts)
-    s, a = rng.choice(list(zip(sites, chosen, strict=True)))
-    key = (s, a.code)
-    scene.ask(
-        rng,
-        "which_alarm",
-        (f"Which alarm does {s} have?", f"What is the alarm at {s}?", f"What does {s} report?"),
-        a.code,
-        (*key, n),
-    )
-    scene.ask(
-        rng,
-        "alarm_site",
-        (f"Which site has alarm {a.code}?", f"Where is {a.code} active?", f"Which site reports {a.code}?"),
-        s,
-        (*key, n),
-    )
-    scene.ask(
-        rng,
-        "problem",
-        (f"Which site has {article(a.meaning)}?", f"Where do we have {article(a.meaning)}?"),
-        s,
-        (*key, n),
-    )
-    scene.ask(
-        rng,
-        "action",
-        (
-            f"What should I do at {s}?",
-            f"What must be done at {s}?",
-            f"Give the next step for {s}.",
-            f"How do I fix {s}?",
-        ),
-        f"{a.action}.",
-        (*key, n),
-    )
-    scene.ask(
-        rng,
-        "effect",
-        (f"What happens next at {s}?", f"What follows if nobody helps {s}?"),
-        f"{a.effect}.",
-        (*key, n),
-    )
-    scene.ask(
-        rng,
-        "severity",
-        (f"How severe is the alarm at {s}?", f"What is the severity at {s}?"),
-        cap(a.severity),
-        (*key, n),
-    )
+    for s, a in zip(sites, chosen, strict=True):
+        key = (s, a.code)
+        scene.ask(
+            rng,
+            "which_alarm",
+            (f"Which alarm does {s} have?", f"What is the alarm at {s}?", f"What does {s} report?"),
+            a.code,
+            (*key, n),
+        )
+        scene.ask(
+            rng,
+            "alarm_site",
+            (f"Which site has alarm {a.code}?", f"Where is {a.code} active?", f"Which site reports {a.code}?"),
+            s,
+            (*key, n),
+        )
+        scene.ask(
+            rng,
+            "problem",
+            (f"Which site has {article(a.meaning)}?", f"Where do we have {article(a.meaning)}?"),
+            s,
+            (*key, n),
+        )
+        scene.ask(
+            rng,
+            "action",
+            (
+                f"What should I do at {s}?",
+                f"What must be done at {s}?",
+                f"Give the next step for {s}.",
+                f"How do I fix {s}?",
+            ),
+            f"{a.action}.",
+            (*key, n),
+        )
+        scene.ask(
+            rng,
+            "effect",
+            (f"What happens next at {s}?", f"What follows if nobody helps {s}?"),
+            f"{a.effect}.",
+            (*key, n),
+        )
+        scene.ask(
+            rng,
+            "severity",
+            (f"How severe is the alarm at {s}?", f"What is the severity at {s}?"),
+            cap(a.severity),
+            (*key, n),
+        )
     return scene
 
 

@@ -24,30 +24,29 @@ def places(rng: random.Random) -> Scene:
     shape = rng.choice(("{a} is at {s}.", "{a} stands at {s}.", "{s} hosts {b}."))
     facts = [shape.format(a=cap(a), b=a, s=s) for a, s in zip(names, sites, strict=True)]
     scene = Scene(facts)
-    i, j = rng.sample(range(n), 2)
-    a, s = names[i], sites[i]
-    scene.ask(
-        rng,
-        "where",
-        (f"Where is {a}?", f"At which site is {a}?", f"Which site hosts {a}?", f"Find {a}."),
-        s,
-        (a, s),
-    )
-    scene.ask(
-        rng,
-        "what_at",
-        (f"What is at {sites[j]}?", f"What does {sites[j]} host?", f"What stands at {sites[j]}?"),
-        cap(names[j]),
-        (names[j], sites[j]),
-    )
-    asked = s if rng.random() < 0.5 else sites[j]
-    scene.ask(
-        rng,
-        "is_at",
-        (f"Is {a} at {asked}?", f"Does {asked} host {a}?"),
-        "Yes" if asked == s else "No",
-        (a, s, asked),
-    )
+    for a, s in zip(names, sites, strict=True):
+        scene.ask(
+            rng,
+            "where",
+            (f"Where is {a}?", f"At which site is {a}?", f"Which site hosts {a}?", f"Find {a}."),
+            s,
+            (a, s),
+        )
+        scene.ask(
+            rng,
+            "what_at",
+            (f"What is at {s}?", f"What does {s} host?", f"What stands at {s}?"),
+            cap(a),
+            (a, s),
+        )
+        asked = s if rng.random() < 0.5 else rng.choice(sites)
+        scene.ask(
+            rng,
+            "is_at",
+            (f"Is {a} at {asked}?", f"Does {asked} host {a}?"),
+            "Yes" if asked == s else "No",
+            (a, s, asked),
+        )
     return scene
 
 
@@ -62,44 +61,44 @@ def links(rng: random.Random) -> Scene:
         state = "down" if down[i] else "up"
         facts.append(f"Link {numbers[i]} {verb} {ends[2 * i]} and {ends[2 * i + 1]} and is {state}.")
     scene = Scene(facts)
-    i = rng.randrange(n)
-    a, b, k = ends[2 * i], ends[2 * i + 1], numbers[i]
-    scene.ask(
-        rng,
-        "which_link",
-        (
-            f"Which link joins {a} and {b}?",
-            f"Which link connects {a} and {b}?",
-            f"Which link runs between {a} and {b}?",
-        ),
-        f"Link {k}",
-        (a, b, k),
-    )
-    scene.ask(
-        rng,
-        "joins",
-        (
-            f"What does link {k} join?",
-            f"Which sites does link {k} connect?",
-            f"Between which sites is link {k}?",
-        ),
-        f"{a} and {b}",
-        (a, b, k),
-    )
-    scene.ask(
-        rng,
-        "other_end",
-        (f"Link {k} starts at {a}. Where does it end?", f"What is the other end of link {k} from {a}?"),
-        b,
-        (a, b, k),
-    )
-    scene.ask(
-        rng,
-        "link_state",
-        (f"Is link {k} up?", f"Does link {k} work?"),
-        "No" if down[i] else "Yes",
-        (a, b, k, down[i]),
-    )
+    for i in range(n):
+        a, b, k = ends[2 * i], ends[2 * i + 1], numbers[i]
+        scene.ask(
+            rng,
+            "which_link",
+            (
+                f"Which link joins {a} and {b}?",
+                f"Which link connects {a} and {b}?",
+                f"Which link runs between {a} and {b}?",
+            ),
+            f"Link {k}",
+            (a, b, k),
+        )
+        scene.ask(
+            rng,
+            "joins",
+            (
+                f"What does link {k} join?",
+                f"Which sites does link {k} connect?",
+                f"Between which sites is link {k}?",
+            ),
+            f"{a} and {b}",
+            (a, b, k),
+        )
+        scene.ask(
+            rng,
+            "other_end",
+            (f"Link {k} starts at {a}. Where does it end?", f"What is the other end of link {k} from {a}?"),
+            b,
+            (a, b, k),
+        )
+        scene.ask(
+            rng,
+            "link_state",
+            (f"Is link {k} up?", f"Does link {k} work?"),
+            "No" if down[i] else "Yes",
+            (a, b, k, down[i]),
+        )
     link_totals(scene, rng, ends, numbers, down)
     return scene
 
@@ -162,22 +161,22 @@ def people(rng: random.Random) -> Scene:
     names, sites, days = rng.sample(PEOPLE, n), rng.sample(SITES, n), rng.sample(DAYS, n)
     shape = rng.choice(("{p} visits {s} on {d}.", "On {d} {p} visits {s}.", "{p} will be at {s} on {d}."))
     scene = Scene([shape.format(p=p, s=s, d=d) for p, s, d in zip(names, sites, days, strict=True)])
-    p, s, d = rng.choice(list(zip(names, sites, days, strict=True)))
-    scene.ask(rng, "who", (f"Who visits {s}?", f"Who will be at {s}?", f"Who goes to {s}?"), p, (p, s, d))
-    scene.ask(
-        rng,
-        "whereto",
-        (f"Where does {p} go?", f"Which site does {p} visit?", f"Where will {p} be?"),
-        s,
-        (p, s, d),
-    )
-    scene.ask(
-        rng,
-        "when",
-        (f"When does {p} visit {s}?", f"On which day is {p} at {s}?", f"Which day does {p} go to {s}?"),
-        d,
-        (p, s, d),
-    )
+    for p, s, d in zip(names, sites, days, strict=True):
+        scene.ask(rng, "who", (f"Who visits {s}?", f"Who will be at {s}?", f"Who goes to {s}?"), p, (p, s, d))
+        scene.ask(
+            rng,
+            "whereto",
+            (f"Where does {p} go?", f"Which site does {p} visit?", f"Where will {p} be?"),
+            s,
+            (p, s, d),
+        )
+        scene.ask(
+            rng,
+            "when",
+            (f"When does {p} visit {s}?", f"On which day is {p} at {s}?", f"Which day does {p} go to {s}?"),
+            d,
+            (p, s, d),
+        )
     return scene
 
 

@@ -48,19 +48,19 @@ def readings(rng: random.Random) -> Scene:
             )
         )
     scene = Scene(facts)
-    s, v = rng.choice(list(zip(sites, values, strict=True)))
-    scene.ask(
-        rng,
-        "value",
-        (
-            f"What is the {m.name} at {s}?",
-            f"How high is the {m.name} at {s}?",
-            f"Give the {m.name} of {s}.",
-            f"Which {m.name} does {s} have?",
-        ),
-        f"{v} {m.unit}",
-        (m.name, s, v),
-    )
+    for s, v in zip(sites, values, strict=True):
+        scene.ask(
+            rng,
+            "value",
+            (
+                f"What is the {m.name} at {s}?",
+                f"How high is the {m.name} at {s}?",
+                f"Give the {m.name} of {s}.",
+                f"Which {m.name} does {s} have?",
+            ),
+            f"{v} {m.unit}",
+            (m.name, s, v),
+        )
     figures = Figures(m, sites, values, limit)
     if n > 1:
         compare_sites(scene, rng, figures)
@@ -99,7 +99,6 @@ def compare_limit(scene: Scene, rng: random.Random, figures: Figures) -> None:
     """Questions that hold a value against the limit."""
     name, unit = figures.metric.name, figures.metric.unit
     sites, values, limit = figures.sites, figures.values, figures.limit
-    s, v = rng.choice(list(zip(sites, values, strict=True)))
     over = [a for a, b in zip(sites, values, strict=True) if b > limit]
     scene.ask(
         rng,
@@ -108,25 +107,26 @@ def compare_limit(scene: Scene, rng: random.Random, figures: Figures) -> None:
         f"{limit} {unit}",
         (name, limit, *sites),
     )
-    scene.ask(
-        rng,
-        "over",
-        (
-            f"Is {s} over the limit?",
-            f"Is the {name} at {s} too high?",
-            f"Does {s} break the {name} limit?",
-            f"Is {s} above the limit?",
-        ),
-        "Yes" if v > limit else "No",
-        (name, s, v, limit),
-    )
-    scene.ask(
-        rng,
-        "under",
-        (f"Is {s} within the limit?", f"Is the {name} at {s} fine?", f"Does {s} keep the {name} limit?"),
-        "Yes" if v < limit else "No",
-        (name, s, v, limit),
-    )
+    for s, v in zip(sites, values, strict=True):
+        scene.ask(
+            rng,
+            "over",
+            (
+                f"Is {s} over the limit?",
+                f"Is the {name} at {s} too high?",
+                f"Does {s} break the {name} limit?",
+                f"Is {s} above the limit?",
+            ),
+            "Yes" if v > limit else "No",
+            (name, s, v, limit),
+        )
+        scene.ask(
+            rng,
+            "under",
+            (f"Is {s} within the limit?", f"Is the {name} at {s} fine?", f"Does {s} keep the {name} limit?"),
+            "Yes" if v < limit else "No",
+            (name, s, v, limit),
+        )
     if len(over) == 1 and len(sites) > 1:
         scene.ask(
             rng,

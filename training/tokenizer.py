@@ -29,6 +29,12 @@ def load() -> Tokenizer:
     return tokenizer
 
 
+def tokens() -> list[str]:
+    """All tokens in the order of their ids."""
+    vocab = load().get_vocab()
+    return sorted(vocab, key=lambda token: vocab[token])
+
+
 def sample() -> Iterator[str]:
     """Text to learn merges from."""
     rng = random.Random(3)

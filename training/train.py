@@ -25,6 +25,7 @@ from probe import accuracy
 HERE = Path(__file__).resolve().parent
 STEPS, WARMUP, DECAY_FROM = 4000, 60, 0.7
 SHORT_ROWS, SHORT_LENGTH = 16, 128
+FIRST_STEPS = 600
 LONG_ROWS, LONG_LENGTH, LONG_EVERY = 5, 384, 6
 MUON_LR, ADAM_LR = 0.02, 0.003
 SEED = 1
@@ -73,10 +74,14 @@ def load(path: Path) -> tuple[model.Params, optimizer.State]:
 def rows(steps: int) -> Iterator[dict[str, np.ndarray]]:
     """Short rows of short documents; every sixth batch is long rows of longer answers."""
     tok = tokenizer.load()
+    first = corpus.batches(corpus.documents(corpus.FIRST_SEED, corpus.FIRST), tok, SHORT_ROWS, SHORT_LENGTH)
     short = corpus.batches(corpus.documents(corpus.SHORT_SEED, corpus.SHORT), tok, SHORT_ROWS, SHORT_LENGTH)
     longer = corpus.batches(corpus.documents(corpus.LONG_SEED, corpus.LONG), tok, LONG_ROWS, LONG_LENGTH)
     for step in range(steps):
-        yield next(longer) if step % LONG_EVERY == LONG_EVERY - 1 else next(short)
+        if step < FIRST_STEPS:
+            yield next(first)
+        else:
+            yield next(longer) if step % LONG_EVERY == LONG_EVERY - 1 else next(short)
 
 
 def main() -> None:
@@ -89,7 +94,7 @@ def main() -> None:
     parser.add_argument("--probe-every", type=int, default=250)
     args = parser.parse_args()
     cfg = model.Config()
-    params = model.init(cfg, SEED)
+    params = model.init(cfg, tokenizer.tokens(), SEED)
     state = optimizer.init(params)
     if args.start:
         params, state = load(args.out)

@@ -1,0 +1,151 @@
+"""How good is the measuring? Every promise of the harness, with today's figure: ``make bench``.
+
+Absolute figures belong here and not in tests: they depend on the machine. Each
+row names what is promised, what was seen, how many values it rests on, and
+whether it holds. Takes about four minutes on two cores; leave the machine alone meanwhile.
+"""
+
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from promptai.bench.selftest import selftest
+from promptai.models.bundled import bundled_model
+from promptai.models.synth import LLAMA_1B, write_synthetic
+
+PROMPTAI = (sys.executable, "-m", "promptai")
+
+
+class Row(NamedTuple):
+    """One promise and what was seen."""
+
+    promise: str
+    limit: str
+    seen: str
+    holds: bool
+
+
+def ground_truth() -> Iterator[Row]:
+    """Against the simulated engine, three times over: worst error of each metric and prompt length."""
+    worst: dict[tuple[int, str], list[float]] = {}
+    for _ in range(3):
+        for check in asyncio.run(selftest()):
+            worst.setdefault((check.case.prompt_tokens, check.metric), []).append(check.error)
+    for (tokens, metric), errors in worst.items():
+        largest = max(errors, key=abs)
+        name = f"truth: {metric} at {tokens} prompt tokens"
+        yield Row(name, "2 %", f"{largest:+.2%} (n {len(errors)})", abs(largest) <= 0.02)
+
+
+def real_engine(model: Path, folder: Path, *options: str) -> Iterator[Row]:
+    """Against the engine's own account, and what measuring cost meanwhile."""
+    summary = bench(model, folder, "--cache", "cold", "--ignore-eos", *options)
+    metrics = summary["targets"][0]["cold"]["metrics"]
+    client, engine = metrics["decode_tps"], metrics["engine_decode_tps"]
+    name = summary["targets"][0]["name"]
+    error = client["value"] / engine["value"] - 1
+    yield Row(
+        f"{name}: decode, client against engine",
+        "1 %",
+        f"{error:+.2%} at {client['value']:,.1f} tokens/s (n {client['n']})",
+        abs(error) <= 0.01,
+    )
+    traces = [json.loads(line) for line in (only(folder / "runs") / "traces.jsonl").read_text().splitlines()]
+    outside = [t["t_first"] - t["t_sent"] - t["prompt_ms"] / 1000 for t in traces]
+    prompt_s = sum(t["prompt_ms"] for t in traces) / 1000
+    # First token minus sent holds prefill and what stands around it: HTTP, template, tokenizer, the first sample.
+    error = prompt_s / (prompt_s + sum(outside)) - 1
+    yield Row(
+        f"{name}: prefill, client's wait against engine",
+        "1 %",
+        f"{error:+.2%} at {metrics['prefill_tps']['value']:,.1f} tokens/s; {1000 * statistics.median(outside):.1f} ms a "
+        f"request are HTTP, template and tokenizer (n {len(outside)})",
+        abs(error) <= 0.01,
+    )
+    harness = summary["harness"]
+    cpu, memory = harness["cpu_percent_of_one_core"]["value"], harness["client_max_rss_bytes"]["value"]
+    yield Row(
+        f"{name}: client and telemetry while it runs",
+        "3 % of one core" if "1b" in name else "no limit at this speed",
+        f"{cpu:.2f} % of one core",
+        cpu <= 3 or "1b" not in name,
+    )
+    yield Row(f"{name}: memory of our own process", "150 MB", f"{memory / 1e6:.0f} MB", memory <= 150e6)
+
+
+def same_twice(model: Path, folder: Path) -> Row:
+    """Two runs of one seed and one slot."""
+    hashes = []
+    for name in ("first", "second"):
+        bench(model, folder / name, "--conversations", "5", "--max-tokens", "64")
+        lines = (only(folder / name / "runs") / "traces.jsonl").read_text().splitlines()
+        traces = [json.loads(line) for line in lines]
+        hashes.append({(t["cache"], t["conversation"], t["turn"]): t["text_sha256"] for t in traces})
+    same = sum(hashes[0][key] == hashes[1].get(key) for key in hashes[0])
+    return Row("same seed, same texts, byte for byte", "all", f"{same} of {len(hashes[0])}", same == len(hashes[0]))
+
+
+def help_time() -> Row:
+    """``promptai --help``."""
+    taken = []
+    for _ in range(7):
+        start = time.perf_counter()
+        subprocess.run([*PROMPTAI, "--help"], check=True, capture_output=True)
+        taken.append(time.perf_counter() - start)
+    median = statistics.median(taken)
+    return Row("promptai --help", "0.3 s", f"{median:.2f} s (median of {len(taken)})", median <= 0.3)
+
+
+def demo_time(folder: Path) -> Row:
+    """``promptai demo``, from start to report."""
+    start = time.perf_counter()
+    subprocess.run([*PROMPTAI, "demo"], check=True, capture_output=True, cwd=folder)
+    taken = time.perf_counter() - start
+    return Row("promptai demo", "60 s", f"{taken:.0f} s", taken <= 60)
+
+
+def bench(model: Path, folder: Path, *options: str) -> dict[str, Any]:
+    """Run ``promptai bench`` in ``folder``; its summary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [*PROMPTAI, "bench", str(model), "--json", "--no-report", *options]
+    done = subprocess.run(command, check=True, capture_output=True, cwd=folder)
+    summary: dict[str, Any] = json.loads(done.stdout)
+    return summary
+
+
+def only(folder: Path) -> Path:
+    """The one entry of a folder."""
+    (entry,) = folder.iterdir()
+    return entry
+
+
+def main() -> int:
+    """Print every promise; exit code 1 when one does not hold."""
+    console = Console(width=140)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as name, console.status("measuring the measuring"):
+        folder = Path(name)
+        large = write_synthetic(folder / "synthetic-llama-1b.gguf", LLAMA_1B, name="synthetic-llama-1b")
+        rows += ground_truth()
+        rows += real_engine(bundled_model(), folder / "tiny", "--conversations", "10", "--max-tokens", "400")
+        rows += real_engine(large, folder / "large", "--conversations", "1", "--max-tokens", "128")
+        rows += [same_twice(bundled_model(), folder / "twice"), help_time(), demo_time(folder)]
+    table = Table("promise", "limit", "seen", "holds")
+    for row in rows:
+        table.add_row(row.promise, row.limit, row.seen, "yes" if row.holds else "[red]NO[/]")
+    console.print(table)
+    return int(not all(row.holds for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

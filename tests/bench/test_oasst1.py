@@ -1,0 +1,163 @@
+import gzip
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from promptai.bench.oasst1 import RULE, load_oasst1
+from promptai.errors import WorkloadError
+
+Node = dict[str, Any]
+
+#: Names of 60 trees in the order of rule 4; a tree that is called by the first name comes first, if it qualifies.
+NAMES = sorted((f"tree-{n}" for n in range(60)), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+
+
+def node(id_: str, *replies: Node, role: str = "prompter", **fields: Any) -> Node:
+    """One message; the text is its id."""
+    return {"message_id": id_, "text": id_, "role": role, "lang": "en", "replies": list(replies)} | fields
+
+
+def chain(*ids: str, then: tuple[Node, ...] = (), **fields: Any) -> Node:
+    """Messages that answer one another; ``fields`` change the first."""
+    first, *rest = ids
+    replies = (chain(*rest, then=then),) if rest else then
+    return node(first, *replies, **fields) | {"role": role_of(first)} | fields
+
+
+def role_of(id_: str) -> str:
+    """User messages are called u..., the others a...."""
+    return "prompter" if id_.startswith("u") else "assistant"
+
+
+def reply(id_: str, **fields: Any) -> Node:
+    """One of several replies to choose from."""
+    return node(id_, role=role_of(id_)) | fields
+
+
+def line(name: str, root: Node) -> bytes:
+    """A line of the file."""
+    return json.dumps({"message_tree_id": name, "tree_state": "ready_for_export", "prompt": root}).encode() + b"\n"
+
+
+def plain(name: str) -> bytes:
+    """A tree that qualifies and has one path only, which ends in a message called by the tree's name."""
+    return line(name, chain("u1", "a1", "u2", "a2", "u3", f"a-{name}"))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the trees are."""
+    return tmp_path / "trees.jsonl"
+
+
+@pytest.fixture
+def ids_of(path: Path) -> Callable[[Node], list[str] | None]:
+    """The message ids chosen from a tree that stands among 50 others; ``None`` when it does not qualify."""
+
+    def ids_of(root: Node) -> list[str] | None:
+        path.write_bytes(line(NAMES[0], root) + b"".join(map(plain, NAMES[1:51])))
+        first = load_oasst1(path).conversations[0]
+        return None if first.id == f"a-{NAMES[1]}" else [message.content for message in first.messages]
+
+    return ids_of
+
+
+def test_too_few_trees_are_refused_with_both_numbers(path: Path) -> None:
+    path.write_bytes(b"".join(map(plain, NAMES[:49])))
+
+    with pytest.raises(WorkloadError, match="holds 49 conversations that qualify, 50 are needed"):
+        load_oasst1(path)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        pytest.param(b"{\n", id="not-json"),
+        pytest.param(b'{"message_tree_id": "x"}\n', id="no-prompt"),
+        pytest.param(line("x", chain("u1", "a1") | {"role": "system"}), id="unknown-role"),
+        pytest.param(line("x", chain("u1", "a1")).replace(b'"text": "u1"', b'"text": "\xff"'), id="not-utf-8"),
+    ],
+)
+def test_a_malformed_line_is_refused_by_its_number(path: Path, bad: bytes) -> None:
+    path.write_bytes(plain("x") + bad)
+
+    with pytest.raises(WorkloadError, match=r"trees\.jsonl, line 2: "):
+        load_oasst1(path)
+
+
+def test_a_cut_download_is_refused(path: Path) -> None:
+    whole = gzip.compress(b"".join(map(plain, NAMES)))
+    path.write_bytes(whole[: len(whole) // 2])
+
+    with pytest.raises(WorkloadError, match="cannot be read") as refusal:
+        load_oasst1(path)
+
+    assert refusal.value.hint == "fetch it again"
+
+
+def test_a_damaged_download_is_refused(path: Path) -> None:
+    whole = bytearray(gzip.compress(b"".join(map(plain, NAMES))))
+    whole[len(whole) // 2] ^= 0xFF
+    path.write_bytes(whole)
+
+    with pytest.raises(WorkloadError):
+        load_oasst1(path)
+
+
+def test_an_absent_file_is_refused(path: Path) -> None:
+    with pytest.raises(WorkloadError, match="cannot be read"):
+        load_oasst1(path)
+
+
+@pytest.mark.parametrize(
+    "root",
+    [
+        pytest.param(chain("u1", "a1", "u2", "a2", "u3", "a3", lang="de"), id="root-not-english"),
+        pytest.param(chain("u1", "a1", "u2", "a2", "u3", "a3", deleted=True), id="root-deleted"),
+        pytest.param(chain("u1", "a1", "u2", "a2"), id="four-messages"),
+        pytest.param(chain("u1", "a1", "u2", "a2", "u3"), id="four-messages-after-the-cut"),
+        pytest.param(chain("u1", "a1", "u2", "a2", then=(reply("u3", lang="de"),)), id="goes-on-in-german"),
+        pytest.param(chain("u1", "a1", "u2", "a2", "a3", "u3", "a4"), id="two-answers-in-a-row"),
+        pytest.param(chain("u1", "a1", "u2", "a2", then=(node("u3", reply("a3"), text=" "),)), id="a-blank-message"),
+    ],
+)
+def test_a_tree_that_breaks_a_rule_is_left_out(ids_of: Callable[[Node], list[str] | None], root: Node) -> None:
+    assert ids_of(root) is None
+
+
+@pytest.mark.parametrize(
+    ("replies", "best"),
+    [
+        pytest.param([reply("a4", rank=1), reply("a3", rank=0)], "a3", id="rank-0-is-best"),
+        pytest.param([reply("a3"), reply("a4", rank=7)], "a4", id="no-rank-comes-last"),
+        pytest.param([reply("a5", rank=2), reply("a4", rank=2)], "a4", id="ties-by-message-id"),
+        pytest.param([reply("a5"), reply("a4")], "a4", id="ties-without-ranks"),
+        pytest.param([reply("a3", rank=0, deleted=True), reply("a4", rank=1)], "a4", id="deleted-passed-over"),
+        pytest.param([reply("a3", rank=0, lang="es"), reply("a4", rank=1)], "a4", id="spanish-passed-over"),
+    ],
+)
+def test_the_best_ranked_usable_reply_is_followed(
+    ids_of: Callable[[Node], list[str] | None], replies: list[Node], best: str
+) -> None:
+    root = chain("u1", "a1", "u2", "a2", "u3", then=tuple(replies))
+
+    assert ["u1", "a1", "u2", "a2", "u3", best] == ids_of(root)
+
+
+def test_a_path_is_cut_after_its_last_answer(ids_of: Callable[[Node], list[str] | None]) -> None:
+    assert ids_of(chain("u1", "a1", "u2", "a2", "u3", "a3", "u4")) == ["u1", "a1", "u2", "a2", "u3", "a3"]
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bytes], ids=["gzip", "plain"])
+def test_the_first_fifty_by_the_hash_of_the_trees_name_are_taken(path: Path, pack: Callable[[bytes], bytes]) -> None:
+    """Whatever the order of the file; each is called by its last message."""
+    path.write_bytes(pack(b"".join(map(plain, sorted(NAMES)))))
+
+    found = load_oasst1(path, source="oasst1:trees")
+
+    assert [f"a-{name}" for name in NAMES[:50]] == [conversation.id for conversation in found.conversations]
+    assert (found.name, found.source, found.rule) == ("oasst1", "oasst1:trees", RULE)

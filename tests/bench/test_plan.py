@@ -1,0 +1,142 @@
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import product
+from random import Random
+
+import pytest
+
+from promptai.bench.plan import (
+    BLOCK,
+    Protocol,
+    Rates,
+    context_needed,
+    conversation_seconds,
+    fit_budget,
+    plan_stages,
+    stratified,
+)
+from promptai.bench.trace import Cache
+from promptai.bench.workload import Conversation
+from support_runs import long_talk, talk
+
+RATES = Rates(prefill_tps=100.0, decode_tps=10.0, chars_per_token=4.0, answer_tokens=50.0)
+#: Fifty conversations of lengths 1 to 50, not in that order.
+FIFTY = [talk(f"c{n}", "x" * (n * 7 % 51)) for n in range(1, 51)]
+
+
+def length(conversation: Conversation) -> float:
+    """Seconds that grow with the text: one a character."""
+    return float(conversation.prompt_chars(0))
+
+
+def fitting(budget_s: float, conversations: Sequence[Conversation] = FIFTY, seed: int = 0) -> list[Conversation]:
+    """What fits, at one second a character."""
+    return fit_budget(conversations, budget_s, length, lambda count: Random(f"{seed}/{count}"))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_budget_for_the_shortest_conversation_is_never_left_empty(seed: int) -> None:
+    """The draw of a single conversation must not fall on one that is too long."""
+    long_and_short = [talk("long", "x" * 100), talk("short", "x")]
+
+    assert [conversation.id for conversation in fitting(50.0, long_and_short, seed)] == ["short"]
+
+
+def test_nothing_is_chosen_when_nothing_fits() -> None:
+    assert fitting(0.5) == []
+
+
+def test_everything_is_chosen_when_everything_fits() -> None:
+    assert fitting(sum(map(length, FIFTY))) == FIFTY
+
+
+def test_a_larger_budget_never_buys_fewer_conversations() -> None:
+    budgets = range(25, 1300, 25)
+    chosen = [fitting(float(budget)) for budget in budgets]
+
+    assert sorted(map(len, chosen)) == [len(part) for part in chosen]
+    assert all(sum(map(length, part)) <= budget for part, budget in zip(chosen, budgets, strict=True))
+
+
+def test_targets_take_turns_forwards_and_backwards() -> None:
+    """A B, B A, A B: a board that heats up must not punish whoever comes last."""
+    ids = [f"c{n}" for n in range(2 * BLOCK + 1)]
+    stages = plan_stages(["A", "B"], ids, Protocol(caches=("cold",)))
+
+    assert [stage.target for stage in stages] == ["A", "B", "B", "A", "A", "B"]
+    assert [ids[:BLOCK], ids[BLOCK : 2 * BLOCK], ids[2 * BLOCK :]] == [list(s.conversations) for s in stages[::2]]
+
+
+def test_cold_and_warm_of_a_target_share_one_loaded_engine() -> None:
+    stages = plan_stages(["A", "B"], ["c"], Protocol(caches=("cold", "warm")))
+
+    assert [(s.target, s.cache) for s in stages] == [("A", "cold"), ("A", "warm"), ("B", "cold"), ("B", "warm")]
+
+
+def test_every_request_is_planned_exactly_once() -> None:
+    targets, ids = ["A", "B", "C"], [f"c{n}" for n in range(25)]
+    stages = plan_stages(targets, ids, Protocol(repeats=2))
+
+    assert Counter(product(targets, ("cold", "warm"), (0, 1), ids)) == Counter(
+        (stage.target, stage.cache, stage.repeat, id_) for stage in stages for id_ in stage.conversations
+    )
+
+
+@pytest.mark.parametrize("count", [1, 5, 25])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_part_has_one_conversation_of_each_stratum_in_the_old_order(count: int, seed: int) -> None:
+    part = stratified(FIFTY, count, Random(seed))
+
+    assert list(range(count)) == sorted(int(length(c) - 1) * count // 50 for c in part)
+    assert sorted(part, key=FIFTY.index) == part
+
+
+@pytest.mark.parametrize("count", [50, 51])
+def test_a_part_as_large_as_the_whole_is_the_whole(count: int) -> None:
+    assert stratified(FIFTY, count, Random(0)) == FIFTY
+
+
+def test_strata_of_uneven_size_give_a_full_part() -> None:
+    assert [*range(1, 50)] == [len({c.id for c in stratified(FIFTY, n, Random(0))}) for n in range(1, 50)]
+
+
+def test_the_choice_repeats_with_the_seed_and_differs_without() -> None:
+    choose: Callable[[int], list[Conversation]] = lambda seed: stratified(FIFTY, 10, Random(seed))  # noqa: E731
+
+    assert choose(1) == choose(1)
+    assert choose(1) != choose(2)
+
+
+@pytest.mark.parametrize(
+    ("cache", "prefill_s"),
+    [
+        ("cold", (400 + 1200 + 2000) / 4 / 100),  # every prompt again, history included
+        ("warm", 2000 / 4 / 100),  # every character once
+    ],
+)
+def test_a_conversation_takes_its_prefill_and_three_answers(cache: Cache, prefill_s: float) -> None:
+    conversation = long_talk("c", turns=3, chars=400)
+
+    assert pytest.approx(prefill_s + 3 * 50 / 10) == conversation_seconds(conversation, cache, RATES)
+
+
+@pytest.mark.parametrize(
+    ("chars", "vocabulary", "max_tokens", "tokens"),
+    [
+        pytest.param(860, None, 212, 512, id="just-full"),
+        pytest.param(860, None, 213, 1024, id="one-token-more"),
+        pytest.param(8960, 32_000, 400, 3584, id="common-vocabulary"),
+        pytest.param(8960, 2_000, 400, 5632, id="small-vocabulary"),
+    ],
+)
+def test_context_holds_the_longest_prompt_and_its_answer(
+    chars: int, vocabulary: int | None, max_tokens: int, tokens: int
+) -> None:
+    """Three characters a token (1.8 in small vocabularies), 40 of template a message, rounded up to 512."""
+    conversations = [talk("short", "x"), talk("long", "x" * chars)]
+
+    assert tokens == context_needed(conversations, max_tokens, vocabulary=vocabulary)
+
+
+def test_context_without_conversations_holds_an_answer() -> None:
+    assert context_needed([], 500, vocabulary=None) == 512

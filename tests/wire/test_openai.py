@@ -1,0 +1,156 @@
+import msgspec
+import pytest
+
+from promptai.wire.llamaserver import PromptProgress, Timings
+from promptai.wire.openai import (
+    ChatChunk,
+    ChunkChoice,
+    Delta,
+    ErrorBody,
+    ErrorEnvelope,
+    Message,
+    ModelEntry,
+    ModelList,
+    PromptTokensDetails,
+    Usage,
+)
+
+HEAD = b'"created": 1795261712, "id": "chatcmpl-1", "model": "s", "object": "chat.completion.chunk"'
+TIMINGS = b'"prompt_n": 52, "prompt_ms": 3.446, "prompt_per_second": null, "predicted_n": 3, "predicted_ms": 0.834'
+USAGE = b'"completion_tokens": 3, "prompt_tokens": 52, "total_tokens": 55'
+
+
+def chunk(fields: bytes) -> ChatChunk:
+    """A chunk with these fields beside the usual ones."""
+    return msgspec.json.decode(b"{%b, %b}" % (HEAD, fields), type=ChatChunk)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param(b'"usage": {"prompt_tokens": 1, "completion_tokens": "3"}', id="tokens-as-text"),
+        pytest.param(b'"usage": {"prompt_tokens": 1}', id="half-a-usage"),
+        pytest.param(b'"usage": {"prompt_tokens": 1.5, "completion_tokens": 3}', id="fraction-of-a-token"),
+        pytest.param(b'"choices": [{"delta": {"content": 7}}]', id="content-number"),
+        pytest.param(b'"choices": [{"delta": null}]', id="delta-null"),
+        pytest.param(b'"choices": {"0": {}}', id="choices-object"),
+        pytest.param(b'"choices": [{"finish_reason": true}]', id="reason-bool"),
+        pytest.param(b'"timings": {"prompt_n": "52"}', id="timings-text"),
+        pytest.param(b'"error": "overloaded"', id="error-text"),
+    ],
+)
+def test_wrong_types_are_refused(fields: bytes) -> None:
+    """A number that is a string is an error, not a guess."""
+    with pytest.raises(msgspec.ValidationError):
+        chunk(fields)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b'{"role": "tool", "content": "x"}',
+        b'{"role": "user", "content": null}',
+        b'{"role": "user"}',
+        b'{"role": "user", "content": "x", "name": "y"}',
+        b'{"role": "user", "content": [{"type": "text", "text": "x"}]}',
+    ],
+    ids=["role", "null", "missing", "extra-field", "parts"],
+)
+def test_a_message_that_would_be_played_differently_is_refused(message: bytes) -> None:
+    """What a conversation holds is sent as it stands, so that nothing of it may be ignored."""
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.json.decode(message, type=Message)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        pytest.param(
+            b'"choices": [{"index": 0, "finish_reason": null, "delta": {"role": "assistant", "content": null}}]',
+            ChatChunk(choices=[ChunkChoice(Delta(content=None))]),
+            id="role-only",
+        ),
+        pytest.param(
+            b'"choices": [{"index": 0, "finish_reason": null, "delta": {"content": "gr\\u00fc"}, "logprobs": null}]',
+            ChatChunk(choices=[ChunkChoice(Delta("grü"))]),
+            id="content",
+        ),
+        pytest.param(
+            b'"choices": [{"index": 0, "delta": {"reasoning_content": "hm"}}]',
+            ChatChunk(choices=[ChunkChoice(Delta(reasoning_content="hm"))]),
+            id="reasoning",
+        ),
+        pytest.param(
+            b'"choices": [{"finish_reason": "length", "index": 0, "delta": {}}]',
+            ChatChunk(choices=[ChunkChoice(finish_reason="length")]),
+            id="finish",
+        ),
+        pytest.param(
+            b'"choices": [{"finish_reason": "stop", "index": 0, "delta": {}}], "usage": {%b}, "timings": {%b}'
+            % (USAGE, TIMINGS),
+            ChatChunk([ChunkChoice(finish_reason="stop")], Usage(52, 3), Timings(52, 3.446, 3, 0.834, cache_n=None)),
+            id="account-of-2024-in-the-last-choice",
+        ),
+        pytest.param(
+            b'"choices": [], "usage": {%b, "prompt_tokens_details": {"cached_tokens": 0}}, "timings": {"cache_n": 0, %b}'
+            % (USAGE, TIMINGS),
+            ChatChunk([], Usage(52, 3, PromptTokensDetails(0)), Timings(52, 3.446, 3, 0.834, cache_n=0)),
+            id="account-of-2026-after-the-choices",
+        ),
+        pytest.param(
+            b'"choices": [], "usage": {%b, "prompt_tokens_details": null, "queue_time": 0.1}' % USAGE,
+            ChatChunk([], Usage(52, 3)),
+            id="account-of-another-server",
+        ),
+        pytest.param(b'"usage": null', ChatChunk(), id="usage-to-come"),
+        pytest.param(
+            b'"choices": [], "prompt_progress": {"total": 52, "cache": 0, "processed": 52, "time_ms": 3}',
+            ChatChunk(prompt_progress=PromptProgress(52, 52, 0, 3.0)),
+            id="progress",
+        ),
+        pytest.param(
+            b'"error": {"code": 500, "message": "failed to decode", "type": "server_error"}',
+            ChatChunk(error=ErrorBody("failed to decode", "server_error", 500)),
+            id="error-in-the-stream",
+        ),
+    ],
+)
+def test_chunks_of_several_servers_are_read(fields: bytes, expected: ChatChunk) -> None:
+    """Unknown fields are ignored, missing ones are None."""
+    assert expected == chunk(fields)
+
+
+@pytest.mark.parametrize(
+    ("answer", "body"),
+    [
+        pytest.param(
+            b'{"error": {"code": 400, "message": "request (450 tokens) exceeds the available context size (256 tokens)",'
+            b' "type": "exceed_context_size_error", "n_prompt_tokens": 450, "n_ctx": 256}}',
+            ErrorBody(
+                "request (450 tokens) exceeds the available context size (256 tokens)",
+                "exceed_context_size_error",
+                400,
+                450,
+                256,
+            ),
+            id="llama-server",
+        ),
+        pytest.param(
+            b'{"error": {"message": "Incorrect API key", "type": "invalid_request_error", "param": null,'
+            b' "code": "invalid_api_key"}}',
+            ErrorBody("Incorrect API key", "invalid_request_error", "invalid_api_key"),
+            id="openai",
+        ),
+        pytest.param(b'{"error": {}}', ErrorBody(), id="says-nothing"),
+    ],
+)
+def test_error_envelopes_are_read(answer: bytes, body: ErrorBody) -> None:
+    """A code is a number at one server and a word at another."""
+    assert ErrorEnvelope(body) == msgspec.json.decode(answer, type=ErrorEnvelope)
+
+
+def test_the_models_are_those_under_data() -> None:
+    """llama-server lists them once more, in another server's dialect, under another key."""
+    answer = b'{"models": [{"name": "other"}], "object": "list", "data": [{"id": "s", "aliases": ["s"], "meta": null}]}'
+
+    assert ModelList([ModelEntry("s")]) == msgspec.json.decode(answer, type=ModelList)

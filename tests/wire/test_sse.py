@@ -1,0 +1,85 @@
+import pytest
+
+from promptai.wire.sse import MAX_LINE_BYTES, SseEvent, SseParser
+
+STREAM = (
+    ": keep-alive\r\n\r\n"
+    "event: note\r\ndata: grüße 🚀\r\n\r\n"
+    "data: one\ndata:  two\ndata\n\n"
+    "data:three\r\r"
+    "id: 7\nretry: 10\nunknown: x\nbare\ndata: four: five\n\n"
+    "event: forgotten\n\n"
+    "data: six\r\n\r\n"
+).encode()
+EVENTS = [
+    SseEvent("", comment=True),
+    SseEvent("grüße 🚀", event="note"),
+    SseEvent("one\n two\n"),
+    SseEvent("three"),
+    SseEvent("four: five"),
+    SseEvent("six"),
+]
+
+
+def feed(*chunks: bytes) -> list[SseEvent]:
+    """What one parser makes of these chunks."""
+    parser = SseParser()
+    return [event for chunk in chunks for event in parser.feed(chunk)]
+
+
+@pytest.mark.parametrize("end", [b"", b"\n\n"], ids=["unfinished", "finished"])
+def test_a_line_above_the_limit_is_refused(end: bytes) -> None:
+    """Whether its end has come or not: memory is bounded either way."""
+    with pytest.raises(ValueError, match=f"more than {MAX_LINE_BYTES} bytes"):
+        feed(b"data: " + bytes(MAX_LINE_BYTES) + end)
+
+
+@pytest.mark.parametrize("chunks", [(b"data: \xff\n",), (b"data: \xc3", b"\ndata: x\n")], ids=["stray", "cut-off"])
+def test_bytes_that_are_not_utf_8_are_refused(chunks: tuple[bytes, ...]) -> None:
+    """A replacement character would be measured as text."""
+    with pytest.raises(ValueError, match="utf-8"):
+        feed(*chunks)
+
+
+def test_a_line_at_the_limit_is_taken() -> None:
+    """The limit itself is still a line."""
+    text = b"x" * (MAX_LINE_BYTES - len(b"data: "))
+
+    assert [SseEvent(text.decode())] == feed(b"data: " + text, b"\n\n")
+
+
+@pytest.mark.parametrize("stream", [b"", b"data: x", b"data: x\n", b"event: x\n\n", b"\n\n\r\n", b"id: 1\n\n"])
+def test_nothing_comes_of_what_is_no_whole_event(stream: bytes) -> None:
+    """An event needs data and a blank line; at the end of the stream the rest is dropped."""
+    assert [] == feed(stream)
+
+
+@pytest.mark.parametrize("cut", range(len(STREAM) + 1))
+def test_a_cut_anywhere_changes_nothing(cut: int) -> None:
+    """In a line, between CR and LF, inside a character: the events are the same."""
+    assert EVENTS == feed(STREAM[:cut], STREAM[cut:])
+
+
+def test_single_bytes_change_nothing() -> None:
+    """The slowest network there is."""
+    assert EVENTS == feed(*(bytes([byte]) for byte in STREAM))
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r", b"\r\r"], ids=["lf", "crlf", "cr"])
+def test_an_event_is_given_with_the_byte_that_completes_it(end: bytes) -> None:
+    """A carriage return ends the blank line; whether a line feed follows changes nothing about the event."""
+    parser = SseParser()
+
+    assert [] == parser.feed(b"data: x" + end[:-1])
+    assert [SseEvent("x")] == parser.feed(end[-1:])
+    assert [SseEvent("y")] == parser.feed(b"\ndata: y\n\n")
+
+
+def test_a_byte_order_mark_at_the_start_is_no_part_of_the_first_field() -> None:
+    """The standard lets a stream begin with one."""
+    assert [SseEvent("x")] == feed(b"\xef\xbb", b"\xbfdata: x\n\n")
+
+
+def test_an_empty_event_name_is_the_default_one() -> None:
+    """As the standard dispatches it."""
+    assert [SseEvent("x", event="message")] == feed(b"event:\ndata: x\n\n")
