@@ -68,8 +68,8 @@ def real_engine(model: Path, folder: Path, *options: str) -> Iterator[Row]:
     yield Row(
         f"{name}: prefill, client's wait against engine",
         "1 %",
-        f"{error:+.2%} at {metrics['prefill_tps']['value']:,.1f} tokens/s; {1000 * statistics.median(outside):.1f} ms a "
-        f"request are HTTP, template and tokenizer (n {len(outside)})",
+        f"{error:+.2%} at {metrics['prefill_tps']['value']:,.1f} tokens/s; "
+        f"{1000 * statistics.median(outside):.1f} ms a request are HTTP, template, tokenizer (n {len(outside)})",
         abs(error) <= 0.01,
     )
     harness = summary["harness"]

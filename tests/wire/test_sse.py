@@ -54,10 +54,11 @@ def test_nothing_comes_of_what_is_no_whole_event(stream: bytes) -> None:
     assert [] == feed(stream)
 
 
-@pytest.mark.parametrize("cut", range(len(STREAM) + 1))
-def test_a_cut_anywhere_changes_nothing(cut: int) -> None:
+def test_a_cut_anywhere_changes_nothing() -> None:
     """In a line, between CR and LF, inside a character: the events are the same."""
-    assert EVENTS == feed(STREAM[:cut], STREAM[cut:])
+    differing = {cut for cut in range(len(STREAM) + 1) if feed(STREAM[:cut], STREAM[cut:]) != EVENTS}
+
+    assert set() == differing
 
 
 def test_single_bytes_change_nothing() -> None:

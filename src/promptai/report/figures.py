@@ -22,11 +22,14 @@ from promptai.device.sample import Sample
 _MIB = 1024**2
 _MOST_POINTS = 1500
 _WIDTH = 700
+_COLUMN = _WIDTH / 3 - 30
+_RATES = ["prefill", "decode", "total"]
 _COLOURS = alt.Scale(domain=["cold", "warm"], range=["#3b6fb6", "#e08a2e"])
 _SIZES = [f"{low}–{high - 1}" for low, high in pairwise(BUCKET_EDGES)] + [f"{BUCKET_EDGES[-1]}+"]
 VEGA_LITE = "v" + ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 
 Row = dict[str, Any]
+Series = dict[str, Callable[[Sample], float | None]]
 T = TypeVar("T")
 
 
@@ -126,7 +129,7 @@ def _parts(summary: Summary) -> list[tuple[str, str, Part]]:
 def _throughput(summary: Summary) -> Figure | None:
     rows: list[Row] = []
     for target, cache, part in _parts(summary):
-        for name in ("prefill", "decode", "total"):
+        for name in _RATES:
             found = part.metrics[f"{name}_tps"]
             if found.value is not None:
                 low, high = found.ci95 or (None, None)
@@ -148,7 +151,7 @@ def _throughput(summary: Summary) -> Figure | None:
     )
     bars = base.mark_bar().encode(
         x=alt.X("tps:Q", title="tokens a second"),
-        color=alt.Color("cache:N", title="KV cache", scale=_COLOURS),
+        color=alt.Color("cache:N", title="KV cache", scale=_COLOURS, legend=alt.Legend(orient="top")),
         tooltip=[
             "target:N",
             "cache:N",
@@ -161,8 +164,8 @@ def _throughput(summary: Summary) -> Figure | None:
     whiskers = base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q").transform_filter("isValid(datum.low)")
     chart = (
         alt.layer(bars, whiskers, data=_data(rows))
-        .properties(width=_WIDTH / 3 - 12, height=alt.Step(24))
-        .facet(column=alt.Column("rate:N", title=None, sort=["prefill", "decode", "total"]))
+        .properties(width=_COLUMN, height=alt.Step(24))
+        .facet(column=alt.Column("rate:N", title=None, sort=_RATES))
         .resolve_scale(x="independent")
     )
     return _figure(
@@ -247,139 +250,120 @@ def _first_token(run: Run) -> Figure | None:
 
 
 def _steadiness(run: Run, summary: Summary) -> Figure | None:
-    rows: list[Row] = []
-    for target, cache, part in _parts(summary):
-        for bucket in part.buckets:
-            for rate in ("prefill", "decode", "total"):
-                mean, cv = bucket.mean[f"{rate}_tps"], bucket.cv[f"{rate}_tps"]
-                if mean is not None:
-                    spread = mean * cv if cv is not None else None
-                    rows.append(
-                        {
-                            "target": target,
-                            "cache": cache,
-                            "rate": rate,
-                            "size": _SIZES[BUCKET_EDGES.index(bucket.low)],
-                            "mean": mean,
-                            "cv": cv,
-                            "n": bucket.n,
-                            "low": None if spread is None else max(0.0, mean - spread),
-                            "high": None if spread is None else mean + spread,
-                        }
-                    )
+    rows: list[Row] = [
+        {
+            "target": target,
+            "cache": cache,
+            "rate": rate,
+            "size": _SIZES[BUCKET_EDGES.index(bucket.low)],
+            "mean": bucket.mean[f"{rate}_tps"],
+            "cv": bucket.cv[f"{rate}_tps"],
+            "n": bucket.n,
+        }
+        for target, cache, part in _parts(summary)
+        for bucket in part.buckets
+        for rate in _RATES
+        if bucket.mean[f"{rate}_tps"] is not None
+    ]
     if not rows:
         return None
-    base = alt.Chart().encode(
-        x=alt.X("size:O", title="tokens of the prompt", sort=_SIZES, axis=alt.Axis(labelAngle=-40)),
-        color=alt.Color("cache:N", title="KV cache", scale=_COLOURS),
-    )
-    tooltip = [
-        "target:N",
-        "cache:N",
-        "size:O",
-        alt.Tooltip("mean:Q", format=",.2f"),
-        alt.Tooltip("cv:Q", format=".1%"),
-        "n:Q",
-    ]
-    points = base.mark_line(point=True).encode(
-        y=alt.Y("mean:Q", title="tokens a second", scale=alt.Scale(zero=True)),
-        strokeDash=alt.StrokeDash("target:N", title=None, legend=_legend(run)),
-        tooltip=tooltip,
-    )
-    spread = base.mark_rule(opacity=0.5).encode(y="low:Q", y2="high:Q").transform_filter("isValid(datum.low)")
-    chart = (
-        alt.layer(points, spread, data=_data(rows))
-        .properties(width=_WIDTH / 3 - 12, height=200)
-        .facet(column=alt.Column("rate:N", title=None, sort=["prefill", "decode", "total"]))
-        .resolve_scale(y="independent")
-    )
+    legend = alt.Legend(orient="top")
+
+    def panel(y: alt.Y, height: int) -> alt.FacetChart:
+        lines: alt.FacetChart = (
+            alt.Chart(_data(rows))
+            .mark_line(point=True)
+            .encode(
+                x=alt.X("size:O", title="tokens of the prompt", sort=_SIZES, axis=alt.Axis(labelAngle=-40)),
+                y=y,
+                color=alt.Color("cache:N", title="KV cache", scale=_COLOURS, legend=legend),
+                strokeDash=alt.StrokeDash("target:N", title=None, legend=_legend(run)),
+                tooltip=["target:N", "cache:N", "size:O", "mean:Q", alt.Tooltip("cv:Q", format=".1%"), "n:Q"],
+            )
+            .properties(width=_COLUMN, height=height)
+            .facet(column=alt.Column("rate:N", title=None, sort=_RATES))
+            .resolve_scale(y="independent")
+        )
+        return lines
+
+    means = panel(alt.Y("mean:Q", title="tokens a second", scale=alt.Scale(zero=True)), 180)
+    spread = panel(alt.Y("cv:Q", title="CV at this length", axis=alt.Axis(format="%")), 110)
     return _figure(
         "steadiness",
         "How steady is it across prompt lengths?",
-        "Mean of per-prompt rates by prompt length; the vertical lines are one standard deviation each way "
-        "(hover for the coefficient of variation).",
-        chart,
+        "Above, the mean of per-prompt rates by prompt length. Below, their coefficient of variation at that length: "
+        "sample standard deviation / mean. Lengths with a single request have none.",
+        alt.vconcat(means, spread),
     )
 
 
 def _memory(samples: Sequence[Sample]) -> Figure | None:
-    kinds: dict[str, Callable[[Sample], int | None]] = {
-        "anonymous (KV cache, buffers)": lambda s: s.engine_anon_bytes,
-        "mapped weights (page cache)": lambda s: s.engine_file_bytes,
+    series: Series = {
+        "anonymous (KV cache, buffers)": lambda s: _mib(s.engine_anon_bytes),
+        "mapped weights (page cache)": lambda s: _mib(s.engine_file_bytes),
     }
-    rows: list[Row] = [
-        {"t": s.t, "kind": kind, "mib": value / _MIB}
-        for s in thin(samples)
-        for kind, read in kinds.items()
-        if (value := read(s)) is not None
-    ]
-    if not rows:
-        return None
-    chart = (
-        alt.Chart(_data(rows))
-        .mark_area(opacity=0.75)
-        .encode(
-            x=alt.X("t:Q", title="seconds of the run"),
-            y=alt.Y("mib:Q", title="MiB of the engine", stack="zero"),
-            color=alt.Color(
-                "kind:N",
-                title=None,
-                legend=alt.Legend(orient="top", labelLimit=300),
-                scale=alt.Scale(range=["#b65c5c", "#8fb3a6"]),
-            ),
-            tooltip=["kind:N", alt.Tooltip("mib:Q", format=",.1f"), alt.Tooltip("t:Q", format=",.0f")],
-        )
-        .properties(width=_WIDTH, height=180)
+    mark = alt.MarkDef("area", opacity=0.75)
+    y = alt.Y("value:Q", title="MiB of the engine", stack="zero")
+    chart = _over_time(samples, series, mark, y, ["#b65c5c", "#8fb3a6"])
+    return (
+        None
+        if chart is None
+        else _figure("memory", "What memory does it take?", "The engine's process tree, once a second.", chart)
     )
-    return _figure("memory", "What memory does it take?", "The engine's process tree, once a second.", chart)
 
 
 def _cpu(samples: Sequence[Sample]) -> Figure | None:
-    kinds: dict[str, Callable[[Sample], float | None]] = {
+    series: Series = {
         "the whole machine": lambda s: s.cpu_percent,
         "the engine": lambda s: s.engine_cpu_percent,
     }
-    rows: list[Row] = [
-        {"t": s.t, "kind": kind, "percent": value}
-        for s in thin(samples)
-        for kind, read in kinds.items()
-        if (value := read(s)) is not None
-    ]
-    if not rows:
-        return None
-    chart = (
-        alt.Chart(_data(rows))
-        .mark_line(strokeWidth=1.4)
-        .encode(
-            x=alt.X("t:Q", title="seconds of the run"),
-            y=alt.Y("percent:Q", title="% of all cores", scale=alt.Scale(domain=[0, 100])),
-            color=alt.Color("kind:N", title=None, legend=alt.Legend(orient="top")),
-            tooltip=["kind:N", alt.Tooltip("percent:Q", format=".1f"), alt.Tooltip("t:Q", format=",.0f")],
+    y = alt.Y("value:Q", title="% of all cores", scale=alt.Scale(domain=[0, 100]))
+    chart = _over_time(samples, series, alt.MarkDef("line", strokeWidth=1.4), y, ["#9aa5b1", "#3b6fb6"])
+    return (
+        None
+        if chart is None
+        else _figure(
+            "cpu", "How busy is the processor?", "100 % means every core is busy. Gaps between engines are idle.", chart
         )
-        .properties(width=_WIDTH, height=160)
-    )
-    return _figure(
-        "cpu",
-        "How busy is the processor?",
-        "100 % means every core is busy. Gaps between engines are idle.",
-        chart,
     )
 
 
 def _heat(samples: Sequence[Sample]) -> Figure | None:
-    rows: list[Row] = [{"t": s.t, "celsius": s.temperature_c} for s in thin(samples) if s.temperature_c is not None]
+    y = alt.Y("value:Q", title="°C", scale=alt.Scale(zero=False))
+    series: Series = {"processor": lambda s: s.temperature_c}
+    chart = _over_time(samples, series, alt.MarkDef("line", strokeWidth=1.4), y, ["#b65c5c"])
+    return None if chart is None else _figure("temperature", "Does it get hot?", "The processor's temperature.", chart)
+
+
+def _over_time(
+    samples: Sequence[Sample], series: Series, mark: alt.MarkDef, y: alt.Y, colours: list[str]
+) -> alt.Chart | None:
+    """Several readings over the run's clock; ``None`` when this machine has none of them."""
+    rows: list[Row] = [
+        {"t": sample.t, "kind": kind, "value": value}
+        for sample in thin(samples)
+        for kind, read in series.items()
+        if (value := read(sample)) is not None
+    ]
     if not rows:
         return None
-    chart = (
-        alt.Chart(_data(rows))
-        .mark_line(strokeWidth=1.4, color="#b65c5c")
-        .encode(
-            x=alt.X("t:Q", title="seconds of the run"),
-            y=alt.Y("celsius:Q", title="°C", scale=alt.Scale(zero=False)),
-        )
-        .properties(width=_WIDTH, height=140)
+    colour = alt.Color(
+        "kind:N",
+        title=None,
+        legend=alt.Legend(orient="top", labelLimit=300) if len(series) > 1 else None,
+        scale=alt.Scale(domain=list(series), range=colours),
     )
-    return _figure("temperature", "Does it get hot?", "The processor's temperature.", chart)
+    tooltip = [alt.Tooltip("kind:N"), alt.Tooltip("value:Q", format=",.1f"), alt.Tooltip("t:Q", format=",.0f")]
+    chart: alt.Chart = (
+        alt.Chart(_data(rows), mark=mark)
+        .encode(x=alt.X("t:Q", title="seconds of the run"), y=y, color=colour, tooltip=tooltip)
+        .properties(width=_WIDTH, height=170)
+    )
+    return chart
+
+
+def _mib(size: int | None) -> float | None:
+    return None if size is None else size / _MIB
 
 
 def thin(items: Sequence[T]) -> list[T]:

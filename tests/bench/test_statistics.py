@@ -1,0 +1,213 @@
+from collections.abc import Sequence
+from random import Random
+from statistics import mean, stdev
+
+import numpy as np
+import pytest
+
+from promptai.bench.statistics import (
+    Metric,
+    buckets,
+    coefficient_of_variation,
+    cv_metrics,
+    latency_metrics,
+    mean_metric,
+    rate_metric,
+)
+from promptai.bench.trace import Trace
+from support_runs import make_trace
+
+
+def answers(seconds: Sequence[float], conversations: Sequence[str] | None = None) -> list[Trace]:
+    """Requests with these latencies, each a conversation of its own unless told."""
+    names = conversations or [f"c{n}" for n in range(len(seconds))]
+    return [make_trace(conversation=name, t_last=s) for name, s in zip(names, seconds, strict=True)]
+
+
+def latency(trace: Trace) -> float | None:
+    return trace.latency_s
+
+
+def decode_rate(traces: Sequence[Trace]) -> Metric:
+    return rate_metric(traces, lambda t: t.decode_steps, lambda t: t.decode_s)
+
+
+def decoded(steps: int | None, seconds: float, conversation: str = "a", prompt_tokens: int | None = 100) -> Trace:
+    """An answer that decoded ``steps`` tokens after the first in that time."""
+    return make_trace(
+        conversation=conversation,
+        prompt_tokens=prompt_tokens,
+        generated_tokens=None if steps is None else steps + 1,
+        t_first=1.0,
+        t_last=1.0 + seconds,
+    )
+
+
+def width(metric: Metric) -> float:
+    """Of the interval."""
+    assert metric.ci95 is not None
+    return metric.ci95[1] - metric.ci95[0]
+
+
+def correlated(generator: Random, conversations: int, turns: int) -> list[Trace]:
+    """Latencies around 10 s; turns of one conversation are much more alike than conversations are."""
+    seconds, names = [], []
+    for number in range(conversations):
+        level = generator.gauss(10, 2)
+        seconds += [level + generator.gauss(0, 0.5) for _ in range(turns)]
+        names += [f"c{number}"] * turns
+    return answers(seconds, names)
+
+
+def test_what_nobody_measured_is_none() -> None:
+    traces = [make_trace(t_last=None, t_first=None)]
+
+    assert Metric(None, "tokens/s", 0) == decode_rate(traces)
+    assert Metric(None, "W", 0) == mean_metric(traces, latency, "W")
+    assert {f"x_{what}": Metric(None, "s", 0) for what in ("mean", "p50", "p95", "max")} == latency_metrics(
+        "x", traces, latency
+    )
+
+
+def test_percentiles_need_twenty_values() -> None:
+    nineteen, twenty = (latency_metrics("x", answers(range(1, n + 1)), latency) for n in (19, 20))
+
+    assert (nineteen["x_p50"].value, nineteen["x_p95"].value, nineteen["x_p95"].n) == (None, None, 19)
+    assert pytest.approx((10.5, 19.05, 20)) == (twenty["x_p50"].value, twenty["x_p95"].value, twenty["x_p95"].n)
+
+
+def test_an_interval_needs_five_conversations() -> None:
+    """Twenty turns of four conversations are four observations."""
+    four, five = (
+        latency_metrics("x", answers(range(1, 21), [f"c{i % n}" for i in range(20)]), latency) for n in (4, 5)
+    )
+
+    assert [four["x_mean"].ci95, four["x_p50"].ci95] == [None, None]
+    assert None not in (five["x_mean"].ci95, five["x_p50"].ci95)
+
+
+@pytest.mark.parametrize("values", [[], [5.0], [-1.0, 1.0]], ids=["no-value", "one-value", "a-mean-of-zero"])
+def test_spread_without_a_meaning_is_none(values: list[float]) -> None:
+    assert coefficient_of_variation(np.array(values)) is None
+
+
+def test_a_request_that_was_not_rated_is_not_counted() -> None:
+    """``n`` says on how many values a number rests, not how many requests there were."""
+    traces = [decoded(10, 1.0), decoded(10, 2.0), decoded(None, 1.0)]
+    metrics = cv_metrics(traces, buckets(traces))
+
+    assert decode_rate(traces).n == 2
+    assert (metrics["decode_tps_cv_all"].n, metrics["decode_tps_cv_within"].n) == (2, 2)
+
+
+def test_a_throughput_is_a_sum_over_a_sum() -> None:
+    """10 tokens in 1 s and 10 in 4 s are 4 tokens a second; the mean of the rates would say 6.25."""
+    traces = [decoded(10, 1.0), decoded(10, 4.0), decoded(None, 100.0)]
+
+    assert Metric(4.0, "tokens/s", 2) == decode_rate(traces)
+    assert Metric(6.25, "tokens/s", 2) == mean_metric(traces, lambda t: t.decode_tps, "tokens/s")
+
+
+def test_latency_is_told_by_mean_and_maximum_too() -> None:
+    metrics = latency_metrics("x", answers([1.0, 2.0, 6.0]), latency)
+
+    assert (Metric(3.0, "s", 3), Metric(6.0, "s", 3)) == (metrics["x_mean"], metrics["x_max"])
+
+
+def test_spread_is_sample_deviation_over_mean() -> None:
+    values = [8.0, 12.0, 13.0]
+
+    assert pytest.approx(stdev(values) / mean(values)) == coefficient_of_variation(np.array(values))
+
+
+def test_the_same_traces_give_the_same_interval() -> None:
+    assert latency_metrics("x", correlated(Random(1), 30, 4), latency) == latency_metrics(
+        "x", correlated(Random(1), 30, 4), latency
+    )
+
+
+def test_equal_values_leave_no_doubt() -> None:
+    metrics = latency_metrics("x", answers([2.0] * 20), latency)
+
+    assert [metrics[f"x_{what}"].ci95 for what in ("mean", "p50", "p95")] == [(2.0, 2.0)] * 3
+
+
+def test_every_interval_holds_its_value() -> None:
+    traces = correlated(Random(5), 30, 4)
+
+    for metric in (*latency_metrics("x", traces, latency).values(), decode_rate(traces)):
+        if metric.ci95 is not None:
+            assert metric.value is not None
+            assert metric.ci95[0] < metric.value < metric.ci95[1]
+
+
+@pytest.mark.parametrize("what", ["mean", "p50"])
+def test_turns_of_one_conversation_are_not_independent_samples(what: str) -> None:
+    """Taking each turn for a sample of its own would halve the interval, and lie."""
+    traces = correlated(Random(2), 30, 8)
+    separate = answers([trace.latency_s or 0 for trace in traces])
+
+    honest, naive = (latency_metrics("x", group, latency)[f"x_{what}"] for group in (traces, separate))
+
+    assert honest.value == naive.value
+    assert width(honest) > 1.5 * width(naive)
+
+
+def test_nineteen_of_twenty_intervals_hold_the_truth() -> None:
+    """Coverage on 150 synthetic runs; bootstrap intervals of 30 conversations reach about 93 %."""
+    generator = Random(11)
+    held = 0
+    for _ in range(150):
+        found = mean_metric(correlated(generator, 30, 4), latency, "s").ci95
+        assert found is not None
+        held += found[0] <= 10 <= found[1]
+
+    assert 0.90 <= held / 150 <= 0.98
+
+
+def test_requests_are_grouped_by_prompt_length() -> None:
+    """A bucket begins with its lower edge; what has no length has no bucket."""
+    lengths = [127, 128, 255, 2047, 2048, 9000, None]
+    found = buckets([decoded(10, 1.0, prompt_tokens=length) for length in lengths])
+
+    assert [(b.low, b.high, b.n) for b in found] == [(0, 128, 1), (128, 256, 2), (1024, 2048, 1), (2048, None, 2)]
+
+
+def test_a_bucket_tells_mean_and_spread_of_each_rate() -> None:
+    found = buckets([decoded(8, 1.0), decoded(12, 1.0), decoded(None, 1.0)])[0]
+
+    assert pytest.approx(10.0) == found.mean["decode_tps"]
+    assert pytest.approx(stdev([8, 12]) / 10) == found.cv["decode_tps"]
+
+
+def test_a_bucket_without_a_rate_says_so() -> None:
+    found = buckets([decoded(None, 1.0)])[0]
+
+    assert (found.mean["decode_tps"], found.cv["decode_tps"]) == (None, None)
+
+
+def test_steadiness_within_across_and_over_all_prompts() -> None:
+    """Within: the buckets' spreads, weighted by requests; across: the spread of their means."""
+    short, middling, alone = [8.0, 12.0], [20.0, 20.0, 26.0], [40.0]
+    traces = [
+        decoded(round(rate), 1.0, prompt_tokens=length)
+        for rates, length in ((short, 100), (middling, 200), (alone, 300))
+        for rate in rates
+    ]
+    spread = [stdev(rates) / mean(rates) for rates in (short, middling)]
+
+    metrics = cv_metrics(traces, buckets(traces))
+    found = {kind: metrics[f"decode_tps_cv_{kind}"] for kind in ("within", "across", "all")}
+
+    means = [mean(rates) for rates in (short, middling, alone)]
+    everything = [*short, *middling, *alone]
+    assert pytest.approx((2 * spread[0] + 3 * spread[1]) / 5) == found["within"].value
+    assert pytest.approx(stdev(means) / mean(means)) == found["across"].value
+    assert pytest.approx(stdev(everything) / mean(everything)) == found["all"].value
+    assert {kind: metric.n for kind, metric in found.items()} == {"within": 5, "across": 3, "all": 6}
+
+
+def test_one_bucket_cannot_say_how_length_changes_a_rate() -> None:
+    traces = [decoded(8, 1.0), decoded(12, 1.0)]
+
+    assert Metric(None, "1", 1) == cv_metrics(traces, buckets(traces))["decode_tps_cv_across"]

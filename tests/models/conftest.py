@@ -1,0 +1,15 @@
+"""One small synthetic model for the tests that only read it."""
+
+from pathlib import Path
+
+import pytest
+
+from promptai.models.synth import Shape, write_synthetic
+
+SMALL = Shape(layers=2, width=64, heads=4, kv_heads=2, ffn=128, vocabulary=512)
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of random weights, 90 kB."""
+    return write_synthetic(tmp_path_factory.mktemp("models") / "small.gguf", SMALL, name="small", seed=7)
