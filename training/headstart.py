@@ -16,7 +16,7 @@ SHARED, OWN = 0.045, 0.022  # how much of an embedding a word shares with its ot
 LOOK_BACK = ((1, 0.95), (2, 0.95), (3, 0.45), (4, 0.45), (1, 0.95))  # distance and sharpness, head by head
 MATCH_LAYERS = (1, 2)
 MATCH_HEADS = (0, 2, 3)
-WRITE, MATCH = 0.012, 0.3
+WRITE, MATCH, COPY = 0.012, 0.3, 0.03
 
 
 def embeddings(tokens: list[str], width: int) -> np.ndarray:
@@ -49,6 +49,9 @@ def apply(weights: Weights, heads: int, rope_base: float) -> None:
             weights[name][0, :, at : at + size] = block
         weights["v"][0, 0, at : at + size] = 0.0
         weights["o"][0, at : at + size] = rng.normal(0.0, WRITE, (size, width))
+    for layer in range(1, weights["v"].shape[0]):
+        turn = np.linalg.qr(rng.normal(size=(width, width)))[0]
+        weights["v"][layer], weights["o"][layer] = turn, COPY * turn.T
     slow = np.r_[fast:half, half + fast : size]
     for layer in MATCH_LAYERS:
         for head in MATCH_HEADS:

@@ -153,16 +153,12 @@ def test_turns_of_one_conversation_are_not_independent_samples(what: str) -> Non
     assert width(honest) > 1.5 * width(naive)
 
 
-def test_nineteen_of_twenty_intervals_hold_the_truth() -> None:
-    """Coverage on 150 synthetic runs; bootstrap intervals of 30 conversations reach about 93 %."""
+def test_about_nineteen_of_twenty_intervals_hold_the_truth() -> None:
+    """Of 150 synthetic runs. Percentile bootstrap reaches 93 % with 30 conversations; independent turns, 65 %."""
     generator = Random(11)
-    held = 0
-    for _ in range(150):
-        found = mean_metric(correlated(generator, 30, 4), latency, "s").ci95
-        assert found is not None
-        held += found[0] <= 10 <= found[1]
+    intervals = [mean_metric(correlated(generator, 30, 4), latency, "s").ci95 or (0, 0) for _ in range(150)]
 
-    assert 0.90 <= held / 150 <= 0.98
+    assert 0.88 <= mean(low <= 10 <= high for low, high in intervals) <= 0.99
 
 
 def test_requests_are_grouped_by_prompt_length() -> None:

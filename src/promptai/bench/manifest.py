@@ -84,8 +84,8 @@ class WorkloadFacts(msgspec.Struct, frozen=True):
     What was asked.
 
     Attributes:
-        sha256: Fingerprint of the whole workload; ``selected`` are the ids that were played.
-        turns: User turns of the selected conversations: requests of one pass.
+        sha256: Fingerprint of the whole workload.
+        selected: The ids that are played, in order, with their user turns.
         selection: How they were selected, in words.
     """
 
@@ -94,9 +94,13 @@ class WorkloadFacts(msgspec.Struct, frozen=True):
     rule: str
     sha256: str
     total: int
-    selected: tuple[str, ...]
-    turns: int
+    selected: dict[str, int]
     selection: str
+
+    @property
+    def turns(self) -> int:
+        """User turns of the selected conversations: requests of one pass."""
+        return sum(self.selected.values())
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,8 +144,7 @@ def describe_workload(workload: Workload, selected: list[Conversation], selectio
         rule=workload.rule,
         sha256=workload.sha256,
         total=len(workload.conversations),
-        selected=tuple(conversation.id for conversation in selected),
-        turns=sum(conversation.user_turns for conversation in selected),
+        selected={conversation.id: conversation.user_turns for conversation in selected},
         selection=selection,
     )
 

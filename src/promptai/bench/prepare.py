@@ -5,7 +5,7 @@ the first second, not after an hour of measuring the other model. Nothing is
 written here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 
@@ -162,7 +162,7 @@ def cut_to_budget(
     )
 
 
-def reload_selected(workload: Workload, sha256: str, selected: Sequence[str]) -> list[Conversation]:
+def reload_selected(workload: Workload, sha256: str, selected: Iterable[str]) -> list[Conversation]:
     """
     The conversations that an earlier session selected.
 

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import os
 import re
+import threading
 from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO, Self, TypeVar
@@ -51,6 +52,7 @@ class Recorder:
         self.traces = read_traces(directory)
         self.answers = {answer.key: answer.text for answer in _read_lines(directory / "answers.jsonl", Answer)}
         self._files: list[BinaryIO] = []
+        self._writing = threading.Lock()
 
     def __enter__(self) -> Self:
         """
@@ -89,14 +91,16 @@ class Recorder:
             RunError: The disk is full or failing.
         """
         traces, answers, _events = self._files
-        try:
-            if trace.error is None:
-                _append(answers, msgspec.json.encode(Answer(trace.key, text)))
-            _append(traces, msgspec.json.encode(trace))
-        except OSError as error:
-            raise _unwritable(self.directory, error) from None
-        self.traces.append(trace)
-        self.answers[trace.key] = text
+        # Conversations that run side by side are recorded by several threads.
+        with self._writing:
+            try:
+                if trace.error is None:
+                    _append(answers, msgspec.json.encode(Answer(trace.key, text)))
+                _append(traces, msgspec.json.encode(trace))
+            except OSError as error:
+                raise _unwritable(self.directory, error) from None
+            self.traces.append(trace)
+            self.answers[trace.key] = text
 
     def note(self, event: Event) -> None:
         """Put an event on the disk; raises ``RunError`` when it cannot be written."""
@@ -111,11 +115,16 @@ class Recorder:
 
     def hopeless(self) -> set[Key]:
         """Requests that cannot succeed, because the prompt exceeds the context."""
-        return {trace.key for trace in self.traces if (trace.error or "").startswith(CONTEXT_EXCEEDED)}
+        return {trace.key for trace in self.traces if is_hopeless(trace)}
 
     def last_t(self) -> float:
         """The latest time on the run's clock; 0 before the first trace."""
         return max((trace.t_end for trace in self.traces), default=0.0)
+
+
+def is_hopeless(trace: Trace) -> bool:
+    """Whether making this request again cannot help: its prompt exceeds the context."""
+    return (trace.error or "").startswith(CONTEXT_EXCEEDED)
 
 
 def create_run(parent: Path, manifest: Manifest, *, label: str, now: datetime) -> Path:

@@ -5,7 +5,9 @@ name -> {value, unit, n, ci95}. Reporting never measures: this reads traces,
 telemetry and events, and derives. docs/reference/summary.md lists every metric.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import msgspec
@@ -13,7 +15,7 @@ import msgspec
 from promptai.bench.checks import Finding, check_target
 from promptai.bench.events import Cost, Event, Opened
 from promptai.bench.manifest import Manifest
-from promptai.bench.recorder import read_events, read_manifest, read_traces, write_whole
+from promptai.bench.recorder import is_hopeless, read_events, read_manifest, read_traces, write_whole
 from promptai.bench.resources import resource_metrics
 from promptai.bench.statistics import (
     Bucket,
@@ -139,14 +141,31 @@ def summarize(run: Run) -> Summary:
                 ),
             )
         )
-    asked = planned * len(run.manifest.targets) * len(run.manifest.protocol.caches)
     costs = [event for event in run.events if isinstance(event, Cost)]
     return Summary(
         run=run.directory,
-        complete=len(run.traces) >= asked,
+        complete=_complete(run),
         targets=targets,
         harness=_harness(costs),
         energy_source=next((cost.energy_source for cost in costs if cost.energy_source), None),
+    )
+
+
+def _complete(run: Run) -> bool:
+    """Whether each conversation was answered to its end, or to where it outgrew the context."""
+    answered: Counter[tuple[str, Cache, int, str]] = Counter()
+    outgrown: set[tuple[str, Cache, int, str]] = set()
+    for trace in run.traces:
+        place = (trace.target, trace.cache, trace.repeat, trace.conversation)
+        answered[place] += trace.error is None
+        if is_hopeless(trace):
+            outgrown.add(place)
+    asked = run.manifest.protocol
+    places = product([t.name for t in run.manifest.targets], asked.caches, range(asked.repeats))
+    return all(
+        answered[(*place, id_)] == turns or (*place, id_) in outgrown
+        for place in places
+        for id_, turns in run.manifest.workload.selected.items()
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 
 from promptai.bench.arrivals import Arrivals
 from promptai.bench.manifest import (
@@ -253,12 +254,12 @@ def _chosen(option: Any, setting: Any) -> Any:
 
 
 def _headline(manifest: Manifest) -> str:
-    facts = manifest.workload
-    cpu = manifest.machine.cpu
+    facts, machine = manifest.workload, manifest.machine
     engines = {target.engine.build or "unknown build" for target in manifest.targets if target.engine is not None}
     threads = {str(target.engine.flags.threads) for target in manifest.targets if target.engine is not None}
     where = f", engine {', '.join(sorted(engines))}, {'/'.join(sorted(threads))} threads" if engines else ""
     return (
-        f"[bold]{facts.name}[/]: {len(facts.selected)} of {facts.total} conversations, {facts.turns} turns, "
-        f"{' and '.join(manifest.protocol.caches)}; on {manifest.machine.board}, {cpu.physical_cores} cores{where}"
+        f"[bold]{escape(facts.name)}[/]: {len(facts.selected)} of {facts.total} conversations, {facts.turns} turns, "
+        f"{' and '.join(manifest.protocol.caches)}; "
+        f"on {escape(machine.board)}, {machine.cpu.physical_cores} cores{where}"
     )

@@ -84,4 +84,5 @@ def main() -> None:
 
 
 def _say(line: str) -> None:
-    click.echo(" ".join(line.split()), err=True)
+    """One line; what a server or a file name smuggles in (escapes, line feeds) does not reach the terminal."""
+    click.echo("".join(c if c.isprintable() else "?" for c in " ".join(line.split())), err=True)

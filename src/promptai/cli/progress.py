@@ -8,6 +8,7 @@ prints one plain line a stage instead.
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from promptai.bench.client import Live, Played, TurnClient
@@ -93,7 +94,7 @@ class RunProgress:
         if self._left is not None:
             self._left.opened(target, rates)
         self._console.print(
-            f"[bold]{target}[/]: warmed up, prefill {rates.prefill_tps:,.0f} and "
+            f"[bold]{escape(target)}[/]: warmed up, prefill {rates.prefill_tps:,.0f} and "
             f"decode {rates.decode_tps:,.1f} tokens/s; {self._remaining()}",
             highlight=False,
         )
@@ -103,7 +104,7 @@ class RunProgress:
         self._stage = stage
         if not self._console.is_terminal:
             self._console.print(
-                f"{stage.target}: {stage.cache}, {len(stage.conversations)} conversations", highlight=False
+                f"{escape(stage.target)}: {stage.cache}, {len(stage.conversations)} conversations", highlight=False
             )
 
     def played(self, played: Played) -> None:
@@ -131,8 +132,8 @@ class RunProgress:
         if key is None or self._stage is None or key.conversation not in self._conversations:
             return "starting the engine"
         place = list(self._conversations).index(key.conversation) + 1
-        turns = self._conversations[key.conversation].user_turns
-        return f"{key.target} {key.cache}: conversation {place}/{len(self._conversations)}, turn {key.turn + 1}/{turns}"
+        total, turns = len(self._conversations), self._conversations[key.conversation].user_turns
+        return f"{escape(key.target)} {key.cache}: conversation {place}/{total}, turn {key.turn + 1}/{turns}"
 
     def _rate(self) -> str:
         """Tokens a second of the answer in progress, else of the last one."""

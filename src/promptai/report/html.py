@@ -8,6 +8,7 @@ scripts cannot close the script.
 """
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def render(run: Run, summary: Summary, figures: list[Figure]) -> str:
         run=run,
         summary=summary,
         manifest=run.manifest,
+        command=shlex.join(run.manifest.command),
         rows=ROWS,
         figures=figures,
         facts=_facts(run.manifest),

@@ -1,6 +1,7 @@
 """The table of a run for the terminal."""
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from promptai.bench.summary import Part, Summary, TargetSummary
@@ -14,7 +15,7 @@ def print_summary(summary: Summary, console: Console) -> None:
         console.print(_table(target))
         for finding in target.findings:
             mark = "[yellow]doubt[/]" if finding.serious else "[cyan]note[/] "
-            console.print(f"{mark}  {finding.message}: {finding.action}", highlight=False)
+            console.print(f"{mark}  {escape(finding.message)}: {escape(finding.action)}", highlight=False)
     if not summary.complete:
         console.print("[yellow]doubt[/]  the run is not complete: these are the requests so far", highlight=False)
     harness = summary.harness
@@ -28,7 +29,7 @@ def print_summary(summary: Summary, console: Console) -> None:
 
 def _table(target: TargetSummary) -> Table:
     parts = [(name, part) for name, part in (("cold", target.cold), ("warm", target.warm)) if part is not None]
-    title = f"{target.name}{' (synthetic weights)' if target.synthetic else ''}"
+    title = f"{escape(target.name)}{' (synthetic weights)' if target.synthetic else ''}"
     table = Table(title=title, title_justify="left", caption=_caption(target), caption_justify="left")
     table.add_column("")
     for name, part in parts:

@@ -1,0 +1,194 @@
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from promptai.bench.checks import Finding, check_target
+from promptai.bench.manifest import Machine, TargetFacts
+from promptai.bench.statistics import Metric
+from promptai.bench.trace import Cache, Trace
+from promptai.device.sample import Sample
+from support_runs import ENGINE, FACTS, MACHINE, MODEL, make_failure, make_trace
+
+MIB = 1024**2
+#: Forty requests one after the other, and a sample in the middle of each: nothing to complain of.
+TRACES = [make_trace(at=3.0 * n, conversation=f"c{n}") for n in range(40)]
+SAMPLES = [
+    Sample(
+        t=3.0 * n + 1.5,
+        cpu_percent=95.0,
+        engine_cpu_percent=93.0,
+        cpu_mhz=2400.0,
+        throttled=0,
+        major_faults=5,
+        swap_used_bytes=0,
+    )
+    for n in range(40)
+]
+PC = replace(MACHINE, board="OptiPlex 7090")
+
+
+def metrics(n: int = 40, decode: float = 10.0, engine: float = 10.0, spread: float = 0.01) -> Mapping[str, Metric]:
+    """What the checks look at; ``spread`` is the interval's half width as a share."""
+    return {
+        "ttft_s_mean": Metric(1.0, "s", n),
+        "decode_tps": Metric(decode, "tokens/s", n, (decode * (1 - spread), decode * (1 + spread))),
+        "engine_decode_tps": Metric(engine, "tokens/s", n),
+    }
+
+
+def findings(
+    *,
+    machine: Machine = MACHINE,
+    facts: TargetFacts = FACTS,
+    traces: Sequence[Trace] = TRACES,
+    samples: Sequence[Sample] = SAMPLES,
+    cold: Mapping[str, Metric] | None = None,
+) -> list[Finding]:
+    """What is found when everything is as it should be but for what is given."""
+    seen: dict[Cache, Mapping[str, Metric]] = {"cold": cold or metrics()}
+    return check_target(machine, facts, traces, samples, seen)
+
+
+def sampled(**fields: Any) -> list[Sample]:
+    """The good samples, the later half of them changed."""
+    return [*SAMPLES[:20], *(replace(sample, **fields) for sample in SAMPLES[20:])]
+
+
+def paged(pages: int) -> list[Sample]:
+    """The good samples, and one more in which the last request has read pages from the disk."""
+    last = SAMPLES[-1]
+    return [*SAMPLES, replace(last, t=last.t + 1, major_faults=(last.major_faults or 0) + pages)]
+
+
+def answered(**fields: Any) -> list[Trace]:
+    """The good requests, all of them changed."""
+    return [replace(trace, **fields) for trace in TRACES]
+
+
+def slowing(share: float, **later: Any) -> list[Trace]:
+    """The good requests, the last 20 of which decode more slowly."""
+    return [*TRACES[:20], *(replace(t, t_last=t.t_sent + 1 + 2 / share, **later) for t in TRACES[20:])]
+
+
+def model(**fields: Any) -> TargetFacts:
+    return replace(FACTS, model=replace(MODEL, **fields))
+
+
+def engine(**fields: Any) -> TargetFacts:
+    return replace(FACTS, engine=replace(ENGINE, **fields))
+
+
+FIRES = [
+    pytest.param("failures", {"traces": [*TRACES, make_failure("EngineDied: gone")]}, "1 of 41 requests", id="failure"),
+    pytest.param("cold-cache-hits", {"traces": answered(cached_tokens=5)}, "40 cold requests", id="cold-hits"),
+    pytest.param(
+        "not-deterministic",
+        {"traces": [*TRACES, replace(TRACES[0], repeat=1, text_sha256="other")]},
+        "1 of 40 prompts",
+        id="other-answer",
+    ),
+    pytest.param("clocks-disagree", {"cold": metrics(engine=10.6)}, "10.0 tokens/s", id="clocks"),
+    pytest.param("implausible", {"cold": metrics(decode=30, engine=30)}, "2.97 times", id="too-fast"),
+    pytest.param("implausible", {"cold": metrics(decode=5, engine=5)}, "0.50 times", id="too-slow"),
+    pytest.param("throttled", {"samples": sampled(throttled=0b0001)}, "under-voltage during 50%", id="under-voltage"),
+    pytest.param("throttled", {"samples": sampled(throttled=0b0010)}, "capped clock during 50%", id="capped-clock"),
+    pytest.param("throttled", {"samples": sampled(throttled=0b0100)}, "throttling during 50%", id="throttling"),
+    pytest.param("throttled", {"samples": sampled(throttled=0b1000)}, "soft temperature limit", id="soft-limit"),
+    pytest.param("paging", {"samples": paged(2001)}, "2,001 pages", id="paging"),
+    pytest.param("swapping", {"samples": sampled(swap_used_bytes=65 * MIB)}, "65 MiB", id="swapping"),
+    pytest.param("background-load", {"samples": sampled(engine_cpu_percent=60.0)}, "18 %", id="background"),
+    pytest.param("clock", {"samples": sampled(cpu_mhz=1500.0)}, "2400 down to 1500 MHz", id="clock"),
+    pytest.param("drift", {"traces": slowing(0.8)}, "slower", id="slowing-down"),
+    pytest.param("drift", {"traces": slowing(1.25)}, "faster", id="speeding-up"),
+    pytest.param("few-values", {"cold": metrics(n=19)}, "only 19 cold requests", id="few"),
+    pytest.param("wide-interval", {"cold": metrics(spread=0.08)}, "+-8 %", id="wide"),
+]
+EXPLAINS = [
+    pytest.param("no-timings", {"traces": answered(prompt_ms=None)}, "prefill", id="no-timings"),
+    pytest.param("simd", {"facts": engine(missing_features=("DOTPROD",))}, "DOTPROD", id="simd"),
+    pytest.param("capped", {"traces": answered(finish_reason="length")}, "token limit", id="capped"),
+    pytest.param("synthetic", {"facts": model(synthetic=True)}, "random", id="synthetic"),
+]
+
+
+@pytest.mark.parametrize(("check", "evidence", "words"), FIRES)
+def test_a_doubt_is_raised_with_its_numbers_and_a_remedy(check: str, evidence: dict[str, Any], words: str) -> None:
+    """That check and no other: one cause, one finding."""
+    found = findings(**evidence)
+
+    assert [(check, True)] == [(finding.check, finding.serious) for finding in found]
+    assert words in found[0].message
+    assert found[0].action
+
+
+@pytest.mark.parametrize(("check", "evidence", "words"), EXPLAINS)
+def test_an_explanation_is_given_without_doubting_the_numbers(check: str, evidence: dict[str, Any], words: str) -> None:
+    found = findings(**evidence)
+
+    assert [(check, False)] == [(finding.check, finding.serious) for finding in found]
+    assert words in found[0].message
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [
+        pytest.param({}, id="all-is-well"),
+        pytest.param({"samples": []}, id="no-telemetry"),
+        pytest.param({"samples": [Sample(t=sample.t) for sample in SAMPLES]}, id="a-board-that-tells-nothing"),
+        pytest.param({"samples": [*SAMPLES, Sample(t=1000.0, throttled=0b1111, cpu_mhz=600.0)]}, id="after-the-end"),
+        pytest.param({"samples": sampled(throttled=0b1111 << 16)}, id="throttled-since-boot-but-not-now"),
+        pytest.param({"samples": paged(1000)}, id="a-thousand-pages"),
+        pytest.param({"samples": sampled(swap_used_bytes=64 * MIB)}, id="swap-of-64-mib"),
+        pytest.param({"samples": [replace(s, swap_used_bytes=900 * MIB) for s in SAMPLES]}, id="old-swap"),
+        pytest.param({"samples": sampled(cpu_mhz=2200.0)}, id="clock-wobble"),
+        pytest.param({"samples": sampled(engine_cpu_percent=80.0)}, id="background-of-ten-percent"),
+        pytest.param({"cold": metrics(engine=10.4)}, id="clocks-within-five-percent"),
+        pytest.param({"cold": metrics(spread=0.05)}, id="interval-of-five-percent"),
+        pytest.param({"cold": metrics(n=20)}, id="twenty-values"),
+        pytest.param({"traces": slowing(0.97)}, id="three-percent-slower"),
+        pytest.param({"traces": slowing(0.5, prompt_tokens=1000)}, id="slower-because-longer"),
+        pytest.param({"traces": answered(cache="warm", cached_tokens=50)}, id="warm-hits"),
+        pytest.param({"machine": PC, "cold": metrics(decode=30, engine=30)}, id="fast-but-no-pi"),
+        pytest.param(
+            {"facts": model(file_bytes=10**8), "cold": metrics(decode=300, engine=300)}, id="fast-because-small"
+        ),
+        pytest.param({"facts": replace(FACTS, model=None, engine=None)}, id="a-server-of-somebody-else"),
+    ],
+)
+def test_nothing_is_found_where_nothing_is_wrong(evidence: dict[str, Any]) -> None:
+    assert findings(**evidence) == []
+
+
+def test_pages_read_while_an_engine_loads_again_are_not_read_while_answering() -> None:
+    """Between two requests the other target ran, and this one's weights were read anew in its warm-up."""
+    counts = (10, 10, 60_000, 60_000)
+    samples = [Sample(t=t, major_faults=faults) for t, faults in zip((1.0, 2.0, 100.5, 101.5), counts, strict=True)]
+
+    assert findings(traces=[make_trace(), make_trace(at=100.0)], samples=samples) == []
+
+
+def test_failures_are_grouped_by_kind_with_a_remedy_each() -> None:
+    long, lost = make_failure("ContextExceeded: 900 > 512"), make_failure("EngineDied: gone")
+    found = findings(traces=[*TRACES, lost, long, long])
+
+    assert [finding.message for finding in found] == [
+        "2 of 43 requests failed (ContextExceeded)",
+        "1 of 43 requests failed (EngineDied)",
+    ]
+    assert "--context" in found[0].action
+    assert "--resume" in found[1].action
+
+
+def test_doubts_come_before_explanations() -> None:
+    found = findings(facts=model(synthetic=True), traces=[*answered(finish_reason="length"), make_failure()])
+
+    assert [(f.check, f.serious) for f in found] == [("failures", True), ("capped", False), ("synthetic", False)]
+
+
+def test_a_target_that_never_answered_is_doubted_for_that_alone() -> None:
+    nothing = {name: Metric(None, "s", 0) for name in metrics()}
+    found = findings(traces=[make_failure()], cold=nothing)
+
+    assert [finding.check for finding in found] == ["failures", "few-values"]

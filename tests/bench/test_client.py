@@ -1,0 +1,150 @@
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import pytest
+
+from promptai.bench.client import Played, TurnClient, describe
+from promptai.bench.plan import Protocol
+from promptai.bench.trace import Cache, Key
+from promptai.engine.client import Arrival, EngineClient
+from promptai.errors import EngineDiedError, EngineError, EngineProtocolError, EngineRefusedError
+from promptai.wire.llamaserver import Timings
+from promptai.wire.openai import ChatChunk, ChunkChoice, Delta, Message, PromptTokensDetails, Usage
+
+KEY = Key("m", "cold", 0, "a", 0)
+ASKED = [Message("user", "why?")]
+
+
+class Script(EngineClient):
+    """A server that says this, a second after the other, and then fails or ends."""
+
+    def __init__(self, chunks: Sequence[ChatChunk], failure: EngineError | None = None) -> None:
+        super().__init__("http://scripted")
+        self.chunks, self.failure = chunks, failure
+
+    async def stream_chat(self, body: dict[str, Any]) -> AsyncIterator[Arrival]:
+        assert body["messages"] == ASKED
+        for second, chunk in enumerate(self.chunks, start=1):
+            yield Arrival(float(second), chunk)
+        if self.failure is not None:
+            raise self.failure
+
+
+def client(server: EngineClient, *, llama_server: bool = True, **protocol: Any) -> TurnClient:
+    return TurnClient(server, Protocol(**protocol), model="m", llama_server=llama_server, origin=0.0)
+
+
+def play(*chunks: ChatChunk, failure: EngineError | None = None) -> Played:
+    return asyncio.run(client(Script(chunks, failure)).play(KEY, ASKED, t_scheduled=0.0))
+
+
+def says(content: str | None = None, *, reasoning: str | None = None, end: str | None = None) -> ChatChunk:
+    """A chunk with one choice."""
+    return ChatChunk([ChunkChoice(Delta(content, reasoning), end)])
+
+
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [
+        pytest.param(
+            EngineRefusedError("too long", status=400, kind="exceed_context_size_error"),
+            "ContextExceeded: too long",
+            id="context",
+        ),
+        pytest.param(EngineRefusedError("busy", status=503, kind=None), "EngineRefused: busy", id="refused"),
+        pytest.param(EngineDiedError("gone"), "EngineDied: gone", id="died"),
+        pytest.param(EngineProtocolError("odd"), "EngineProtocol: odd", id="protocol"),
+    ],
+)
+def test_a_failure_is_told_as_kind_and_sentence(failure: EngineError, words: str) -> None:
+    assert words == describe(failure)
+
+
+def test_a_failed_turn_keeps_what_was_seen_but_claims_no_answer() -> None:
+    failure = EngineDiedError("gone", hint="look")
+    played = play(says("be"), failure=failure)
+
+    assert (played.failure, played.text, played.trace.error) == (failure, "be", "EngineDied: gone")
+    assert (played.trace.t_first, played.trace.t_last, played.trace.text_sha256) == (1.0, None, None)
+
+
+def test_the_first_token_is_the_first_with_content() -> None:
+    """Role-only, empty and reasoning chunks are nothing that a person could read."""
+    chunks = [says(), says(""), says(reasoning="hm"), says(reasoning="so"), says("be"), says("cause"), says(end="stop")]
+    trace = play(*chunks).trace
+
+    assert (trace.t_first_reasoning, trace.t_first, trace.t_last) == (3.0, 5.0, 7.0)
+    assert (trace.chunks, trace.finish_reason) == (2, "stop")
+
+
+def test_generation_ends_with_the_finish_reason_not_with_the_accounts() -> None:
+    trace = play(says("why"), says(end="length"), ChatChunk(usage=Usage(5, 1))).trace
+
+    assert (trace.t_last, trace.finish_reason, trace.prompt_tokens) == (2.0, "length", 5)
+
+
+def test_the_answer_is_hashed_as_it_was_put_together() -> None:
+    played = play(says("Wört"), says("chen"), says(end="stop"))
+
+    assert played.text == "Wörtchen"
+    assert hashlib.sha256("Wörtchen".encode()).hexdigest() == played.trace.text_sha256
+
+
+def test_what_a_plain_server_does_not_tell_stays_none() -> None:
+    trace = play(says("yes"), says(end="stop")).trace
+
+    assert {None} == {trace.prompt_tokens, trace.cached_tokens, trace.generated_tokens, trace.prompt_ms, trace.error}
+
+
+def test_the_engines_own_account_goes_into_the_trace() -> None:
+    account = ChatChunk(usage=Usage(120, 21, PromptTokensDetails(99)), timings=Timings(100, 500.0, 21, 2000.0, 20))
+    trace = play(says("yes"), says(end="stop"), account).trace
+
+    assert (trace.prompt_tokens, trace.generated_tokens, trace.cached_tokens) == (120, 21, 20)
+    assert (trace.prompt_n, trace.prompt_ms, trace.predicted_n, trace.predicted_ms) == (100, 500.0, 21, 2000.0)
+
+
+def test_cached_tokens_of_a_plain_server_are_in_its_usage() -> None:
+    trace = play(says("yes"), says(end="stop"), ChatChunk(usage=Usage(120, 21, PromptTokensDetails(99)))).trace
+
+    assert trace.cached_tokens == 99
+
+
+def test_a_warm_up_is_measured_like_any_turn_but_named_as_one() -> None:
+    turns = client(Script([says("yes"), says(end="stop")]))
+
+    assert asyncio.run(turns.warm_up(ASKED, "cold", max_tokens=1)).conversation == "warm-up"
+
+
+def test_a_warm_up_that_fails_says_so() -> None:
+    with pytest.raises(EngineDiedError):
+        asyncio.run(client(Script([], EngineDiedError("gone"))).warm_up(ASKED, "cold", max_tokens=1))
+
+
+def test_a_progress_display_sees_the_turn_in_progress() -> None:
+    turns = client(Script([says("be"), says("cause")]))
+    asyncio.run(turns.play(KEY, ASKED, t_scheduled=0.0))
+
+    assert (turns.live.key, turns.live.chunks, turns.live.t_first) == (KEY, 2, 1.0)
+
+
+def test_a_plain_server_is_sent_standard_fields_only() -> None:
+    body = client(Script([]), llama_server=False, seed=7, ignore_eos=True).body(ASKED, "cold", max_tokens=9)
+
+    assert body == {"model": "m", "messages": ASKED, "max_tokens": 9, "temperature": 0, "seed": 7}
+
+
+@pytest.mark.parametrize(("cache", "cached"), [("cold", False), ("warm", True)])
+def test_llama_server_is_told_its_sampler_and_its_cache(cache: Cache, cached: object) -> None:
+    """Temperature 0 alone leaves its other samplers in the chain."""
+    body = client(Script([])).body(ASKED, cache, max_tokens=9)
+
+    assert (body["samplers"], body["top_k"], body["temperature"]) == (["top_k"], 1, 0)
+    assert body["cache_prompt"] is cached
+    assert "ignore_eos" not in body
+
+
+def test_llama_server_runs_to_the_limit_when_asked() -> None:
+    assert client(Script([]), ignore_eos=True).body(ASKED, "cold", max_tokens=9)["ignore_eos"] is True

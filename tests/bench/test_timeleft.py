@@ -1,0 +1,92 @@
+import pytest
+
+from promptai.bench.plan import Rates
+from promptai.bench.timeleft import TimeLeft
+from promptai.bench.trace import Cache, Key
+from support_runs import long_talk
+
+#: Turns of a talk: prompts of 400, 1200, 2000 characters; 100 characters prefill in 1 s, an answer takes 5 s.
+RATES = Rates(prefill_tps=25.0, decode_tps=10.0, chars_per_token=4.0, answer_tokens=50.0)
+TALKS = {"a": long_talk("a", turns=3, chars=400)}
+COLD_S, WARM_S = (4 + 5) + (12 + 5) + (20 + 5), (4 + 5) + (8 + 5) + (8 + 5)
+
+
+def keys(target: str = "m", cache: Cache = "cold") -> list[Key]:
+    return [Key(target, cache, 0, "a", turn) for turn in range(3)]
+
+
+def time_left(*pending: Key) -> TimeLeft:
+    """Of a run whose target m has been opened."""
+    left = TimeLeft(pending, TALKS)
+    left.opened("m", RATES)
+    return left
+
+
+def test_nothing_is_known_before_a_target_was_seen() -> None:
+    left = TimeLeft(keys(), TALKS)
+
+    assert (left.seconds(), left.share()) == (None, 0.0)
+
+
+@pytest.mark.parametrize(("cache", "seconds"), [("cold", COLD_S), ("warm", WARM_S)])
+def test_prompts_are_counted_by_what_they_must_prefill(cache: Cache, seconds: float) -> None:
+    """Cold the whole prompt, warm what is new since the turn before."""
+    assert pytest.approx(seconds) == time_left(*keys(cache=cache)).seconds()
+
+
+def test_estimates_are_corrected_by_what_the_finished_ones_took() -> None:
+    left = time_left(*keys())
+    left.played(keys()[0], 18.0)  # estimated at 9
+
+    assert pytest.approx(2 * (17 + 25)) == left.seconds()
+
+
+def test_cold_and_warm_are_corrected_each_by_its_own() -> None:
+    left = time_left(*keys(), *keys(cache="warm"))
+    left.played(keys()[0], 18.0)
+    left.played(keys(cache="warm")[0], 4.5)
+
+    assert pytest.approx(2 * (17 + 25) + 0.5 * (13 + 13)) == left.seconds()
+
+
+def test_what_was_not_played_yet_is_corrected_by_its_target() -> None:
+    left = time_left(*keys(), *keys(cache="warm"))
+    left.played(keys()[0], 18.0)
+
+    assert pytest.approx(2 * (17 + 25) + 2 * WARM_S) == left.seconds()
+
+
+def test_a_target_that_was_not_seen_yet_counts_like_the_one_that_was() -> None:
+    assert pytest.approx(2 * COLD_S) == time_left(*keys(), *keys("other")).seconds()
+
+
+def test_a_target_that_was_not_seen_yet_still_counts_when_the_others_are_finished() -> None:
+    """The moment at which the second model begins to load: the run is half done, not done."""
+    left = time_left(*keys(), *keys("other"))
+    for key, seconds in zip(keys(), (9.0, 17.0, 25.0), strict=True):
+        left.played(key, seconds)
+
+    assert pytest.approx(COLD_S) == left.seconds()
+    assert pytest.approx(0.5) == left.share()
+
+
+def test_the_finished_share_is_one_of_seconds_not_of_requests() -> None:
+    left = time_left(*keys())
+    left.played(keys()[2], 25.0)
+
+    assert pytest.approx(25 / COLD_S) == left.share()
+
+
+def test_a_run_with_nothing_left_is_finished() -> None:
+    left = time_left(*keys())
+    for key in keys():
+        left.played(key, 3.0)
+
+    assert (left.seconds(), left.share()) == (0.0, 1.0)
+
+
+def test_a_request_that_nobody_expected_does_no_harm() -> None:
+    left = time_left(*keys())
+    left.played(keys("stranger")[0], 3.0)
+
+    assert pytest.approx(COLD_S) == left.seconds()

@@ -1,0 +1,149 @@
+import subprocess
+import sys
+import textwrap
+import tracemalloc
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from promptai.errors import ModelError
+from promptai.models.gguf import read_header
+from promptai.models.synth import LLAMA_1B, Shape, write_synthetic
+
+TINY = Shape(layers=1, width=32, heads=2, kv_heads=1, ffn=32, vocabulary=258)
+#: Seven matrices of similar size, so that one at a time is a small part of the whole.
+EVEN = Shape(layers=12, width=256, heads=4, kv_heads=4, ffn=256, vocabulary=258)
+
+#: Writes to a disk that is full after 20 kB, and lets no resource leak unnoticed.
+FULL_DISK = """
+    import gc, resource, sys
+    from pathlib import Path
+    from promptai.errors import ModelError
+    from promptai.models.synth import Shape, write_synthetic
+    shape = Shape(layers=2, width=64, heads=4, kv_heads=2, ffn=128, vocabulary=512)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        write_synthetic(Path(sys.argv[1]), shape, name="x")
+    except ModelError as error:
+        print(error.message)
+    gc.collect()
+"""
+
+
+def files(folder: Path) -> list[str]:
+    """What lies in a folder."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"width": 65},
+        {"width": 0},
+        {"width": -64},
+        {"ffn": 100},
+        {"ffn": 0},
+        {"heads": 3},
+        {"heads": 0},
+        {"heads": -4},
+        {"heads": 64},
+        {"kv_heads": 0},
+        {"kv_heads": 3},
+        {"kv_heads": 8},
+        {"layers": 0},
+        {"layers": -1},
+        {"context": 0},
+        {"vocabulary": 257},
+    ],
+    ids=lambda change: "-".join(f"{key}-{value}" for key, value in change.items()),
+)
+def test_an_impossible_shape_is_refused(tmp_path: Path, change: dict[str, int]) -> None:
+    """What no engine would load is not written; heads of one number cannot be rotated."""
+    shape = Shape(**(msgspec.structs.asdict(TINY) | {"width": 64, "heads": 4, "kv_heads": 2} | change))
+
+    with pytest.raises(ModelError, match="cannot be written"):
+        write_synthetic(tmp_path / "model.gguf", shape, name="x")
+
+    assert [] == files(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["occupied/model.gguf", "folder", "/proc/model.gguf"])
+def test_where_nothing_can_be_written_nothing_is_left_behind(tmp_path: Path, target: str) -> None:
+    """A file where the folder should be, a folder where the file should be, a file system without files."""
+    (tmp_path / "occupied").write_text("not a folder")
+    (tmp_path / "folder").mkdir()
+
+    with pytest.raises(ModelError, match="cannot write"):
+        write_synthetic(tmp_path / target, TINY, name="x")
+
+    assert ["folder", "occupied"] == files(tmp_path)
+
+
+@pytest.mark.real
+def test_a_full_disk_leaves_what_was_there_before(tmp_path: Path) -> None:
+    """One sentence, no half a model, no file left open."""
+    path = tmp_path / "model.gguf"
+    path.write_text("precious")
+
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", textwrap.dedent(FULL_DISK), str(path)],
+        capture_output=True,
+        check=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert f"cannot write {path}: File too large\n" == done.stdout
+    assert (["model.gguf"], "precious") == (files(tmp_path), path.read_text())
+    assert "" == done.stderr
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Another seed gives other weights in a file of the same form."""
+    one, two, other = (
+        write_synthetic(tmp_path / folder / "model.gguf", TINY, name="x", seed=seed).read_bytes()
+        for folder, seed in (("one", 3), ("two", 3), ("other", 4))
+    )
+
+    assert one == two
+    assert one != other
+    assert len(one) == len(other)
+    assert ["one", "other", "two"] == files(tmp_path)
+    assert ["model.gguf"] == files(tmp_path / "one")
+
+
+def weights(shape: Shape) -> tuple[int, int]:
+    """Numbers in matrices, and in norms, by hand."""
+    kv_width = shape.width // shape.heads * shape.kv_heads
+    layer = 2 * shape.width**2 + 2 * kv_width * shape.width + 3 * shape.ffn * shape.width
+    return 2 * shape.vocabulary * shape.width + shape.layers * layer, shape.width * (1 + 2 * shape.layers)
+
+
+@pytest.mark.parametrize("shape", [TINY, EVEN], ids=["tiny", "even"])
+def test_the_size_is_that_of_the_arithmetic(tmp_path: Path, shape: Shape) -> None:
+    """18 bytes for 32 weights of Q4_0, 4 for each of a norm, and every tensor padded to 32."""
+    matrices, norms = weights(shape)
+
+    header = read_header(write_synthetic(tmp_path / "model.gguf", shape, name="x"))
+
+    assert matrices // 32 * 18 + norms * 4 == header.tensor_bytes
+    padded = sum(-(-tensor.size_bytes // 32) * 32 for tensor in header.tensors)
+    assert header.data_offset + padded == header.file_bytes
+
+
+def test_the_shape_of_tinyllama_has_its_number_of_weights() -> None:
+    """1,100,048,384, as its card says."""
+    assert 1_100_048_384 == sum(weights(LLAMA_1B))
+
+
+def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
+    """So that a model larger than the memory can be written."""
+    write_synthetic(tmp_path / "warm-up.gguf", TINY, name="x")
+
+    tracemalloc.start()
+    path = write_synthetic(tmp_path / "model.gguf", EVEN, name="x")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert peak < path.stat().st_size / 4
