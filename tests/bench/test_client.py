@@ -25,6 +25,7 @@ class Script(EngineClient):
         self.chunks, self.failure = chunks, failure
 
     async def stream_chat(self, body: dict[str, Any]) -> AsyncIterator[Arrival]:
+        """Say it all."""
         assert body["messages"] == ASKED
         for second, chunk in enumerate(self.chunks, start=1):
             yield Arrival(float(second), chunk)

@@ -7,6 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from promptai.bench import prepare
+from promptai.bench.manifest import TargetFacts
 from promptai.bench.plan import Protocol, Rates
 from promptai.bench.prepare import (
     EngineWishes,
@@ -45,7 +46,7 @@ def describe(
     available_bytes: int = GIB,
     engine: Callable[[], EngineBinary] = lambda: ENGINE,
     hashing: Callable[[int], None] | None = None,
-) -> list[prepare.TargetFacts]:
+) -> list[TargetFacts]:
     """The facts of targets on a board with four cores and 1 GiB left."""
     return describe_targets(
         [str(source) for source in sources],
@@ -160,9 +161,12 @@ def test_a_model_is_described_by_its_header_its_hash_and_its_engine(model: Path)
     assert facts.engine is not None
     assert hashlib.sha256(model.read_bytes()).hexdigest() == facts.model.sha256
     assert model.stat().st_size == facts.model.file_bytes == sum(pieces)
-    assert (
-        *(facts.model.name, facts.model.architecture, facts.model.quantization, facts.model.synthetic),
-    ) == ("Tiny", "llama", "Q4_0", True)
+    assert (*(facts.model.name, facts.model.architecture, facts.model.quantization, facts.model.synthetic),) == (
+        "Tiny",
+        "llama",
+        "Q4_0",
+        True,
+    )
     assert read_header(model).parameters == facts.model.parameters
     assert (facts.engine.flags.threads, facts.engine.missing_features) == (4, ("DOTPROD",))
 

@@ -11,6 +11,7 @@ chunks do not. Several benchmarks got that wrong (guidellm #737, genai-bench
 
 import hashlib
 import time
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -20,7 +21,7 @@ from promptai.bench.trace import Cache, Key, Trace
 from promptai.engine.client import EngineClient
 from promptai.errors import EngineDiedError, EngineError, EngineRefusedError
 from promptai.wire.llamaserver import Timings
-from promptai.wire.openai import Message, Usage
+from promptai.wire.openai import ChatChunk, Message, Usage
 
 CONTEXT_EXCEEDED = "ContextExceeded"
 
@@ -87,18 +88,9 @@ class TurnClient:
         return account.trace(key, t_scheduled=t_sent, t_sent=t_sent, t_end=self.now(), failure=None)
 
     async def _collect(self, account: "_Account", body: dict[str, Any]) -> None:
-        async for arrival in self._client.stream_chat(body):
-            chunk, t = arrival.chunk, arrival.t - self._origin
-            if chunk.choices:
-                choice = chunk.choices[0]
-                if choice.delta.content:
-                    account.content(t, choice.delta.content)
-                elif choice.delta.reasoning_content:
-                    account.reasoning(t)
-                if choice.finish_reason is not None:
-                    account.t_last, account.finish_reason = t, choice.finish_reason
-            account.usage = chunk.usage or account.usage
-            account.timings = chunk.timings or account.timings
+        async with aclosing(self._client.stream_chat(body)) as arrivals:
+            async for arrival in arrivals:
+                account.chunk(arrival.t - self._origin, arrival.chunk)
 
     def body(self, messages: list[Message], cache: Cache, *, max_tokens: int) -> dict[str, Any]:
         """
@@ -117,6 +109,9 @@ class TurnClient:
             body |= {"top_k": 1, "samplers": ["top_k"], "cache_prompt": cache == "warm"}
             if self._protocol.ignore_eos:
                 body["ignore_eos"] = True
+            if self._protocol.one_at_a_time:
+                # Of a server with several slots one is used, or "warm" would depend on which one it picks.
+                body["id_slot"] = 0
         return body
 
 
@@ -134,16 +129,25 @@ class _Account:
         self.usage: Usage | None = None
         self.timings: Timings | None = None
 
+    def chunk(self, t: float, chunk: ChatChunk) -> None:
+        """Take one chunk that arrived at ``t``."""
+        if chunk.choices:
+            choice = chunk.choices[0]
+            if choice.delta.content:
+                self.content(t, choice.delta.content)
+            elif choice.delta.reasoning_content and self.t_first_reasoning is None:
+                self.t_first_reasoning = t
+            if choice.finish_reason is not None:
+                self.t_last, self.finish_reason = t, choice.finish_reason
+        self.usage = chunk.usage or self.usage
+        self.timings = chunk.timings or self.timings
+
     def content(self, t: float, text: str) -> None:
         if self.t_first is None:
             self.t_first = self._live.t_first = t
         self.chunks += 1
         self._live.chunks = self.chunks
         self.texts.append(text)
-
-    def reasoning(self, t: float) -> None:
-        if self.t_first_reasoning is None:
-            self.t_first_reasoning = t
 
     def trace(self, key: Key, *, t_scheduled: float, t_sent: float, t_end: float, failure: EngineError | None) -> Trace:
         timings, usage = self.timings, self.usage

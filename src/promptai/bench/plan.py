@@ -20,9 +20,10 @@ from promptai.bench.workload import Conversation, History
 if TYPE_CHECKING:
     from random import Random
 
-#: Conversations of one stage: long enough that reloading an engine between two
-#: targets costs little, short enough that both see the same temperatures.
-BLOCK = 10
+#: Most conversations of one stage: reloading an engine between two targets must cost little.
+_LONGEST_BLOCK = 10
+#: Fewest blocks where several targets take turns: A B, B A, A B, B A.
+_FEWEST_TURNS = 4
 
 
 class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,6 +49,11 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     concurrency: int = 1
     arrivals: Arrivals = Arrivals()
     ignore_eos: bool = False
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether never more than one request is in progress."""
+        return self.concurrency == 1 and self.arrivals.kind == "closed"
 
 
 class Stage(msgspec.Struct, frozen=True):
@@ -81,11 +87,14 @@ def plan_stages(targets: Sequence[str], conversations: Sequence[str], protocol: 
     backwards (A B, B A, …): slow drifts of temperature or clock then weigh on all
     alike, and neighbouring stages of one target share a loaded engine.
     """
+    size = _LONGEST_BLOCK
+    if len(targets) > 1:
+        size = max(1, min(size, len(conversations) // _FEWEST_TURNS))
     stages: list[Stage] = []
     order = list(targets)
     for repeat in range(protocol.repeats):
-        for start in range(0, len(conversations), BLOCK):
-            block = tuple(conversations[start : start + BLOCK])
+        for start in range(0, len(conversations), size):
+            block = tuple(conversations[start : start + size])
             for target in order:
                 stages += [Stage(target, cache, repeat, block) for cache in protocol.caches]
             order.reverse()

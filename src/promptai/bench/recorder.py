@@ -220,7 +220,7 @@ def _read_lines(path: Path, kind: type[T]) -> list[T]:
         raise RunError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from None
     decoder = msgspec.json.Decoder(kind)
     found = []
-    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
         try:
             found.append(decoder.decode(line))
         except msgspec.MsgspecError as error:

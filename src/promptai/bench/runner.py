@@ -189,7 +189,7 @@ class Runner:
     ) -> None:
         conversation = self._conversations[id_]
         pending = self._pending(stage, id_)
-        if stage.cache == "warm" and opened.llama_server and self._alone:
+        if stage.cache == "warm" and opened.llama_server and self._protocol.one_at_a_time:
             await self._prepare_cache(client, conversation, stage, pending[0])
         for turn in pending:
             played = await client.play(
@@ -219,10 +219,6 @@ class Runner:
         answers = self._recorder.answers
         own = [answers[self._key(stage, conversation.id, earlier)] for earlier in range(turn)]
         return conversation.prompt(turn, own)
-
-    @property
-    def _alone(self) -> bool:
-        return self._protocol.concurrency == 1 and self._protocol.arrivals.kind == "closed"
 
     def _key(self, stage: Stage, id_: str, turn: int) -> Key:
         return Key(stage.target, stage.cache, stage.repeat, id_, turn)

@@ -77,7 +77,9 @@ async def open_target(
 async def _reach(client: EngineClient) -> OpenTarget:
     try:
         props = await client.props()
-    except EngineRefusedError:
+    except EngineRefusedError as refused:
+        if refused.status in (401, 503):
+            raise  # a missing key, or a model that is still loading: no matter of dialect
         names = await client.models()
         if not names:
             raise SettingsError(f"{client.base_url} serves no model", hint="load one there first") from None
@@ -97,8 +99,12 @@ def describe_url(url: str, name: str) -> TargetFacts:
     Raises:
         SettingsError: It is no usable URL.
     """
-    parts = urlsplit(url)
-    if not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        usable = bool(parts.hostname) and parts.port != 0  # reading the port checks it
+    except ValueError:
+        usable = False
+    if not usable:
         raise SettingsError(f"{url} is not a server's URL", hint="for example http://127.0.0.1:8080")
     if parts.username or parts.password:
         raise SettingsError("a URL with a password would end up in the run", hint="use --api-key instead")

@@ -11,7 +11,7 @@ the gateway the router decides. aiohttp's exceptions end here.
 """
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, Self, TypeVar
 
 import aiohttp
@@ -105,11 +105,12 @@ class EngineClient:
         """``POST /completion`` without streaming."""
         return await self._post("/completion", {**body, "stream": False}, Completion)
 
-    async def stream_chat(self, body: dict[str, Any]) -> AsyncIterator[Arrival]:
+    async def stream_chat(self, body: dict[str, Any]) -> AsyncGenerator[Arrival, None]:
         """
         ``POST /v1/chat/completions`` with streaming: the chunks as they arrive.
 
-        Keep-alive comments are skipped. Ends after ``[DONE]``.
+        Keep-alive comments are skipped. Ends after ``[DONE]``. Whoever may leave early
+        wraps it in ``contextlib.aclosing``: closing it is what frees the engine's slot.
 
         Raises:
             EngineRefusedError: An error instead of, or in the middle of, the answer.
@@ -133,8 +134,8 @@ class EngineClient:
                             return
                         if not event.comment:
                             yield Arrival(now, self._chunk(event.data))
-        except ValueError as error:
-            raise EngineProtocolError(f"{self.base_url} sent a broken event stream: {error}") from None
+        except aiohttp.ConnectionTimeoutError as error:
+            raise self._lost(error) from None
         except TimeoutError:
             raise EngineDiedError(
                 f"{self.base_url} was silent for {self._silence_s:.0f} s in the middle of an answer",
@@ -142,6 +143,8 @@ class EngineClient:
             ) from None
         except (aiohttp.ClientError, OSError) as error:
             raise self._lost(error) from None
+        except ValueError as error:
+            raise EngineProtocolError(f"{self.base_url} sent a broken event stream: {error}") from None
         raise EngineProtocolError(f"{self.base_url} ended its answer without [DONE]")
 
     def _chunk(self, data: str) -> ChatChunk:

@@ -1,0 +1,92 @@
+import msgspec
+import pytest
+
+from promptai.engine.flags import EngineFlags
+
+FLAGS = EngineFlags(model="/models/yi-coder-1.5b.Q4_0.gguf", port=8091, threads=4, context=4096)
+
+
+def pairs(argv: list[str]) -> dict[str, str | None]:
+    """Options with their values; switches with None."""
+    return {
+        name: None if value.startswith("--") else value
+        for name, value in zip(argv, [*argv[1:], "--"], strict=True)
+        if name.startswith("--")
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"model": "m", "port": 1, "threads": 1, "context": 1, "gpu_layers": 99}',
+        b'{"model": "m", "port": 1, "threads": 1}',
+        b'{"model": "m", "port": "1", "threads": 1, "context": 1}',
+    ],
+    ids=["unknown", "missing", "text"],
+)
+def test_flags_that_mean_something_else_are_refused(text: bytes) -> None:
+    """The embedded engine gets them as JSON, and a manifest holds them."""
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.json.decode(text, type=EngineFlags)
+
+
+def test_every_flag_that_matters_is_on_the_command_line() -> None:
+    """None is left to llama-server, whose defaults are a workstation's."""
+    assert {
+        "--model": "/models/yi-coder-1.5b.Q4_0.gguf",
+        "--alias": "yi-coder-1.5b.Q4_0",
+        "--host": "127.0.0.1",
+        "--port": "8091",
+        "--threads": "4",
+        "--threads-batch": "4",
+        "--ctx-size": "4096",
+        "--parallel": "1",
+        "--batch-size": "512",
+        "--ubatch-size": "512",
+        "--cache-type-k": "f16",
+        "--cache-type-v": "f16",
+        "--cache-ram": "0",
+        "--metrics": None,
+        "--slots": None,
+        "--no-webui": None,
+        "--offline": None,
+    } == pairs(FLAGS.to_argv())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "option", "expected"),
+    [
+        ("model", "/m/other.gguf", "--model", "/m/other.gguf"),
+        ("port", 9, "--port", "9"),
+        ("threads", 3, "--threads-batch", "3"),
+        ("context", 77, "--ctx-size", "77"),
+        ("slots", 2, "--parallel", "2"),
+        ("batch", 64, "--batch-size", "64"),
+        ("ubatch", 32, "--ubatch-size", "32"),
+        ("cache_type_k", "q8_0", "--cache-type-k", "q8_0"),
+        ("cache_type_v", "bf16", "--cache-type-v", "bf16"),
+        ("cache_ram_mib", 100, "--cache-ram", "100"),
+        ("mmap", False, "--no-mmap", None),
+    ],
+    ids=["model", "port", "threads", "context", "slots", "batch", "ubatch", "type-k", "type-v", "cache-ram", "mmap"],
+)
+def test_each_field_reaches_its_option(field: str, value: object, option: str, expected: str | None) -> None:
+    """Under the name that llama-server knows."""
+    argv = msgspec.structs.replace(FLAGS, **{field: value}).to_argv()
+
+    assert expected == pairs(argv)[option]
+
+
+@pytest.mark.parametrize(
+    ("model", "alias"),
+    [
+        ("/models/yi-coder.gguf", "yi-coder"),
+        ("../yi.coder.Q4_0.gguf", "yi.coder.Q4_0"),
+        ("yi", "yi"),
+        ("/a b/ü.gguf", "ü"),
+    ],
+)
+def test_the_alias_is_never_a_path(model: str, alias: str) -> None:
+    """What clients and reports see does not tell where files lie."""
+    assert alias == msgspec.structs.replace(FLAGS, model=model).alias
+    assert "/" not in alias

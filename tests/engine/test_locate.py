@@ -1,0 +1,211 @@
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+
+from promptai.engine.flags import EngineFlags
+from promptai.engine.locate import (
+    EngineBinary,
+    find_engines,
+    locate,
+    missing_features,
+    parse_build,
+    parse_features,
+)
+from promptai.errors import EngineNotFoundError
+from support_engine import Script
+
+#: As printed on the machines of llama.cpp's own continuous integration, and by the wheel.
+X86_2024 = """\
+build: 3906 (7eee341b) with cc (Ubuntu 11.4.0-1ubuntu1~22.04) 11.4.0 for x86_64-linux-gnu
+0.00.029.801 I
+0.00.029.875 I system_info: n_threads = 4 (n_threads_batch = 4) / 8 | AVX = 1 | AVX_VNNI = 0 | AVX2 = 1 | AVX512 = 1 | \
+AVX512_VBMI = 1 | AVX512_VNNI = 1 | AVX512_BF16 = 0 | FMA = 1 | NEON = 0 | SVE = 0 | ARM_FMA = 0 | F16C = 1 | \
+FP16_VA = 0 | RISCV_VECT = 0 | WASM_SIMD = 0 | BLAS = 0 | SSE3 = 1 | SSSE3 = 1 | VSX = 0 | MATMUL_INT8 = 0 | \
+LLAMAFILE = 1 |
+"""
+ARM_2025 = """\
+build: 4571 (acd38efe) with gcc-12 (Debian 12.2.0-14) 12.2.0 for aarch64-linux-gnu
+system_info: n_threads = 4 (n_threads_batch = 4) / 4 | CPU : NEON = 1 | ARM_FMA = 1 | FP16_VA = 1 | DOTPROD = 1 | \
+LLAMAFILE = 1 | OPENMP = 1 | AARCH64_REPACK = 1 |
+"""
+X86_2026 = """\
+0.00.008.499 I cmn  common_param: common_params_print_info: build 1 (0c1e570) with GNU 12.2.0 for Linux x86_64
+0.00.008.678 I cmn  common_param: system_info: n_threads = 2 (n_threads_batch = 2) / 2 | CPU : SSE3 = 1 | SSSE3 = 1 | \
+AVX = 1 | AVX2 = 1 | F16C = 1 | FMA = 1 | BMI2 = 1 | LLAMAFILE = 1 | OPENMP = 1 | REPACK = 1 |
+"""
+WHEEL = "system_info: CPU : SSE3 = 1 | SSSE3 = 1 | AVX = 1 | AVX2 = 1 | F16C = 1 | FMA = 1 | REPACK = 1 | \n"
+FLAGS = EngineFlags(model="/m/yi.gguf", port=1, threads=1, context=1)
+
+
+def says(build: int) -> str:
+    """A line of a script that prints a build as llama-server does, on standard error."""
+    return f'echo "build: {build} (abc) with cc for x86_64-linux-gnu" >&2; exit 1'
+
+
+@pytest.fixture
+def nothing_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine with an empty PATH and without the wheel."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("promptai.engine.locate.version", absent)
+
+
+@pytest.mark.parametrize("log", ["", "llama-server: command not found\n", "system info: AVX = 1\n", "build: unknown\n"])
+def test_a_log_that_does_not_say_gives_none(log: str) -> None:
+    """Unknown is not the same as no feature at all."""
+    assert parse_features(log) is None
+    assert parse_build(log) is None
+
+
+@pytest.mark.parametrize(
+    ("log", "build", "features"),
+    [
+        pytest.param(
+            X86_2024,
+            "b3906 (7eee341b)",
+            "AVX AVX2 AVX512 AVX512_VBMI AVX512_VNNI FMA F16C SSE3 SSSE3 LLAMAFILE",
+            id="x86-2024",
+        ),
+        pytest.param(
+            ARM_2025, "b4571 (acd38efe)", "NEON ARM_FMA FP16_VA DOTPROD LLAMAFILE OPENMP AARCH64_REPACK", id="arm-2025"
+        ),
+        pytest.param(
+            X86_2026, "b1 (0c1e570)", "SSE3 SSSE3 AVX AVX2 F16C FMA BMI2 LLAMAFILE OPENMP REPACK", id="x86-2026"
+        ),
+        pytest.param(WHEEL, None, "SSE3 SSSE3 AVX AVX2 F16C FMA REPACK", id="wheel"),
+        pytest.param("system_info: n_threads = 1 / 1 | AVX = 0 |\n", None, "", id="no-feature"),
+    ],
+)
+def test_logs_of_several_years_are_understood(log: str, build: str | None, features: str) -> None:
+    """What is 0 is not there; a number of threads is no feature."""
+    assert build == parse_build(log)
+    assert tuple(features.split()) == parse_features(log)
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        pytest.param(None, [], id="engine-says-nothing"),
+        pytest.param(("AVX2", "FMA", "F16C", "AVX512", "AVX512_VNNI"), [], id="uses-all"),
+        pytest.param(("AVX2", "FMA", "LLAMAFILE"), ["AVX512", "AVX512_VNNI", "F16C"], id="lacks-three"),
+    ],
+)
+def test_only_what_makes_it_slower_is_missing(engine: tuple[str, ...] | None, expected: list[str]) -> None:
+    """SSE3 and BMI2 decide nothing; and where the engine is silent nothing is claimed."""
+    cpu = ("SSE3", "BMI2", "AVX2", "FMA", "F16C", "AVX512", "AVX512_VNNI")
+
+    assert expected == missing_features(EngineBinary("PATH", ("llama-server",), None, engine), cpu)
+
+
+@pytest.mark.usefixtures("nothing_installed")
+def test_a_machine_without_any_engine_is_told_how_to_get_one(tmp_path: Path) -> None:
+    """Neither named, built, on PATH nor in the wheel."""
+    with pytest.raises(EngineNotFoundError, match="no llama-server on this machine") as caught:
+        locate(cache=tmp_path / "never-made")
+
+    assert "pip install" in caught.value.hint
+
+
+@pytest.mark.usefixtures("nothing_installed")
+@pytest.mark.parametrize("name", ["absent", "folder", "plain"])
+def test_a_named_engine_that_cannot_run_is_an_error(tmp_path: Path, script: Script, name: str) -> None:
+    """Even if others could: to measure another engine than the named one would be a lie."""
+    (tmp_path / "folder").mkdir()
+    script("plain", says(1), mode=0o644)
+    built = script("cache/x/bin/llama-server", says(2))
+
+    with pytest.raises(EngineNotFoundError, match=f"{name} is not an executable file"):
+        find_engines(tmp_path / name, cache=built.parents[2])
+
+
+@pytest.mark.real
+def test_the_order_is_named_built_path_embedded(
+    tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And locate takes the first."""
+    named = script("named/my-server", says(1))
+    built = script("cache/llama.cpp-b2/bin/llama-server", says(2))
+    on_path = script("path/llama-server", says(3))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'no-such-folder'}:{on_path.parent}")
+
+    found = find_engines(named, cache=tmp_path / "cache")
+
+    assert [
+        ("settings", str(named), "b1 (abc)"),
+        ("built", str(built), "b2 (abc)"),
+        ("PATH", str(on_path), "b3 (abc)"),
+    ] == [(engine.source, engine.command[0], engine.build) for engine in found[:3]]
+    assert ("embedded", importlib.metadata.version("xllamacpp")) == (found[3].source, found[3].build)
+    assert found[3].features
+    assert [True, False] == [found[3].embedded, found[0].embedded]
+    assert found[0] == locate(named)
+
+
+@pytest.mark.real
+@pytest.mark.usefixtures("nothing_installed")
+def test_a_built_engine_that_cannot_run_is_passed_over(tmp_path: Path, script: Script) -> None:
+    """A build that was interrupted must not stand before an engine that works."""
+    script("cache/z/bin/llama-server", says(9), mode=0o644)
+    whole = script("cache/a/bin/llama-server", says(2))
+
+    assert [(str(whole),)] == [engine.command for engine in find_engines(cache=tmp_path / "cache")]
+
+
+@pytest.mark.real
+@pytest.mark.usefixtures("nothing_installed")
+def test_an_engine_named_without_a_folder_is_the_one_in_this_folder(
+    tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``./my-server`` is not looked for on PATH, and still found from another folder."""
+    named = script("my-server", says(1))
+    monkeypatch.chdir(tmp_path)
+
+    engine = locate(Path("./my-server"))
+
+    assert ("b1 (abc)", str(named)) == (engine.build, engine.command[0])
+
+
+@pytest.mark.real
+@pytest.mark.usefixtures("nothing_installed")
+@pytest.mark.parametrize("lines", [("exit 0",), ("kill -SEGV $$",), ("echo '\\377\\376'",)], ids=["mute", "dies", "raw"])
+def test_an_engine_that_does_not_say_what_it_is_can_still_be_used(script: Script, lines: tuple[str, ...]) -> None:
+    """Its build and features are None, and its label says so."""
+    engine = locate(script("my-server", *lines))
+
+    assert (None, None) == (engine.build, engine.features)
+    assert "llama-server of unknown build" == engine.label
+
+
+@pytest.mark.real
+@pytest.mark.usefixtures("nothing_installed")
+def test_a_probe_loads_no_model_and_fetches_nothing(tmp_path: Path, script: Script) -> None:
+    """Looking for engines must be possible on a board that is offline and busy."""
+    locate(script("my-server", f'echo "$@" > {tmp_path}/argv'))
+
+    argv = (tmp_path / "argv").read_text().split()
+    assert "--offline" in argv
+    assert not Path(argv[argv.index("--model") + 1]).exists()
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        pytest.param(EngineBinary("PATH", ("/x/llama-server",), None, None), FLAGS.to_argv(), id="native"),
+        pytest.param(
+            EngineBinary("embedded", ("python", "-m", "x"), None, None),
+            [
+                '{"model":"/m/yi.gguf","port":1,"threads":1,"context":1,"slots":1,"batch":512,"ubatch":512,'
+                '"cache_type_k":"f16","cache_type_v":"f16","cache_ram_mib":0,"mmap":true}'
+            ],
+            id="embedded",
+        ),
+    ],
+)
+def test_each_engine_gets_its_flags_in_its_own_way(engine: EngineBinary, expected: list[str]) -> None:
+    """A command line for llama-server, one JSON argument for the wheel."""
+    assert [*engine.command, *expected] == engine.arguments(FLAGS)

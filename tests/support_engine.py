@@ -1,0 +1,94 @@
+"""Servers made of raw bytes, for answers that no library would send, and what the tests of engines share."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+from promptai.engine.client import Arrival, EngineClient
+
+Script = Callable[..., Path]
+Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+class RawServer:
+    """A listening socket; every request that came, headers and body."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.requests: list[bytes] = []
+
+
+@contextlib.asynccontextmanager
+async def raw_server(*answers: bytes | Answer) -> AsyncIterator[RawServer]:
+    """
+    Listen on loopback and give each request the next answer, the last one again and again.
+
+    Args:
+        answers: Bytes that are written before the connection is closed, or a
+            function that does as it likes with the connection after a request.
+    """
+    number = 0
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal number
+        answer = answers[min(number, len(answers) - 1)]
+        number += 1
+        # A client that leaves early is the client's business; the test sees it from there.
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            server.requests.append(await _request(reader))
+            if isinstance(answer, bytes):
+                writer.write(answer)
+                await writer.drain()
+            else:
+                await answer(reader, writer)
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+    listener = await asyncio.start_server(handle, "127.0.0.1", 0)
+    server = RawServer(f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}")
+    try:
+        yield server
+    finally:
+        listener.close()
+
+
+async def _request(reader: asyncio.StreamReader) -> bytes:
+    head = await reader.readuntil(b"\r\n\r\n")
+    for line in head.split(b"\r\n"):
+        name, _, value = line.partition(b":")
+        if name.lower() == b"content-length":
+            return head + await reader.readexactly(int(value))
+    return head
+
+
+def chunked(data: bytes) -> bytes:
+    """One piece of a chunked body."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def content(text: str) -> bytes:
+    """The event of one piece of text."""
+    return b'data: {"choices": [{"index": 0, "delta": {"content": "%b"}}]}\n\n' % text.encode()
+
+
+def answer(status: str, body: bytes, kind: str = "application/json") -> bytes:
+    """A whole response with a body of known length."""
+    return (
+        f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
+        + body
+    )
+
+
+async def chat(client: EngineClient, body: dict[str, object] | None = None) -> list[Arrival]:
+    """Everything that one streamed chat brings."""
+    return [arrival async for arrival in client.stream_chat(dict(CHAT) | (body or {}))]
+
+
+def text_of(arrivals: list[Arrival]) -> str:
+    """The answer that they add up to."""
+    return "".join(choice.delta.content or "" for arrival in arrivals for choice in arrival.chunk.choices)
