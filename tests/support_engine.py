@@ -32,9 +32,11 @@ async def raw_server(*answers: bytes | Answer) -> AsyncIterator[RawServer]:
             function that does as it likes with the connection after a request.
     """
     number = 0
+    handlers: set[asyncio.Task[object] | None] = set()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal number
+        handlers.add(asyncio.current_task())
         answer = answers[min(number, len(answers) - 1)]
         number += 1
         # A client that leaves early is the client's business; the test sees it from there.
@@ -55,6 +57,9 @@ async def raw_server(*answers: bytes | Answer) -> AsyncIterator[RawServer]:
         yield server
     finally:
         listener.close()
+        for handler in filter(None, handlers):
+            with contextlib.suppress(asyncio.CancelledError):
+                await handler
 
 
 async def _request(reader: asyncio.StreamReader) -> bytes:

@@ -27,7 +27,7 @@ STEPS, WARMUP, DECAY_FROM = 4000, 60, 0.7
 SHORT_ROWS, SHORT_LENGTH = 16, 128
 FIRST_STEPS = 600
 LONG_ROWS, LONG_LENGTH, LONG_EVERY = 5, 384, 6
-MUON_LR, ADAM_LR = 0.01, 0.003
+MUON_LR, ADAM_LR = 0.006, 0.0015
 SEED = 1
 
 
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--decay-from", type=float, default=DECAY_FROM)
     parser.add_argument("--out", type=Path, default=HERE / "checkpoint.npz")
     parser.add_argument("--start", type=int, default=0, help="resume --out at this step")
-    parser.add_argument("--probe-every", type=int, default=250)
+    parser.add_argument("--probe-every", type=int, default=100)
     args = parser.parse_args()
     cfg = model.Config()
     params = model.init(cfg, tokenizer.tokens(), SEED)

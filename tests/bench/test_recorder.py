@@ -2,6 +2,7 @@ import errno
 import os
 import resource
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -184,6 +185,17 @@ def test_each_request_is_on_the_disk_before_the_next_begins(recorder: Recorder, 
     assert read_traces(tmp_path) == [FIRST]
     recorder.append(SECOND, "two")
     assert read_traces(tmp_path) == [FIRST, SECOND]
+
+
+def test_conversations_side_by_side_do_not_mix_their_lines(tmp_path: Path) -> None:
+    """As the runner does it: each append in whatever thread is free."""
+    traces = [make_trace(conversation=f"c{n}", at=float(n)) for n in range(40)]
+    with Recorder(tmp_path) as recorder, ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda trace: recorder.append(trace, trace.conversation * 100), traces))
+
+    assert traces == sorted(read_traces(tmp_path), key=lambda trace: trace.t_sent)
+    with Recorder(tmp_path) as resumed:
+        assert {trace.key: trace.conversation * 100 for trace in traces} == resumed.answers
 
 
 def test_answers_are_kept_apart_from_traces_and_only_of_requests_that_succeeded(tmp_path: Path) -> None:

@@ -129,6 +129,16 @@ def test_a_run_is_complete_when_all_that_was_asked_was_played(protocol: dict[str
     assert summarize(a_run(*COLD, **protocol)).complete is complete
 
 
+@pytest.mark.parametrize(
+    ("failure", "complete"),
+    [("ContextExceeded: 900 > 512", True), ("EngineDied: gone", False)],
+    ids=["outgrew-the-context", "engine-died"],
+)
+def test_a_conversation_that_can_go_no_further_is_complete(failure: str, complete: object) -> None:
+    """Resuming would play what failed by accident, and not what cannot succeed."""
+    assert summarize(a_run(COLD[0], make_failure(failure, turn=1), COLD[2])).complete is complete
+
+
 def test_a_request_that_was_made_twice_does_not_stand_in_for_another(tmp_path: Path) -> None:
     write_run(tmp_path, a_run(make_failure(), COLD[0], COLD[1]))
 

@@ -9,6 +9,7 @@ resumes. Nothing in it is derived from measurements.
 import platform
 import sys
 from importlib.metadata import version
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -77,6 +78,11 @@ class TargetFacts(msgspec.Struct, frozen=True):
     url: str | None = None
     model: ModelFacts | None = None
     engine: EngineFacts | None = None
+
+    @property
+    def here(self) -> bool:
+        """Whether it runs on the client's machine, so that this machine's telemetry is about it."""
+        return self.url is None or urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
 
 
 class WorkloadFacts(msgspec.Struct, frozen=True):

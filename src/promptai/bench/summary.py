@@ -118,11 +118,13 @@ def summarize(run: Run) -> Summary:
     targets = []
     for facts in run.manifest.targets:
         mine = [trace for trace in run.traces if trace.target == facts.name]
+        # What this machine felt says nothing about a server on another one.
+        samples = run.samples if facts.here else []
         parts: dict[Cache, Part] = {}
         for cache in run.manifest.protocol.caches:
             of_cache = [trace for trace in mine if trace.cache == cache]
             if of_cache:
-                parts[cache] = _part(of_cache, run.samples, planned)
+                parts[cache] = _part(of_cache, samples, planned)
         loads = [event.load_s for event in run.events if isinstance(event, Opened) and event.target == facts.name]
         known = [load for load in loads if load is not None]
         targets.append(
@@ -136,7 +138,7 @@ def summarize(run: Run) -> Summary:
                     run.manifest.machine,
                     facts,
                     mine,
-                    run.samples,
+                    samples,
                     {cache: part.metrics for cache, part in parts.items()},
                 ),
             )

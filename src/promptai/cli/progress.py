@@ -95,7 +95,7 @@ class RunProgress:
             self._left.opened(target, rates)
         self._console.print(
             f"[bold]{escape(target)}[/]: warmed up, prefill {rates.prefill_tps:,.0f} and "
-            f"decode {rates.decode_tps:,.1f} tokens/s; {self._remaining()}",
+            f"decode {rates.decode_tps:,.1f} tokens/s; at most {self._remaining()}",
             highlight=False,
         )
 

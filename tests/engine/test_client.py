@@ -1,0 +1,310 @@
+import asyncio
+import contextlib
+import json
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from promptai.engine.client import Arrival, EngineClient
+from promptai.engine.launch import free_port
+from promptai.errors import EngineDiedError, EngineError, EngineProtocolError, EngineRefusedError
+from support_engine import STREAM_HEAD, Answer, answer, chat, chunked, content, raw_server, text_of
+
+SILENCE_S = 0.2
+DONE = b"data: [DONE]\n\n"
+END = chunked(DONE) + b"0\r\n\r\n"
+HELLO = STREAM_HEAD + chunked(content("hello"))
+WHOLE = HELLO + END
+
+Use = Callable[[EngineClient], Awaitable[object]]
+
+
+def against(*answers: bytes | Answer, use: Use = chat) -> object:
+    """What a client gets out of a server that gives these answers."""
+
+    async def play() -> object:
+        async with raw_server(*answers) as server, EngineClient(server.url, silence_s=SILENCE_S) as client:
+            return await use(client)
+
+    return asyncio.run(play())
+
+
+def arrivals(*answers: bytes | Answer) -> list[Arrival]:
+    """The same, of one streamed chat that ends well."""
+    found = against(*answers)
+    assert isinstance(found, list)
+    return found
+
+
+def silent_after(data: bytes) -> Answer:
+    """A server that says this much and then nothing, until its client has gone."""
+
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(data)
+        await reader.read()
+
+    return play
+
+
+async def reset(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """A server whose machine loses power in the middle of an answer."""
+    writer.write(HELLO)
+    await writer.drain()
+    writer.transport.abort()
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind", "word"),
+    [
+        pytest.param(b"", EngineDiedError, "no connection", id="closed-without-a-word"),
+        pytest.param(b"SSH-2.0-OpenSSH_9.2\r\n", EngineDiedError, "no connection", id="not-http"),
+        pytest.param(HELLO, EngineDiedError, "no connection", id="cut-in-the-middle"),
+        pytest.param(reset, EngineDiedError, "no connection", id="reset-in-the-middle"),
+        pytest.param(HELLO + b"xyz\r\n", EngineDiedError, "no connection", id="broken-chunk-length"),
+        pytest.param(silent_after(b""), EngineDiedError, "silent", id="silent-from-the-start"),
+        pytest.param(silent_after(HELLO), EngineDiedError, "silent", id="silent-in-the-middle"),
+        pytest.param(HELLO + b"0\r\n\r\n", EngineProtocolError, r"without \[DONE\]", id="end-without-done"),
+        pytest.param(
+            b"HTTP/1.0 200 OK\r\n\r\n" + content("hello"), EngineProtocolError, "without", id="closed-without-done"
+        ),
+        pytest.param(
+            STREAM_HEAD + chunked(b'data: {"choices": [{"delta"\n\n') + END,
+            EngineProtocolError,
+            "malformed chunk",
+            id="half-a-json",
+        ),
+        pytest.param(
+            STREAM_HEAD + chunked(b'data: {"usage": {"prompt_tokens": "1", "completion_tokens": 2}}\n\n') + END,
+            EngineProtocolError,
+            "malformed chunk",
+            id="wrong-type",
+        ),
+        pytest.param(
+            STREAM_HEAD + chunked(b"data: \xff\xfe\n\n") + END, EngineProtocolError, "broken event stream", id="not-utf-8"
+        ),
+        pytest.param(
+            answer("200 OK", b"<html>Sign in</html>", "text/html"), EngineProtocolError, "without", id="web-page"
+        ),
+        pytest.param(answer("500 Oops", b"<h1>\xff</h1>"), EngineRefusedError, "HTTP 500: <h1>", id="500-no-json"),
+        pytest.param(answer("502 Bad", b'{"error": "down"}'), EngineRefusedError, "HTTP 502: .*down", id="error-text"),
+        pytest.param(
+            answer("400 Bad", b'{"error": {"code": 400, "message": "too long", "type": "exceed_context_size_error"}}'),
+            EngineRefusedError,
+            "HTTP 400: too long",
+            id="400-envelope",
+        ),
+        pytest.param(
+            HELLO + chunked(b'data: {"error": {"code": 500, "message": "no slot", "type": "server_error"}}\n\n') + END,
+            EngineRefusedError,
+            "broke off with an error: no slot",
+            id="error-event",
+        ),
+        pytest.param(
+            HELLO + chunked(b'error: {"code": 500, "message": "no slot", "type": "server_error"}\n\n') + END,
+            EngineRefusedError,
+            "broke off with an error: no slot",
+            id="error-field-of-2024",
+        ),
+    ],
+)
+def test_a_stream_that_goes_wrong_ends_in_the_error_that_fits(
+    reply: bytes | Answer, kind: type[EngineError], word: str
+) -> None:
+    """Never in a short answer that looks like a whole one."""
+    with pytest.raises(kind, match=word) as caught:
+        against(reply)
+
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "use",
+    [chat, lambda client: client.healthy(), lambda client: client.complete({})],
+    ids=["chat", "health", "completion"],
+)
+def test_where_nobody_listens_the_engine_is_dead(use: Use) -> None:
+    """With the address, and a question that helps."""
+    port = free_port()
+
+    async def play() -> None:
+        async with EngineClient(f"http://127.0.0.1:{port}") as client:
+            await use(client)
+
+    with pytest.raises(EngineDiedError, match=f"no connection to http://127.0.0.1:{port}") as caught:
+        asyncio.run(play())
+    assert "still running" in caught.value.hint
+
+
+def test_silence_is_told_with_its_length() -> None:
+    """Also when it is a fraction of a second."""
+    with pytest.raises(EngineDiedError, match=r"was silent for 0\.2 s"):
+        against(silent_after(HELLO))
+
+
+@pytest.mark.parametrize(
+    ("reply", "status", "kind"),
+    [
+        (answer("500 Oops", b"<h1>"), 500, None),
+        (answer("404 Not Found", b'{"error": {"message": "File Not Found", "type": "not_found_error"}}'), 404, "not_found_error"),
+        (HELLO + chunked(b'data: {"error": {"type": "server_error"}}\n\n'), None, "server_error"),
+    ],
+    ids=["no-json", "envelope", "in-the-stream"],
+)
+def test_a_refusal_carries_status_and_kind(reply: bytes, status: int | None, kind: str | None) -> None:
+    """None where there is none: a stream has no status any more."""
+    with pytest.raises(EngineRefusedError) as caught:
+        against(reply)
+
+    assert (status, kind) == (caught.value.status, caught.value.kind)
+
+
+@pytest.mark.parametrize(
+    ("use", "body"),
+    [
+        (lambda client: client.props(), b'{"total_slots": "4"}'),
+        (lambda client: client.slots(), b'{"id": 0}'),
+        (lambda client: client.tokenize("x"), b'{"tokens": ["x"]}'),
+        (lambda client: client.models(), b"<html>"),
+        (lambda client: client.complete({}), b'{"content": null}'),
+    ],
+    ids=["props", "slots", "tokenize", "models", "completion"],
+)
+def test_an_answer_of_another_form_is_a_protocol_error(use: Use, body: bytes) -> None:
+    """200 does not mean that it is what was asked for."""
+    with pytest.raises(EngineProtocolError, match="something else than expected"):
+        against(answer("200 OK", body), use=use)
+
+
+def test_props_of_a_server_that_has_none_are_refused() -> None:
+    """Which is how another server is told from llama-server."""
+    with pytest.raises(EngineRefusedError, match="HTTP 404"):
+        against(answer("404 Not Found", b"404 page not found", "text/plain"), use=lambda client: client.props())
+
+
+def test_a_completion_waits_as_long_as_a_chat() -> None:
+    """It may have as much to prefill."""
+    with pytest.raises(EngineDiedError, match="did not answer in time"):
+        against(silent_after(b""), use=lambda client: client.complete({"prompt": "x"}))
+
+
+@pytest.mark.parametrize(("status", "healthy"), [("200 OK", True), ("503 Unavailable", False), ("404 No", False)])
+def test_health_is_what_the_server_says(status: str, healthy: bool) -> None:  # noqa: FBT001  a table
+    """While it loads it answers 503."""
+    assert healthy is against(answer(status, b"{}"), use=lambda client: client.healthy())
+
+
+def test_a_stream_is_given_chunk_by_chunk_without_keep_alives() -> None:
+    """Comments keep the connection open and say nothing."""
+    stream = b": ping\n\n" + content("hel") + b":\n\n" + content("lo") + b": ping\r\n\r\n"
+
+    found = arrivals(STREAM_HEAD + chunked(stream) + END)
+
+    assert ["hel", "lo"] == [arrival.chunk.choices[0].delta.content for arrival in found]
+
+
+def test_events_of_one_read_carry_the_same_time() -> None:
+    """They arrived together, whatever the parsing of the first took."""
+    found = arrivals(STREAM_HEAD + chunked(b"".join(content(str(number)) for number in range(500))) + END)
+
+    assert 500 == len(found)
+    assert len({arrival.t for arrival in found}) <= 2, "the answer may take two reads, never 500"
+
+
+def test_times_never_decrease_and_tell_reads_apart() -> None:
+    """The second piece is sent when the first one has been seen."""
+    seen = asyncio.Event()
+
+    async def in_two(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(STREAM_HEAD + chunked(content("a") + content("b")))
+        await seen.wait()
+        writer.write(chunked(content("c")) + END)
+
+    async def listen(client: EngineClient) -> list[float]:
+        times = []
+        async for arrival in client.stream_chat({}):
+            times.append(arrival.t)
+            seen.set()
+        return times
+
+    times = against(in_two, use=listen)
+
+    assert isinstance(times, list)
+    assert times == sorted(times)
+    assert times[0] == times[1] < times[2]
+
+
+def test_done_is_the_end_even_when_the_connection_stays_open() -> None:
+    """What comes after it, or does not come, is nobody's business."""
+    after = chunked(DONE + b"data: garbage\n\n")
+
+    assert "hello" == text_of(arrivals(silent_after(HELLO + after)))
+
+
+def test_an_answer_in_single_bytes_is_whole() -> None:
+    """A slow network cuts characters as well as lines."""
+    stream = content("grüße") + DONE
+    single = b"".join(chunked(bytes([byte])) for byte in stream)
+
+    assert "grüße" == text_of(arrivals(STREAM_HEAD + single + b"0\r\n\r\n"))
+
+
+def test_each_request_has_a_connection_of_its_own() -> None:
+    """A server that closes after a stream, without having said so, takes no request down with it."""
+
+    async def twice(client: EngineClient) -> list[str]:
+        return [text_of(await chat(client)) for _ in range(5)]
+
+    assert ["hello"] * 5 == against(WHOLE, use=twice)
+
+
+def test_a_reader_that_leaves_closes_the_connection() -> None:
+    """So that the server can stop computing for nobody."""
+    gone = asyncio.Event()
+
+    async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(HELLO)
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        gone.set()
+
+    async def leave(client: EngineClient) -> bool:
+        stream = client.stream_chat({})
+        await anext(stream)
+        await stream.aclose()  # type: ignore[attr-defined]  a generator, typed as what callers may rely on
+        await asyncio.wait_for(gone.wait(), 5)
+        return gone.is_set()
+
+    assert against(endless, use=leave) is True
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
+def test_a_request_says_what_it_wants_where_it_belongs(suffix: str) -> None:
+    """Streamed, with usage, with the key; the address may come with or without /v1."""
+
+    async def play() -> bytes:
+        async with raw_server(WHOLE) as server:
+            async with EngineClient(server.url + suffix, api_key="secret") as client:
+                await chat(client, {"stream": False, "max_tokens": 5})
+            return server.requests[0]
+
+    head, _, body = asyncio.run(play()).partition(b"\r\n\r\n")
+
+    assert head.startswith(b"POST /v1/chat/completions HTTP/1.1\r\n")
+    assert b"\r\nAuthorization: Bearer secret" in head
+    assert {
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 5,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    } == json.loads(body)
+
+
+def test_without_a_key_none_is_sent() -> None:
+    """Not even an empty one."""
+
+    async def play() -> bytes:
+        async with raw_server(WHOLE) as server, EngineClient(server.url) as client:
+            await chat(client)
+            return server.requests[0]
+
+    assert b"authorization" not in asyncio.run(play()).lower()

@@ -1,0 +1,108 @@
+import json
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from promptai.bench.summary import Run, summarize
+from promptai.errors import RunError
+from promptai.report import figures
+from promptai.report.figures import Figure, draw, thin, to_png, to_svg
+from promptai.report.html import write_figures
+from support_runs import make_failure, make_run
+
+RUN = make_run()
+ABOUT_ANSWERS = ["prompt-lengths", "throughput", "latency", "first-token", "steadiness"]
+ABOUT_THE_MACHINE = ["memory", "cpu", "temperature"]
+
+
+def drawn(run: Run) -> dict[str, Figure]:
+    """Figures by name, in order."""
+    return {figure.name: figure for figure in draw(run, summarize(run))}
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Figure]:
+    """The figures of a run that has everything."""
+    return drawn(RUN)
+
+
+def test_figures_that_cannot_be_written_are_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "figures").touch()
+
+    with pytest.raises(RunError, match="cannot write to"):
+        write_figures(tmp_path, RUN, summarize(RUN))
+
+
+def test_nothing_is_drawn_of_a_run_that_has_only_failed() -> None:
+    assert drawn(replace(RUN, traces=[make_failure()], samples=[])) == {}
+
+
+def test_without_telemetry_the_figures_of_the_machine_are_left_out() -> None:
+    assert list(drawn(make_run(with_telemetry=False))) == ABOUT_ANSWERS
+
+
+def test_a_board_without_a_thermometer_has_no_figure_of_heat() -> None:
+    samples = [replace(sample, temperature_c=None) for sample in RUN.samples]
+
+    assert [*ABOUT_ANSWERS, "memory", "cpu"] == list(drawn(replace(RUN, samples=samples)))
+
+
+def test_every_figure_is_drawn_of_a_whole_run(whole: dict[str, Figure]) -> None:
+    assert [*ABOUT_ANSWERS, *ABOUT_THE_MACHINE] == list(whole)
+    assert all(figure.title and figure.caption for figure in whole.values())
+
+
+def test_a_figure_carries_its_data_and_fetches_nothing(whole: dict[str, Figure]) -> None:
+    for figure in whole.values():
+        text = json.dumps(figure.spec)
+        assert '"values": [' in text
+        assert '"url"' not in text
+
+
+def test_the_throughput_figure_shows_the_summary(whole: dict[str, Figure]) -> None:
+    """The bars are the very numbers of the table, with their intervals."""
+    part = summarize(RUN).targets[0].warm
+    assert part is not None
+    metric = part.metrics["prefill_tps"]
+    assert metric.ci95 is not None
+
+    (bar,) = [
+        row for row in whole["throughput"].spec["data"]["values"] if (row["cache"], row["rate"]) == ("warm", "prefill")
+    ]
+
+    assert (metric.value, *metric.ci95, metric.n) == (bar["tps"], bar["low"], bar["high"], bar["n"])
+
+
+def test_memory_is_split_as_the_kernel_splits_it(whole: dict[str, Figure]) -> None:
+    rows = whole["memory"].spec["data"]["values"]
+
+    assert {200.0, 900.0} == {row["mib"] for row in rows if row["t"] == 0}
+
+
+@pytest.mark.parametrize("count", [0, 1, 1500, 1501, 3000, 100_000])
+def test_long_series_are_thinned_evenly(count: int) -> None:
+    """A run of a day must not make a page of 100 MB."""
+    kept = thin(range(count))
+    steps = {after - before for before, after in zip(kept, kept[1:], strict=False)}
+
+    assert len(kept) <= figures._MOST_POINTS
+    assert len(steps) <= 1
+    assert (len(kept) == count) is (count <= figures._MOST_POINTS)
+
+
+@pytest.mark.real
+def test_every_figure_can_be_an_image(tmp_path: Path) -> None:
+    """The renderer takes a second or two to start."""
+    written = write_figures(tmp_path, RUN, summarize(RUN))
+
+    names = [f"{name}{suffix}" for name in (*ABOUT_ANSWERS, *ABOUT_THE_MACHINE) for suffix in (".svg", ".png")]
+    assert [tmp_path / "figures" / name for name in names] == written
+    for path in written:
+        assert path.read_bytes().startswith(b"<svg" if path.suffix == ".svg" else b"\x89PNG")
+
+
+@pytest.mark.real
+def test_an_image_shows_the_titles_of_its_axes(whole: dict[str, Figure]) -> None:
+    assert "tokens of the prompt, history included" in to_svg(whole["prompt-lengths"])
+    assert len(to_png(whole["prompt-lengths"])) > 10_000
