@@ -1,10 +1,11 @@
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import pytest
 
+from promptai.bench.arrivals import Arrivals
 from promptai.bench.client import Played, TurnClient, describe
 from promptai.bench.plan import Protocol
 from promptai.bench.trace import Cache, Key
@@ -24,7 +25,7 @@ class Script(EngineClient):
         super().__init__("http://scripted")
         self.chunks, self.failure = chunks, failure
 
-    async def stream_chat(self, body: dict[str, Any]) -> AsyncIterator[Arrival]:
+    async def stream_chat(self, body: dict[str, Any]) -> AsyncGenerator[Arrival, None]:
         """Say it all."""
         assert body["messages"] == ASKED
         for second, chunk in enumerate(self.chunks, start=1):
@@ -149,3 +150,13 @@ def test_llama_server_is_told_its_sampler_and_its_cache(cache: Cache, cached: ob
 
 def test_llama_server_runs_to_the_limit_when_asked() -> None:
     assert client(Script([]), ignore_eos=True).body(ASKED, "cold", max_tokens=9)["ignore_eos"] is True
+
+
+@pytest.mark.parametrize(
+    ("protocol", "slot"),
+    [({}, 0), ({"concurrency": 2}, None), ({"arrivals": Arrivals("poisson", 1.0)}, None)],
+    ids=["one-at-a-time", "side-by-side", "open-arrivals"],
+)
+def test_one_slot_is_used_when_one_request_runs_at_a_time(protocol: dict[str, Any], slot: int | None) -> None:
+    """Of a server with several, "warm" would else depend on which one it picks."""
+    assert slot == client(Script([]), **protocol).body(ASKED, "warm", max_tokens=9).get("id_slot")

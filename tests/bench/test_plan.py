@@ -1,12 +1,11 @@
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import product
 from random import Random
 
 import pytest
 
 from promptai.bench.plan import (
-    BLOCK,
     Protocol,
     Rates,
     context_needed,
@@ -59,12 +58,29 @@ def test_a_larger_budget_never_buys_fewer_conversations() -> None:
 
 
 def test_targets_take_turns_forwards_and_backwards() -> None:
-    """A B, B A, A B: a board that heats up must not punish whoever comes last."""
-    ids = [f"c{n}" for n in range(2 * BLOCK + 1)]
-    stages = plan_stages(["A", "B"], ids, Protocol(caches=("cold",)))
+    """A board that heats up must not punish whoever comes last."""
+    stages = plan_stages(["A", "B"], list("12345678"), Protocol(caches=("cold",)))
 
-    assert [stage.target for stage in stages] == ["A", "B", "B", "A", "A", "B"]
-    assert [ids[:BLOCK], ids[BLOCK : 2 * BLOCK], ids[2 * BLOCK :]] == [list(s.conversations) for s in stages[::2]]
+    assert [
+        stage.target + "".join(stage.conversations) for stage in stages
+    ] == ["A12", "B12", "B34", "A34", "A56", "B56", "B78", "A78"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "count", "blocks"),
+    [
+        pytest.param(1, 25, [10, 10, 5], id="alone"),
+        pytest.param(2, 3, [1, 1, 1], id="few"),
+        pytest.param(2, 20, [5, 5, 5, 5], id="four-turns"),
+        pytest.param(3, 100, [10] * 10, id="reloading-must-cost-little"),
+    ],
+)
+def test_a_stage_is_short_enough_for_four_turns_and_never_longer_than_ten(
+    targets: int, count: int, blocks: list[int]
+) -> None:
+    stages = plan_stages([f"t{n}" for n in range(targets)], [f"c{n}" for n in range(count)], Protocol(caches=("cold",)))
+
+    assert blocks == [len(stage.conversations) for stage in stages if stage.target == "t0"]
 
 
 def test_cold_and_warm_of_a_target_share_one_loaded_engine() -> None:
@@ -101,10 +117,10 @@ def test_strata_of_uneven_size_give_a_full_part() -> None:
 
 
 def test_the_choice_repeats_with_the_seed_and_differs_without() -> None:
-    choose: Callable[[int], list[Conversation]] = lambda seed: stratified(FIFTY, 10, Random(seed))  # noqa: E731
+    one, again, other = (stratified(FIFTY, 10, Random(seed)) for seed in (1, 1, 2))
 
-    assert choose(1) == choose(1)
-    assert choose(1) != choose(2)
+    assert one == again
+    assert one != other
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from promptai.bench.manifest import Manifest
 from promptai.bench.summary import Run, summarize
 from promptai.errors import RunError
 from promptai.report import html
-from promptai.report.figures import draw
+from promptai.report.figures import draw, javascript
 from promptai.report.html import render, write_report
 from promptai.report.rows import ROWS
 from support_runs import ENGINE, FACTS, MODEL, make_run
@@ -136,9 +136,9 @@ def test_a_hostile_name_starts_no_script(attacked: str) -> None:
 
 def test_a_hostile_name_is_only_data_to_the_charts(attacked: str) -> None:
     """It is escaped in the script, and whole again when the script reads it."""
-    rows = Page(attacked).specs[0]["data"]["values"]
+    (rows,) = Page(attacked).specs[0]["datasets"].values()
 
-    assert {ATTACK} == {row["target"] for row in rows}
+    assert {row["target"] for row in rows} == {ATTACK}
 
 
 def test_a_hostile_bundle_cannot_close_its_own_script(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +232,7 @@ def test_doubts_stand_out_from_notes() -> None:
 @pytest.mark.real
 def test_the_real_page_is_whole_and_works_with_the_network_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the real JavaScript, which takes seconds to put together."""
-    monkeypatch.undo()
+    monkeypatch.setattr(html, "javascript", javascript)
     path = write_report(tmp_path, RUN, summarize(RUN))
     page = Page(path.read_text(encoding="utf-8"))
 

@@ -73,9 +73,8 @@ def measure(
         if ended is None:
             raise
     if ended is not None:
-        output.console.print(
-            f"what was measured is kept; go on with: promptai bench --resume {directory}", highlight=False
-        )
+        line = f"what was measured is kept; go on with: promptai bench --resume {directory}"
+        output.console.print(line, highlight=False, soft_wrap=True)
         raise ended
 
 
@@ -124,7 +123,7 @@ def show(directory: Path, output: Output) -> None:
         return
     print_summary(summary, console)
     if rendered:
-        console.print(f"report:  {directory / 'report.html'}", highlight=False)
+        console.print(f"report:  {directory / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def _render(directory: Path) -> bool:
