@@ -61,9 +61,16 @@ def test_targets_take_turns_forwards_and_backwards() -> None:
     """A board that heats up must not punish whoever comes last."""
     stages = plan_stages(["A", "B"], list("12345678"), Protocol(caches=("cold",)))
 
-    assert [
-        stage.target + "".join(stage.conversations) for stage in stages
-    ] == ["A12", "B12", "B34", "A34", "A56", "B56", "B78", "A78"]
+    assert [stage.target + "".join(stage.conversations) for stage in stages] == [
+        "A12",
+        "B12",
+        "B34",
+        "A34",
+        "A56",
+        "B56",
+        "B78",
+        "A78",
+    ]
 
 
 @pytest.mark.parametrize(

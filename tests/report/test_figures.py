@@ -80,7 +80,7 @@ def test_the_throughput_figure_shows_the_summary(whole: dict[str, Figure]) -> No
 
 
 def test_memory_is_split_as_the_kernel_splits_it(whole: dict[str, Figure]) -> None:
-    assert {row["mib"] for row in rows_of(whole["memory"]) if row["t"] == 0} == {200.0, 900.0}
+    assert {row["value"] for row in rows_of(whole["memory"]) if row["t"] == 0} == {200.0, 900.0}
 
 
 @pytest.mark.parametrize("count", [0, 1, 1500, 1501, 3000, 100_000])

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from promptai.bench.manifest import Manifest
+from promptai.bench.manifest import TargetFacts
 from promptai.bench.summary import Run, summarize
 from promptai.errors import RunError
 from promptai.report import html
 from promptai.report.figures import draw, javascript
 from promptai.report.html import render, write_report
 from promptai.report.rows import ROWS
-from support_runs import ENGINE, FACTS, MODEL, make_run
+from support_runs import ENGINE, FACTS, MODEL, make_failure, make_run
 
 ATTACK = "</script><script>alert(1)"
 RUN = make_run()
@@ -59,6 +59,11 @@ class Page(HTMLParser):
             self.styles += data
         else:
             self.text += data
+
+    @property
+    def findings(self) -> list[str | None]:
+        """The class of each."""
+        return [attributes.get("class") for tag, attributes in self.tags if tag == "li"]
 
     @property
     def specs(self) -> list[dict[str, Any]]:
@@ -200,33 +205,24 @@ def test_a_run_without_telemetry_has_a_page() -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("targets", "words"),
     [
-        pytest.param(
-            lambda manifest: replace(
-                manifest, targets=(replace(FACTS, model=None, engine=None, url="http://pi:8080"),)
-            ),
-            id="server",
-        ),
-        pytest.param(
-            lambda manifest: replace(manifest, targets=(FACTS, replace(FACTS, name="absent"))), id="never-reached"
-        ),
+        pytest.param((TargetFacts("m", url="http://pi:8080"),), "server at http://pi:8080", id="server"),
+        pytest.param((FACTS, replace(FACTS, name="second")), "second SHA-256", id="never-reached"),
     ],
 )
-def test_other_targets_have_a_page_too(change: Any) -> None:
-    manifest: Manifest = change(RUN.manifest)
-    page = Page(page_of(replace(RUN, manifest=manifest)))
-
-    assert manifest.targets[-1].name in page.text
-    assert ("server at http://pi:8080" in page.text) is (manifest.targets[0].url is not None)
+def test_other_targets_have_a_page_too(targets: tuple[TargetFacts, ...], words: str) -> None:
+    assert words in Page(page_of(replace(RUN, manifest=replace(RUN.manifest, targets=targets)))).text
 
 
-def test_doubts_stand_out_from_notes() -> None:
-    page = Page(page_of(hostile(RUN)))
-    findings = [attributes.get("class") for tag, attributes in page.tags if tag == "li"]
+def test_doubts_stand_out_from_notes(page: Page) -> None:
+    facts = replace(FACTS, model=replace(MODEL, synthetic=True))
+    manifest = replace(RUN.manifest, targets=(facts,))
+    doubted = Page(page_of(replace(RUN, manifest=manifest, traces=[*RUN.traces[:-1], make_failure(repeat=1)])))
 
-    assert None in findings
-    assert "not complete" in page.text
+    assert page.findings == []
+    assert doubted.findings == [None, "note"]
+    assert ("not complete" in page.text, "not complete" in doubted.text) == (False, True)
 
 
 @pytest.mark.real
@@ -240,4 +236,3 @@ def test_the_real_page_is_whole_and_works_with_the_network_off(tmp_path: Path, m
     assert page.external() == []
     assert len(page.scripts) == 2
     assert "vegaEmbed" in page.scripts[0]
-    assert not re.search(r"\b(?:importScripts|import\()\s*\(?[\"']https?:", page.scripts[0])

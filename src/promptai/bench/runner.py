@@ -26,13 +26,13 @@ from promptai.bench.client import Played, TurnClient
 from promptai.bench.events import Cost, Opened
 from promptai.bench.manifest import Manifest, TargetFacts
 from promptai.bench.plan import Protocol, Rates, Stage, plan_stages
-from promptai.bench.recorder import Recorder
+from promptai.bench.recorder import Recorder, is_hopeless
 from promptai.bench.target import OpenTarget, open_target
 from promptai.bench.trace import Key
 from promptai.bench.workload import Conversation
 from promptai.device.telemetry import Telemetry
 from promptai.engine.client import SILENCE_S
-from promptai.errors import EngineDiedError, EngineError
+from promptai.errors import EngineDiedError
 from promptai.wire.openai import Message
 
 _MAX_FAILURES_IN_A_ROW = 3
@@ -144,13 +144,13 @@ class Runner:
             telemetry.watch(opened.pid)
             try:
                 client = turn_client(opened, self._protocol, origin=self.origin)
-                rates, seconds = await warm_up(client, answer_tokens=self._protocol.max_tokens)
-                self._recorder.note(Opened(client.now(), facts.name, opened.load_s, seconds))
+                rates, first_s = await warm_up(client, answer_tokens=self._protocol.max_tokens)
+                self._recorder.note(Opened(client.now(), facts.name, opened.load_s, first_s))
                 self._observer.opened(facts.name, rates, client)
                 for stage in stages:
                     self._observer.stage(stage)
                     await self._stage(stage, client, opened)
-            except EngineError as error:
+            except EngineDiedError as error:
                 raise opened.death() or error from None
             finally:
                 telemetry.watch(None)
@@ -201,6 +201,8 @@ class Runner:
             if played.failure is None:
                 self._failures = 0
                 continue
+            if is_hopeless(played.trace):
+                return  # it will not get shorter; the other conversations may fit
             self._failures += 1
             if isinstance(played.failure, EngineDiedError) or self._failures >= _MAX_FAILURES_IN_A_ROW:
                 raise played.failure
@@ -239,12 +241,15 @@ def turn_client(opened: OpenTarget, protocol: Protocol, *, origin: float) -> Tur
 
 async def warm_up(client: TurnClient, *, answer_tokens: float) -> tuple[Rates, float]:
     """
-    Let a target page its weights in, and see what it does; the seconds it took come second.
+    Let a target page its weights in, and see what it does then.
+
+    Returns:
+        What it does, and the seconds that its very first request took.
 
     Raises:
         EngineError: It cannot answer even this.
     """
-    trace = await client.warm_up([Message("user", _WARM_UP)], "cold", max_tokens=_WARM_UP_TOKENS)
+    first = await client.warm_up([Message("user", _WARM_UP)], "cold", max_tokens=_WARM_UP_TOKENS)
     # A second look, because the first paid for the paging.
     trace = await client.warm_up([Message("user", _WARM_UP)], "cold", max_tokens=_WARM_UP_TOKENS)
     tokens = trace.prompt_tokens or len(_WARM_UP) / 4
@@ -257,5 +262,5 @@ async def warm_up(client: TurnClient, *, answer_tokens: float) -> tuple[Rates, f
             chars_per_token=len(_WARM_UP) / tokens,
             answer_tokens=answer_tokens,
         ),
-        trace.t_end - trace.t_sent,
+        first.t_end - first.t_sent,
     )

@@ -29,6 +29,7 @@ from promptai.errors import EngineDiedError, EngineError, EngineStartError
 
 _POLL_S = 0.05
 _STOP_S = 5.0
+_REAP_S = 1.0
 # Loading reads the file once. 10 MB/s is a slow SD card; below that something is wrong.
 _SLOWEST_DISK_BYTES_PER_S = 10_000_000
 _START_BASE_S = 60.0
@@ -98,11 +99,17 @@ class RunningEngine:
         await asyncio.to_thread(self.stop)
 
     def death(self) -> EngineDiedError | None:
-        """Why it is gone; ``None`` while it lives."""
+        """
+        Why it is gone; ``None`` while it lives.
+
+        Asked after a broken connection, which the kernel reports up to a second
+        before the process can be reaped: so it waits that long for the end.
+        """
         if self._process is None:
             return None
-        code = self._process.poll()
-        if code is None:
+        try:
+            code = self._process.wait(_REAP_S)
+        except subprocess.TimeoutExpired:
             return None
         reason, hint = explain_exit(code, self._log_tail())
         return EngineDiedError(f"the engine of {self.flags.alias} died: {reason}", hint=hint)
