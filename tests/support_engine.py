@@ -83,15 +83,20 @@ def content(text: str) -> bytes:
 
 def answer(status: str, body: bytes, kind: str = "application/json") -> bytes:
     """A whole response with a body of known length."""
-    return (
-        f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
-        + body
-    )
+    head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    return head.encode() + body
 
 
 async def chat(client: EngineClient, body: dict[str, object] | None = None) -> list[Arrival]:
     """Everything that one streamed chat brings."""
     return [arrival async for arrival in client.stream_chat(dict(CHAT) | (body or {}))]
+
+
+async def until(ready: Callable[[], Awaitable[bool]]) -> None:
+    """Wait for something that nobody announces; 20 s at most."""
+    async with asyncio.timeout(20):
+        while not await ready():  # noqa: ASYNC110  there is nothing to be woken by
+            await asyncio.sleep(0.005)
 
 
 def text_of(arrivals: list[Arrival]) -> str:

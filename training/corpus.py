@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import longform
 import numpy as np
+import openform
 import pronouns
 from scenes import LOOKUP_KINDS, LOOKUPS, SCENES
 from tokenizers import Tokenizer
@@ -23,7 +24,7 @@ BOS, END = "<s>", "<|end|>"
 ROLE = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 SPECIALS = (BOS, END, *ROLE.values())
 PROMPT_WEIGHT, LONG_WEIGHT = 0.05, 0.4
-FIRST_SEED, SHORT_SEED, LONG_SEED = 3, 1, 2
+FIRST_SEED, SHORT_SEED, LONG_SEED, LATE_SHORT_SEED, LATE_LONG_SEED = 3, 1, 2, 5, 6
 
 
 @dataclass
@@ -137,16 +138,21 @@ def pronoun_chat(rng: random.Random) -> Document:
     return chat_document(messages, [key])
 
 
-def pronoun_text(rng: random.Random) -> Document:
+def pronoun_text(rng: random.Random, weight: float = 1.0) -> Document:
     """One to three resolved sentences as raw text."""
     pieces: list[tuple[str, float]] = [(BOS, 0.0)]
     keys = []
     for i in range(rng.choice((1, 1, 1, 2, 3))):
         fill = pronouns.draw(rng, want_held_out=False)
         start, rest = fill.resolved(doer_side=rng.random() < 0.5)
-        pieces += [((" " if i else "") + start, 0.1), (rest, 1.0)]
+        pieces += [((" " if i else "") + start, 0.1), (rest, weight)]
         keys.append(pronouns.pair_key(fill.rule, fill.doer, fill.other))
     return Document([*pieces, (END, 0.1)], keys)
+
+
+def pronoun_drill(rng: random.Random) -> Document:
+    """The same sentences, with more weight on what tells the two nouns apart."""
+    return pronoun_text(rng, weight=2.5)
 
 
 def long_chat(rng: random.Random) -> Document:
@@ -160,12 +166,20 @@ def long_chat(rng: random.Random) -> Document:
     return chat_document(messages, [])
 
 
+def open_chat(rng: random.Random) -> Document:
+    """Requests in unknown words, with general advice."""
+    messages: list[Message] = []
+    if rng.random() < 0.3:
+        messages.append({"role": "system", "content": rng.choice((*SYSTEMS, openform.request(rng)))})
+    for ask, answer in openform.turns(rng):
+        messages += [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]
+    return chat_document(messages, [])
+
+
 def small_talk(rng: random.Random) -> Document:
     """A greeting, a thank-you, or a question about the model itself."""
     asks, answer = rng.choice(longform.SMALL_TALK)
-    return chat_document(
-        [{"role": "user", "content": rng.choice(asks)}, {"role": "assistant", "content": answer}], []
-    )
+    return chat_document([{"role": "user", "content": rng.choice(asks)}, {"role": "assistant", "content": answer}], [])
 
 
 def long_text(rng: random.Random) -> Document:
@@ -178,6 +192,15 @@ Mix = tuple[tuple[Callable[[random.Random], Document], int], ...]
 SHORT: Mix = ((short_chat, 50), (recite, 20), (pronoun_chat, 8), (pronoun_text, 22), (small_talk, 1))
 FIRST: Mix = ((drill, 70), (recite, 30))
 LONG: Mix = ((long_chat, 9), (long_text, 1))
+LATE_SHORT: Mix = (
+    (short_chat, 52),
+    (drill, 8),
+    (recite, 6),
+    (pronoun_chat, 12),
+    (pronoun_drill, 30),
+    (small_talk, 1),
+)
+LATE_LONG: Mix = ((long_chat, 7), (open_chat, 4), (long_text, 1))
 
 
 def documents(seed: int, mix: Mix) -> Iterator[Document]:

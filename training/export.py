@@ -23,8 +23,7 @@ OUT = HERE.parent / "src" / "promptai" / "models" / "data" / "promptai-tiny.gguf
 VERSION = "1.0.0"
 CONTEXT = 8192
 DESCRIPTION = (
-    "A very small model of a made-up network edge, for demos and tests of the whole chain. "
-    "Not for real decisions."
+    "A very small model of a made-up network edge, for demos and tests of the whole chain. Not for real decisions."
 )
 TEMPLATE = (
     "{%- for message in messages -%}"

@@ -229,9 +229,7 @@ def sentence_causes(t: Topic, rng: random.Random) -> list[str]:
     """Where it comes from, in two sentences."""
     a, b, c = rng.sample(t.causes, 3)
     return [
-        rng.choice(
-            (f"The usual reason is {a}.", f"Most often it comes from {a}.", f"A common reason is {a}.")
-        ),
+        rng.choice((f"The usual reason is {a}.", f"Most often it comes from {a}.", f"A common reason is {a}.")),
         rng.choice(
             (
                 f"Other reasons are {b} and {c}.",
@@ -261,9 +259,7 @@ def sentence_checks(t: Topic, rng: random.Random) -> list[str]:
     """How to look into it, in two sentences."""
     a, b, c = rng.sample(t.checks, 3)
     return [
-        rng.choice(
-            (f"First {a}, then {b}.", f"Start with a simple step: {a}.", f"To find the reason, {a} and {b}.")
-        ),
+        rng.choice((f"First {a}, then {b}.", f"Start with a simple step: {a}.", f"To find the reason, {a} and {b}.")),
         rng.choice((f"If this shows nothing, {c}.", f"After that, {c}.", f"It also helps to {c}.")),
     ]
 

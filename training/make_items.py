@@ -23,7 +23,13 @@ QUESTIONS = HERE / "heldout-questions.jsonl"
 PRONOUNS = HERE.parent / "src" / "promptai" / "bench" / "data" / "edge-pronouns.jsonl"
 N_QUESTIONS, PAIRS_PER_RULE, SEED = 200, 6, 2026
 MOST_OF_A_KIND = 5
-SHORT_DOCUMENTS, LONG_DOCUMENTS = 260_000, 20_000
+STREAMS = (  # seed, mixture, and more documents than training draws from it
+    (corpus.FIRST_SEED, corpus.FIRST, 40_000),
+    (corpus.SHORT_SEED, corpus.SHORT, 50_000),
+    (corpus.LONG_SEED, corpus.LONG, 5_000),
+    (corpus.LATE_SHORT_SEED, corpus.LATE_SHORT, 150_000),
+    (corpus.LATE_LONG_SEED, corpus.LATE_LONG, 10_000),
+)
 
 
 def reason_question(rng: random.Random) -> dict[str, Any]:
@@ -80,9 +86,8 @@ def check(asked: list[dict[str, Any]], items: list[dict[str, str]]) -> tuple[int
     keys = {item["key"] for item in asked}
     sentences = {item["sentence"].replace("_", item[o]) for item in items for o in ("option1", "option2")}
     found = read = 0
-    short = itertools.islice(corpus.documents(corpus.SHORT_SEED, corpus.SHORT), SHORT_DOCUMENTS)
-    longer = itertools.islice(corpus.documents(corpus.LONG_SEED, corpus.LONG), LONG_DOCUMENTS)
-    for document in itertools.chain(short, longer):
+    streams = (itertools.islice(corpus.documents(seed, mix), n) for seed, mix, n in STREAMS)
+    for document in itertools.chain.from_iterable(streams):
         read += 1
         found += sum(key in keys or held_out(key) for key in document.keys)
         turns = document.text.split(corpus.ROLE["assistant"])
@@ -104,9 +109,7 @@ def main() -> None:
     write(PRONOUNS, items)
     answers = Counter(item["answer"] for item in items)
     kinds = {item["kind"] for item in asked}
-    print(
-        f"{len(asked)} questions of {len(kinds)} kinds; {len(items)} pronoun items, answers {dict(answers)}"
-    )
+    print(f"{len(asked)} questions of {len(kinds)} kinds; {len(items)} pronoun items, answers {dict(answers)}")
     if args.check:
         found, read = check(asked, items)
         print(f"{found} held-out texts in {read} training documents")

@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import headstart
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-import headstart
 
 Params = dict[str, Any]
 
@@ -86,9 +85,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
-def attend(
-    x: jax.Array, p: Params, bias: jax.Array, tables: tuple[jax.Array, jax.Array], cfg: Config
-) -> jax.Array:
+def attend(x: jax.Array, p: Params, bias: jax.Array, tables: tuple[jax.Array, jax.Array], cfg: Config) -> jax.Array:
     """Multi-head causal attention within each packed document."""
     b, t, w = x.shape
     qkv = x.reshape(b * t, w) @ jnp.concatenate([p["q"], p["k"], p["v"]], axis=1)

@@ -18,7 +18,7 @@ import numpy as np
 import pronouns
 import tokenizer
 
-SEED, LENGTH = 77, 256
+SEED, LENGTH = 77, 192
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -74,8 +74,8 @@ def pronoun_items(params: model.Params, cfg: model.Config, n: int) -> list[bool]
 
 def accuracy(params: model.Params, cfg: model.Config) -> str:
     """One line: both scores, and the kinds below nine in ten."""
-    by_kind = short_questions(params, cfg, 240)
+    by_kind = short_questions(params, cfg, 120)
     flat = [ok for oks in by_kind.values() for ok in oks]
-    twins = pronoun_items(params, cfg, 120)
+    twins = pronoun_items(params, cfg, 60)
     weak = {k: f"{sum(v)}/{len(v)}" for k, v in by_kind.items() if sum(v) < 0.9 * len(v)}
     return f"PROBE questions {np.mean(flat):.3f} pronouns {np.mean(twins):.3f} weak {weak}"

@@ -15,9 +15,7 @@ def alarms(rng: random.Random) -> Scene:
     """Alarms at sites; the questions need the facts and what the codes mean."""
     n = rng.choice((1, 2, 2, 3))
     sites, chosen = rng.sample(SITES, n), rng.sample(ALARMS, n)
-    shape = rng.choice(
-        ("{s} reports {c}.", "{s} has alarm {c}.", "Alarm {c} is active at {s}.", "We see {c} at {s}.")
-    )
+    shape = rng.choice(("{s} reports {c}.", "{s} has alarm {c}.", "Alarm {c} is active at {s}.", "We see {c} at {s}."))
     facts = [shape.format(s=s, c=a.code) for s, a in zip(sites, chosen, strict=True)]
     scene = Scene(facts)
     for s, a in zip(sites, chosen, strict=True):

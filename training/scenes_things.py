@@ -103,9 +103,7 @@ def links(rng: random.Random) -> Scene:
     return scene
 
 
-def link_totals(
-    scene: Scene, rng: random.Random, ends: list[str], numbers: list[int], down: list[bool]
-) -> None:
+def link_totals(scene: Scene, rng: random.Random, ends: list[str], numbers: list[int], down: list[bool]) -> None:
     """Questions on all links at once."""
     scene.ask(
         rng,
@@ -139,12 +137,8 @@ def pronouns(rng: random.Random) -> Scene:
     scene = Scene([f"The {one} at {s1} is {b1}.", f"The {many} at {s2} are {b2}."])
     it, they = (one, s1, b1, many, s2), (many, s2, b2, one, s1)
     scene.ask(rng, "it_where", ("Where is it?", "At which site is it?", "Which site is it at?"), s1, it)
-    scene.ask(
-        rng, "they_where", ("Where are they?", "At which site are they?", "Which site are they at?"), s2, they
-    )
-    scene.ask(
-        rng, "it_state", ("How is it?", "What is wrong with it?", "In which state is it?"), f"It is {b1}.", it
-    )
+    scene.ask(rng, "they_where", ("Where are they?", "At which site are they?", "Which site are they at?"), s2, they)
+    scene.ask(rng, "it_state", ("How is it?", "What is wrong with it?", "In which state is it?"), f"It is {b1}.", it)
     scene.ask(
         rng,
         "they_state",

@@ -166,9 +166,7 @@ def changes(rng: random.Random) -> Scene:
         key,
     )
     scene.ask(rng, "now", ("What is it now?", f"What is the {m.name} now?"), f"{now} {m.unit}", key)
-    scene.ask(
-        rng, "before", ("What was it before?", f"What was the {m.name} before?"), f"{before} {m.unit}", key
-    )
+    scene.ask(rng, "before", ("What was it before?", f"What was the {m.name} before?"), f"{before} {m.unit}", key)
     return scene
 
 

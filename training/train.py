@@ -23,9 +23,9 @@ import tokenizer
 from probe import accuracy
 
 HERE = Path(__file__).resolve().parent
-STEPS, WARMUP, DECAY_FROM = 4000, 60, 0.7
+STEPS, WARMUP, DECAY_FROM = 3400, 60, 0.5
 SHORT_ROWS, SHORT_LENGTH = 16, 128
-FIRST_STEPS = 600
+FIRST_STEPS, LATE_FROM = 600, 1200
 LONG_ROWS, LONG_LENGTH, LONG_EVERY = 5, 384, 6
 MUON_LR, ADAM_LR = 0.006, 0.0015
 SEED = 1
@@ -72,16 +72,27 @@ def load(path: Path) -> tuple[model.Params, optimizer.State]:
 
 
 def rows(steps: int) -> Iterator[dict[str, np.ndarray]]:
-    """Short rows of short documents; every sixth batch is long rows of longer answers."""
+    """Look-ups first, then all kinds, then a mixture with more pronouns and with unknown requests.
+
+    After the first stage every sixth batch is long rows of longer answers.
+    """
     tok = tokenizer.load()
-    first = corpus.batches(corpus.documents(corpus.FIRST_SEED, corpus.FIRST), tok, SHORT_ROWS, SHORT_LENGTH)
-    short = corpus.batches(corpus.documents(corpus.SHORT_SEED, corpus.SHORT), tok, SHORT_ROWS, SHORT_LENGTH)
-    longer = corpus.batches(corpus.documents(corpus.LONG_SEED, corpus.LONG), tok, LONG_ROWS, LONG_LENGTH)
+
+    def short(seed: int, mix: corpus.Mix) -> Iterator[dict[str, np.ndarray]]:
+        return corpus.batches(corpus.documents(seed, mix), tok, SHORT_ROWS, SHORT_LENGTH)
+
+    def longer(seed: int, mix: corpus.Mix) -> Iterator[dict[str, np.ndarray]]:
+        return corpus.batches(corpus.documents(seed, mix), tok, LONG_ROWS, LONG_LENGTH)
+
+    first = short(corpus.FIRST_SEED, corpus.FIRST)
+    middle = short(corpus.SHORT_SEED, corpus.SHORT), longer(corpus.LONG_SEED, corpus.LONG)
+    late = short(corpus.LATE_SHORT_SEED, corpus.LATE_SHORT), longer(corpus.LATE_LONG_SEED, corpus.LATE_LONG)
     for step in range(steps):
+        brief, wide = middle if step < LATE_FROM else late
         if step < FIRST_STEPS:
             yield next(first)
         else:
-            yield next(longer) if step % LONG_EVERY == LONG_EVERY - 1 else next(short)
+            yield next(wide) if step % LONG_EVERY == LONG_EVERY - 1 else next(brief)
 
 
 def main() -> None:
@@ -91,7 +102,7 @@ def main() -> None:
     parser.add_argument("--decay-from", type=float, default=DECAY_FROM)
     parser.add_argument("--out", type=Path, default=HERE / "checkpoint.npz")
     parser.add_argument("--start", type=int, default=0, help="resume --out at this step")
-    parser.add_argument("--probe-every", type=int, default=100)
+    parser.add_argument("--probe-every", type=int, default=300)
     args = parser.parse_args()
     cfg = model.Config()
     params = model.init(cfg, tokenizer.tokens(), SEED)
@@ -104,9 +115,7 @@ def main() -> None:
         if step < args.start:
             continue
         scale = rate(step, args.steps, args.decay_from)
-        pace = optimizer.Pace(
-            jnp.float32(step + 1), jnp.float32(scale * MUON_LR), jnp.float32(scale * ADAM_LR)
-        )
+        pace = optimizer.Pace(jnp.float32(step + 1), jnp.float32(scale * MUON_LR), jnp.float32(scale * ADAM_LR))
         params, state, value = train_step(params, state, batch, pace, cfg)
         if step % 20 == 0:
             spent = time.monotonic() - began

@@ -56,11 +56,7 @@ def strings() -> list[str]:
             start = rng.randrange(len(text) + 1)
             parts.append(text[start : start + rng.randint(1, 12)])
             parts.append(
-                chr(
-                    rng.choice(
-                        (rng.randrange(32, 127), rng.randrange(160, 0x2FFF), rng.randrange(0x1F300, 0x1F640))
-                    )
-                )
+                chr(rng.choice((rng.randrange(32, 127), rng.randrange(160, 0x2FFF), rng.randrange(0x1F300, 0x1F640))))
             )
         out.append("".join(parts))
     return out[:N_STRINGS]

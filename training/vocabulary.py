@@ -72,9 +72,7 @@ ALARMS = (
     Alarm("DOOR", "open door", "Close the door", "warning", "door", "Water may get in"),
     Alarm("CPUH", "processor overload", "Move some traffic", "minor", "server", "Answers will be late"),
     Alarm("DISK", "full disk", "Delete old logs", "warning", "disk", "New logs will be lost"),
-    Alarm(
-        "CERT", "expired certificate", "Renew the certificate", "warning", "certificate", "Logins will fail"
-    ),
+    Alarm("CERT", "expired certificate", "Renew the certificate", "warning", "certificate", "Logins will fail"),
 )
 
 SYSTEMS = (

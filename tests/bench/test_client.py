@@ -102,7 +102,7 @@ def test_what_a_plain_server_does_not_tell_stays_none() -> None:
 
 def test_the_engines_own_account_goes_into_the_trace() -> None:
     account = ChatChunk(usage=Usage(120, 21, PromptTokensDetails(99)), timings=Timings(100, 500.0, 21, 2000.0, 20))
-    trace = play(says("yes"), says(end="stop"), account).trace
+    trace = play(says("yes"), account, says(end="stop")).trace
 
     assert (trace.prompt_tokens, trace.generated_tokens, trace.cached_tokens) == (120, 21, 20)
     assert (trace.prompt_n, trace.prompt_ms, trace.predicted_n, trace.predicted_ms) == (100, 500.0, 21, 2000.0)

@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from promptai.bench.events import Opened
 from promptai.bench.glossary import METRICS
+from promptai.bench.manifest import TargetFacts
 from promptai.bench.recorder import Recorder
 from promptai.bench.statistics import Metric
 from promptai.bench.summary import SCHEMA, Run, Summary, read_run, summarize, write_summary
@@ -107,7 +108,7 @@ def test_each_target_is_summarized_for_itself() -> None:
 
 
 def test_a_failed_request_that_was_made_again_counts_as_its_last_try(tmp_path: Path) -> None:
-    with Recorder(write_run(tmp_path, a_run(COLD[0]))) as recorder:
+    with Recorder(write_run(tmp_path, a_run(COLD[0], repeats=2))) as recorder:
         recorder.append(make_failure(conversation="a", turn=1), "")
         recorder.append(make_failure(conversation="b", turn=0), "")
     with Recorder(tmp_path) as resumed:
@@ -116,7 +117,7 @@ def test_a_failed_request_that_was_made_again_counts_as_its_last_try(tmp_path: P
     part = summarize(read_run(tmp_path)).targets[0].cold
 
     assert part is not None
-    assert (part.planned, part.answered, part.failed) == (3, 2, 1)
+    assert (part.planned, part.answered, part.failed) == (6, 2, 1)
     assert part.metrics["decode_tps"] == Metric(50 / 4, "tokens/s", 2)
 
 
@@ -183,6 +184,18 @@ def test_telemetry_counts_only_while_its_own_part_was_played() -> None:
     target = summarize(replace(a_run(COLD[0], warm, caches=("cold", "warm")), samples=samples)).targets[0]
 
     assert [part.metrics["cpu_percent"].value for part in (target.cold, target.warm) if part] == [50.0, 90.0]
+
+
+@pytest.mark.parametrize(
+    ("url", "cpu"), [("http://127.0.0.1:8080", 50.0), ("http://pi:8080", None)], ids=["here", "elsewhere"]
+)
+def test_what_this_machine_felt_says_nothing_about_another(url: str, cpu: float | None) -> None:
+    run = replace(a_run(COLD[0]), samples=[Sample(t=1.0, cpu_percent=50.0, throttled=1)])
+    target = summarize(replace(run, manifest=make_manifest(TALKS, [TargetFacts("m", url=url)]))).targets[0]
+
+    assert target.cold is not None
+    assert target.cold.metrics["cpu_percent"].value == cpu
+    assert ("throttled" in {finding.check for finding in target.findings}) is (cpu is not None)
 
 
 def test_every_metric_is_defined_in_the_glossary_and_the_other_way_round() -> None:

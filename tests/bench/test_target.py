@@ -74,3 +74,17 @@ def test_a_hash_tells_its_progress(tmp_path: Path) -> None:
 
     assert hashlib.sha256(data).hexdigest() == sha256_of(tmp_path / "file", pieces.append)
     assert pieces == [4 << 20, 1 << 20]
+
+
+@pytest.mark.parametrize(
+    ("facts", "here"),
+    [
+        pytest.param(FACTS, True, id="a-file"),
+        pytest.param(TargetFacts("s", url="http://localhost:8080"), True, id="localhost"),
+        pytest.param(TargetFacts("s", url="http://127.0.0.1:8080/v1"), True, id="loopback"),
+        pytest.param(TargetFacts("s", url="http://[::1]:8080"), True, id="loopback-6"),
+        pytest.param(TargetFacts("s", url="http://pi.local:8080"), False, id="another-machine"),
+    ],
+)
+def test_a_target_is_on_this_machine_or_on_another(facts: TargetFacts, here: object) -> None:
+    assert facts.here is here

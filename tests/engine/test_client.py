@@ -1,7 +1,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import pytest
 
@@ -80,7 +80,10 @@ async def reset(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
             id="wrong-type",
         ),
         pytest.param(
-            STREAM_HEAD + chunked(b"data: \xff\xfe\n\n") + END, EngineProtocolError, "broken event stream", id="not-utf-8"
+            STREAM_HEAD + chunked(b"data: \xff\xfe\n\n") + END,
+            EngineProtocolError,
+            "broken event stream",
+            id="not-utf-8",
         ),
         pytest.param(
             answer("200 OK", b"<html>Sign in</html>", "text/html"), EngineProtocolError, "without", id="web-page"
@@ -145,7 +148,11 @@ def test_silence_is_told_with_its_length() -> None:
     ("reply", "status", "kind"),
     [
         (answer("500 Oops", b"<h1>"), 500, None),
-        (answer("404 Not Found", b'{"error": {"message": "File Not Found", "type": "not_found_error"}}'), 404, "not_found_error"),
+        (
+            answer("404 Not Found", b'{"error": {"message": "File Not Found", "type": "not_found_error"}}'),
+            404,
+            "not_found_error",
+        ),
         (HELLO + chunked(b'data: {"error": {"type": "server_error"}}\n\n'), None, "server_error"),
     ],
     ids=["no-json", "envelope", "in-the-stream"],
@@ -199,15 +206,15 @@ def test_a_stream_is_given_chunk_by_chunk_without_keep_alives() -> None:
 
     found = arrivals(STREAM_HEAD + chunked(stream) + END)
 
-    assert ["hel", "lo"] == [arrival.chunk.choices[0].delta.content for arrival in found]
+    assert [arrival.chunk.choices[0].delta.content for arrival in found] == ["hel", "lo"]
 
 
 def test_events_of_one_read_carry_the_same_time() -> None:
     """They arrived together, whatever the parsing of the first took."""
     found = arrivals(STREAM_HEAD + chunked(b"".join(content(str(number)) for number in range(100))) + END)
 
-    assert 100 == len(found)
-    assert 1 == len({arrival.t for arrival in found})
+    assert len(found) == 100
+    assert len({arrival.t for arrival in found}) == 1
 
 
 def test_times_never_decrease_and_tell_reads_apart() -> None:
@@ -237,7 +244,7 @@ def test_done_is_the_end_even_when_the_connection_stays_open() -> None:
     """What comes after it, or does not come, is nobody's business."""
     after = chunked(DONE + b"data: garbage\n\n")
 
-    assert "hello" == text_of(arrivals(silent_after(HELLO + after)))
+    assert text_of(arrivals(silent_after(HELLO + after))) == "hello"
 
 
 def test_an_answer_in_single_bytes_is_whole() -> None:
@@ -245,7 +252,7 @@ def test_an_answer_in_single_bytes_is_whole() -> None:
     stream = content("grüße") + DONE
     single = b"".join(chunked(bytes([byte])) for byte in stream)
 
-    assert "grüße" == text_of(arrivals(STREAM_HEAD + single + b"0\r\n\r\n"))
+    assert text_of(arrivals(STREAM_HEAD + single + b"0\r\n\r\n")) == "grüße"
 
 
 def test_each_request_has_a_connection_of_its_own() -> None:
@@ -254,7 +261,7 @@ def test_each_request_has_a_connection_of_its_own() -> None:
     async def twice(client: EngineClient) -> list[str]:
         return [text_of(await chat(client)) for _ in range(5)]
 
-    assert ["hello"] * 5 == against(WHOLE, use=twice)
+    assert against(WHOLE, use=twice) == ["hello"] * 5
 
 
 def test_a_reader_that_leaves_closes_the_connection() -> None:
@@ -270,7 +277,8 @@ def test_a_reader_that_leaves_closes_the_connection() -> None:
     async def leave(client: EngineClient) -> bool:
         stream = client.stream_chat({})
         await anext(stream)
-        await stream.aclose()  # type: ignore[attr-defined]  a generator, typed as what callers may rely on
+        assert isinstance(stream, AsyncGenerator)
+        await stream.aclose()
         await asyncio.wait_for(gone.wait(), 5)
         return gone.is_set()
 
@@ -291,12 +299,12 @@ def test_a_request_says_what_it_wants_where_it_belongs(suffix: str) -> None:
 
     assert head.startswith(b"POST /v1/chat/completions HTTP/1.1\r\n")
     assert b"\r\nAuthorization: Bearer secret" in head
-    assert {
+    assert json.loads(body) == {
         "messages": [{"role": "user", "content": "hi"}],
         "max_tokens": 5,
         "stream": True,
         "stream_options": {"include_usage": True},
-    } == json.loads(body)
+    }
 
 
 def test_without_a_key_none_is_sent() -> None:

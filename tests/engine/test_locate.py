@@ -36,6 +36,10 @@ AVX = 1 | AVX2 = 1 | F16C = 1 | FMA = 1 | BMI2 = 1 | LLAMAFILE = 1 | OPENMP = 1 
 """
 WHEEL = "system_info: CPU : SSE3 = 1 | SSSE3 = 1 | AVX = 1 | AVX2 = 1 | F16C = 1 | FMA = 1 | REPACK = 1 | \n"
 FLAGS = EngineFlags(model="/m/yi.gguf", port=1, threads=1, context=1)
+FLAGS_AS_JSON = (
+    '{"model":"/m/yi.gguf","port":1,"threads":1,"context":1,"slots":1,"batch":512,"ubatch":512,'
+    '"cache_type_k":"f16","cache_type_v":"f16","cache_ram_mib":0,"mmap":true}'
+)
 
 
 def says(build: int) -> str:
@@ -142,7 +146,7 @@ def test_the_order_is_named_built_path_embedded(
     ] == [(engine.source, engine.command[0], engine.build) for engine in found[:3]]
     assert ("embedded", importlib.metadata.version("xllamacpp")) == (found[3].source, found[3].build)
     assert found[3].features
-    assert [True, False] == [found[3].embedded, found[0].embedded]
+    assert [found[3].embedded, found[0].embedded] == [True, False]
     assert found[0] == locate(named)
 
 
@@ -172,13 +176,15 @@ def test_an_engine_named_without_a_folder_is_the_one_in_this_folder(
 
 @pytest.mark.real
 @pytest.mark.usefixtures("nothing_installed")
-@pytest.mark.parametrize("lines", [("exit 0",), ("kill -SEGV $$",), ("echo '\\377\\376'",)], ids=["mute", "dies", "raw"])
+@pytest.mark.parametrize(
+    "lines", [("exit 0",), ("kill -SEGV $$",), ("echo '\\377\\376'",)], ids=["mute", "dies", "raw"]
+)
 def test_an_engine_that_does_not_say_what_it_is_can_still_be_used(script: Script, lines: tuple[str, ...]) -> None:
     """Its build and features are None, and its label says so."""
     engine = locate(script("my-server", *lines))
 
-    assert (None, None) == (engine.build, engine.features)
-    assert "llama-server of unknown build" == engine.label
+    assert (engine.build, engine.features) == (None, None)
+    assert engine.label == "llama-server of unknown build"
 
 
 @pytest.mark.real
@@ -198,10 +204,7 @@ def test_a_probe_loads_no_model_and_fetches_nothing(tmp_path: Path, script: Scri
         pytest.param(EngineBinary("PATH", ("/x/llama-server",), None, None), FLAGS.to_argv(), id="native"),
         pytest.param(
             EngineBinary("embedded", ("python", "-m", "x"), None, None),
-            [
-                '{"model":"/m/yi.gguf","port":1,"threads":1,"context":1,"slots":1,"batch":512,"ubatch":512,'
-                '"cache_type_k":"f16","cache_type_v":"f16","cache_ram_mib":0,"mmap":true}'
-            ],
+            [FLAGS_AS_JSON],
             id="embedded",
         ),
     ],

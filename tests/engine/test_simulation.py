@@ -62,7 +62,7 @@ def test_a_setting_that_is_not_one_is_refused(fields: dict[str, object]) -> None
 
 def test_an_idle_engine_does_nothing() -> None:
     """And takes no time over it."""
-    assert (0.0, []) == Scheduler(CONFIG).step(5.0)
+    assert Scheduler(CONFIG).step(5.0) == (0.0, [])
 
 
 @pytest.mark.parametrize("scale", [1.0, 20.0], ids=["as-set", "twenty-times-as-fast"])
@@ -74,9 +74,9 @@ def test_one_stream_has_exactly_the_rates_that_were_set(scale: float) -> None:
     played = play(Scheduler(config), asked)
 
     assert ends(played) == pytest.approx([2.0 / scale, 2.1 / scale, 2.2 / scale, 2.3 / scale], abs=EXACT)
-    assert [False, False, False, True] == [emissions[0].last for _, emissions in played]
+    assert [emissions[0].last for _, emissions in played] == [False, False, False, True]
     timings = asked.timings
-    assert (0, 100, 4) == (timings.cache_n, timings.prompt_n, timings.predicted_n)
+    assert (timings.cache_n, timings.prompt_n, timings.predicted_n) == (0, 100, 4)
     assert (timings.prompt_ms, timings.predicted_ms) == pytest.approx((2000 / scale, 300 / scale), abs=EXACT * 1000)
 
 
@@ -107,8 +107,8 @@ def test_more_requests_than_slots_wait_in_order_of_arrival() -> None:
 
     play(Scheduler(CONFIG), *asked)
 
-    assert [101.0, 102.1, 103.2] == pytest.approx([one.t_first for one in asked], abs=EXACT)
-    assert [1000.0] * 3 == pytest.approx([one.timings.prompt_ms for one in asked], abs=EXACT * 1000)
+    assert pytest.approx([one.t_first for one in asked], abs=EXACT) == [101.0, 102.1, 103.2]
+    assert pytest.approx([one.timings.prompt_ms for one in asked], abs=EXACT * 1000) == [1000.0] * 3
 
 
 def test_a_long_prompt_is_computed_in_batches_between_which_others_decode() -> None:
@@ -182,8 +182,8 @@ def test_a_request_goes_to_the_slot_that_knows_most_of_it() -> None:
     asked = request(120, 1, first=2000)
     play(scheduler, asked)
 
-    assert 100 == asked.cached
-    assert 2000 == scheduler.slots[2].cache[0]
+    assert asked.cached == 100
+    assert scheduler.slots[2].cache[0] == 2000
 
 
 def test_who_leaves_frees_the_slot_and_only_what_was_computed_is_remembered() -> None:
@@ -198,8 +198,8 @@ def test_who_leaves_frees_the_slot_and_only_what_was_computed_is_remembered() ->
     scheduler.drop(leaves_too)
     play(scheduler)
 
-    assert 64 == waits.cached
-    assert (None, None) == (left.t_first, leaves_too.t_first)
+    assert waits.cached == 64
+    assert (left.t_first, leaves_too.t_first) == (None, None)
     assert scheduler.idle
 
 
@@ -209,7 +209,7 @@ def test_an_empty_prompt_takes_nothing_from_the_cache() -> None:
 
     play(Scheduler(CONFIG), asked)
 
-    assert (0, 0) == (asked.timings.cache_n, asked.timings.prompt_n)
+    assert (asked.timings.cache_n, asked.timings.prompt_n) == (0, 0)
 
 
 def test_an_answer_goes_on_the_same_from_any_cut() -> None:
@@ -225,7 +225,7 @@ def test_an_answer_goes_on_the_same_from_any_cut() -> None:
         rest = Request(tokenize(continued), max_tokens=200, use_cache=True)
         assert whole.prompt + whole.generated[:cut] == rest.prompt
         assert "".join(pieces[cut:]) == text(play(Scheduler(config), rest), rest)
-        assert "stop" == rest.finish_reason
+        assert rest.finish_reason == "stop"
 
 
 def test_an_answer_depends_on_all_that_stands_before_it_and_on_nothing_else() -> None:
@@ -251,7 +251,7 @@ def test_the_mean_length_is_the_one_that_was_set() -> None:
 
     lengths = [len(one.generated) for one in asked]
     assert sum(lengths) / 2000 == pytest.approx(20, rel=0.1)
-    assert 100 == max(lengths)
+    assert max(lengths) == 100
     assert {"stop", "length"} == {one.finish_reason for one in asked}
 
 
@@ -278,9 +278,9 @@ def test_text_is_cut_into_pieces_of_at_most_six_characters(string: str, count: i
 
 def test_the_template_leaves_a_trailing_answer_open() -> None:
     """To be continued; otherwise it asks for a new one."""
-    assert "<|user|>a<|end|><|assistant|>b" == render([Message("user", "a"), Message("assistant", "b")])
-    assert "<|user|>a<|end|><|assistant|>" == render([Message("user", "a")])
-    assert "<|assistant|>" == render([])
+    assert render([Message("user", "a"), Message("assistant", "b")]) == "<|user|>a<|end|><|assistant|>b"
+    assert render([Message("user", "a")]) == "<|user|>a<|end|><|assistant|>"
+    assert render([]) == "<|assistant|>"
 
 
 def test_a_hash_folded_in_two_parts_is_the_hash_of_the_whole() -> None:
@@ -311,5 +311,5 @@ def test_every_process_gives_the_same_answer() -> None:
         for seed in ("1", "2")
     }
 
-    assert 1 == len(answers)
-    assert 20 == answers.pop().count(b"\n")
+    assert len(answers) == 1
+    assert answers.pop().count(b"\n") == 20

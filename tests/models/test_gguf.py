@@ -173,7 +173,7 @@ def test_a_file_cut_at_any_length_is_refused(store: Store) -> None:
             continue
         passed.append(length)
 
-    assert [] == passed
+    assert passed == []
     assert len(SHORT) == read_header(store(SHORT)).file_bytes
 
 
@@ -244,7 +244,7 @@ def mutate(generator: random.Random) -> bytes:
 def test_500_mutated_headers_end_in_a_model_error_or_a_header(store: Store) -> None:
     """Fast, in little memory, and what is read can be asked everything; the seed names the culprit."""
     read_header(store(RICH))  # imports count for nobody
-    outcomes = {"read": 0, "refused": 0}
+    refused: dict[int, str] = {}
     slowest = 0.0
     tracemalloc.start()
     for seed in range(500):
@@ -252,17 +252,16 @@ def test_500_mutated_headers_end_in_a_model_error_or_a_header(store: Store) -> N
         started = time.monotonic()
         try:
             ask_everything(read_header(path))
-            outcomes["read"] += 1
         except ModelError as error:
-            outcomes["refused"] += 1
-            assert "\n" not in error.message, seed
+            refused[seed] = error.message
         except Exception as error:  # noqa: BLE001  whatever it is, it is the finding
             pytest.fail(f"seed {seed}: {error!r}")
         slowest = max(slowest, time.monotonic() - started)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
 
-    assert min(outcomes.values()) > 20
+    assert 20 < len(refused) < 480
+    assert [seed for seed, message in refused.items() if "\n" in message] == []
     assert slowest < 1.0
     assert peak < 50e6
 
@@ -282,13 +281,13 @@ def test_a_synthetic_model_reads_back_as_what_was_written(small_model: Path) -> 
     matrices = 2 * 512 * 64 + 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
     norms = 5 * 64
 
-    assert (3, "llama", "small") == (header.version, header.architecture, header.name)
+    assert (header.version, header.architecture, header.name) == (3, "llama", "small")
     assert matrices + norms == header.parameters
     assert matrices // 32 * 18 + norms * 4 == header.tensor_bytes
-    assert "Q4_0" == header.quantization
-    assert 2 * 2 * (16 + 16) * 2 == header.kv_bytes_per_token()
-    assert 2 * 2 * (16 + 16) * 1.0625 == header.kv_bytes_per_token(bytes_per_value=1.0625)
-    assert (8192, 512) == (header.context_length, header.vocabulary)
+    assert header.quantization == "Q4_0"
+    assert header.kv_bytes_per_token() == 2 * 2 * (16 + 16) * 2
+    assert header.kv_bytes_per_token(bytes_per_value=1.0625) == 2 * 2 * (16 + 16) * 1.0625
+    assert (header.context_length, header.vocabulary) == (8192, 512)
     assert header.chat_template is None
     assert header.synthetic
     assert small_model.stat().st_size == header.file_bytes
@@ -301,12 +300,15 @@ def test_every_kind_of_value_is_read_and_long_arrays_are_only_counted(store: Sto
     """A vocabulary would be most of the memory and nobody asks for it."""
     header = read_header(store(RICH))
 
-    assert [1, 1, 1, 1, 1, 1, 1.0, True, 1, 1, 1.0] == [header.metadata[f"x.{kind}"] for kind in sorted(PACKED)]
-    assert {"llama.attention.head_count_kv": 4, "tokenizer.ggml.tokens": 100, "x.scores": 1025, "x.nested": 2} == (
-        header.array_lengths
-    )
+    assert [header.metadata[f"x.{kind}"] for kind in sorted(PACKED)] == [1, 1, 1, 1, 1, 1, 1.0, True, 1, 1, 1.0]
+    assert (header.array_lengths) == {
+        "llama.attention.head_count_kv": 4,
+        "tokenizer.ggml.tokens": 100,
+        "x.scores": 1025,
+        "x.nested": 2,
+    }
     assert {"tokenizer.ggml.tokens", "x.scores", "x.nested"}.isdisjoint(header.metadata)
-    assert "{{ messages }}" == header.chat_template
+    assert header.chat_template == "{{ messages }}"
     assert not header.synthetic
 
 
@@ -314,20 +316,20 @@ def test_a_file_that_says_nothing_is_named_after_itself(store: Store) -> None:
     """Version 2 without keys or tensors is a whole file all the same."""
     header = read_header(store(gguf([], version=2)))
 
-    assert ("unknown", "model", "unknown") == (header.architecture, header.name, header.quantization)
-    assert (0, 0, None, None) == (
+    assert (header.architecture, header.name, header.quantization) == ("unknown", "model", "unknown")
+    assert (
         header.parameters,
         header.tensor_bytes,
         header.context_length,
         header.kv_bytes_per_token(),
-    )
+    ) == (0, 0, None, None)
 
 
 def test_an_alignment_of_its_own_moves_the_data(store: Store) -> None:
     """64 instead of 32."""
     header = read_header(store(gguf([entry("general.alignment", U32, 64)]) + bytes(64)))
 
-    assert 64 == header.data_offset
+    assert header.data_offset == 64
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif not behaviour.metadata:
             self._answer(200, headers | {"Content-Type": "text/html"})
         else:
-            headers |= {"X-Repo-Commit": COMMIT, "X-Linked-Etag": f'"{ETAG}"', "X-Linked-Size": str(behaviour.announced)}
+            headers |= {
+                "X-Repo-Commit": COMMIT,
+                "X-Linked-Etag": f'"{ETAG}"',
+                "X-Linked-Size": str(behaviour.announced),
+            }
             # Another host, as with the hub's storage: the library stops here and fetches from there.
             storage = self.server.url.replace("127.0.0.1", "localhost")
             self._answer(302, headers | {"Location": f"{storage}/{ETAG}"})
@@ -170,7 +174,7 @@ def test_without_hub_and_cache_it_says_what_to_do(tmp_path: Path, offline: str) 
     """One line for what happened, one for what to do."""
     answer = ask(tmp_path, nobody(), HF_HUB_OFFLINE=offline)
 
-    assert "data set people/talks is not on this machine and the hub cannot be reached" == answer["message"]
+    assert answer["message"] == "data set people/talks is not on this machine and the hub cannot be reached"
     assert "fetch trees.jsonl elsewhere" in answer["hint"]
 
 
@@ -220,6 +224,6 @@ def test_a_file_is_fetched_once_and_then_found_without_the_hub(tmp_path: Path, h
     first = ask(tmp_path, server.url)
     again = ask(tmp_path, server.url)
 
-    assert CONTENT == Path(first["path"]).read_bytes()
-    assert ["HEAD", "GET all", "HEAD"] == server.seen
+    assert Path(first["path"]).read_bytes() == CONTENT
+    assert server.seen == ["HEAD", "GET all", "HEAD"]
     assert first == again == ask(tmp_path, nobody()) == ask(tmp_path, nobody(), HF_HUB_OFFLINE="1")

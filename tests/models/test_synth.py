@@ -65,7 +65,7 @@ def test_an_impossible_shape_is_refused(tmp_path: Path, change: dict[str, int]) 
     with pytest.raises(ModelError, match="cannot be written"):
         write_synthetic(tmp_path / "model.gguf", shape, name="x")
 
-    assert [] == files(tmp_path)
+    assert files(tmp_path) == []
 
 
 @pytest.mark.parametrize("target", ["occupied/model.gguf", "folder", "/proc/model.gguf"])
@@ -77,7 +77,7 @@ def test_where_nothing_can_be_written_nothing_is_left_behind(tmp_path: Path, tar
     with pytest.raises(ModelError, match="cannot write"):
         write_synthetic(tmp_path / target, TINY, name="x")
 
-    assert ["folder", "occupied"] == files(tmp_path)
+    assert files(tmp_path) == ["folder", "occupied"]
 
 
 @pytest.mark.real
@@ -95,8 +95,8 @@ def test_a_full_disk_leaves_what_was_there_before(tmp_path: Path) -> None:
     )
 
     assert f"cannot write {path}: File too large\n" == done.stdout
-    assert (["model.gguf"], "precious") == (files(tmp_path), path.read_text())
-    assert "" == done.stderr
+    assert (files(tmp_path), path.read_text()) == (["model.gguf"], "precious")
+    assert done.stderr == ""
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -109,8 +109,8 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     assert one == two
     assert one != other
     assert len(one) == len(other)
-    assert ["one", "other", "two"] == files(tmp_path)
-    assert ["model.gguf"] == files(tmp_path / "one")
+    assert files(tmp_path) == ["one", "other", "two"]
+    assert files(tmp_path / "one") == ["model.gguf"]
 
 
 def weights(shape: Shape) -> tuple[int, int]:
@@ -134,7 +134,7 @@ def test_the_size_is_that_of_the_arithmetic(tmp_path: Path, shape: Shape) -> Non
 
 def test_the_shape_of_tinyllama_has_its_number_of_weights() -> None:
     """1,100,048,384, as its card says."""
-    assert 1_100_048_384 == sum(weights(LLAMA_1B))
+    assert sum(weights(LLAMA_1B)) == 1_100_048_384
 
 
 def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from promptai.bench.manifest import TargetFacts
 from promptai.bench.summary import Run, summarize
 from promptai.errors import RunError
 from promptai.report import figures
@@ -48,6 +49,13 @@ def test_nothing_is_drawn_of_a_run_that_has_only_failed() -> None:
 
 def test_without_telemetry_the_figures_of_the_machine_are_left_out() -> None:
     assert list(drawn(make_run(with_telemetry=False))) == ABOUT_ANSWERS
+
+
+def test_a_server_on_another_machine_has_no_figures_of_this_one() -> None:
+    """The processor that got hot here is not the one that answered."""
+    manifest = replace(RUN.manifest, targets=(TargetFacts("m", url="http://pi:8080"),))
+
+    assert list(drawn(replace(RUN, manifest=manifest))) == ABOUT_ANSWERS
 
 
 def test_a_board_without_a_thermometer_has_no_figure_of_heat() -> None:

@@ -207,11 +207,13 @@ def test_a_run_without_telemetry_has_a_page() -> None:
 @pytest.mark.parametrize(
     ("targets", "words"),
     [
-        pytest.param((TargetFacts("m", url="http://pi:8080"),), "server at http://pi:8080", id="server"),
+        pytest.param((FACTS,), "m on Raspberry Pi 5", id="here"),
+        pytest.param((TargetFacts("m", url="http://pi:80"),), "m, measured from Raspberry Pi 5", id="elsewhere"),
+        pytest.param((TargetFacts("m", url="http://pi:80"),), "server at http://pi:80", id="server"),
         pytest.param((FACTS, replace(FACTS, name="second")), "second SHA-256", id="never-reached"),
     ],
 )
-def test_other_targets_have_a_page_too(targets: tuple[TargetFacts, ...], words: str) -> None:
+def test_the_page_tells_where_each_target_ran(targets: tuple[TargetFacts, ...], words: str) -> None:
     assert words in Page(page_of(replace(RUN, manifest=replace(RUN.manifest, targets=targets)))).text
 
 

@@ -7,7 +7,7 @@ PROPS_2024 = b"""{"system_prompt": "", "default_generation_settings": {"n_ctx": 
     "model": "models/yi-coder-1.5b.gguf", "seed": 4294967295, "temperature": 0.8, "samplers": ["top_k"]},
     "total_slots": 4, "chat_template": "chatml"}"""
 PROPS_2026 = b"""{"default_generation_settings": {"params": {"seed": 4294967295, "top_k": 40}, "n_ctx": 256},
-    "total_slots": 1, "model_alias": "s", "model_ftype": "Q4_0", "model_path": "s.gguf", "modalities": {"vision": false},
+    "total_slots": 1, "model_alias": "s", "model_ftype": "Q4_0", "model_path": "s.gguf", "modalities": {},
     "endpoint_slots": true, "ui_settings": {}, "build_info": "b11434-0c1e570", "chat_template": "{%- for m in x -%}"}"""
 TIMINGS_2024 = b"""{"prompt_n": 11, "prompt_ms": 98.5, "prompt_per_token_ms": 8.95, "prompt_per_second": 111.6,
     "predicted_n": 3, "predicted_ms": 60, "predicted_per_token_ms": 20.0, "predicted_per_second": 50.0}"""
@@ -36,7 +36,7 @@ COMPLETION_2026 = b"""{"index": 0, "content": "l", "tokens": [], "stop": true, "
         ),
         pytest.param(
             Completion,
-            b'{"content": "l", "completion_probabilities": [{"content": "l", "probs": [{"tok_str": "l", "prob": 0.2}]}]}',
+            b'{"content": "l", "completion_probabilities": [{"content": "l", "probs": [{"tok_str": "l", "prob": 1}]}]}',
             id="probabilities-of-2024",
         ),
         pytest.param(Completion, b'{"content": null}', id="content-null"),

@@ -51,7 +51,7 @@ def test_a_line_at_the_limit_is_taken() -> None:
 @pytest.mark.parametrize("stream", [b"", b"data: x", b"data: x\n", b"event: x\n\n", b"\n\n\r\n", b"id: 1\n\n"])
 def test_nothing_comes_of_what_is_no_whole_event(stream: bytes) -> None:
     """An event needs data and a blank line; at the end of the stream the rest is dropped."""
-    assert [] == feed(stream)
+    assert feed(stream) == []
 
 
 def test_a_cut_anywhere_changes_nothing() -> None:
@@ -63,7 +63,7 @@ def test_a_cut_anywhere_changes_nothing() -> None:
 
 def test_single_bytes_change_nothing() -> None:
     """The slowest network there is."""
-    assert EVENTS == feed(*(bytes([byte]) for byte in STREAM))
+    assert feed(*(bytes([byte]) for byte in STREAM)) == EVENTS
 
 
 @pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r", b"\r\r"], ids=["lf", "crlf", "cr"])
@@ -71,7 +71,7 @@ def test_an_event_is_given_with_the_byte_that_completes_it(end: bytes) -> None:
     """A carriage return ends the blank line; whether a line feed follows changes nothing about the event."""
     parser = SseParser()
 
-    assert [] == parser.feed(b"data: x" + end[:-1])
+    assert parser.feed(b"data: x" + end[:-1]) == []
     assert [SseEvent("x")] == parser.feed(end[-1:])
     assert [SseEvent("y")] == parser.feed(b"\ndata: y\n\n")
 

@@ -1,0 +1,80 @@
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.real
+
+GUARD = (sys.executable, "-m", "promptai.engine.guard")
+#: Starts a guarded program that would sleep for a minute, as engine.launch does, and tells its process id.
+PARENT = """
+import os, subprocess, sys
+child = subprocess.Popen(
+    [sys.executable, "-m", "promptai.engine.guard", "/bin/sh", "-c", "echo $$; exec sleep 60"],
+    env={**os.environ, "PROMPTAI_GUARD_PARENT": str(os.getpid())},
+)
+child.wait()
+"""
+
+
+def guarded(*program: str, parent: int | None) -> subprocess.CompletedProcess[str]:
+    """Run a program under the guard, as a child of the given process."""
+    return subprocess.run(
+        [*GUARD, *program],
+        env={**os.environ, "PROMPTAI_GUARD_PARENT": str(parent or os.getpid())},
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=60,
+    )
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, waited for or not."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_an_engine_dies_with_a_parent_that_is_killed() -> None:
+    """SIGKILL leaves the parent no time to say goodbye."""
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        engine = int(parent.stdout.readline())
+        assert not gone(engine)
+
+        parent.kill()
+        parent.wait()
+
+        give_up = time.monotonic() + 20
+        while not gone(engine) and time.monotonic() < give_up:
+            time.sleep(0.005)
+        assert gone(engine)
+
+
+def test_what_starts_after_its_parent_has_died_does_not_start() -> None:
+    """The kernel sends its signal at a death, not after it."""
+    nobody = 2**22 + 1  # above the largest process id that Linux gives
+    done = guarded("/bin/echo", "I live", parent=nobody)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_ctrl_c_is_left_to_the_parent_and_nothing_else_changes() -> None:
+    """The program ignores SIGINT, has no trace of the guard in its environment, and gets its arguments as they are."""
+    program = (
+        "import os, signal, sys; print(signal.getsignal(2).name, 'PROMPTAI_GUARD_PARENT' in os.environ, sys.argv[1:])"
+    )
+
+    done = guarded(sys.executable, "-c", program, "a b", "--x", parent=None)
+
+    assert done.stdout == "SIG_IGN False ['a b', '--x']\n"
+
+
+def test_the_exit_code_is_the_program_s_own() -> None:
+    """The guard becomes the program; there is no process between."""
+    assert guarded("/bin/sh", "-c", "exit 7", parent=None).returncode == 7

@@ -1,0 +1,363 @@
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import textwrap
+from pathlib import Path
+
+import psutil
+import pytest
+
+from promptai.engine.client import EngineClient
+from promptai.engine.embedded import EXIT_NO_WHEEL
+from promptai.engine.flags import EngineFlags
+from promptai.engine.launch import RunningEngine, explain_exit, free_port, port_taken
+from promptai.engine.locate import EngineBinary
+from promptai.errors import EngineStartError
+from support_engine import Script, until
+
+#: A llama-server that is always well, and does not care for being asked to end.
+STUBBORN = """
+    import http.server, signal, sys
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+    port = int(sys.argv[sys.argv.index("--port") + 1])
+    http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+ASSERTED = """\
+0.00.005.161 I srv    load_model: loading model 'sh.gguf'
+/src/ggml/src/ggml.c:5516: GGML_ASSERT(ggml_can_mul_mat(k, q)) failed
+[New LWP 32756]
+[Thread debugging using libthread_db enabled]
+#43 0x000055fc9bcc9081 in _start ()
+[Inferior 1 (process 32755) detached]
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A file that fake engines do not look into."""
+    path = tmp_path / "yi.gguf"
+    path.write_bytes(b"GGUF")
+    return path
+
+
+def engine_of(command: Path | tuple[str, ...] | EngineBinary, model: Path, *, port: int | None = None) -> RunningEngine:
+    """An engine beside its model's file, not started yet."""
+    if isinstance(command, Path):
+        command = (str(command),)
+    binary = EngineBinary("settings", command, None, None) if isinstance(command, tuple) else command
+    flags = EngineFlags(model=str(model), port=port or free_port(), threads=1, context=256)
+    return RunningEngine(binary, flags, log=model.with_suffix(".log"))
+
+
+async def start_and_stop(engine: RunningEngine) -> None:
+    """A start that may fail."""
+    async with engine:
+        pass
+
+
+def alive(pid: int | None) -> bool:
+    """Whether a process still runs; one that ended and was not waited for does not."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@pytest.mark.parametrize(
+    ("code", "log", "reason", "hint"),
+    [
+        pytest.param(
+            EXIT_NO_WHEEL,
+            "cannot import xllamacpp: libgomp.so.1: cannot open shared object file: No such file or directory\n",
+            "the system library libgomp.so.1 is missing",
+            "libgomp1",
+            id="libgomp",
+        ),
+        pytest.param(
+            EXIT_NO_WHEEL,
+            "cannot import xllamacpp: No module named 'xllamacpp'\n",
+            "the embedded engine cannot be imported: cannot import xllamacpp: No module named 'xllamacpp'",
+            "install promptai again",
+            id="no-wheel",
+        ),
+        pytest.param(
+            1,
+            "0.00 E srv         start: couldn't bind HTTP server socket, hostname: 127.0.0.1, port: 18765\n"
+            "0.00 E srv  llama_server: exiting due to HTTP server error\n",
+            "port 18765 is taken",
+            "--port",
+            id="port",
+        ),
+        pytest.param(
+            1,
+            "error: invalid argument: --cache-ram\n",
+            "this llama-server does not know --cache-ram",
+            "newer",
+            id="argument",
+        ),
+        pytest.param(
+            -signal.SIGABRT,
+            "terminate called after throwing an instance of 'std::bad_alloc'\n  what():  std::bad_alloc\n",
+            "not enough memory (std::bad_alloc)",
+            "smaller model",
+            id="bad-alloc",
+        ),
+        pytest.param(
+            1,
+            "E alloc_tensor_range: failed to allocate CPU buffer of size 12306496768\n"
+            "E llama_model_load: error loading model: unable to allocate CPU buffer\n",
+            "not enough memory (failed to allocate)",
+            "smaller model",
+            id="buffer",
+        ),
+        pytest.param(
+            1,
+            "error loading model: mmap failed: Cannot allocate memory\n",
+            "not enough memory (Cannot allocate memory)",
+            "smaller model",
+            id="mmap",
+        ),
+        pytest.param(
+            1,
+            "E llama_model_load: error loading model: tensor 'blk.1.ffn_down.weight' data is not within the file"
+            " bounds, model is corrupted or incomplete\nE srv init: exiting due to model loading error\n",
+            "the file is cut short or damaged",
+            "fetch the file again",
+            id="cut",
+        ),
+        pytest.param(
+            1,
+            "E gguf_init_from_reader: invalid magic characters: 'XXXX', expected 'GGUF'\n"
+            "E llama_model_load: error loading model: llama_model_loader: failed to load model from bad.gguf\n",
+            "the file is not a GGUF",
+            "fetch the file again",
+            id="magic",
+        ),
+        pytest.param(
+            1,
+            "E llama_model_load: error loading model: unknown model architecture: 'wooly'\n",
+            "this engine does not know the architecture wooly",
+            "newer engine",
+            id="architecture",
+        ),
+        pytest.param(
+            1,
+            "E llama_model_load: error loading model: missing tensor 'output_norm.weight'\nE failed to load model\n",
+            "missing tensor 'output_norm.weight'",
+            "fetch the file again",
+            id="other-loading",
+        ),
+        pytest.param(-signal.SIGKILL, "I slot: 3 tokens\n", "killed by signal 9 (SIGKILL)", "smaller model", id="oom"),
+        pytest.param(
+            -signal.SIGSEGV,
+            "one\n\n last one \n \n",
+            "killed by signal 11 (SIGSEGV); its last words: last one",
+            "another engine",
+            id="crash",
+        ),
+        pytest.param(-signal.SIGABRT, ASSERTED, "GGML_ASSERT(ggml_can_mul_mat(k, q)) failed", "another", id="assert"),
+        pytest.param(-99, "", "killed by signal 99 (unknown); its last words: none", "another engine", id="odd-signal"),
+        pytest.param(-35, "", "killed by signal 35 (", "another engine", id="real-time-signal"),
+        pytest.param(3, "boom\n", "exit code 3; its last words: boom", "promptai doctor", id="unknown"),
+        pytest.param(0, "", "exit code 0; its last words: none", "promptai doctor", id="wordless"),
+    ],
+)
+def test_every_end_is_one_sentence_and_what_to_do(code: int, log: str, reason: str, hint: str) -> None:
+    """Causes before consequences."""
+    why, advice = explain_exit(code, log)
+
+    assert reason in why
+    assert hint in advice
+    assert "\n" not in why + advice
+
+
+def test_last_words_are_cut_to_a_readable_length() -> None:
+    """A log may hold a whole template in a line."""
+    assert len(explain_exit(1, "x" * 100_000)[0]) < 300
+
+
+def test_a_port_that_is_taken_is_named_before_anything_starts(model: Path) -> None:
+    """Or the answers of somebody else's engine would be measured."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        engine = engine_of(Path("/bin/false"), model, port=port)
+
+        assert port_taken(port)
+        with pytest.raises(EngineStartError, match=f"port {port} on 127.0.0.1 is taken"):
+            asyncio.run(start_and_stop(engine))
+
+    assert not port_taken(port)
+    assert (engine.pid, engine.death()) == (None, None)
+
+
+def test_free_ports_are_free() -> None:
+    """And not always the same one."""
+    assert not any(port_taken(free_port()) for _ in range(3))
+
+
+@pytest.mark.real
+def test_an_engine_that_dies_while_loading_is_explained_by_its_own_log(model: Path, script: Script) -> None:
+    """And not by what an earlier one wrote into the same file."""
+    engine = engine_of(script("fake", "echo 'some words' >&2", "echo boom", "exit 3"), model)
+    engine.log.write_text("E gguf_init_from_reader: invalid magic characters: 'XXXX'\n")
+
+    with pytest.raises(EngineStartError, match=rf"could not load {model}: exit code 3; its last words: boom"):
+        asyncio.run(start_and_stop(engine))
+
+    assert "invalid magic" in engine.log.read_text()
+    assert not alive(engine.pid)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("mode", [None, 0o644], ids=["absent", "not-executable"])
+def test_an_engine_that_cannot_run_says_which_one(model: Path, script: Script, mode: int | None) -> None:
+    """It was there when it was located, and has gone since."""
+    path = model.parent / "gone" if mode is None else script("gone", mode=mode)
+
+    with pytest.raises(EngineStartError, match=str(path)):
+        asyncio.run(start_and_stop(engine_of(path, model)))
+
+
+def test_a_log_that_cannot_be_written_is_an_error_of_the_start(model: Path) -> None:
+    """The run's directory has gone, or the disk is read-only."""
+    engine = engine_of(Path("/bin/true"), model)
+    engine.log = model.parent / "gone" / "engine.log"
+
+    with pytest.raises(EngineStartError, match=r"could not be started: .*No such file"):
+        asyncio.run(start_and_stop(engine))
+
+
+@pytest.mark.real
+def test_a_model_that_has_gone_is_an_error_of_the_start(model: Path, script: Script) -> None:
+    """With its name, no traceback, and nothing left running."""
+    engine = engine_of(script("fake", "exec sleep 60"), model)
+    model.unlink()
+
+    with pytest.raises(EngineStartError, match=str(model)):
+        asyncio.run(start_and_stop(engine))
+
+    assert not alive(engine.pid)
+
+
+@pytest.mark.real
+def test_an_engine_that_never_answers_is_given_up_and_ended(
+    model: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the time that its file should take to load, with the place of its log."""
+    monkeypatch.setattr("promptai.engine.launch._START_BASE_S", 0.2)
+    engine = engine_of(script("fake", "exec sleep 60"), model)
+
+    with pytest.raises(EngineStartError, match="did not answer within") as caught:
+        asyncio.run(start_and_stop(engine))
+
+    assert str(engine.log) in caught.value.hint
+    assert not alive(engine.pid)
+
+
+@pytest.mark.real
+def test_a_start_that_is_interrupted_leaves_nothing_running(model: Path, script: Script) -> None:
+    """Ctrl-C while a large model loads."""
+    engine = engine_of(script("fake", "exec sleep 60"), model)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(start_and_stop(engine), 0.2))
+
+    assert engine.pid is not None
+    assert not alive(engine.pid)
+
+
+@pytest.mark.real
+def test_an_engine_that_will_not_end_is_ended(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Politely first; and to stop it twice does no harm."""
+    monkeypatch.setattr("promptai.engine.launch._STOP_S", 0.2)
+    engine = engine_of((sys.executable, "-c", textwrap.dedent(STUBBORN)), model)
+
+    asyncio.run(start_and_stop(engine))
+    engine.stop()
+
+    assert not alive(engine.pid)
+    assert not port_taken(engine.flags.port)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        pytest.param(lambda data: data[:-5000], "the file is cut short or damaged", id="cut-in-the-weights"),
+        pytest.param(lambda data: data[:500], "", id="cut-in-the-header"),
+        pytest.param(lambda data: b"XXXX" + data[4:], "the file is not a GGUF", id="not-a-gguf"),
+        pytest.param(
+            lambda data: data.replace(b"llama", b"wooly"), "the architecture wooly", id="unknown-architecture"
+        ),
+    ],
+)
+def test_the_embedded_engine_says_what_is_wrong_with_a_model(
+    tmp_path: Path, small_model: Path, embedded: EngineBinary, damage: object, reason: str
+) -> None:
+    """In the parent's words, from the log of a process that is gone."""
+    assert callable(damage)
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(damage(small_model.read_bytes()))
+    engine = engine_of(embedded, path)
+
+    with pytest.raises(EngineStartError) as caught:
+        asyncio.run(start_and_stop(engine))
+
+    assert caught.value.message.startswith(f"the engine could not load {path}: ")
+    assert reason in caught.value.message
+    assert "engine" in caught.value.hint or "fetch the file again" in caught.value.hint
+    assert not alive(engine.pid)
+
+
+@pytest.mark.real
+def test_an_engine_that_was_killed_is_suspected_to_have_taken_the_memory(
+    tmp_path: Path, small_model: Path, embedded: EngineBinary
+) -> None:
+    """While it lives there is nothing to say; then one sentence and what to do."""
+    engine = engine_of(embedded, small_model)
+    engine.log = tmp_path / "engine.log"
+
+    async def play() -> None:
+        async with engine, EngineClient(engine.base_url) as client:
+            assert await client.healthy()
+            assert engine.death() is None
+            assert engine.pid is not None
+            os.kill(engine.pid, signal.SIGKILL)
+            await until(died)
+
+    async def died() -> bool:
+        return engine.death() is not None
+
+    asyncio.run(play())
+    death = engine.death()
+
+    assert death is not None
+    assert death.message.startswith("the engine of small died: killed by signal 9")
+    assert "smaller model" in death.hint
+
+
+@pytest.mark.real
+def test_start_and_stop_leave_no_process_and_a_free_port(
+    tmp_path: Path, small_model: Path, embedded: EngineBinary
+) -> None:
+    """Twice in a row on the same port; the time to load is known."""
+    port = free_port()
+    for _ in range(2):
+        engine = engine_of(embedded, small_model, port=port)
+        engine.log = tmp_path / "engine.log"
+        assert engine.load_s is None
+        asyncio.run(start_and_stop(engine))
+
+        assert engine.load_s is not None
+        assert engine.load_s > 0
+        assert engine.pid is not None
+        assert not alive(engine.pid)
+        assert not port_taken(port)
