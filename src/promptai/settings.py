@@ -19,6 +19,7 @@ from typing import Literal
 import msgspec
 
 from promptai.errors import SettingsError
+from promptai.wire.malformed import MALFORMED
 
 CONFIG_NAME = "promptai.toml"
 
@@ -137,7 +138,7 @@ def _read(path: Path) -> Settings:
         return msgspec.toml.decode(path.read_bytes(), type=Settings)
     except OSError as error:
         raise SettingsError(f"settings {path} cannot be read: {error.strerror}", hint="check the path") from None
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except MALFORMED as error:
         raise SettingsError(f"settings {path}: {error}", hint=_suggest(str(error))) from None
 
 

@@ -45,10 +45,11 @@ def findings(
     traces: Sequence[Trace] = TRACES,
     samples: Sequence[Sample] = SAMPLES,
     cold: Mapping[str, Metric] | None = None,
+    telemetry_error: str | None = None,
 ) -> list[Finding]:
     """What is found when everything is as it should be but for what is given."""
     seen: dict[Cache, Mapping[str, Metric]] = {"cold": cold or metrics()}
-    return check_target(machine, facts, traces, samples, seen)
+    return check_target(machine, facts, traces, samples, seen, telemetry_error)
 
 
 def sampled(**fields: Any) -> list[Sample]:
@@ -96,6 +97,10 @@ FIRES = [
     pytest.param("throttled", {"samples": sampled(throttled=0b0010)}, "capped clock during 50%", id="capped-clock"),
     pytest.param("throttled", {"samples": sampled(throttled=0b0100)}, "throttling during 50%", id="throttling"),
     pytest.param("throttled", {"samples": sampled(throttled=0b1000)}, "soft temperature limit", id="soft-limit"),
+    pytest.param(
+        "throttled", {"samples": sampled(throttled=0b100 << 16)}, "between two samples", id="throttled-briefly"
+    ),
+    pytest.param("telemetry", {"telemetry_error": "disk full"}, "ended early: disk full", id="telemetry-died"),
     pytest.param("paging", {"samples": paged(2001)}, "2,001 pages", id="paging"),
     pytest.param("swapping", {"samples": sampled(swap_used_bytes=65 * MIB)}, "65 MiB", id="swapping"),
     pytest.param("background-load", {"samples": sampled(engine_cpu_percent=73.0)}, "12 %", id="background"),
@@ -106,7 +111,6 @@ FIRES = [
     pytest.param("wide-interval", {"cold": metrics(spread=0.08)}, "+-8 %", id="wide"),
 ]
 EXPLAINS = [
-    pytest.param("no-timings", {"traces": answered(prompt_ms=None)}, "prefill", id="no-timings"),
     pytest.param("simd", {"facts": engine(missing_features=("DOTPROD",))}, "DOTPROD", id="simd"),
     pytest.param("capped", {"traces": answered(finish_reason="length")}, "token limit", id="capped"),
     pytest.param("synthetic", {"facts": model(synthetic=True)}, "random", id="synthetic"),
@@ -138,7 +142,7 @@ def test_an_explanation_is_given_without_doubting_the_numbers(check: str, eviden
         pytest.param({"samples": []}, id="no-telemetry"),
         pytest.param({"samples": [Sample(t=sample.t) for sample in SAMPLES]}, id="a-board-that-tells-nothing"),
         pytest.param({"samples": [*SAMPLES, Sample(t=1000.0, throttled=0b1111, cpu_mhz=600.0)]}, id="after-the-end"),
-        pytest.param({"samples": sampled(throttled=0b1111 << 16)}, id="throttled-since-boot-but-not-now"),
+        pytest.param({"samples": [replace(s, throttled=0b1111 << 16) for s in SAMPLES]}, id="throttled-long-ago"),
         pytest.param({"samples": paged(1000)}, id="a-thousand-pages"),
         pytest.param({"samples": sampled(swap_used_bytes=64 * MIB)}, id="swap-of-64-mib"),
         pytest.param({"samples": [replace(s, swap_used_bytes=900 * MIB) for s in SAMPLES]}, id="old-swap"),
@@ -167,6 +171,13 @@ def test_pages_read_while_an_engine_loads_again_are_not_read_while_answering() -
     samples = [Sample(t=t, major_faults=faults) for t, faults in zip((1.0, 2.0, 100.5, 101.5), counts, strict=True)]
 
     assert findings(traces=[make_trace(), make_trace(at=100.0)], samples=samples) == []
+
+
+def test_a_server_without_timings_explains_its_prefill_and_its_cold_prompts() -> None:
+    """Where the cache cannot be switched off, each cold prompt begins with a salt."""
+    found = findings(traces=answered(prompt_ms=None))
+
+    assert [(finding.check, finding.serious) for finding in found] == [("salted", False), ("no-timings", False)]
 
 
 def test_failures_are_grouped_by_kind_with_a_remedy_each() -> None:

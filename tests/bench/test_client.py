@@ -1,12 +1,14 @@
 import asyncio
 import hashlib
+import re
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from promptai.bench.arrivals import Arrivals
-from promptai.bench.client import Played, TurnClient, describe
+from promptai.bench.client import Played, TurnClient, describe, salted
 from promptai.bench.plan import Protocol
 from promptai.bench.trace import Cache, Key
 from promptai.engine.client import Arrival, EngineClient
@@ -27,7 +29,7 @@ class Script(EngineClient):
 
     async def stream_chat(self, body: dict[str, Any]) -> AsyncGenerator[Arrival, None]:
         """Say it all."""
-        assert body["messages"] == ASKED
+        self.asked: list[Message] = body["messages"]
         for second, chunk in enumerate(self.chunks, start=1):
             yield Arrival(float(second), chunk)
         if self.failure is not None:
@@ -136,6 +138,33 @@ def test_a_plain_server_is_sent_standard_fields_only() -> None:
     body = client(Script([]), llama_server=False, seed=7, ignore_eos=True).body(ASKED, "cold", max_tokens=9)
 
     assert body == {"model": "m", "messages": ASKED, "max_tokens": 9, "temperature": 0, "seed": 7}
+
+
+@pytest.mark.parametrize(
+    ("cache", "llama_server", "same"),
+    [("cold", True, True), ("warm", True, True), ("warm", False, True), ("cold", False, False)],
+    ids=["cold-llama-server", "warm-llama-server", "warm-plain", "cold-plain"],
+)
+def test_a_cold_prompt_is_salted_where_the_cache_cannot_be_switched_off(
+    cache: Cache, llama_server: object, same: object
+) -> None:
+    server = Script([says("yes"), says(end="stop")])
+    turns = client(server, llama_server=bool(llama_server))
+    asyncio.run(turns.play(replace(KEY, cache=cache), ASKED, t_scheduled=0.0))
+
+    assert (server.asked == ASKED) is same
+
+
+def test_a_salt_is_the_same_for_every_target_and_another_for_every_prompt() -> None:
+    """The role and the text behind it stay; targets are compared on the same prompts."""
+    prompts = [*ASKED, Message("assistant", "because."), Message("user", "really?")]
+    keys = [KEY, *(replace(KEY, **{part: 1}) for part in ("repeat", "turn")), replace(KEY, conversation="b")]
+    salts = {salted(prompts, key)[0].content.removesuffix(" why?") for key in keys}
+
+    assert len(salts) == len(keys)
+    assert salted(prompts, KEY) == salted(prompts, replace(KEY, target="other"))
+    assert prompts[1:] == salted(prompts, KEY)[1:]
+    assert all(re.fullmatch(r"\[[0-9a-f]{8}\]", salt) for salt in salts)
 
 
 @pytest.mark.parametrize(("cache", "cached"), [("cold", False), ("warm", True)])

@@ -8,6 +8,7 @@ import pytest
 from promptai.bench.plan import (
     Protocol,
     Rates,
+    chars_per_token,
     context_needed,
     conversation_seconds,
     fit_budget,
@@ -144,22 +145,23 @@ def test_a_conversation_takes_its_prefill_and_three_answers(cache: Cache, prefil
 
 
 @pytest.mark.parametrize(
-    ("chars", "vocabulary", "max_tokens", "tokens"),
+    ("chars", "max_tokens", "tokens"),
     [
-        pytest.param(860, None, 212, 512, id="just-full"),
-        pytest.param(860, None, 213, 1024, id="one-token-more"),
-        pytest.param(8960, 32_000, 400, 3584, id="common-vocabulary"),
-        pytest.param(8960, 2_000, 400, 5632, id="small-vocabulary"),
+        pytest.param(560, 212, 512, id="just-full"),
+        pytest.param(560, 213, 1024, id="one-token-more"),
+        pytest.param(8960, 400, 5120, id="long-prompt"),
     ],
 )
-def test_context_holds_the_longest_prompt_and_its_answer(
-    chars: int, vocabulary: int | None, max_tokens: int, tokens: int
-) -> None:
-    """Three characters a token (1.8 in small vocabularies), 40 of template a message, rounded up to 512."""
+def test_context_holds_the_longest_prompt_and_its_answer(chars: int, max_tokens: int, tokens: int) -> None:
+    """Two characters a token here, 40 of template a message, rounded up to 512."""
     conversations = [talk("short", "x"), talk("long", "x" * chars)]
 
-    assert tokens == context_needed(conversations, max_tokens, vocabulary=vocabulary)
+    assert tokens == context_needed(conversations, max_tokens, chars_per_token=2.0)
 
 
 def test_context_without_conversations_holds_an_answer() -> None:
-    assert context_needed([], 500, vocabulary=None) == 512
+    assert context_needed([], 500, chars_per_token=3.0) == 512
+
+
+def test_a_small_vocabulary_needs_more_tokens_for_the_same_text() -> None:
+    assert chars_per_token(2_000) < chars_per_token(None) == chars_per_token(128_000)

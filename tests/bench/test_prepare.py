@@ -60,6 +60,13 @@ def describe(
     )
 
 
+def context_of(model: Path, wishes: EngineWishes) -> int:
+    """The context that its engine is started with for one conversation of four turns."""
+    engine = describe(model, wishes=wishes, conversations=(long_talk("a", turns=4, chars=900),))[0].engine
+    assert engine is not None
+    return engine.flags.context
+
+
 def no_engine() -> EngineBinary:
     raise EngineNotFoundError("there is no llama-server")
 
@@ -119,28 +126,30 @@ def test_one_engine_serves_all_model_files(model: Path) -> None:
     assert looked_for == ["engine"]
 
 
+def test_more_context_than_the_model_was_made_for_is_refused(model: Path) -> None:
+    with pytest.raises(SettingsError, match=f"{(1 << 22) + 1} is more than the {1 << 22} tokens") as refusal:
+        describe(model, wishes=EngineWishes(context=(1 << 22) + 1))
+
+    assert str(1 << 22) in refusal.value.hint
+
+
 @pytest.mark.parametrize(
     ("wishes", "context"),
     [
-        pytest.param(EngineWishes(), 4096, id="what-the-workload-needs"),
+        pytest.param(EngineWishes(), 7168, id="what-the-workload-needs"),
         pytest.param(EngineWishes(context=1000), 1000, id="what-was-asked-for"),
-        pytest.param(EngineWishes(slots=2), 8192, id="of-all-slots-together"),
+        pytest.param(EngineWishes(slots=2), 2 * 7168, id="of-all-slots-together"),
     ],
 )
 def test_the_context_is_what_is_needed_unless_it_is_asked_for(model: Path, wishes: EngineWishes, context: int) -> None:
-    engine = describe(model, wishes=wishes, conversations=(long_talk("a", turns=4, chars=900),))[0].engine
-
-    assert engine is not None
-    assert engine.flags.context == context
+    """A prompt of 6300 characters and 7 messages; a synthetic model has a token a byte."""
+    assert context == context_of(model, wishes)
 
 
-def test_the_context_is_never_larger_than_the_models_own(tmp_path: Path) -> None:
+def test_the_needed_context_is_never_larger_than_the_models_own(tmp_path: Path) -> None:
     small = write_synthetic(tmp_path / "small.gguf", replace(SHAPE, context=2048), name="Small")
 
-    for wishes in (EngineWishes(), EngineWishes(context=1 << 20)):
-        engine = describe(small, wishes=wishes, conversations=(long_talk("a", turns=4, chars=900),))[0].engine
-        assert engine is not None
-        assert engine.flags.context == 2048
+    assert context_of(small, EngineWishes()) == 2048
 
 
 def test_every_wish_is_a_flag_of_the_engine(model: Path) -> None:

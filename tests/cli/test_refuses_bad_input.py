@@ -107,6 +107,7 @@ def test_an_engine_that_dies_while_loading_says_why(small_model: Path, workload:
     done = promptai("bench", "odd.gguf", "--workload", workload, *ONE_THREAD, cwd=tmp_path)
 
     assert_refused(done, ENGINE, "odd.gguf", "lamma")
+    assert_nothing_left(tmp_path)
 
 
 def test_an_engine_that_is_killed_while_decoding_says_so_and_what_was_measured_stays(
@@ -139,12 +140,14 @@ def test_a_taken_port_is_named(small_model: Path, workload: Path, tmp_path: Path
         done = promptai("bench", small_model, "--workload", workload, "--port", port, cwd=tmp_path)
 
     assert_refused(done, ENGINE, f"port {port}", "taken")
+    assert_nothing_left(tmp_path)
 
 
 def test_nobody_at_a_url_is_said_in_one_line(workload: Path, tmp_path: Path) -> None:
     done = promptai("bench", "http://127.0.0.1:9", "--workload", workload, cwd=tmp_path)
 
     assert_refused(done, ENGINE, "no connection to http://127.0.0.1:9")
+    assert_nothing_left(tmp_path)
 
 
 @pytest.mark.parametrize(

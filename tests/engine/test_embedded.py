@@ -112,6 +112,23 @@ def test_it_is_what_its_flags_say(engine: RunningEngine) -> None:
     assert "llamacpp:prompt_tokens_total" in ask(engine, lambda client: client.metrics())
 
 
+@pytest.mark.parametrize("mmap", [False, True], ids=["read", "mapped"])
+def test_the_file_is_mapped_or_read_as_it_was_told(
+    tmp_path: Path,
+    small_model: Path,
+    embedded: EngineBinary,
+    mmap: bool,  # noqa: FBT001  a table
+) -> None:
+    """Which decides whether the weights are page cache that the kernel may drop."""
+    flags = EngineFlags(model=str(small_model), port=free_port(), threads=1, context=256, mmap=mmap)
+
+    async def play() -> str:
+        async with RunningEngine(embedded, flags, log=tmp_path / "engine.log") as running:
+            return Path(f"/proc/{running.pid}/maps").read_text()
+
+    assert (str(small_model) in asyncio.run(play())) is mmap
+
+
 @pytest.mark.parametrize(
     ("text", "tokens"),
     [("", []), ("hi", [104, 105]), ("ü", [195, 188]), ("a</s>b", [97, 257, 98])],

@@ -94,7 +94,9 @@ def test_a_full_disk_leaves_what_was_there_before(tmp_path: Path) -> None:
         timeout=60,
     )
 
-    assert f"cannot write {path}: File too large\n" == done.stdout
+    what, _, why = done.stdout.strip().rpartition(": ")
+    assert what == f"cannot write {path}"
+    assert why not in ("", "None")
     assert (files(tmp_path), path.read_text()) == (["model.gguf"], "precious")
     assert done.stderr == ""
 

@@ -46,6 +46,7 @@ class Evidence(msgspec.Struct, frozen=True):
     traces: list[Trace]
     during: list[Sample]
     metrics: Mapping[Cache, Mapping[str, Metric]]
+    telemetry_error: str | None = None
 
     @property
     def answered(self) -> list[Trace]:
@@ -59,9 +60,11 @@ def check_target(
     traces: Sequence[Trace],
     samples: Sequence[Sample],
     metrics: Mapping[Cache, Mapping[str, Metric]],
+    telemetry_error: str | None = None,
 ) -> list[Finding]:
     """Run every check on one target; serious findings come first."""
-    evidence = Evidence(machine, facts, list(traces), samples_during(traces, samples), metrics)
+    during = samples_during(traces, samples)
+    evidence = Evidence(machine, facts, list(traces), during, metrics, telemetry_error)
     found = [finding for check in _CHECKS for finding in check(evidence)]
     return sorted(found, key=lambda finding: not finding.serious)
 
@@ -75,6 +78,15 @@ def _failures(seen: Evidence) -> Iterator[Finding]:
             else "see the errors in traces.jsonl and the engine's log, then go on with --resume"
         )
         yield Finding("failures", f"{count} of {len(seen.traces)} requests failed ({kind})", action)
+
+
+def _telemetry(seen: Evidence) -> Iterator[Finding]:
+    if seen.telemetry_error is not None:
+        yield Finding(
+            "telemetry",
+            f"telemetry ended early: {seen.telemetry_error}",
+            "memory, CPU and heat are missing or cover a part of the run; measure again",
+        )
 
 
 def _few_values(seen: Evidence) -> Iterator[Finding]:
@@ -126,14 +138,17 @@ def _drift(seen: Evidence) -> Iterator[Finding]:
 
 
 def _throttled(seen: Evidence) -> Iterator[Finding]:
-    # Raspberry Pi bits: 0 under-voltage, 1 frequency capped, 2 throttled, 3 soft temperature limit.
+    # Raspberry Pi bits: 0 under-voltage, 1 frequency capped, 2 throttled, 3 soft temperature limit;
+    # 16 higher, the same since boot, which is why only a change counts.
     names = {0: "under-voltage", 1: "capped clock", 2: "throttling", 3: "soft temperature limit"}
     flags = [sample.throttled for sample in seen.during if sample.throttled is not None]
     for bit, name in names.items():
         share = sum(flag >> bit & 1 for flag in flags) / len(flags) if flags else 0
+        remedy = f"{'use the 27 W supply' if bit == 0 else 'cool the board'} and measure again"
         if share:
-            remedy = "use the 27 W supply" if bit == 0 else "cool the board"
-            yield Finding("throttled", f"{name} during {share:.0%} of the samples", f"{remedy} and measure again")
+            yield Finding("throttled", f"{name} during {share:.0%} of the samples", remedy)
+        elif flags and flags[-1] >> (bit + 16) & 1 and not flags[0] >> (bit + 16) & 1:
+            yield Finding("throttled", f"{name} happened between two samples", remedy)
 
 
 def _clock(seen: Evidence) -> Iterator[Finding]:
@@ -148,10 +163,9 @@ def _clock(seen: Evidence) -> Iterator[Finding]:
 
 
 def _memory_pressure(seen: Evidence) -> Iterator[Finding]:
-    faults = [sample.major_faults for sample in seen.during if sample.major_faults is not None]
     swap = [sample.swap_used_bytes for sample in seen.during if sample.swap_used_bytes is not None]
     # Weights are paged in during the warm-up. A fault costs a board about a millisecond.
-    growth = sum(max(0, after - before) for before, after in pairwise(faults))
+    growth = sum(max(0, after - before) for before, after in _neighbours(seen.during, lambda s: s.major_faults))
     if growth > 1000:
         yield Finding(
             "paging",
@@ -164,6 +178,18 @@ def _memory_pressure(seen: Evidence) -> Iterator[Finding]:
             f"swap grew by {(max(swap) - swap[0]) / 1024**2:.0f} MiB while answering",
             "use a smaller model or --context",
         )
+
+
+def _neighbours(samples: Sequence[Sample], read: Callable[[Sample], int | None]) -> Iterator[tuple[int, int]]:
+    """
+    Pairs of readings one sampling step apart.
+
+    Across a longer gap another target may have run, or the engine was loaded again.
+    """
+    for before, after in pairwise(samples):
+        first, second = read(before), read(after)
+        if first is not None and second is not None and after.t - before.t < 2.5:
+            yield first, second
 
 
 def _background(seen: Evidence) -> Iterator[Finding]:
@@ -218,6 +244,13 @@ def _not_deterministic(seen: Evidence) -> Iterator[Finding]:
 
 def _no_timings(seen: Evidence) -> Iterator[Finding]:
     if seen.answered and all(trace.prompt_ms is None for trace in seen.answered):
+        if "cold" in seen.metrics:
+            yield Finding(
+                "salted",
+                "the server cannot switch its cache off: each cold prompt began with a salt of about ten tokens",
+                "compare cold figures with those of a llama-server only roughly",
+                serious=False,
+            )
         yield Finding(
             "no-timings",
             "the server does not tell its timings: prefill cannot be told from waiting",
@@ -277,6 +310,7 @@ def _synthetic(seen: Evidence) -> Iterator[Finding]:
 
 _CHECKS: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
     _failures,
+    _telemetry,
     _cold_hits,
     _not_deterministic,
     _clocks_disagree,

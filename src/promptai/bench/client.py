@@ -2,7 +2,8 @@
 
 Knows two dialects: llama-server's, where the KV cache can be switched off and
 the engine tells its own timings, and plain OpenAI, where only the standard
-fields may be sent and what is not said stays ``None``.
+fields may be sent and what is not said stays ``None``. There a cold prompt begins
+with a salt instead, so that no cache can know it.
 
 What counts as the first token is decided here: role-only, empty and reasoning
 chunks do not. Several benchmarks got that wrong (guidellm #737, genai-bench
@@ -73,6 +74,8 @@ class TurnClient:
         failure: EngineError | None = None
         t_sent = self.now()
         try:
+            if key.cache == "cold" and not self._llama_server:
+                messages = salted(messages, key)
             await self._collect(account, self.body(messages, key.cache, max_tokens=self._protocol.max_tokens))
         except EngineError as error:
             failure = error
@@ -113,6 +116,16 @@ class TurnClient:
                 # Of a server with several slots one is used, or "warm" would depend on which one it picks.
                 body["id_slot"] = 0
         return body
+
+
+def salted(messages: list[Message], key: Key) -> list[Message]:
+    """
+    The same prompt behind eight hexadecimal digits that no other request begins with.
+
+    They depend on repeat, conversation and turn alone: every target is asked the same.
+    """
+    salt = hashlib.sha256(f"{key.repeat}/{key.conversation}/{key.turn}".encode()).hexdigest()[:8]
+    return [Message(messages[0].role, f"[{salt}] {messages[0].content}"), *messages[1:]]
 
 
 class _Account:

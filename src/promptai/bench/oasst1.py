@@ -8,10 +8,11 @@ every run together with the message ids it found:
 1. trees of the file ``2023-04-12_oasst_ready.trees.jsonl.gz`` whose root is English and not deleted;
 2. from the root on, the best-ranked reply that is English and not deleted (``rank`` 0 is
    the best; replies without a rank come last, ties by message id);
-3. cut after the last assistant message; at least 5 messages;
+3. at least 5 messages;
 4. ordered by the SHA-256 of the tree's id, the first 50.
 
-Trees are shallow, so that "5 turns" means messages here: three of the user, two of the assistant.
+Trees are shallow, so that "5 turns" means messages here: three of the user, two of the assistant
+between them. A last message of the user counts: it is a prompt whether or not somebody answered.
 Data set: Apache-2.0, https://huggingface.co/datasets/OpenAssistant/oasst1.
 """
 
@@ -25,6 +26,7 @@ import msgspec
 
 from promptai.bench.workload import Conversation, Workload, check_turns
 from promptai.errors import WorkloadError
+from promptai.wire.malformed import MALFORMED
 from promptai.wire.openai import Message
 
 NAME = "oasst1"
@@ -74,7 +76,7 @@ def load_oasst1(path: Path, *, source: str = NAME) -> Workload:
                 conversation = _best_path(tree.prompt)
                 if conversation is not None:
                     eligible.append((hashlib.sha256(tree.message_tree_id.encode()).hexdigest(), conversation))
-    except msgspec.MsgspecError as error:
+    except MALFORMED as error:
         raise WorkloadError(f"workload {path}, line {number}: {error}", hint=f"is it {FILENAME}?") from None
     except (OSError, EOFError, zlib.error) as error:
         raise WorkloadError(f"workload {path} cannot be read: {error}", hint="fetch it again") from None
@@ -94,8 +96,6 @@ def _best_path(root: _Node) -> Conversation | None:
         nodes.append(node)
         usable = [reply for reply in node.replies if _usable(reply)]
         node = min(usable, key=_preference, default=None)
-    while nodes and nodes[-1].role != "assistant":
-        nodes.pop()
     if len(nodes) < _MIN_MESSAGES:
         return None
     messages = [Message("user" if n.role == "prompter" else "assistant", n.text) for n in nodes]

@@ -135,7 +135,9 @@ def fit_budget(
     generator_for: Callable[[int], "Random"],
 ) -> list[Conversation]:
     """
-    The largest stratified part of the workload that fits ``budget_s``; empty when not even one does.
+    The largest stratified part of the workload that fits ``budget_s``.
+
+    Where no stratified part does, the shortest conversation alone; empty when not even that fits.
 
     Args:
         seconds: Estimated seconds of one conversation over all targets, caches and repeats.
@@ -145,25 +147,25 @@ def fit_budget(
         part = stratified(conversations, count, generator_for(count))
         if sum(seconds(conversation) for conversation in part) <= budget_s:
             return part
-    return []
+    shortest = min(conversations, key=seconds, default=None)
+    return [shortest] if shortest is not None and seconds(shortest) <= budget_s else []
 
 
-def context_needed(conversations: Iterable[Conversation], max_tokens: int, *, vocabulary: int | None) -> int:
+def chars_per_token(vocabulary: int | None) -> float:
     """
-    Tokens of context that the longest conversation needs, rounded up to 512.
+    Fewest characters a token that a vocabulary of this size can be expected to reach on technical English.
 
-    Assumes 3 characters a token, 1.8 for vocabularies below 16 k: fewer than
-    vocabularies reach on technical English (3.6 to 4.5 for 32 k to 256 k; 2.1 for
-    promptai-tiny's 2 k). A context that is too small loses conversations, one
-    that is a little too large costs some memory.
-
-    Args:
-        vocabulary: Tokens of the model's vocabulary; ``None`` when unknown.
+    Common ones reach 3.6 to 4.5 (32 k to 256 k tokens). Rather too few: a context that is too
+    small loses conversations, one that is a little too large costs some memory.
     """
-    per_token = 1.8 if vocabulary is not None and vocabulary < 16_000 else 3.0
+    return 1.8 if vocabulary is not None and vocabulary < 16_000 else 3.0
+
+
+def context_needed(conversations: Iterable[Conversation], max_tokens: int, *, chars_per_token: float) -> int:
+    """Tokens of context that the longest conversation needs, rounded up to 512."""
     # 40 characters a message stand for the marks of the chat template.
     longest = max((c.prompt_chars(c.user_turns - 1) + 40 * len(c.messages) for c in conversations), default=0)
-    return -(-(round(longest / per_token) + max_tokens) // 512) * 512
+    return -(-(round(longest / chars_per_token) + max_tokens) // 512) * 512
 
 
 def _weight(conversation: Conversation) -> int:

@@ -14,14 +14,22 @@ import msgspec
 from promptai.bench.manifest import TargetFacts
 from promptai.bench.oasst1 import FILENAME, REPOSITORY, load_oasst1
 from promptai.bench.oasst1 import NAME as OASST1
-from promptai.bench.plan import Protocol, Rates, context_needed, conversation_seconds, fit_budget, stratified
+from promptai.bench.plan import (
+    Protocol,
+    Rates,
+    chars_per_token,
+    context_needed,
+    conversation_seconds,
+    fit_budget,
+    stratified,
+)
 from promptai.bench.target import check_fits, describe_model, describe_url, is_url, sha256_of
 from promptai.bench.workload import EDGE_50, Conversation, Workload, load_bundled, load_jsonl
 from promptai.device.cpu import CpuFacts, default_threads
 from promptai.engine.flags import EngineFlags
 from promptai.engine.locate import EngineBinary, missing_features
 from promptai.errors import SettingsError, WorkloadError
-from promptai.models.gguf import read_header
+from promptai.models.gguf import GgufHeader, read_header
 from promptai.models.hub import fetch_dataset_file
 
 
@@ -93,9 +101,8 @@ def describe_targets(
             found.append(describe_url(source, name))
             continue
         header = headers[source]
-        needed = wishes.context or context_needed(conversations, protocol.max_tokens, vocabulary=header.vocabulary)
-        context = min(needed, header.context_length or needed)
-        check_fits(header, context * wishes.slots, available_bytes)
+        context = _context(header, conversations, protocol, wishes.context)
+        check_fits(header, context * wishes.slots, available_bytes, cache_type=wishes.cache_type)
         flags = EngineFlags(
             model=source,
             port=wishes.port,
@@ -176,6 +183,25 @@ def reload_selected(workload: Workload, sha256: str, selected: Iterable[str]) ->
         )
     by_id = {conversation.id: conversation for conversation in workload.conversations}
     return [by_id[id_] for id_ in selected]
+
+
+def _context(header: GgufHeader, conversations: Sequence[Conversation], protocol: Protocol, wished: int | None) -> int:
+    """Tokens of context of one slot: the user's, else what the workload needs, as far as the model goes."""
+    most = header.context_length
+    if wished is not None:
+        if most is not None and wished > most:
+            raise SettingsError(
+                f"--context {wished} is more than the {most} tokens that {header.path} was made for",
+                hint=f"give at most {most}",
+            )
+        return wished
+    needed = context_needed(
+        conversations,
+        protocol.max_tokens,
+        # Synthetic models have one token a byte.
+        chars_per_token=1.0 if header.synthetic else chars_per_token(header.vocabulary),
+    )
+    return min(needed, most or needed)
 
 
 def unique_names(names: Sequence[str]) -> list[str]:

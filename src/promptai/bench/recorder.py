@@ -28,6 +28,7 @@ from promptai.bench.events import Event
 from promptai.bench.manifest import Manifest
 from promptai.bench.trace import Key, Trace
 from promptai.errors import RunError
+from promptai.wire.malformed import MALFORMED
 
 T = TypeVar("T")
 
@@ -68,10 +69,12 @@ class Recorder:
                 self._files.append(path.open("ab", buffering=0))
             fcntl.flock(self._files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.__exit__()
             raise RunError(
                 f"run {self.directory} is being written by another process", hint="wait for it, or end it"
             ) from None
         except OSError as error:
+            self.__exit__()
             raise _unwritable(self.directory, error) from None
         return self
 
@@ -197,7 +200,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise RunError(
             f"{directory} is not a run: manifest.json: {error.strerror}", hint="give a directory below runs/"
         ) from None
-    except msgspec.MsgspecError as error:
+    except MALFORMED as error:
         raise RunError(f"{path} is damaged or of another version: {error}", hint="measure again") from None
 
 
@@ -223,7 +226,7 @@ def _read_lines(path: Path, kind: type[T]) -> list[T]:
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):
         try:
             found.append(decoder.decode(line))
-        except msgspec.MsgspecError as error:
+        except MALFORMED as error:
             raise RunError(
                 f"{path}, line {number} is damaged: {error}", hint="remove the line, or measure again"
             ) from None

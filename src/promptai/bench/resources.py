@@ -43,13 +43,22 @@ def resource_metrics(traces: Sequence[Trace], samples: Sequence[Sample]) -> dict
 
 
 def _joules_per_token(traces: Sequence[Trace], during: Sequence[Sample]) -> Metric:
-    """Mean power times the seconds of the requests, over generated tokens; gross, idle power included."""
+    """Mean power times the seconds in which requests ran, over generated tokens; gross, idle power included."""
     watts = [sample.watts for sample in during if sample.watts is not None]
-    seconds = sum(trace.t_end - trace.t_sent for trace in traces)
+    seconds = busy_seconds(traces)
     tokens = sum(trace.generated_tokens or 0 for trace in traces)
     if not watts or not tokens:
         return Metric(None, "J/token", 0)
     return Metric(sum(watts) / len(watts) * seconds / tokens, "J/token", len(watts))
+
+
+def busy_seconds(traces: Iterable[Trace]) -> float:
+    """Seconds in which at least one request was in progress: overlapping ones count once."""
+    total, end = 0.0, float("-inf")
+    for trace in sorted(traces, key=lambda t: t.t_sent):
+        total += max(0.0, trace.t_end - max(end, trace.t_sent))
+        end = max(end, trace.t_end)
+    return total
 
 
 def _values(samples: Iterable[Sample], field: Callable[[Sample], float | None]) -> list[float]:

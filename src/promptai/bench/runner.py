@@ -32,7 +32,7 @@ from promptai.bench.trace import Key
 from promptai.bench.workload import Conversation
 from promptai.device.telemetry import Telemetry
 from promptai.engine.client import SILENCE_S
-from promptai.errors import EngineDiedError
+from promptai.errors import EngineDiedError, SettingsError
 from promptai.wire.openai import Message
 
 _MAX_FAILURES_IN_A_ROW = 3
@@ -115,12 +115,15 @@ class Runner:
             EngineError: A target cannot be opened, died, or failed several times in a row.
             RunError: The run cannot be written.
         """
+        stages = self.remaining()
+        if not stages:
+            return
         targets = {target.name: target for target in self._manifest.targets}
         cpu_start, start = time.process_time(), time.monotonic()
         telemetry = Telemetry().start(self._recorder.directory / "telemetry.jsonl", origin=self.origin)
         try:
-            for name, stages in groupby(self.remaining(), key=lambda stage: stage.target):
-                await self._target(targets[name], list(stages), telemetry)
+            for name, group in groupby(stages, key=lambda stage: stage.target):
+                await self._target(targets[name], list(group), telemetry)
         finally:
             cpu_s, wall_s = time.process_time() - cpu_start, time.monotonic() - start
             cost = telemetry.stop()
@@ -141,6 +144,10 @@ class Runner:
     async def _target(self, facts: TargetFacts, stages: list[Stage], telemetry: Telemetry) -> None:
         log = self._recorder.directory / f"engine-{facts.name}.log"
         async with open_target(facts, log=log, api_key=self._api_key, silence_s=self._silence_s) as opened:
+            if self._protocol.ignore_eos and not opened.llama_server:
+                raise SettingsError(
+                    f"{facts.name} is no llama-server and cannot keep --ignore-eos", hint="leave --ignore-eos out"
+                )
             telemetry.watch(opened.pid)
             try:
                 client = turn_client(opened, self._protocol, origin=self.origin)

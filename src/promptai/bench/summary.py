@@ -115,6 +115,7 @@ def latest(traces: Sequence[Trace]) -> list[Trace]:
 def summarize(run: Run) -> Summary:
     """Derive the summary."""
     planned = run.manifest.workload.turns * run.manifest.protocol.repeats
+    costs = [event for event in run.events if isinstance(event, Cost)]
     targets = []
     for facts in run.manifest.targets:
         mine = [trace for trace in run.traces if trace.target == facts.name]
@@ -140,10 +141,10 @@ def summarize(run: Run) -> Summary:
                     mine,
                     samples,
                     {cache: part.metrics for cache, part in parts.items()},
+                    next((cost.telemetry_error for cost in costs if cost.telemetry_error), None),
                 ),
             )
         )
-    costs = [event for event in run.events if isinstance(event, Cost)]
     return Summary(
         run=run.directory,
         complete=_complete(run),
@@ -222,12 +223,12 @@ def _cached_share(traces: Sequence[Trace]) -> Metric:
 
 
 def _harness(costs: Sequence[Cost]) -> HarnessCost:
-    wall = sum(cost.wall_s for cost in costs)
-    measured = [cost for cost in costs if cost.telemetry_cpu_s is not None and cost.telemetry_wall_s]
+    wall_s = sum(cost.wall_s for cost in costs)
+    telemetry_s = sum(cost.telemetry_wall_s or 0 for cost in costs)
     cpu: float | None = None
-    if wall and measured:
-        telemetry = sum((c.telemetry_cpu_s or 0) / (c.telemetry_wall_s or 1) for c in measured) / len(measured)
-        cpu = 100 * (sum(cost.client_cpu_s for cost in costs) / wall + telemetry)
+    if wall_s and telemetry_s:
+        client_share = sum(cost.client_cpu_s for cost in costs) / wall_s
+        cpu = 100 * (client_share + sum(cost.telemetry_cpu_s or 0 for cost in costs) / telemetry_s)
     client = [cost.client_max_rss_bytes for cost in costs]
     sampler = [cost.telemetry_max_rss_bytes for cost in costs if cost.telemetry_max_rss_bytes is not None]
     return HarnessCost(

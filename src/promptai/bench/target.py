@@ -23,6 +23,8 @@ from promptai.errors import EngineDiedError, EngineRefusedError, ModelError, Mod
 from promptai.models.gguf import GgufHeader, read_header
 
 _GIB = 1024**3
+#: q8_0 holds 32 numbers and an f16 scale in 34 bytes.
+_BYTES_PER_VALUE = {"f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
 
 
 class OpenTarget(msgspec.Struct, frozen=True):
@@ -107,7 +109,7 @@ def describe_url(url: str, name: str) -> TargetFacts:
     if not usable:
         raise SettingsError(f"{url} is not a server's URL", hint="for example http://127.0.0.1:8080")
     if parts.username or parts.password:
-        raise SettingsError("a URL with a password would end up in the run", hint="use --api-key instead")
+        raise SettingsError("a URL with a password would end up in the run", hint="give it in PROMPTAI_API_KEY instead")
     return TargetFacts(name=name, url=url)
 
 
@@ -136,16 +138,18 @@ def describe_model(
     return TargetFacts(name=name, model=model, engine=facts)
 
 
-def check_fits(header: GgufHeader, context: int, available_bytes: int) -> None:
+def check_fits(header: GgufHeader, context: int, available_bytes: int, *, cache_type: str = "f16") -> None:
     """
     Refuse a model whose weights and KV cache alone exceed the memory that is left.
 
     Compute buffers come on top, so that this is a lower bound: it never refuses what would fit.
+    A model with a sliding window keeps less than its context; its cache counts as nothing here.
 
     Raises:
         ModelTooLargeError: With the numbers.
     """
-    kv_bytes = (header.kv_bytes_per_token() or 0) * context
+    per_token = header.kv_bytes_per_token(bytes_per_value=_BYTES_PER_VALUE[cache_type])
+    kv_bytes = 0 if header.sliding_window else (per_token or 0) * context
     needed = header.tensor_bytes + kv_bytes
     if needed > available_bytes:
         raise ModelTooLargeError(

@@ -18,6 +18,7 @@ from typing import Literal
 import msgspec
 
 from promptai.errors import WorkloadError
+from promptai.wire.malformed import MALFORMED
 from promptai.wire.openai import Message
 
 EDGE_50 = "edge-50"
@@ -187,7 +188,7 @@ def _parse(path: Path, number: int, line: bytes) -> Conversation:
             name, messages = plain.id, plain.messages
         else:
             raise _malformed(path, number, "it has neither 'messages' nor 'conversations'")
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except MALFORMED as error:
         raise _malformed(path, number, str(error)) from None
     reason = check_turns(messages)
     if reason is not None:

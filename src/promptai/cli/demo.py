@@ -3,11 +3,12 @@
 from typing import Any
 
 import click
+import msgspec
 from rich.console import Console
 
 from promptai.cli.bench import start
 from promptai.cli.measure import Output
-from promptai.settings import load_settings
+from promptai.settings import BenchSettings, load_settings
 
 _CONVERSATIONS = 10
 
@@ -27,7 +28,8 @@ def demo(*, as_json: bool) -> None:
     watches the machine meanwhile, prints a table and writes a report.
     """
     console = Console(stderr=as_json)
-    settings = load_settings()
+    # The demo is the same everywhere: of the user's settings, only those of the engine and the place apply.
+    settings = msgspec.structs.replace(load_settings(), bench=BenchSettings())
     options: dict[str, Any] = dict.fromkeys(
         (
             "workload",

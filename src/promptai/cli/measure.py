@@ -2,11 +2,12 @@
 
 Puts the parts together in their order (recorder, runner, progress, summary, report)
 and prints. The report is rendered by a process of its own: its JavaScript bundle
-takes over 100 MB for a second, which must not weigh on the board while an engine is loaded.
+takes over 200 MB for a second, which must not weigh on the board while an engine is loaded.
 """
 
 import asyncio
 import contextlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from promptai.bench.summary import read_run, summarize, write_summary
 from promptai.bench.target import open_target
 from promptai.bench.workload import Conversation
 from promptai.cli.progress import REDRAW_EVERY_S, RunProgress
-from promptai.errors import PromptAIError, RunError
+from promptai.errors import PromptAIError
 from promptai.report.table import print_summary
 
 
@@ -59,6 +60,7 @@ def measure(
     Whatever ends the playing early (Ctrl-C, a dead engine), what was measured is kept and shown.
     """
     ended: BaseException | None = None
+    fresh = not (directory / "traces.jsonl").exists()
     with Recorder(directory) as recorder, RunProgress(output.console) as progress:
         runner = Runner(manifest, conversations, recorder, progress, api_key=api_key, silence_s=silence_s)
         progress.begin(runner, conversations)
@@ -66,12 +68,11 @@ def measure(
             asyncio.run(_run(runner, progress))
         except (PromptAIError, KeyboardInterrupt) as error:
             ended = error
-    try:
-        show(directory, output)
-    except RunError:
-        # Nothing was measured: what ended it is the news.
-        if ended is None:
-            raise
+    if ended is not None and not recorder.traces:
+        if fresh:
+            shutil.rmtree(directory)  # nothing was measured, and nothing half-written stays
+        raise ended
+    show(directory, output)
     if ended is not None:
         line = f"what was measured is kept; go on with: promptai bench --resume {directory}"
         output.console.print(line, highlight=False, soft_wrap=True)

@@ -39,6 +39,7 @@ import msgspec
 from promptai.device.procfs import read_text, to_int
 from promptai.device.sample import Command, SamplerCost
 from promptai.device.sampler import Sampler, own_cpu_s
+from promptai.wire.malformed import MALFORMED
 
 EXIT_USAGE, EXIT_UNWRITABLE = 2, 3
 #: Two kernel ticks: below that, CPU shares are noise and the sampler becomes the load.
@@ -187,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         sys.stderr.write(f"telemetry cannot write {options.out}: {error}\n")
         code = EXIT_UNWRITABLE
-    except msgspec.DecodeError as error:
+    except MALFORMED as error:
         sys.stderr.write(f"telemetry was sent an unknown command: {error}\n")
         code = EXIT_USAGE
     sys.stdout.write(msgspec.json.encode(recording.cost()).decode() + "\n")

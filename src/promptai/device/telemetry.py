@@ -29,6 +29,7 @@ import msgspec
 
 from promptai.device.sample import Command, Sample, SamplerCost
 from promptai.errors import RunError
+from promptai.wire.malformed import MALFORMED
 
 __all__ = ["Sample", "Telemetry", "TelemetryCost", "read_samples"]
 
@@ -149,17 +150,19 @@ def read_samples(path: Path) -> list[Sample]:
     """
     Read a telemetry file; a last line that a crash or power cut left unfinished is left out.
 
+    No file is no samples: a run can be shared without its telemetry.
+
     Raises:
         OSError: The file cannot be read.
         RunError: Another line is no sample; names it.
     """
     decoder = msgspec.json.Decoder(Sample)
-    lines = path.read_bytes().splitlines()
+    lines = path.read_bytes().splitlines() if path.exists() else []
     samples: list[Sample] = []
     for number, line in enumerate(lines, start=1):
         try:
             samples.append(decoder.decode(line))
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except MALFORMED as error:
             if number < len(lines):
                 raise RunError(f"{path}, line {number}: not a telemetry sample: {error}") from error
     return samples

@@ -19,6 +19,7 @@ import msgspec
 
 from promptai.errors import EngineDiedError, EngineProtocolError, EngineRefusedError
 from promptai.wire.llamaserver import Completion, Props, Slot, Tokens
+from promptai.wire.malformed import MALFORMED
 from promptai.wire.openai import ChatChunk, ErrorEnvelope, ModelList
 from promptai.wire.sse import SseParser
 
@@ -150,7 +151,7 @@ class EngineClient:
     def _chunk(self, data: str) -> ChatChunk:
         try:
             chunk = msgspec.json.decode(data, type=ChatChunk)
-        except msgspec.MsgspecError as error:
+        except MALFORMED as error:
             raise EngineProtocolError(f"{self.base_url} sent a malformed chunk: {error}") from None
         if chunk.error is not None:
             raise EngineRefusedError(
@@ -169,7 +170,7 @@ class EngineClient:
     def _decode(self, path: str, data: bytes, kind: type[T]) -> T:
         try:
             return msgspec.json.decode(data, type=kind)
-        except msgspec.MsgspecError as error:
+        except MALFORMED as error:
             raise EngineProtocolError(f"{self.base_url}{path} answered something else than expected: {error}") from None
 
     async def _ok(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
@@ -197,7 +198,7 @@ class EngineClient:
     def _refused(self, status: int, data: bytes) -> EngineRefusedError:
         try:
             error = msgspec.json.decode(data, type=ErrorEnvelope).error
-        except msgspec.MsgspecError:
+        except MALFORMED:
             text = data[:200].decode("utf-8", "replace").strip()
             return EngineRefusedError(f"{self.base_url} answered HTTP {status}: {text}", status=status, kind=None)
         return EngineRefusedError(

@@ -22,8 +22,6 @@ def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if parent and os.getppid() != parent:
         sys.exit(0)  # the parent died before the line above: no signal will come
-    # Ctrl-C reaches the whole process group; the parent decides when the engine stops.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.execvp(sys.argv[1], sys.argv[1:])  # noqa: S606  becoming the program is the point
 
 

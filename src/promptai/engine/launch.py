@@ -80,6 +80,8 @@ class RunningEngine:
                 self._process = subprocess.Popen(  # noqa: S603  the located engine, no shell
                     [sys.executable, "-m", "promptai.engine.guard", *self.binary.arguments(self.flags)],
                     stdin=subprocess.DEVNULL,
+                    # A terminal's Ctrl-C goes to the whole process group; the parent decides when it stops.
+                    start_new_session=True,
                     stdout=sink,
                     stderr=sink,
                     env={**os.environ, "PROMPTAI_GUARD_PARENT": str(os.getpid())},
@@ -137,7 +139,9 @@ class RunningEngine:
                         return
                 await asyncio.sleep(_POLL_S)
         raise EngineStartError(
-            f"the engine did not answer within {allowed:.0f} s of its start", hint=f"its log is {self.log}"
+            f"the engine did not answer within {allowed:.0f} s of its start; its last words: "
+            f"{_last_line(self._log_tail())}",
+            hint="is the disk very slow, or the model on a network share?",
         )
 
     def _log_tail(self) -> str:

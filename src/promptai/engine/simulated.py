@@ -21,6 +21,7 @@ import msgspec
 from aiohttp import web
 
 from promptai.engine.simulation import Emission, Request, Scheduler, SimulationConfig, render, tokenize
+from promptai.wire.malformed import MALFORMED
 from promptai.wire.openai import Message
 
 _MAX_BODY_BYTES = 16 * 1024 * 1024
@@ -344,7 +345,7 @@ async def _event(response: web.StreamResponse, body: dict[str, Any]) -> None:
 async def _read(http: web.Request, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(await http.read(), type=kind)
-    except msgspec.MsgspecError as error:
+    except MALFORMED as error:
         raise _Rejected(400, "invalid_request_error", str(error)) from None
 
 

@@ -127,6 +127,11 @@ class GgufHeader(msgspec.Struct, frozen=True):
         return self._integer("context_length")
 
     @property
+    def sliding_window(self) -> int | None:
+        """Tokens that attention looks back where that is less than everything; ``None`` for most models."""
+        return self._integer("attention.sliding_window")
+
+    @property
     def vocabulary(self) -> int | None:
         """Number of tokens."""
         return self.array_lengths.get("tokenizer.ggml.tokens")

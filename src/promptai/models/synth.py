@@ -42,8 +42,8 @@ class Shape(msgspec.Struct, frozen=True):
     context: int = 8192
 
 
-#: The shape of TinyLlama-1.1B.
-LLAMA_1B = Shape(layers=22, width=2048, heads=32, kv_heads=4, ffn=5632, vocabulary=32_000)
+#: The shape of TinyLlama-1.1B, with a context that holds the bundled workload at one token a byte.
+LLAMA_1B = Shape(layers=22, width=2048, heads=32, kv_heads=4, ffn=5632, vocabulary=32_000, context=16_384)
 
 
 def write_synthetic(path: Path, shape: Shape, *, name: str, seed: int = 0) -> Path:

@@ -25,7 +25,7 @@ def quantity(value: float | None, unit: str) -> str:
     """A number with its unit, scaled to what people say: ms, MiB, %."""
     if value is None:
         return _MISSING
-    if unit == "s" and value < 1:
+    if unit == "s" and value < 0.9995:
         return f"{number(value * 1000)} ms"
     if unit == "s" and value >= 120:
         return f"{number(value / 60)} min"
