@@ -64,7 +64,7 @@ def stage(scene: Scene, asked: list[Question], rng: random.Random) -> list[Messa
     facts = list(scene.facts)
     if not scene.ordered:
         rng.shuffle(facts)
-        for _ in range(rng.choice((0, 0, 1, 2))):
+        for _ in range(rng.choice((0, 0, 0, 1))):
             facts.insert(rng.randint(0, len(facts)), rng.choice(NOISE))
     text, messages = " ".join(facts), list[Message]()
     kind = asked[0].kind

@@ -1,9 +1,10 @@
-"""A head start for reading: related tokens start alike, and a few heads start with a job.
+"""A head start for reading: related tokens start alike, and some heads start with a job.
 
-Answering from the context needs two heads in a row: one that tells each token what stood shortly before it, and
-one that looks for places with the same surroundings. Random weights need millions of tokens to find the pair,
-which is most of what two CPU cores can afford; set by hand, training starts behind that point. Everything stays
-trainable.
+To answer from the context, one head must tell each token what stood shortly before it, and a later head must
+find the place with the same surroundings. Random weights need millions of tokens to find such pairs, which is
+most of what two CPU cores can afford; set by hand, training starts behind that point. Everything stays
+trainable. Each look-back head writes to rows of the residual stream of its own, so that the matching heads of
+the next layer read clean copies.
 """
 
 from __future__ import annotations
@@ -11,54 +12,66 @@ from __future__ import annotations
 import numpy as np
 
 Weights = dict[str, np.ndarray]
-CONSTANT = 0.35  # the part of every embedding that is the same, in dimension 0
-SHARED, OWN = 0.045, 0.022  # how much of an embedding a word shares with its other spellings
-LOOK_BACK = ((1, 0.95), (2, 0.95), (3, 0.45), (4, 0.45), (1, 0.95))  # distance and sharpness, head by head
-MATCH_LAYERS = (1, 2)
-MATCH_HEADS = (0, 2, 3)
-WRITE, MATCH, COPY = 0.012, 0.3, 0.03
+CONSTANT = 0.35  # dimension 0, the same for every token: what look-back heads turn by position
+SPACE = 0.05  # dimension 1, whether a token starts with a space
+WORDS = slice(2, 96)  # what the token is
+SHARED, OWN = 0.06, 0.012  # the part that spellings of a word share, and the rest
+LOOK_BACK = {1: slice(96, 128), 2: slice(128, 160), 3: slice(160, 192)}  # distance to rows
+SHARP, WRITE, MATCH, COPY = 1.0, 0.03, 1.0, 0.03
+# head by head, what the matching layer compares: 0 is the token itself, otherwise a distance back
+MATCHES = ((3, 3), (3, 2), (0, 1), (1, 2), (3, 0))
+MATCH_LAYER, SECOND_LOOK_LAYER = 1, 2
 
 
 def embeddings(tokens: list[str], width: int) -> np.ndarray:
     """Random rows, alike for spellings that differ in a leading space or a capital letter."""
     rng = np.random.default_rng(12)
     bases: dict[str, np.ndarray] = {}
-    rows = []
-    for token in tokens:
-        name = token.removeprefix("\u0120").lower()
-        base = bases.setdefault(name, rng.normal(0.0, SHARED, width))
-        rows.append(base + rng.normal(0.0, OWN, width))
-    out = np.stack(rows).astype(np.float32)
+    size = WORDS.stop - WORDS.start
+    out = np.zeros((len(tokens), width), np.float32)
+    for row, token in enumerate(tokens):
+        base = bases.setdefault(token.removeprefix("\u0120").lower(), rng.normal(0.0, SHARED, size))
+        out[row, WORDS] = base + rng.normal(0.0, OWN, size)
+        out[row, 1] = SPACE if token.startswith("\u0120") else -SPACE
     out[:, 0] = CONSTANT
     return out
+
+
+def look_back(weights: Weights, layer: int, head: int, distance: int, geometry: tuple[int, np.ndarray]) -> None:
+    """Let a head attend to the token `distance` back, by the position-dependent half of its width."""
+    size, freq = geometry
+    half, fast, at = size // 2, size // 4, head * size
+    for name, phase in (("q", 0.0), ("k", float(distance))):
+        block = np.zeros((weights[name].shape[1], size), np.float32)
+        block[0, :fast] = SHARP * np.cos(phase * freq[:fast])
+        block[0, half : half + fast] = SHARP * np.sin(phase * freq[:fast])
+        weights[name][layer, :, at : at + size] = block
 
 
 def apply(weights: Weights, heads: int, rope_base: float) -> None:
     """Change freshly drawn weights in place."""
     width = weights["embed"].shape[1]
     size = width // heads
-    half, fast = size // 2, size // 4
-    freq = rope_base ** (-np.arange(half) * 2.0 / size)
+    freq = rope_base ** (-np.arange(size // 2) * 2.0 / size)
     rng = np.random.default_rng(11)
-    for head, (offset, sharp) in enumerate(LOOK_BACK):
-        at = head * size
-        for name, phase in (("q", 0.0), ("k", float(offset))):
-            block = np.zeros((width, size), np.float32)
-            block[0, :fast] = sharp * np.cos(phase * freq[:fast])
-            block[0, half : half + fast] = sharp * np.sin(phase * freq[:fast])
-            weights[name][0, :, at : at + size] = block
-        weights["v"][0, 0, at : at + size] = 0.0
-        weights["o"][0, at : at + size] = rng.normal(0.0, WRITE, (size, width))
+    project = np.zeros((width, size), np.float32)
+    project[WORDS] = np.linalg.qr(rng.normal(size=(WORDS.stop - WORDS.start, size)))[0]
     for layer in range(1, weights["v"].shape[0]):
         turn = np.linalg.qr(rng.normal(size=(width, width)))[0]
         weights["v"][layer], weights["o"][layer] = turn, COPY * turn.T
-    slow = np.r_[fast:half, half + fast : size]
-    for layer in MATCH_LAYERS:
-        for head in MATCH_HEADS:
-            at = head * size
-            past = np.linalg.pinv(weights["o"][0, at : at + size]) * MATCH
-            own = weights["v"][0, :, at : at + size]
-            seek, keep = {0: (own, past), 2: (past * 0.5, past), 3: (past, own)}[head]
-            for name, block in (("q", seek), ("k", keep)):
-                weights[name][layer, :, at : at + size] = 0.0
-                weights[name][layer][:, at + slow] = block[:, slow]
+    for head, (distance, rows) in enumerate(LOOK_BACK.items()):
+        at = head * size
+        look_back(weights, 0, head, distance, (size, freq))
+        look_back(weights, SECOND_LOOK_LAYER, head, distance, (size, freq))
+        weights["v"][0, :, at : at + size] = project
+        weights["o"][0, at : at + size] = 0.0
+        weights["o"][0, at : at + size, rows] = WRITE * np.eye(size)
+    slow = np.r_[size // 4 : size // 2, 3 * size // 4 : size]
+    for head, pair in enumerate(MATCHES):
+        for name, distance in zip(("q", "k"), pair, strict=True):
+            block = project.copy() if distance == 0 else np.zeros((width, size), np.float32)
+            if distance:
+                block[LOOK_BACK[distance]] = np.eye(size)
+            chosen = np.zeros((width, size), np.float32)
+            chosen[:, slow] = block[:, slow] * MATCH
+            weights[name][MATCH_LAYER, :, head * size : (head + 1) * size] = chosen

@@ -1,6 +1,7 @@
 """Scenes of things and people: what stands where, which link joins what, who visits when, what came first.
 
-Every answer is a name that occurs in the facts, or a count, or yes or no.
+Every answer is a name that occurs in the facts, or a count, or yes or no. Questions end with the name they ask
+about, which a very small model finds more easily than a name in the middle.
 """
 
 from __future__ import annotations
@@ -15,119 +16,55 @@ BAD_STATES = ("down", "broken", "old", "noisy", "hot", "dirty", "new", "wet", "l
 
 def places(rng: random.Random) -> Scene:
     """Cells and devices at sites."""
-    n = rng.choice((2, 3, 3, 4))
-    sites = rng.sample(SITES, n)
-    if rng.random() < 0.6:
-        names = [f"cell {i}" for i in rng.sample(range(1, 61), n)]
-    else:
-        names = [f"the {d}" for d in rng.sample(SINGULAR, n)]
-    shape = rng.choice(("{a} is at {s}.", "{a} stands at {s}.", "{s} hosts {b}."))
-    facts = [shape.format(a=cap(a), b=a, s=s) for a, s in zip(names, sites, strict=True)]
-    scene = Scene(facts)
+    n = rng.choice((2, 2, 3, 3))
+    sites, numbers = rng.sample(SITES, n), rng.sample(range(1, 61), n)
+    roll = rng.random()
+    if roll < 0.3:
+        scene = Scene([f"{s} hosts cell {k}." for s, k in zip(sites, numbers, strict=True)])
+        for s, k in zip(sites, numbers, strict=True):
+            scene.ask(rng, "which_cell", (f"Which cell is at {s}?", f"What is the cell at {s}?"), str(k), (s, k))
+        return scene
+    names = [f"cell {k}" for k in numbers] if roll < 0.65 else [f"the {d}" for d in rng.sample(SINGULAR, n)]
+    verb = rng.choice(("is", "stands"))
+    scene = Scene([f"{cap(a)} {verb} at {s}." for a, s in zip(names, sites, strict=True)])
     for a, s in zip(names, sites, strict=True):
-        scene.ask(
-            rng,
-            "where",
-            (f"Where is {a}?", f"At which site is {a}?", f"Which site hosts {a}?", f"Find {a}."),
-            s,
-            (a, s),
-        )
-        scene.ask(
-            rng,
-            "what_at",
-            (f"What is at {s}?", f"What does {s} host?", f"What stands at {s}?"),
-            cap(a),
-            (a, s),
-        )
-        asked = s if rng.random() < 0.5 else rng.choice(sites)
-        scene.ask(
-            rng,
-            "is_at",
-            (f"Is {a} at {asked}?", f"Does {asked} host {a}?"),
-            "Yes" if asked == s else "No",
-            (a, s, asked),
-        )
+        scene.ask(rng, "where", (f"Where is {a}?", f"At which site is {a}?", f"Which site has {a}?"), s, (a, s))
     return scene
 
 
 def links(rng: random.Random) -> Scene:
-    """Links between pairs of sites, each up or down."""
+    """Links between pairs of sites, or links that are up or down."""
     n = rng.choice((2, 2, 3))
     ends, numbers = rng.sample(SITES, 2 * n), rng.sample(range(1, 61), n)
-    down = [rng.random() < 0.4 for _ in range(n)]
-    facts = []
-    verb = rng.choice(("joins", "connects"))
-    for i in range(n):
-        state = "down" if down[i] else "up"
-        facts.append(f"Link {numbers[i]} {verb} {ends[2 * i]} and {ends[2 * i + 1]} and is {state}.")
-    scene = Scene(facts)
-    for i in range(n):
-        a, b, k = ends[2 * i], ends[2 * i + 1], numbers[i]
-        scene.ask(
-            rng,
-            "which_link",
-            (
-                f"Which link joins {a} and {b}?",
-                f"Which link connects {a} and {b}?",
-                f"Which link runs between {a} and {b}?",
-            ),
-            f"Link {k}",
-            (a, b, k),
-        )
-        scene.ask(
-            rng,
-            "joins",
-            (
-                f"What does link {k} join?",
-                f"Which sites does link {k} connect?",
-                f"Between which sites is link {k}?",
-            ),
-            f"{a} and {b}",
-            (a, b, k),
-        )
-        scene.ask(
-            rng,
-            "other_end",
-            (f"Link {k} starts at {a}. Where does it end?", f"What is the other end of link {k} from {a}?"),
-            b,
-            (a, b, k),
-        )
-        scene.ask(
-            rng,
-            "link_state",
-            (f"Is link {k} up?", f"Does link {k} work?"),
-            "No" if down[i] else "Yes",
-            (a, b, k, down[i]),
-        )
-    link_totals(scene, rng, ends, numbers, down)
+    pairs = list(zip(ends[:n], ends[n:], numbers, strict=True))
+    roll = rng.random()
+    if roll < 0.3:
+        scene = Scene([f"Link {k} joins {a} and {b}." for a, b, k in pairs])
+        for a, b, k in pairs:
+            joins = (f"Which sites are on link {k}?", f"What is joined by link {k}?")
+            scene.ask(rng, "joins", joins, f"{a} and {b}", (a, b, k))
+        return scene
+    if roll < 0.6:
+        scene = Scene([f"{a} and {b} share link {k}." for a, b, k in pairs])
+        for a, b, k in pairs:
+            which = (f"Which link joins {a} and {b}?", f"What is the link of {a} and {b}?")
+            scene.ask(rng, "which_link", which, str(k), (a, b, k))
+        return scene
+    return link_states(rng, numbers)
+
+
+def link_states(rng: random.Random, numbers: list[int]) -> Scene:
+    """Links by number, each up or down."""
+    down = [rng.random() < 0.4 for _ in numbers]
+    scene = Scene([f"Link {k} is {'down' if d else 'up'}." for k, d in zip(numbers, down, strict=True)])
+    for k, d in zip(numbers, down, strict=True):
+        state = (f"What is the state of link {k}?", f"How is link {k}?")
+        scene.ask(rng, "link_state", state, "Down" if d else "Up", (k, d, *numbers))
+        works = (f"Is there traffic on link {k}?", f"Can we use link {k}?")
+        scene.ask(rng, "link_works", works, "No" if d else "Yes", (k, d, *numbers))
+    count = ("How many links are down?", "How many links have failed?")
+    scene.ask(rng, "count_down", count, NUMBER_WORDS[sum(down)], (*numbers, *down))
     return scene
-
-
-def link_totals(scene: Scene, rng: random.Random, ends: list[str], numbers: list[int], down: list[bool]) -> None:
-    """Questions on all links at once."""
-    scene.ask(
-        rng,
-        "count_down",
-        ("How many links are down?", "How many links have failed?"),
-        NUMBER_WORDS[sum(down)],
-        (*numbers, *down),
-    )
-    if sum(down) == 1:
-        j = down.index(True)
-        scene.ask(
-            rng,
-            "link_down",
-            ("Which link is down?", "Which link has failed?"),
-            f"Link {numbers[j]}",
-            (*numbers, *down),
-        )
-        scene.ask(
-            rng,
-            "cut_off",
-            ("Which sites are affected?", "Which sites lost their link?"),
-            f"{ends[2 * j]} and {ends[2 * j + 1]}",
-            (*ends, *down),
-        )
 
 
 def pronouns(rng: random.Random) -> Scene:
@@ -151,26 +88,18 @@ def pronouns(rng: random.Random) -> Scene:
 
 def people(rng: random.Random) -> Scene:
     """Who works where, and on which day."""
-    n = rng.choice((2, 3))
-    names, sites, days = rng.sample(PEOPLE, n), rng.sample(SITES, n), rng.sample(DAYS, n)
-    shape = rng.choice(("{p} visits {s} on {d}.", "On {d} {p} visits {s}.", "{p} will be at {s} on {d}."))
-    scene = Scene([shape.format(p=p, s=s, d=d) for p, s, d in zip(names, sites, days, strict=True)])
-    for p, s, d in zip(names, sites, days, strict=True):
-        scene.ask(rng, "who", (f"Who visits {s}?", f"Who will be at {s}?", f"Who goes to {s}?"), p, (p, s, d))
-        scene.ask(
-            rng,
-            "whereto",
-            (f"Where does {p} go?", f"Which site does {p} visit?", f"Where will {p} be?"),
-            s,
-            (p, s, d),
-        )
-        scene.ask(
-            rng,
-            "when",
-            (f"When does {p} visit {s}?", f"On which day is {p} at {s}?", f"Which day does {p} go to {s}?"),
-            d,
-            (p, s, d),
-        )
+    n = rng.choice((2, 2, 3))
+    trips = list(zip(rng.sample(PEOPLE, n), rng.sample(SITES, n), rng.sample(DAYS, n), strict=True))
+    if rng.random() < 0.5:
+        scene = Scene([f"{p} visits {s} on {d}." for p, s, d in trips])
+        for p, s, d in trips:
+            scene.ask(rng, "whereto", (f"Where is {p}?", f"Which site is visited by {p}?"), s, (p, s, d))
+            scene.ask(rng, "when", (f"On which day is the visit at {s}?", f"When is the visit at {s}?"), d, (p, s, d))
+        return scene
+    scene = Scene([f"{s} expects {p} on {d}." for p, s, d in trips])
+    for p, s, d in trips:
+        scene.ask(rng, "who", (f"Who comes to {s}?", f"Who is expected at {s}?"), p, (p, s, d))
+        scene.ask(rng, "when", (f"On which day comes {p}?", f"When is the visit by {p}?"), d, (p, s, d))
     return scene
 
 

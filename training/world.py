@@ -59,8 +59,3 @@ def spread(rng: random.Random, n: int, gap: int = 4, low: int = 10, high: int = 
 def cap(text: str) -> str:
     """The text with its first letter in upper case."""
     return text[0].upper() + text[1:]
-
-
-def article(meaning: str) -> str:
-    """The meaning of an alarm as a noun phrase inside a sentence."""
-    return f"an {meaning}" if meaning[0] in "aeiou" else f"a {meaning}"

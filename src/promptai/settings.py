@@ -26,7 +26,7 @@ CONFIG_NAME = "promptai.toml"
 
 def _positive(section: str, **values: float | None) -> None:
     for name, value in values.items():
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # NaN is not above 0 either
             raise ValueError(f"{section}.{name} must be above 0, not {value}")
 
 

@@ -80,6 +80,12 @@ async def reset(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
             id="wrong-type",
         ),
         pytest.param(
+            STREAM_HEAD + chunked(b'data: {"x": ' + b"[" * 100_000 + b"\n\n") + END,
+            EngineProtocolError,
+            "malformed chunk",
+            id="nested-without-end",
+        ),
+        pytest.param(
             STREAM_HEAD + chunked(b"data: \xff\xfe\n\n") + END,
             EngineProtocolError,
             "broken event stream",
@@ -172,9 +178,10 @@ def test_a_refusal_carries_status_and_kind(reply: bytes, status: int | None, kin
         (lambda client: client.slots(), b'{"id": 0}'),
         (lambda client: client.tokenize("x"), b'{"tokens": ["x"]}'),
         (lambda client: client.models(), b"<html>"),
+        (lambda client: client.models(), b'{"data": [{"id": "\xff"}]}'),
         (lambda client: client.complete({}), b'{"content": null}'),
     ],
-    ids=["props", "slots", "tokenize", "models", "completion"],
+    ids=["props", "slots", "tokenize", "models", "not-utf-8", "completion"],
 )
 def test_an_answer_of_another_form_is_a_protocol_error(use: Use, body: bytes) -> None:
     """200 does not mean that it is what was asked for."""

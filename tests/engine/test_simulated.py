@@ -202,8 +202,9 @@ def test_while_it_loads_it_refuses_and_then_it_is_ready() -> None:
         ("/v1/chat/completions", b'{"messages": "x"}'),
         ("/completion", b'{"prompt": [1.5]}'),
         ("/tokenize", b"{}"),
+        ("/tokenize", b'{"content": "\xff"}'),
     ],
-    ids=["no-json", "role", "text", "fraction", "empty"],
+    ids=["no-json", "role", "text", "fraction", "empty", "not-utf-8"],
 )
 def test_a_request_that_is_none_is_refused_as_llama_server_does(path: str, body: bytes) -> None:
     """400, with the kind that clients look for."""

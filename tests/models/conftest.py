@@ -1,5 +1,7 @@
-"""One small synthetic model for the tests that only read it."""
+"""One small synthetic model for the tests that only read it, and a measure of memory."""
 
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,3 +15,15 @@ SMALL = Shape(layers=2, width=64, heads=4, kv_heads=2, ffn=128, vocabulary=512)
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two layers of random weights, 90 kB."""
     return write_synthetic(tmp_path_factory.mktemp("models") / "small.gguf", SMALL, name="small", seed=7)
+
+
+@pytest.fixture
+def traced_peak() -> Iterator[Callable[[], Callable[[], int]]]:
+    """Begin to count the bytes that Python holds; what comes back tells the most there were since."""
+
+    def begin() -> Callable[[], int]:
+        tracemalloc.start()
+        return lambda: tracemalloc.get_traced_memory()[1]
+
+    yield begin
+    tracemalloc.stop()

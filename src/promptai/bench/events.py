@@ -40,7 +40,7 @@ class Cost(msgspec.Struct, frozen=True, tag="cost", tag_field="event"):
     t: float
     wall_s: float
     client_cpu_s: float
-    client_max_rss_bytes: int
+    client_max_rss_bytes: int | None
     telemetry_cpu_s: float | None
     telemetry_wall_s: float | None
     telemetry_max_rss_bytes: int | None

@@ -12,6 +12,7 @@ line that was cut in the middle is dropped when reading.
 Synchronous on purpose: callers in an event loop use ``asyncio.to_thread``.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -31,6 +32,7 @@ from promptai.errors import RunError
 from promptai.wire.malformed import MALFORMED
 
 T = TypeVar("T")
+_FILES = ("traces.jsonl", "answers.jsonl", "events.jsonl")
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -50,24 +52,20 @@ class Recorder:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.traces = read_traces(directory)
-        self.answers = {answer.key: answer.text for answer in _read_lines(directory / "answers.jsonl", Answer)}
+        self.traces: list[Trace] = []
+        self.answers: dict[Key, str] = {}
         self._files: list[BinaryIO] = []
         self._writing = threading.Lock()
 
     def __enter__(self) -> Self:
         """
-        Open the files for appending.
+        Open the files for appending, and read what they hold.
 
         Raises:
-            RunError: They cannot be written, or another process is writing them.
+            RunError: They cannot be written, are damaged, or another process is writing them.
         """
         try:
-            for name in ("traces.jsonl", "answers.jsonl", "events.jsonl"):
-                path = self.directory / name
-                _drop_cut_line(path)
-                self._files.append(path.open("ab", buffering=0))
-            fcntl.flock(self._files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._open()
         except BlockingIOError:
             self.__exit__()
             raise RunError(
@@ -76,7 +74,21 @@ class Recorder:
         except OSError as error:
             self.__exit__()
             raise _unwritable(self.directory, error) from None
+        except RunError:
+            self.__exit__()
+            raise
         return self
+
+    def _open(self) -> None:
+        for name in _FILES:
+            self._files.append((self.directory / name).open("ab", buffering=0))
+        fcntl.flock(self._files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Only behind the lock: before it, what looks like a cut line may be another process's, half written.
+        for name in _FILES:
+            _drop_cut_line(self.directory / name)
+        self.traces = read_traces(self.directory)
+        answers = _read_lines(self.directory / "answers.jsonl", Answer)
+        self.answers = {answer.key: answer.text for answer in answers}
 
     def __exit__(self, *_exc: object) -> None:
         """Close the files."""
@@ -182,7 +194,8 @@ def write_whole(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise _unwritable(path.parent, error) from None
 
 

@@ -45,8 +45,9 @@ def resource_metrics(traces: Sequence[Trace], samples: Sequence[Sample]) -> dict
 def _joules_per_token(traces: Sequence[Trace], during: Sequence[Sample]) -> Metric:
     """Mean power times the seconds in which requests ran, over generated tokens; gross, idle power included."""
     watts = [sample.watts for sample in during if sample.watts is not None]
-    seconds = busy_seconds(traces)
-    tokens = sum(trace.generated_tokens or 0 for trace in traces)
+    counted = [trace for trace in traces if trace.generated_tokens is not None]
+    seconds = busy_seconds(counted)
+    tokens = sum(trace.generated_tokens or 0 for trace in counted)
     if not watts or not tokens:
         return Metric(None, "J/token", 0)
     return Metric(sum(watts) / len(watts) * seconds / tokens, "J/token", len(watts))

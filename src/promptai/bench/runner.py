@@ -14,7 +14,6 @@ earlier turns. It does not compute statistics and prints nothing.
 """
 
 import asyncio
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -30,6 +29,7 @@ from promptai.bench.recorder import Recorder, is_hopeless
 from promptai.bench.target import OpenTarget, open_target
 from promptai.bench.trace import Key
 from promptai.bench.workload import Conversation
+from promptai.device.memory import peak_rss_bytes
 from promptai.device.telemetry import Telemetry
 from promptai.engine.client import SILENCE_S
 from promptai.errors import EngineDiedError, SettingsError
@@ -132,7 +132,7 @@ class Runner:
                     t=time.monotonic() - self.origin,
                     wall_s=wall_s,
                     client_cpu_s=cpu_s,
-                    client_max_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                    client_max_rss_bytes=peak_rss_bytes(),
                     telemetry_cpu_s=cost.cpu_s,
                     telemetry_wall_s=cost.wall_s,
                     telemetry_max_rss_bytes=cost.max_rss_bytes,

@@ -49,6 +49,7 @@ class Bucket(msgspec.Struct, frozen=True):
 
     Attributes:
         low, high: Prompt tokens, ``low`` included, ``high`` not; ``None``: no upper bound.
+        rated: Requests that have each rate, by metric name.
         cv: Coefficient of variation of each rate within the bucket, by metric name.
         mean: Mean of each rate over the bucket's requests, by metric name.
     """
@@ -56,6 +57,7 @@ class Bucket(msgspec.Struct, frozen=True):
     low: int
     high: int | None
     n: int
+    rated: dict[str, int]
     mean: dict[str, float | None]
     cv: dict[str, float | None]
 
@@ -126,6 +128,7 @@ def buckets(traces: Sequence[Trace]) -> list[Bucket]:
                     low=low,
                     high=high,
                     n=len(inside),
+                    rated={name: int(v.size) for name, v in values.items()},
                     mean={name: float(v.mean()) if v.size else None for name, v in values.items()},
                     cv={name: coefficient_of_variation(v) for name, v in values.items()},
                 )
@@ -144,7 +147,7 @@ def cv_metrics(traces: Sequence[Trace], grouped: Sequence[Bucket]) -> dict[str, 
     result: dict[str, Metric] = {}
     for name, rate in _CV_OF.items():
         values = _present(rate(trace) for trace in traces)
-        inside = [(b.cv[name], b.n) for b in grouped]
+        inside = [(b.cv[name], b.rated[name]) for b in grouped]
         known = [(cv, n) for cv, n in inside if cv is not None]
         weight = sum(n for _, n in known)
         within = sum(cv * n for cv, n in known) / weight if weight else None

@@ -104,7 +104,13 @@ def read_run(directory: Path) -> Run:
     traces = latest(read_traces(directory))
     if not traces:
         raise RunError(f"run {directory} holds no request yet", hint="go on with promptai bench --resume")
-    return Run(directory.name, manifest, traces, read_samples(directory / "telemetry.jsonl"), read_events(directory))
+    return Run(
+        directory.resolve().name,
+        manifest,
+        traces,
+        read_samples(directory / "telemetry.jsonl"),
+        read_events(directory),
+    )
 
 
 def latest(traces: Sequence[Trace]) -> list[Trace]:
@@ -229,7 +235,7 @@ def _harness(costs: Sequence[Cost]) -> HarnessCost:
     if wall_s and telemetry_s:
         client_share = sum(cost.client_cpu_s for cost in costs) / wall_s
         cpu = 100 * (client_share + sum(cost.telemetry_cpu_s or 0 for cost in costs) / telemetry_s)
-    client = [cost.client_max_rss_bytes for cost in costs]
+    client = [cost.client_max_rss_bytes for cost in costs if cost.client_max_rss_bytes is not None]
     sampler = [cost.telemetry_max_rss_bytes for cost in costs if cost.telemetry_max_rss_bytes is not None]
     return HarnessCost(
         cpu_percent_of_one_core=Metric(cpu, "%", len(costs)),

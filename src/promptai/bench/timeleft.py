@@ -34,6 +34,7 @@ class TimeLeft:
         self._rates: dict[str, Rates] = {}
         self._seen: dict[Group, tuple[float, float]] = {}
         self._finished_s = 0.0
+        self._finished = 0
 
     def opened(self, target: str, rates: Rates) -> None:
         """Learn what a target can do."""
@@ -42,6 +43,7 @@ class TimeLeft:
     def played(self, key: Key, seconds: float) -> None:
         """A request is finished and took ``seconds``."""
         self._finished_s += seconds
+        self._finished += 1
         chars = self._chars.pop(key, None)
         if chars is None:
             return
@@ -62,8 +64,9 @@ class TimeLeft:
         ]
         unknown = sum(left.count for group, left in self._left.items() if group[0] not in self._rates)
         total, count = sum(seconds for seconds, _ in known), sum(count for _, count in known)
-        # A target that has not been opened yet counts like those that have.
-        return total + (unknown * total / count if count else 0.0)
+        # A target that has not been opened yet counts like those that have, their finished requests included.
+        requests = count + self._finished
+        return total + (unknown * (total + self._finished_s) / requests if requests else 0.0)
 
     def share(self) -> float:
         """Finished share of the run's seconds, 0 to 1."""

@@ -15,6 +15,7 @@ Does not tell shared pages apart: a file mapped by two processes of one tree is
 counted twice (PSS would cost milliseconds a read: smaps walks the page tables).
 """
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -137,3 +138,14 @@ def _inactive_file(group: Path, version: int) -> int:
         if name == wanted:
             return to_int(value) or 0
     return 0
+
+
+def peak_rss_bytes() -> int | None:
+    """
+    The most memory that this process itself has held (``VmHWM``).
+
+    Not getrusage's ``ru_maxrss``: execve carries the parent's peak over into it, so
+    that a small child of a large parent would be reported as large.
+    """
+    found = re.search(r"^VmHWM:\s+(\d+) kB", read_text(_HERE / "proc/self/status") or "", re.MULTILINE)
+    return int(found[1]) * 1024 if found else None

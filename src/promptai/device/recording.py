@@ -26,7 +26,6 @@ one core and 18 MB; 0.4 % where each sample starts ``vcgencmd`` twice.
 import argparse
 import math
 import os
-import re
 import select
 import signal
 import stat
@@ -36,6 +35,7 @@ from pathlib import Path
 
 import msgspec
 
+from promptai.device.memory import peak_rss_bytes
 from promptai.device.procfs import read_text, to_int
 from promptai.device.sample import Command, SamplerCost
 from promptai.device.sampler import Sampler, own_cpu_s
@@ -146,7 +146,7 @@ class Recording:
             cpu_s=round(cpu_s, 6),
             wall_s=round(wall_s, 6),
             cpu_percent_of_one_core=round(100 * cpu_s / wall_s, 3),
-            max_rss_bytes=_peak_rss(),
+            max_rss_bytes=peak_rss_bytes(),
             energy_source=self._sampler.energy_source,
         )
 
@@ -157,12 +157,6 @@ class Recording:
         while line:
             line = line[os.write(self._out, line) :]
         self.samples += 1
-
-
-def _peak_rss() -> int | None:
-    # Not getrusage's ru_maxrss: execve carries the parent's peak over into it.
-    found = re.search(r"^VmHWM:\s+(\d+) kB", read_text(Path("/proc/self/status")) or "", re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -53,7 +53,9 @@ class Figure(msgspec.Struct, frozen=True):
 def draw(run: Run, summary: Summary) -> list[Figure]:
     """Every figure that the run has data for."""
     found = [_prompt_lengths(run), _throughput(summary), _latency(summary), _first_token(run)]
-    found += [_steadiness(run, summary), _memory(run.samples), _cpu(run.samples), _heat(run.samples)]
+    # This machine's readings are about the targets on it; a server elsewhere has its own.
+    samples = run.samples if any(target.here for target in run.manifest.targets) else []
+    found += [_steadiness(run, summary), _memory(samples), _cpu(samples), _heat(samples)]
     return [figure for figure in found if figure is not None]
 
 

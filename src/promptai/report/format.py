@@ -11,7 +11,7 @@ def number(value: float | None) -> str:
         return _MISSING
     if value == 0:
         return "0"
-    magnitude = abs(value)
+    magnitude = abs(float(f"{value:.3g}"))  # rounded first: 9.999 is 10.0, not 10.00
     if magnitude >= 100:
         return f"{value:,.0f}"
     if magnitude >= 10:

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from promptai.bench.manifest import Manifest
 from promptai.bench.recorder import write_whole
 from promptai.bench.summary import Run, Summary
+from promptai.errors import RunError
 from promptai.report import format as fmt
 from promptai.report.figures import Figure, draw, javascript, to_png, to_svg
 from promptai.report.rows import ROWS
@@ -38,7 +39,10 @@ def write_report(directory: Path, run: Run, summary: Summary) -> Path:
 def write_figures(directory: Path, run: Run, summary: Summary) -> list[Path]:
     """Write every figure as SVG and PNG into ``figures/``; raises ``RunError``."""
     folder = directory / "figures"
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error.strerror}", hint="check its permissions") from None
     written = []
     for figure in draw(run, summary):
         for suffix, data in ((".svg", to_svg(figure).encode()), (".png", to_png(figure))):

@@ -12,7 +12,13 @@ from promptai.report.rows import ROWS
 def print_summary(summary: Summary, console: Console) -> None:
     """Print what was measured, what to doubt, and what measuring cost."""
     for target in summary.targets:
+        name = f"[bold]{escape(target.name)}[/]{' (synthetic weights)' if target.synthetic else ''}"
+        if target.cold is None and target.warm is None:
+            console.print(f"{name}: nothing was measured", highlight=False)
+            continue
+        console.print(name, highlight=False)
         console.print(_table(target))
+        console.print(_caption(target), highlight=False, style="dim")
         for finding in target.findings:
             mark = "[yellow]doubt[/]" if finding.serious else "[cyan]note[/] "
             console.print(f"{mark}  {escape(finding.message)}: {escape(finding.action)}", highlight=False)
@@ -29,9 +35,7 @@ def print_summary(summary: Summary, console: Console) -> None:
 
 def _table(target: TargetSummary) -> Table:
     parts = [(name, part) for name, part in (("cold", target.cold), ("warm", target.warm)) if part is not None]
-    title = f"{escape(target.name)}{' (synthetic weights)' if target.synthetic else ''}"
-    table = Table(title=title, title_justify="left", caption=_caption(target), caption_justify="left")
-    table.add_column("")
+    table = Table("")
     for name, part in parts:
         table.add_column(f"{name} (n = {part.answered})", justify="right")
     for name, label in ROWS.items():

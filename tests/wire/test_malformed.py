@@ -1,0 +1,25 @@
+import msgspec
+import pytest
+
+from promptai.wire.malformed import MALFORMED
+from promptai.wire.openai import ChatChunk
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{nope",
+        b"[]",
+        b'{"choices": 1}',
+        b'{"error": {"message": "\xff"}}',
+        b"\xff\xfe",
+        b'{"x": ' + b"[" * 100_000,
+        b'{"x": ' + b'{"y": ' * 100_000,
+    ],
+    ids=["empty", "half", "list", "type", "not-utf-8-inside", "not-utf-8", "arrays-without-end", "objects-without-end"],
+)
+def test_whatever_bytes_come_the_failure_is_one_of_these(data: bytes) -> None:
+    """So that nobody who decodes a stranger's bytes shows a traceback."""
+    with pytest.raises(MALFORMED):
+        msgspec.json.decode(data, type=ChatChunk)
