@@ -23,8 +23,8 @@ Message = dict[str, str]
 BOS, END = "<s>", "<|end|>"
 ROLE = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 SPECIALS = (BOS, END, *ROLE.values())
-PROMPT_WEIGHT, LONG_WEIGHT = 0.05, 0.4
-FIRST_SEED, SHORT_SEED, LONG_SEED, LATE_SHORT_SEED, LATE_LONG_SEED = 3, 1, 2, 5, 6
+PROMPT_WEIGHT, LONG_WEIGHT, REASON_WEIGHT = 0.05, 0.4, 2.0
+FIRST_SEED, SHORT_SEED, LONG_SEED = 3, 1, 2
 
 
 @dataclass
@@ -138,21 +138,16 @@ def pronoun_chat(rng: random.Random) -> Document:
     return chat_document(messages, [key])
 
 
-def pronoun_text(rng: random.Random, weight: float = 1.0) -> Document:
+def pronoun_text(rng: random.Random) -> Document:
     """One to three resolved sentences as raw text."""
     pieces: list[tuple[str, float]] = [(BOS, 0.0)]
     keys = []
     for i in range(rng.choice((1, 1, 1, 2, 3))):
         fill = pronouns.draw(rng, want_held_out=False)
         start, rest = fill.resolved(doer_side=rng.random() < 0.5)
-        pieces += [((" " if i else "") + start, 0.1), (rest, weight)]
+        pieces += [((" " if i else "") + start, 0.1), (rest, REASON_WEIGHT)]
         keys.append(pronouns.pair_key(fill.rule, fill.doer, fill.other))
     return Document([*pieces, (END, 0.1)], keys)
-
-
-def pronoun_drill(rng: random.Random) -> Document:
-    """The same sentences, with more weight on what tells the two nouns apart."""
-    return pronoun_text(rng, weight=2.5)
 
 
 def long_chat(rng: random.Random) -> Document:
@@ -189,18 +184,9 @@ def long_text(rng: random.Random) -> Document:
 
 
 Mix = tuple[tuple[Callable[[random.Random], Document], int], ...]
-SHORT: Mix = ((short_chat, 50), (recite, 20), (pronoun_chat, 8), (pronoun_text, 22), (small_talk, 1))
-FIRST: Mix = ((drill, 70), (recite, 30))
-LONG: Mix = ((long_chat, 9), (long_text, 1))
-LATE_SHORT: Mix = (
-    (short_chat, 52),
-    (drill, 8),
-    (recite, 6),
-    (pronoun_chat, 12),
-    (pronoun_drill, 30),
-    (small_talk, 1),
-)
-LATE_LONG: Mix = ((long_chat, 7), (open_chat, 4), (long_text, 1))
+FIRST: Mix = ((drill, 60), (recite, 15), (pronoun_text, 25))
+SHORT: Mix = ((short_chat, 58), (drill, 6), (recite, 4), (pronoun_chat, 8), (pronoun_text, 24), (small_talk, 1))
+LONG: Mix = ((long_chat, 7), (open_chat, 4), (long_text, 1))
 
 
 def documents(seed: int, mix: Mix) -> Iterator[Document]:

@@ -17,7 +17,8 @@ SPACE = 0.05  # dimension 1, whether a token starts with a space
 WORDS = slice(2, 96)  # what the token is
 SHARED, OWN = 0.06, 0.012  # the part that spellings of a word share, and the rest
 LOOK_BACK = {1: slice(96, 128), 2: slice(128, 160), 3: slice(160, 192)}  # distance to rows
-SHARP, WRITE, MATCH, COPY = 1.0, 0.03, 1.0, 0.03
+SHARP, WRITE, COPY = 1.4, 0.03, 0.03
+MATCH_SELF, MATCH_PAST = 2.5, 4.5  # gains that make a match stand out against some hundred other tokens
 # head by head, what the matching layer compares: 0 is the token itself, otherwise a distance back
 MATCHES = ((3, 3), (3, 2), (0, 1), (1, 2), (3, 0))
 MATCH_LAYER, SECOND_LOOK_LAYER = 1, 2
@@ -33,6 +34,7 @@ def embeddings(tokens: list[str], width: int) -> np.ndarray:
         base = bases.setdefault(token.removeprefix("\u0120").lower(), rng.normal(0.0, SHARED, size))
         out[row, WORDS] = base + rng.normal(0.0, OWN, size)
         out[row, 1] = SPACE if token.startswith("\u0120") else -SPACE
+    out[:, WORDS] *= SHARED * np.sqrt(size) / np.linalg.norm(out[:, WORDS], axis=1, keepdims=True)
     out[:, 0] = CONSTANT
     return out
 
@@ -40,7 +42,7 @@ def embeddings(tokens: list[str], width: int) -> np.ndarray:
 def look_back(weights: Weights, layer: int, head: int, distance: int, geometry: tuple[int, np.ndarray]) -> None:
     """Let a head attend to the token `distance` back, by the position-dependent half of its width."""
     size, freq = geometry
-    half, fast, at = size // 2, size // 4, head * size
+    half, fast, at = size // 2, size // 8, head * size
     for name, phase in (("q", 0.0), ("k", float(distance))):
         block = np.zeros((weights[name].shape[1], size), np.float32)
         block[0, :fast] = SHARP * np.cos(phase * freq[:fast])
@@ -69,9 +71,10 @@ def apply(weights: Weights, heads: int, rope_base: float) -> None:
     slow = np.r_[size // 4 : size // 2, 3 * size // 4 : size]
     for head, pair in enumerate(MATCHES):
         for name, distance in zip(("q", "k"), pair, strict=True):
-            block = project.copy() if distance == 0 else np.zeros((width, size), np.float32)
+            block = project * MATCH_SELF
             if distance:
-                block[LOOK_BACK[distance]] = np.eye(size)
+                block = np.zeros((width, size), np.float32)
+                block[LOOK_BACK[distance]] = MATCH_PAST * np.eye(size)
             chosen = np.zeros((width, size), np.float32)
-            chosen[:, slow] = block[:, slow] * MATCH
+            chosen[:, slow] = block[:, slow]
             weights[name][MATCH_LAYER, :, head * size : (head + 1) * size] = chosen

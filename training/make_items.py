@@ -24,11 +24,9 @@ PRONOUNS = HERE.parent / "src" / "promptai" / "bench" / "data" / "edge-pronouns.
 N_QUESTIONS, PAIRS_PER_RULE, SEED = 200, 6, 2026
 MOST_OF_A_KIND = 5
 STREAMS = (  # seed, mixture, and more documents than training draws from it
-    (corpus.FIRST_SEED, corpus.FIRST, 40_000),
-    (corpus.SHORT_SEED, corpus.SHORT, 50_000),
-    (corpus.LONG_SEED, corpus.LONG, 5_000),
-    (corpus.LATE_SHORT_SEED, corpus.LATE_SHORT, 150_000),
-    (corpus.LATE_LONG_SEED, corpus.LATE_LONG, 10_000),
+    (corpus.FIRST_SEED, corpus.FIRST, 20_000),
+    (corpus.SHORT_SEED, corpus.SHORT, 180_000),
+    (corpus.LONG_SEED, corpus.LONG, 10_000),
 )
 
 

@@ -1,7 +1,7 @@
 """Train promptai-tiny from nothing: `python train.py` writes checkpoint.npz, in under an hour on two cores.
 
 The text is drawn as it is needed from fixed seeds. The rate warms up, stays, and falls to zero over the last
-third. Rows are short because attention is what costs most on a CPU; every sixth batch has long rows.
+third. Rows are short because attention is what costs most on a CPU.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import tokenizer
 from probe import accuracy
 
 HERE = Path(__file__).resolve().parent
-STEPS, WARMUP, DECAY_FROM = 3400, 60, 0.5
+STEPS, WARMUP, DECAY_FROM = 2400, 60, 0.5
 SHORT_ROWS, SHORT_LENGTH = 16, 128
-FIRST_STEPS, LATE_FROM = 600, 1200
+FIRST_STEPS = 150
 LONG_ROWS, LONG_LENGTH, LONG_EVERY = 5, 384, 6
-MUON_LR, ADAM_LR = 0.006, 0.0015
+MUON_LR, ADAM_LR = 0.005, 0.0015
 SEED = 1
 
 
@@ -72,27 +72,16 @@ def load(path: Path) -> tuple[model.Params, optimizer.State]:
 
 
 def rows(steps: int) -> Iterator[dict[str, np.ndarray]]:
-    """Look-ups first, then all kinds, then a mixture with more pronouns and with unknown requests.
-
-    After the first stage every sixth batch is long rows of longer answers.
-    """
+    """Look-ups first, then all kinds; from then on every sixth batch is long rows of longer answers."""
     tok = tokenizer.load()
-
-    def short(seed: int, mix: corpus.Mix) -> Iterator[dict[str, np.ndarray]]:
-        return corpus.batches(corpus.documents(seed, mix), tok, SHORT_ROWS, SHORT_LENGTH)
-
-    def longer(seed: int, mix: corpus.Mix) -> Iterator[dict[str, np.ndarray]]:
-        return corpus.batches(corpus.documents(seed, mix), tok, LONG_ROWS, LONG_LENGTH)
-
-    first = short(corpus.FIRST_SEED, corpus.FIRST)
-    middle = short(corpus.SHORT_SEED, corpus.SHORT), longer(corpus.LONG_SEED, corpus.LONG)
-    late = short(corpus.LATE_SHORT_SEED, corpus.LATE_SHORT), longer(corpus.LATE_LONG_SEED, corpus.LATE_LONG)
+    first = corpus.batches(corpus.documents(corpus.FIRST_SEED, corpus.FIRST), tok, SHORT_ROWS, SHORT_LENGTH)
+    short = corpus.batches(corpus.documents(corpus.SHORT_SEED, corpus.SHORT), tok, SHORT_ROWS, SHORT_LENGTH)
+    longer = corpus.batches(corpus.documents(corpus.LONG_SEED, corpus.LONG), tok, LONG_ROWS, LONG_LENGTH)
     for step in range(steps):
-        brief, wide = middle if step < LATE_FROM else late
         if step < FIRST_STEPS:
             yield next(first)
         else:
-            yield next(wide) if step % LONG_EVERY == LONG_EVERY - 1 else next(brief)
+            yield next(longer) if step % LONG_EVERY == LONG_EVERY - 1 else next(short)
 
 
 def main() -> None:
@@ -102,7 +91,7 @@ def main() -> None:
     parser.add_argument("--decay-from", type=float, default=DECAY_FROM)
     parser.add_argument("--out", type=Path, default=HERE / "checkpoint.npz")
     parser.add_argument("--start", type=int, default=0, help="resume --out at this step")
-    parser.add_argument("--probe-every", type=int, default=300)
+    parser.add_argument("--probe-every", type=int, default=200)
     args = parser.parse_args()
     cfg = model.Config()
     params = model.init(cfg, tokenizer.tokens(), SEED)

@@ -115,16 +115,12 @@ def _wide_interval(seen: Evidence) -> Iterator[Finding]:
 
 
 def _drift(seen: Evidence) -> Iterator[Finding]:
-    # Each rate is compared with its own prompt length's mean, because long prompts decode slower anyway.
-    by_length: dict[int, list[float]] = {}
+    # Each rate is compared with the mean of its own kind, because long prompts decode slower anyway.
+    alike: dict[tuple[Cache, int], list[float]] = {}
     rated = [(trace, rate) for trace in sorted(seen.answered, key=lambda t: t.t_sent) if (rate := trace.decode_tps)]
     for trace, rate in rated:
-        by_length.setdefault((trace.prompt_tokens or 0).bit_length(), []).append(rate)
-    relative = [
-        rate / (sum(same) / len(same))
-        for trace, rate in rated
-        for same in [by_length[(trace.prompt_tokens or 0).bit_length()]]
-    ]
+        alike.setdefault(_kind(trace), []).append(rate)
+    relative = [rate * len(same) / sum(same) for trace, rate in rated if (same := alike[_kind(trace)])]
     third = len(relative) // 3
     if third < 10:
         return
@@ -135,6 +131,11 @@ def _drift(seen: Evidence) -> Iterator[Finding]:
             f"decode was {abs(change):.0%} {'slower' if change < 0 else 'faster'} in the last third than in the first",
             "look at temperature, clock and background load over time; cool the board and measure again",
         )
+
+
+def _kind(trace: Trace) -> tuple[Cache, int]:
+    """Requests of one kind should decode alike: same cache setting, prompt length within a factor of two."""
+    return trace.cache, (trace.prompt_tokens or 0).bit_length()
 
 
 def _throttled(seen: Evidence) -> Iterator[Finding]:

@@ -1,8 +1,12 @@
 """How numbers are written for people: three digits, units, and the interval beside them."""
 
+from collections.abc import Sequence
+
 from promptai.bench.statistics import Metric
 
 _MISSING = "–"
+_MIB = 1024**2
+_GIB = 1024**3
 
 
 def number(value: float | None) -> str:
@@ -25,30 +29,48 @@ def quantity(value: float | None, unit: str) -> str:
     """A number with its unit, scaled to what people say: ms, MiB, %."""
     if value is None:
         return _MISSING
-    if unit == "s" and value < 0.9995:
-        return f"{number(value * 1000)} ms"
-    if unit == "s" and value >= 120:
-        return f"{number(value / 60)} min"
-    if unit == "bytes":
-        gib = value / 1024**3
-        return f"{gib:.2f} GiB" if gib >= 1 else f"{number(value / 1024**2)} MiB"
-    if unit == "1":
-        return f"{100 * value:.1f} %"
-    return f"{number(value)} {unit}"
+    factor, label = _scale(unit, value)
+    return f"{_scaled(value, factor, label)} {label}"
 
 
 def metric(found: Metric) -> str:
     """A metric with its 95 % interval, as ``41.2 tokens/s (40.8 to 41.6)``."""
-    text = quantity(found.value, found.unit)
     if found.value is None or found.ci95 is None:
-        return text
-    low, high = (quantity(bound, found.unit) for bound in found.ci95)
-    return (
-        f"{text} ({low.rsplit(' ', 1)[0]} to {high.rsplit(' ', 1)[0]})"
-        if _same_unit(text, low, high)
-        else (f"{text} ({low} to {high})")
-    )
+        return quantity(found.value, found.unit)
+    factor, label = _scale(found.unit, found.value)
+    low, high = (_scaled(bound, factor, label) for bound in found.ci95)
+    return f"{_scaled(found.value, factor, label)} {label} ({low} to {high})"
 
 
-def _same_unit(*texts: str) -> bool:
-    return len({text.rsplit(" ", 1)[-1] for text in texts}) == 1
+def row(metrics: Sequence[Metric]) -> tuple[str, list[str]]:
+    """
+    Metrics of one kind side by side: their common unit, and each as ``41.2 (40.8–41.6)``.
+
+    The unit suits the largest, so that numbers of one row compare at a glance.
+    """
+    values = [found.value for found in metrics if found.value is not None]
+    factor, label = _scale(metrics[0].unit, max(values, default=0.0))
+    texts = []
+    for found in metrics:
+        text = _MISSING if found.value is None else _scaled(found.value, factor, label)
+        if found.ci95 is not None:
+            text += " ({}–{})".format(*(_scaled(bound, factor, label) for bound in found.ci95))
+        texts.append(text)
+    return label, texts
+
+
+def _scale(unit: str, value: float) -> tuple[float, str]:
+    """The factor and the unit in which a value of this size is said."""
+    if unit == "s" and value < 0.9995:
+        return 1000, "ms"
+    if unit == "s" and value >= 120:
+        return 1 / 60, "min"
+    if unit == "bytes":
+        return (1 / _GIB, "GiB") if value >= _GIB else (1 / _MIB, "MiB")
+    return (100, "%") if unit == "1" else (1, unit)
+
+
+def _scaled(value: float, factor: float, label: str) -> str:
+    if label == "GiB":
+        return f"{value * factor:.2f}"
+    return f"{value * factor:.1f}" if label == "%" and factor == 100 else number(value * factor)

@@ -40,7 +40,8 @@ def _table(target: TargetSummary) -> Table:
         table.add_column(f"{name} (n = {part.answered})", justify="right")
     for name, label in ROWS.items():
         if any(part.metrics[name].value is not None for _, part in parts):
-            table.add_row(label, *(fmt.metric(part.metrics[name]) for _, part in parts))
+            unit, texts = fmt.row([part.metrics[name] for _, part in parts])
+            table.add_row(f"{label}, {unit}", *texts)
     return table
 
 
