@@ -61,9 +61,9 @@ def pronoun_items(params: model.Params, cfg: model.Config, n: int) -> list[bool]
     rows, starts = [], []
     for i in range(n):
         fill = pronouns.draw(rng, want_held_out=True)
-        _, rest = fill.resolved(doer_side=i % 2 == 0)
-        for side in (i % 2 == 0, i % 2 == 1):
-            head = tok.encode(corpus.BOS + fill.resolved(doer_side=side)[0], add_special_tokens=False).ids
+        side = i % 2 == 0
+        for head_text, rest in (fill.resolved(doer_side=side), fill.twisted(doer_side=side)):
+            head = tok.encode(corpus.BOS + head_text, add_special_tokens=False).ids
             rows.append(head + tok.encode(rest, add_special_tokens=False).ids)
             starts.append(len(head))
     scores = []

@@ -24,5 +24,17 @@ SCENES: tuple[tuple[Callable[[random.Random], Scene], int], ...] = (
 )
 LOOKUPS = (places, people, readings, links, alarms)
 LOOKUP_KINDS = frozenset(
-    ("where", "which_cell", "who", "whereto", "when", "value", "which_link", "joins", "link_state", "which_alarm", "alarm_site")
+    (
+        "where",
+        "which_cell",
+        "who",
+        "whereto",
+        "when",
+        "value",
+        "which_link",
+        "joins",
+        "link_state",
+        "which_alarm",
+        "alarm_site",
+    )
 )

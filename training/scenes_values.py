@@ -24,7 +24,11 @@ def readings(rng: random.Random) -> Scene:
         facts.append(rng.choice((f"The limit is {limit} {m.unit}.", f"The {m.name} limit is {limit} {m.unit}.")))
     scene = Scene(facts)
     for s, v in zip(sites, values, strict=True):
-        values_asked = (f"What is the {m.name} at {s}?", f"How high is the {m.name} at {s}?", f"Give the {m.name} at {s}.")
+        values_asked = (
+            f"What is the {m.name} at {s}?",
+            f"How high is the {m.name} at {s}?",
+            f"Give the {m.name} at {s}.",
+        )
         scene.ask(rng, "value", values_asked, f"{v} {m.unit}", (m.name, s, v))
         if with_limit:
             compared = (m.name, s, v, limit)
@@ -33,7 +37,9 @@ def readings(rng: random.Random) -> Scene:
             under = (f"Is the {m.name} fine at {s}?", f"Is the limit kept at {s}?")
             scene.ask(rng, "under", under, "Yes" if v < limit else "No", compared)
     if with_limit:
-        scene.ask(rng, "limit", ("What is the limit?", "Which limit is set?"), f"{limit} {m.unit}", (m.name, limit, *sites))
+        scene.ask(
+            rng, "limit", ("What is the limit?", "Which limit is set?"), f"{limit} {m.unit}", (m.name, limit, *sites)
+        )
     return scene
 
 

@@ -1,5 +1,6 @@
 """One small synthetic model for the tests that only read it, and a measure of memory."""
 
+import importlib
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,12 @@ import pytest
 from promptai.models.synth import Shape, write_synthetic
 
 SMALL = Shape(layers=2, width=64, heads=4, kv_heads=2, ffn=128, vocabulary=512)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _numpy_is_loaded() -> None:
+    """NumPy comes in with the first model; on a busy machine that alone may take longer than a unit test may."""
+    importlib.import_module("gguf")
 
 
 @pytest.fixture(scope="session")

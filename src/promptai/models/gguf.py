@@ -26,6 +26,7 @@ _MAGIC = b"GGUF"
 _MAX_KEYS = 65_536
 _MAX_TENSORS = 262_144
 _MAX_STRING_BYTES = 4 * 1024 * 1024  # the longest real ones, chat templates, are below 100 kB
+_MAX_KEPT_BYTES = 16 * 1024 * 1024  # all names and texts together; real headers keep below 1 MB
 _MAX_ARRAY = 4_000_000  # the largest real ones, merges of a 256 k vocabulary, are below 600 k
 _KEPT_ARRAY = 1024  # per-layer head counts are kept, vocabularies are not
 _MAX_ARRAY_DEPTH = 2
@@ -156,9 +157,9 @@ class GgufHeader(msgspec.Struct, frozen=True):
         """
         layers, width = self._integer("block_count"), self._integer("embedding_length")
         heads = self._integers("attention.head_count")
-        if not layers or not width or not heads or not max(heads):
-            return None
         kv_heads = self._integers("attention.head_count_kv") or heads
+        if not layers or not width or not heads or max(heads) <= 0 or min(kv_heads) < 0:
+            return None
         key = self._integer("attention.key_length") or width // max(heads)
         value = self._integer("attention.value_length") or width // max(heads)
         total_heads = kv_heads[0] * layers if len(kv_heads) == 1 else sum(kv_heads)
@@ -187,13 +188,13 @@ def read_header(path: Path) -> GgufHeader:
         ModelNotFoundError: There is no such file.
         ModelFormatError: It is empty, not a GGUF, damaged or cut short.
     """
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
-        raise ModelNotFoundError(f"model {path} {what}", hint="give the path of a .gguf file")
-    file_bytes = path.stat().st_size
-    if file_bytes == 0:
-        raise ModelFormatError(f"model {path} is empty (0 bytes)", hint="fetch it again")
     try:
+        if not path.is_file():
+            what = "is a directory" if path.is_dir() else "does not exist"
+            raise ModelNotFoundError(f"model {path} {what}", hint="give the path of a .gguf file")
+        file_bytes = path.stat().st_size
+        if file_bytes == 0:
+            raise ModelFormatError(f"model {path} is empty (0 bytes)", hint="fetch it again")
         with path.open("rb", buffering=1 << 20) as file:
             header = _Reader(file, file_bytes).header(str(path))
     except _Damaged as damage:
@@ -202,7 +203,7 @@ def read_header(path: Path) -> GgufHeader:
         ) from None
     except OSError as error:
         raise ModelNotFoundError(
-            f"model {path} cannot be read: {error.strerror}", hint="check its permissions"
+            f"model {str(path)[:300]} cannot be read: {error.strerror}", hint="check the path and its permissions"
         ) from None
     needed = max((header.data_offset + t.offset + t.size_bytes for t in header.tensors), default=0)
     if needed > file_bytes:
@@ -217,12 +218,19 @@ class _Damaged(Exception):  # noqa: N818  an inner signal, translated in read_he
     """What is wrong with the bytes, as the end of a sentence that starts with the path."""
 
 
+def _brief(value: object) -> str:
+    """A name from the file as it may stand in a message: quoted, escaped, short."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:76]}...{text[-1]}"
+
+
 class _Reader:
     """Reads forward through a header, checking every length before it is used."""
 
     def __init__(self, file: BinaryIO, file_bytes: int) -> None:
         self._file = file
         self._left = file_bytes
+        self._kept = 0
 
     def header(self, path: str) -> GgufHeader:
         total = self._left
@@ -247,7 +255,7 @@ class _Reader:
         tensors = [self._tensor() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
-            raise _Damaged(f"has an impossible alignment of {alignment!r}")
+            raise _Damaged(f"has an impossible alignment of {_brief(alignment)}")
         used = total - self._left
         return GgufHeader(
             path=path,
@@ -261,7 +269,7 @@ class _Reader:
 
     def _tensor(self) -> Tensor:
         name = self._string("tensor name")
-        rank = self._bounded(self._number("<I", name), 4, f"dimensions of {name!r}")
+        rank = self._bounded(self._number("<I", name), 4, f"dimensions of {_brief(name)}")
         shape = tuple(self._number("<Q", name) for _ in range(rank))
         kind = self._number("<I", name)
         offset = self._number("<Q", name)
@@ -269,18 +277,19 @@ class _Reader:
         count = 1
         for length in shape:
             count *= length
-        if count % block or count > 1 << 44:
-            raise _Damaged(f"has an impossible shape {shape} for tensor {name!r} of type {label}")
+        # Blocks lie within rows, the first dimension.
+        if (shape and shape[0] % block) or count > 1 << 44:
+            raise _Damaged(f"has an impossible shape {shape} for tensor {_brief(name)} of type {label}")
         return Tensor(
             name=name, shape=shape, quantization=label, offset=offset, size_bytes=count // block * block_bytes
         )
 
     def _array(self, key: str, *, depth: int) -> tuple[list[Scalar] | None, int]:
         kind = self._number("<I", key)
-        length = self._bounded(self._number("<Q", key), _MAX_ARRAY, f"items in {key!r}")
+        length = self._bounded(self._number("<Q", key), _MAX_ARRAY, f"items in {_brief(key)}")
         if kind == _ARRAY:
             if depth >= _MAX_ARRAY_DEPTH:
-                raise _Damaged(f"nests arrays too deeply in {key!r}")
+                raise _Damaged(f"nests arrays too deeply in {_brief(key)}")
             for _ in range(length):
                 self._array(key, depth=depth + 1)
             return None, length
@@ -288,7 +297,7 @@ class _Reader:
             return [self._scalar(kind, key) for _ in range(length)], length
         if kind == _STRING:
             for _ in range(length):
-                self._skip(self._bounded(self._number("<Q", key), _MAX_STRING_BYTES, f"bytes in {key!r}"), key)
+                self._skip(self._bounded(self._number("<Q", key), _MAX_STRING_BYTES, f"bytes in {_brief(key)}"), key)
         else:
             self._skip(length * self._format(kind, key)[1], key)
         return None, length
@@ -302,11 +311,13 @@ class _Reader:
 
     def _format(self, kind: int, key: str) -> tuple[str, int]:
         if kind not in _SCALARS:
-            raise _Damaged(f"has an unknown value type {kind} at {key!r}")
+            raise _Damaged(f"has an unknown value type {kind} at {_brief(key)}")
         return _SCALARS[kind]
 
     def _string(self, what: str) -> str:
-        length = self._bounded(self._number("<Q", what), _MAX_STRING_BYTES, f"bytes in {what!r}")
+        length = self._bounded(self._number("<Q", what), _MAX_STRING_BYTES, f"bytes in {_brief(what)}")
+        self._kept += length
+        self._bounded(self._kept, _MAX_KEPT_BYTES, "bytes of text")
         return self._take(length, what).decode("utf-8", "replace")
 
     def _number(self, pattern: str, what: str) -> int:
@@ -315,21 +326,21 @@ class _Reader:
 
     def _bounded(self, value: int, limit: int, what: str) -> int:
         if value > limit:
-            raise _Damaged(f"claims {value:,} {what[:80]}; more than {limit:,} is taken for damage")
+            raise _Damaged(f"claims {value:,} {what}; more than {limit:,} is taken for damage")
         return value
 
     def _take(self, size: int, what: str) -> bytes:
         if size > self._left:
-            raise _Damaged(f"is cut short inside its header, at {what[:80]!r}")
+            raise _Damaged(f"is cut short inside its header, at {_brief(what)}")
         self._left -= size
         data = self._file.read(size)
         if len(data) != size:
-            raise _Damaged(f"became shorter while it was read, at {what[:80]!r}")
+            raise _Damaged(f"became shorter while it was read, at {_brief(what)}")
         return data
 
     def _skip(self, size: int, what: str) -> None:
         if size > self._left:
-            raise _Damaged(f"is cut short inside its header, at {what[:80]!r}")
+            raise _Damaged(f"is cut short inside its header, at {_brief(what)}")
         self._left -= size
         self._file.seek(size, 1)
 
@@ -343,5 +354,5 @@ def _quantization(kind: int, name: str) -> tuple[str, int, int]:
         known = GGMLQuantizationType(kind)
         block, block_bytes = GGML_QUANT_SIZES[known]
     except (ValueError, KeyError):
-        raise _Damaged(f"has an unknown tensor type {kind} at {name[:80]!r}") from None
+        raise _Damaged(f"has an unknown tensor type {kind} at {_brief(name)}") from None
     return str(known.name), int(block), int(block_bytes)

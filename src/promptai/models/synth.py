@@ -9,6 +9,7 @@ metadata, and whatever measures accuracy must refuse it.
 Only the llama architecture in Q4_0 for now; its text is nonsense by design.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,11 @@ def write_synthetic(path: Path, shape: Shape, *, name: str, seed: int = 0) -> Pa
     Raises:
         ModelError: The shape is impossible or the file cannot be written.
     """
-    if shape.width % _Q4_0_BLOCK or shape.ffn % _Q4_0_BLOCK or shape.width % shape.heads or shape.vocabulary < 258:
+    if not _possible(shape):
         raise ModelError(
             f"a model of shape {shape} cannot be written",
-            hint="width and ffn are multiples of 32, heads divide width, vocabulary is at least 258",
+            hint="width and ffn are multiples of 32, heads divide width into even lengths, kv_heads divide heads, "
+            "vocabulary is at least 258",
         )
     part = path.with_name(path.name + ".part")
     try:
@@ -66,11 +68,24 @@ def write_synthetic(path: Path, shape: Shape, *, name: str, seed: int = 0) -> Pa
         _write(part, shape, name, seed)
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
-        raise ModelError(
-            f"cannot write {path}: {error.strerror}", hint="free some space or choose another path"
-        ) from None
+        with contextlib.suppress(OSError):
+            part.unlink()
+        reason = error.strerror or str(error)  # NumPy's short writes carry no errno
+        raise ModelError(f"cannot write {path}: {reason}", hint="free some space or choose another path") from None
     return path
+
+
+def _possible(shape: Shape) -> bool:
+    """Whether an engine could load it; a head of odd length cannot be rotated."""
+    counts = (shape.layers, shape.width, shape.heads, shape.kv_heads, shape.ffn, shape.context)
+    return (
+        min(counts) > 0
+        and shape.vocabulary >= 258
+        and shape.width % _Q4_0_BLOCK == 0
+        and shape.ffn % _Q4_0_BLOCK == 0
+        and shape.width % (2 * shape.heads) == 0
+        and shape.heads % shape.kv_heads == 0
+    )
 
 
 def _write(part: Path, shape: Shape, name: str, seed: int) -> None:
@@ -78,32 +93,34 @@ def _write(part: Path, shape: Shape, name: str, seed: int) -> None:
     import numpy as np  # noqa: PLC0415
 
     writer = gguf.GGUFWriter(part, "llama")
-    _describe(writer, shape, name)
-    matrices = list(_matrices(shape))
-    norms = ["output_norm.weight"]
-    for layer in range(shape.layers):
-        norms += [f"blk.{layer}.attn_norm.weight", f"blk.{layer}.ffn_norm.weight"]
-    for tensor, rows, columns in matrices:
-        row_bytes = columns // _Q4_0_BLOCK * _Q4_0_BLOCK_BYTES
-        writer.add_tensor_info(
-            tensor, (rows, row_bytes), np.dtype(np.uint8), rows * row_bytes, gguf.GGMLQuantizationType.Q4_0
-        )
-    for tensor in norms:
-        writer.add_tensor_info(tensor, (shape.width,), np.dtype(np.float32), shape.width * 4)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    generator = np.random.default_rng(seed)
-    # Weights of about N(0, 0.02), as after initialisation: larger ones overflow in f16 sums.
-    scale = np.frombuffer(np.float16(0.02 / 4.6).tobytes(), np.uint8)
-    for _, rows, columns in matrices:
-        blocks = np.empty((rows, columns // _Q4_0_BLOCK, _Q4_0_BLOCK_BYTES), np.uint8)
-        blocks[..., :2] = scale
-        blocks[..., 2:] = generator.integers(0, 256, blocks[..., 2:].shape, dtype=np.uint8)
-        writer.write_tensor_data(blocks.reshape(rows, -1))
-    for _ in norms:
-        writer.write_tensor_data(np.ones(shape.width, np.float32))
-    writer.close()
+    try:
+        _describe(writer, shape, name)
+        matrices = list(_matrices(shape))
+        norms = ["output_norm.weight"]
+        for layer in range(shape.layers):
+            norms += [f"blk.{layer}.attn_norm.weight", f"blk.{layer}.ffn_norm.weight"]
+        for tensor, rows, columns in matrices:
+            row_bytes = columns // _Q4_0_BLOCK * _Q4_0_BLOCK_BYTES
+            writer.add_tensor_info(
+                tensor, (rows, row_bytes), np.dtype(np.uint8), rows * row_bytes, gguf.GGMLQuantizationType.Q4_0
+            )
+        for tensor in norms:
+            writer.add_tensor_info(tensor, (shape.width,), np.dtype(np.float32), shape.width * 4)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        generator = np.random.default_rng(seed)
+        # Weights of about N(0, 0.02), as after initialisation: larger ones overflow in f16 sums.
+        scale = np.frombuffer(np.float16(0.02 / 4.6).tobytes(), np.uint8)
+        for _, rows, columns in matrices:
+            blocks = np.empty((rows, columns // _Q4_0_BLOCK, _Q4_0_BLOCK_BYTES), np.uint8)
+            blocks[..., :2] = scale
+            blocks[..., 2:] = generator.integers(0, 256, blocks[..., 2:].shape, dtype=np.uint8)
+            writer.write_tensor_data(blocks.reshape(rows, -1))
+        for _ in norms:
+            writer.write_tensor_data(np.ones(shape.width, np.float32))
+    finally:
+        writer.close()
 
 
 def _matrices(shape: Shape) -> list[tuple[str, int, int]]:

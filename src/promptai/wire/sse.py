@@ -11,6 +11,8 @@ fields that llama-server and OpenAI-compatible servers use: ``data``, ``event``
 and comments. ``id`` and ``retry`` are ignored: a chat is never reconnected.
 """
 
+from codecs import BOM_UTF8
+
 import msgspec
 
 #: A line longer than this is not a chat event but an attack or a bug.
@@ -39,6 +41,8 @@ class SseParser:
         self._rest = b""
         self._data: list[str] = []
         self._event = "message"
+        self._begun = False
+        self._after_cr = False
 
     def feed(self, chunk: bytes) -> list[SseEvent]:
         """
@@ -47,19 +51,24 @@ class SseParser:
         Raises:
             ValueError: A line exceeds ``MAX_LINE_BYTES`` or is not UTF-8.
         """
+        if not chunk:
+            return []
+        # A carriage return ends a line at once; a line feed that still follows belongs to it.
+        if self._after_cr and chunk.startswith(b"\n"):
+            chunk = chunk[1:]
+        self._after_cr = chunk.endswith(b"\r") or (self._after_cr and not chunk)
         buffer = self._rest + chunk
-        # A carriage return at the very end may be the first half of \r\n.
-        held = b"\r" if buffer.endswith(b"\r") else b""
-        lines = buffer[: len(buffer) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-        self._rest = lines.pop() + held
-        if len(self._rest) > MAX_LINE_BYTES:
+        if not self._begun:
+            if len(buffer) < len(BOM_UTF8) and BOM_UTF8.startswith(buffer):
+                self._rest = buffer
+                return []
+            self._begun, buffer = True, buffer.removeprefix(BOM_UTF8)
+        lines = buffer.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        if max(map(len, lines)) > MAX_LINE_BYTES:
             raise ValueError(f"a line of more than {MAX_LINE_BYTES} bytes")
-        events: list[SseEvent] = []
-        for line in lines:
-            event = self._line(line.decode("utf-8"))
-            if event is not None:
-                events.append(event)
-        return events
+        self._rest = lines.pop()
+        events = [self._line(line.decode("utf-8")) for line in lines]
+        return [event for event in events if event is not None]
 
     def _line(self, line: str) -> SseEvent | None:
         if not line:
@@ -76,5 +85,5 @@ class SseParser:
         if field == "data":
             self._data.append(value)
         elif field == "event":
-            self._event = value
+            self._event = value or "message"
         return None
