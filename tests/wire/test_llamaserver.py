@@ -78,7 +78,9 @@ def test_a_completion_gives_the_raw_log_probability() -> None:
     """Of the chosen token; the best ones beside it are not read."""
     completion = msgspec.json.decode(COMPLETION_2026, type=Completion)
 
-    assert completion.completion_probabilities == [TokenProbability(108, -6.306850910186768)]
+    assert completion.completion_probabilities == [
+        TokenProbability(108, -6.306850910186768, [TokenProbability(507, -5.8)])
+    ]
     assert completion.timings == Timings(2, 0.299, 1, 0.001, cache_n=0)
 
 

@@ -82,10 +82,10 @@ async def _reach(client: EngineClient) -> OpenTarget:
     except EngineRefusedError as refused:
         if refused.status in (401, 503):
             raise  # a missing key, or a model that is still loading: no matter of dialect
-        names = await client.models()
-        if not names:
+        models = await client.models()
+        if not models:
             raise SettingsError(f"{client.base_url} serves no model", hint="load one there first") from None
-        return OpenTarget(client, names[0], False, None, None, lambda: None)
+        return OpenTarget(client, models[0], False, None, None, lambda: None)
     return OpenTarget(client, props.model_alias or "model", True, None, None, lambda: None)
 
 

@@ -20,8 +20,8 @@ import msgspec
 from promptai.errors import EngineDiedError, EngineProtocolError, EngineRefusedError
 from promptai.wire.llamaserver import Completion, Props, Slot, Tokens
 from promptai.wire.malformed import MALFORMED
-from promptai.wire.openai import ChatChunk, ErrorEnvelope, ModelList
-from promptai.wire.sse import SseParser
+from promptai.wire.openai import ChatChunk, ErrorBody, ErrorEnvelope, ModelList
+from promptai.wire.sse import SseEvent, SseParser
 
 T = TypeVar("T")
 
@@ -93,6 +93,11 @@ class EngineClient:
         """Names that the server answers to."""
         return [entry.id for entry in (await self._get("/v1/models", ModelList)).data]
 
+    async def vocabulary(self) -> int | None:
+        """Tokens of the loaded model's vocabulary; ``None`` where the server does not tell."""
+        metas = [entry.meta for entry in (await self._get("/v1/models", ModelList)).data]
+        return metas[0].n_vocab if metas and metas[0] is not None else None
+
     async def metrics(self) -> str:
         """``GET /metrics`` in Prometheus text format."""
         return (await self._ok("GET", "/metrics")).decode("utf-8", "replace")
@@ -134,12 +139,12 @@ class EngineClient:
                         if event.data == _DONE:
                             return
                         if not event.comment:
-                            yield Arrival(now, self._chunk(event.data))
+                            yield Arrival(now, self._chunk(event))
         except aiohttp.ConnectionTimeoutError as error:
             raise self._lost(error) from None
         except TimeoutError:
             raise EngineDiedError(
-                f"{self.base_url} was silent for {self._silence_s:.0f} s in the middle of an answer",
+                f"{self.base_url} was silent for {self._silence_s:g} s in the middle of an answer",
                 hint="give --timeout more seconds if the prompt is long and the board slow",
             ) from None
         except (aiohttp.ClientError, OSError) as error:
@@ -148,18 +153,29 @@ class EngineClient:
             raise EngineProtocolError(f"{self.base_url} sent a broken event stream: {error}") from None
         raise EngineProtocolError(f"{self.base_url} ended its answer without [DONE]")
 
-    def _chunk(self, data: str) -> ChatChunk:
+    def _chunk(self, event: SseEvent) -> ChatChunk:
+        if event.event == "error":
+            raise self._broken_off(event.data)
         try:
-            chunk = msgspec.json.decode(data, type=ChatChunk)
+            chunk = msgspec.json.decode(event.data, type=ChatChunk)
         except MALFORMED as error:
             raise EngineProtocolError(f"{self.base_url} sent a malformed chunk: {error}") from None
         if chunk.error is not None:
-            raise EngineRefusedError(
-                f"{self.base_url} broke off with an error: {chunk.error.message[:300]}",
-                status=None,
-                kind=chunk.error.type,
-            )
+            raise self._broken_off(event.data)
         return chunk
+
+    def _broken_off(self, data: str) -> EngineRefusedError:
+        """An error in the middle of an answer, in an envelope or bare."""
+        try:
+            error = msgspec.json.decode(data, type=ErrorEnvelope).error
+        except MALFORMED:
+            try:
+                error = msgspec.json.decode(data, type=ErrorBody)
+            except MALFORMED:
+                error = ErrorBody(message=data)
+        return EngineRefusedError(
+            f"{self.base_url} broke off with an error: {error.message[:300]}", status=None, kind=error.type
+        )
 
     async def _get(self, path: str, kind: type[T]) -> T:
         return self._decode(path, await self._ok("GET", path), kind)

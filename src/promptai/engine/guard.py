@@ -22,7 +22,10 @@ def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if parent and os.getppid() != parent:
         sys.exit(0)  # the parent died before the line above: no signal will come
-    os.execvp(sys.argv[1], sys.argv[1:])  # noqa: S606  becoming the program is the point
+    try:
+        os.execvp(sys.argv[1], sys.argv[1:])  # noqa: S606  becoming the program is the point
+    except OSError as error:
+        sys.exit(f"cannot run {sys.argv[1]}: {error.strerror}")
 
 
 if __name__ == "__main__":

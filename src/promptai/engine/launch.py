@@ -73,6 +73,13 @@ class RunningEngine:
                 f"port {self.flags.port} on 127.0.0.1 is taken by another program",
                 hint="choose another with --port, or leave it out to get a free one",
             )
+        try:
+            file_bytes = Path(self.flags.model).stat().st_size
+        except OSError as error:
+            raise EngineStartError(
+                f"model {self.flags.model} cannot be read: {error.strerror}", hint="is it still there?"
+            ) from None
+        allowed_s = _START_BASE_S + file_bytes / _SLOWEST_DISK_BYTES_PER_S
         started = time.monotonic()
         try:
             with self.log.open("ab") as sink:
@@ -89,7 +96,7 @@ class RunningEngine:
         except OSError as error:
             raise EngineStartError(f"the engine could not be started: {error}", hint="see promptai doctor") from None
         try:
-            await self._until_ready(started)
+            await self._until_ready(started, allowed_s)
         except BaseException:
             self.stop()
             raise
@@ -127,8 +134,7 @@ class RunningEngine:
             self._process.kill()
             self._process.wait()
 
-    async def _until_ready(self, started: float) -> None:
-        allowed = _START_BASE_S + Path(self.flags.model).stat().st_size / _SLOWEST_DISK_BYTES_PER_S
+    async def _until_ready(self, started: float, allowed: float) -> None:
         async with EngineClient(self.base_url) as client:
             while time.monotonic() - started < allowed:
                 if self._process is not None and self._process.poll() is not None:
@@ -204,6 +210,8 @@ _KNOWN_ENDS = (
         "the system library libgomp.so.1 is missing",
         "install it: apt-get install libgomp1 (Debian, Ubuntu, Raspberry Pi OS), dnf install libgomp (Fedora)",
     ),
+    (r"cannot run (\S+): ([^\n]+)", "{0} cannot be run: {1}", "see promptai engine list"),
+    (r"(GGML_ASSERT\([^\n]*\) failed)", "{0}", "use another engine or another model; see promptai engine list"),
     (r"couldn't bind HTTP server socket.*port: (\d+)", "port {0} is taken", "choose another with --port"),
     (
         r"error: invalid argument: (\S+)",

@@ -91,9 +91,9 @@ def find_engines(named: Path | None = None, *, cache: Path | None = None) -> lis
                 f"engine {named} is not an executable file",
                 hint="give the path of a llama-server, or leave it out",
             )
-        found.append(_native("settings", named))
+        found.append(_native("settings", named.resolve()))
     built = sorted(cache.glob("*/bin/llama-server"), reverse=True) if cache is not None and cache.is_dir() else []
-    found += [_native("built", path) for path in built]
+    found += [_native("built", path) for path in built if os.access(path, os.X_OK)]
     on_path = shutil.which("llama-server")
     if on_path is not None:
         found.append(_native("PATH", Path(on_path)))

@@ -11,7 +11,8 @@ prompt cache on, each further token costs one decode step.
 from collections.abc import Sequence
 
 from promptai.engine.client import EngineClient
-from promptai.errors import EngineProtocolError
+from promptai.errors import EngineProtocolError, EngineRefusedError
+from promptai.wire.llamaserver import TokenProbability
 
 #: Larger than any real logit: the forced token wins whatever the model thinks.
 _FORCE = 1000.0
@@ -35,20 +36,48 @@ async def continuation_logprobs(
         raise ValueError("a continuation needs at least one token before it")
     found = []
     for position, target in enumerate(continuation):
-        answer = await client.complete(
-            {
-                "prompt": [*context, *continuation[:position]],
-                "n_predict": 1,
-                "temperature": 0,
-                "n_probs": 1,
-                "logit_bias": [[target, _FORCE]],
-                "cache_prompt": True,
-            }
-        )
-        if not answer.completion_probabilities or answer.completion_probabilities[0].id != target:
-            raise EngineProtocolError(
-                f"{client.base_url} did not report the probability of the token that was forced",
-                hint="scoring needs a llama-server that knows n_probs and logit_bias",
-            )
-        found.append(answer.completion_probabilities[0].logprob)
+        prompt = [*context, *continuation[:position]]
+        reported = await _ask(client, prompt, target, n_probs=1)
+        if reported is not None and reported.id != target:
+            raise _unable(client)
+        found.append(await _from_all(client, prompt, target) if reported is None else reported.logprob)
     return found
+
+
+async def _from_all(client: EngineClient, prompt: list[int], target: int) -> float:
+    """
+    Read the probability from the whole vocabulary's, while another token is forced.
+
+    llama-server reports nothing for a token that ends inside a UTF-8 character: it
+    waits for the rest. Exact but slow, and needed for few tokens.
+    """
+    try:
+        letter = (await client.tokenize("a"))[-1]
+        reported = await _ask(client, prompt, letter, n_probs=await client.vocabulary() or 1)
+    except (EngineProtocolError, EngineRefusedError):
+        raise _unable(client) from None
+    for candidate in reported.top_logprobs if reported is not None else ():
+        if candidate.id == target:
+            return candidate.logprob
+    raise _unable(client)
+
+
+def _unable(client: EngineClient) -> EngineProtocolError:
+    return EngineProtocolError(
+        f"{client.base_url} did not report the probability of the token that was forced",
+        hint="scoring needs a llama-server that knows n_probs and logit_bias",
+    )
+
+
+async def _ask(client: EngineClient, prompt: list[int], forced: int, *, n_probs: int) -> TokenProbability | None:
+    answer = await client.complete(
+        {
+            "prompt": prompt,
+            "n_predict": 1,
+            "temperature": 0,
+            "n_probs": n_probs,
+            "logit_bias": [[forced, _FORCE]],
+            "cache_prompt": True,
+        }
+    )
+    return answer.completion_probabilities[0] if answer.completion_probabilities else None

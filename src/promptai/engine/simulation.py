@@ -197,7 +197,7 @@ class Scheduler:
             request = self.queue.popleft()
             slot = max(free, key=lambda s: s.shared_prefix(request.prompt))
             # As llama-server: the last prompt token is always computed, for its logits.
-            limit = len(request.prompt) - 1
+            limit = max(0, len(request.prompt) - 1)
             request.cached = min(slot.shared_prefix(request.prompt), limit) if request.use_cache else 0
             request.prefilled = request.cached
             request.t_start = now

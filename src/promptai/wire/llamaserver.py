@@ -70,10 +70,11 @@ class Tokens(msgspec.Struct, frozen=True):
 
 
 class TokenProbability(msgspec.Struct, frozen=True):
-    """One generated token with its raw log-probability (natural logarithm)."""
+    """One generated token with its raw log-probability (natural logarithm), and the likeliest others."""
 
     id: int
     logprob: float
+    top_logprobs: list["TokenProbability"] = []
 
 
 class Completion(msgspec.Struct, frozen=True):

@@ -75,10 +75,17 @@ class ChatChunk(msgspec.Struct, frozen=True):
     error: ErrorBody | None = None
 
 
+class ModelMeta(msgspec.Struct, frozen=True):
+    """What llama-server adds to a model's entry: tokens of its vocabulary."""
+
+    n_vocab: int | None = None
+
+
 class ModelEntry(msgspec.Struct, frozen=True):
     """One line of ``GET /v1/models``."""
 
     id: str
+    meta: ModelMeta | None = None
 
 
 class ModelList(msgspec.Struct, frozen=True):

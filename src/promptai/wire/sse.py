@@ -84,6 +84,10 @@ class SseParser:
         value = value.removeprefix(" ")
         if field == "data":
             self._data.append(value)
+        elif field == "error":
+            # Not in the standard: llama-server until 2025 sent its errors so.
+            self._data.append(value)
+            self._event = "error"
         elif field == "event":
             self._event = value or "message"
         return None
