@@ -158,7 +158,7 @@ class Runner:
                     self._observer.stage(stage)
                     await self._stage(stage, client, opened)
             except EngineDiedError as error:
-                raise opened.death() or error from None
+                raise await asyncio.to_thread(opened.death) or error from None
             finally:
                 telemetry.watch(None)
 

@@ -116,7 +116,8 @@ def start(options: dict[str, Any], settings: Settings, output: Output) -> None:
     """Check everything, make the run's directory, and measure."""
     console = output.console
     protocol = _protocol(options, settings)
-    workload = load_workload(options["workload"] or settings.bench.workload)
+    with console.status("reading the workload"):  # from the hub that takes a while
+        workload = load_workload(options["workload"] or settings.bench.workload)
     conversations, selection = choose_conversations(workload, count=options["conversations"], seed=protocol.seed)
     sources = list(options["targets"]) or [str(bundled_model())]
     machine = describe_machine()

@@ -16,6 +16,9 @@ from promptai.errors import EngineStartError
 from promptai.settings import cache_directory, load_settings
 
 
+_RATE = click.FloatRange(min=0, min_open=True)
+
+
 @click.group()
 def engine() -> None:
     """Engines: list them, or simulate one."""
@@ -52,8 +55,8 @@ Examples:
   promptai engine simulate --fault cut --after-tokens 20
 """
 )
-@click.option("--prefill-tps", type=float, default=60.0, show_default=True, help="Prompt tokens a second.")
-@click.option("--decode-tps", type=float, default=10.0, show_default=True, help="Tokens a second of one stream.")
+@click.option("--prefill-tps", type=_RATE, default=60.0, show_default=True, help="Prompt tokens a second.")
+@click.option("--decode-tps", type=_RATE, default=10.0, show_default=True, help="Tokens a second of one stream.")
 @click.option("--slots", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--context", type=click.IntRange(min=16), default=8192, show_default=True, help="Tokens of a slot.")
 @click.option(
@@ -62,7 +65,7 @@ Examples:
     help="Mean length of an answer.  [default: the request's cap]",
 )
 @click.option("--load-s", type=float, default=0.0, show_default=True, help="Seconds of pretended loading.")
-@click.option("--time-scale", type=float, default=1.0, show_default=True, help="10: ten times as fast.")
+@click.option("--time-scale", type=_RATE, default=1.0, show_default=True, help="10: ten times as fast.")
 @click.option("--fault", "kind", type=click.Choice(["refuse", "stall", "cut", "malformed", "error", "die"]))
 @click.option("--after-tokens", type=click.IntRange(min=0), default=0, help="Tokens sent before the fault.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="0 takes a free one.")

@@ -223,6 +223,11 @@ _KNOWN_ENDS = (
         "not enough memory ({0})",
         "use a smaller model or --context",
     ),
+    (
+        r"exceeds remaining file size|failed to read key-value pairs|failed to read tensor info",
+        "the file is cut short or damaged",
+        _FETCH_HINT,
+    ),
     (r"not within the file bounds", "the file is cut short or damaged", _FETCH_HINT),
     (r"invalid magic characters", "the file is not a GGUF", _FETCH_HINT),
     (

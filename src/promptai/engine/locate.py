@@ -92,7 +92,8 @@ def find_engines(named: Path | None = None, *, cache: Path | None = None) -> lis
                 hint="give the path of a llama-server, or leave it out",
             )
         found.append(_native("settings", named.resolve()))
-    built = sorted(cache.glob("*/bin/llama-server"), reverse=True) if cache is not None and cache.is_dir() else []
+    built = list(cache.glob("*/bin/llama-server")) if cache is not None else []
+    built.sort(key=lambda path: path.stat().st_mtime, reverse=True)  # the newest first; build names do not sort
     found += [_native("built", path) for path in built if os.access(path, os.X_OK)]
     on_path = shutil.which("llama-server")
     if on_path is not None:

@@ -63,6 +63,11 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     time_scale: float = 1.0
     model: str = "simulated"
 
+    def __post_init__(self) -> None:
+        for name in ("prefill_tps", "decode_tps", "slots", "batch", "context", "time_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0")
+
 
 class Request:
     """One prompt on its way; ``max_tokens`` bounds its answer."""

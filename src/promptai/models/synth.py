@@ -68,10 +68,11 @@ def write_synthetic(path: Path, shape: Shape, *, name: str, seed: int = 0) -> Pa
         _write(part, shape, name, seed)
         part.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
         reason = error.strerror or str(error)  # NumPy's short writes carry no errno
         raise ModelError(f"cannot write {path}: {reason}", hint="free some space or choose another path") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()  # nothing there when it was renamed; half a file after an error or Ctrl-C
     return path
 
 
