@@ -9,13 +9,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import ModuleType
 
 import longform
 import numpy as np
 import openform
 import pronouns
-import roles
 from scenes import LOOKUP_KINDS, LOOKUPS, SCENES
 from tokenizers import Tokenizer
 from vocabulary import NOISE, NOTED, SYSTEMS
@@ -26,7 +24,7 @@ BOS, END = "<s>", "<|end|>"
 ROLE = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 SPECIALS = (BOS, END, *ROLE.values())
 PROMPT_WEIGHT, LONG_WEIGHT, REASON_WEIGHT = 0.05, 0.4, 2.0
-FIRST_SEED, SHORT_SEED, LATE_SEED, LONG_SEED = 3, 1, 4, 2
+FIRST_SEED, SHORT_SEED, LONG_SEED = 3, 1, 2
 
 
 @dataclass
@@ -133,33 +131,23 @@ def recite(rng: random.Random) -> Document:
     return chat_document(messages, []) if messages else recite(rng)
 
 
-def role_chat(rng: random.Random) -> Document:
+def pronoun_chat(rng: random.Random) -> Document:
     """A sentence with a pronoun and the question what it stands for."""
-    sentence, ask, answer, key = roles.chat_question(rng)
+    sentence, ask, answer, key = pronouns.chat_question(rng)
     messages = [{"role": "user", "content": f"{sentence} {ask}"}, {"role": "assistant", "content": answer}]
     return chat_document(messages, [key])
 
 
-def sentences(rng: random.Random, source: ModuleType) -> Document:
+def pronoun_text(rng: random.Random) -> Document:
     """One to three resolved sentences as raw text."""
     pieces: list[tuple[str, float]] = [(BOS, 0.0)]
     keys = []
     for i in range(rng.choice((1, 1, 1, 2, 3))):
-        fill = source.draw(rng, want_held_out=False)
+        fill = pronouns.draw(rng, want_held_out=False)
         start, rest = fill.resolved(doer_side=rng.random() < 0.5)
         pieces += [((" " if i else "") + start, 0.1), (rest, REASON_WEIGHT)]
-        keys.append(source.pair_key(fill.rule, fill.doer, fill.other))
+        keys.append(pronouns.pair_key(fill.rule, fill.doer, fill.other))
     return Document([*pieces, (END, 0.1)], keys)
-
-
-def role_text(rng: random.Random) -> Document:
-    """Sentences on two like things."""
-    return sentences(rng, roles)
-
-
-def pronoun_text(rng: random.Random) -> Document:
-    """Sentences on two unlike things."""
-    return sentences(rng, pronouns)
 
 
 def long_chat(rng: random.Random) -> Document:
@@ -196,9 +184,8 @@ def long_text(rng: random.Random) -> Document:
 
 
 Mix = tuple[tuple[Callable[[random.Random], Document], int], ...]
-FIRST: Mix = ((drill, 60), (recite, 15), (role_text, 25))
-SHORT: Mix = ((short_chat, 58), (drill, 6), (recite, 4), (role_chat, 8), (role_text, 24), (small_talk, 1))
-LATE: Mix = ((short_chat, 62), (recite, 2), (role_chat, 10), (pronoun_text, 28), (small_talk, 1))
+FIRST: Mix = ((drill, 60), (recite, 15), (pronoun_text, 25))
+SHORT: Mix = ((short_chat, 58), (drill, 6), (recite, 4), (pronoun_chat, 8), (pronoun_text, 24), (small_talk, 1))
 LONG: Mix = ((long_chat, 7), (open_chat, 4), (long_text, 1))
 
 

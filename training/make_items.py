@@ -16,26 +16,24 @@ from typing import Any
 
 import corpus
 import pronouns
-import roles
 from world import held_out
 
 HERE = Path(__file__).resolve().parent
 QUESTIONS = HERE / "heldout-questions.jsonl"
 PRONOUNS = HERE.parent / "src" / "promptai" / "bench" / "data" / "edge-pronouns.jsonl"
 N_QUESTIONS, PAIRS_PER_RULE, SEED = 200, 6, 2026
-MOST_OF_A_KIND = 5
+MOST_OF_A_KIND = 6
 STREAMS = (  # seed, mixture, and more documents than training draws from it
     (corpus.FIRST_SEED, corpus.FIRST, 20_000),
-    (corpus.SHORT_SEED, corpus.SHORT, 100_000),
-    (corpus.LATE_SEED, corpus.LATE, 100_000),
+    (corpus.SHORT_SEED, corpus.SHORT, 150_000),
     (corpus.LONG_SEED, corpus.LONG, 10_000),
 )
 
 
 def reason_question(rng: random.Random) -> dict[str, Any]:
     """A held-out pronoun sentence as a chat question."""
-    fill = roles.draw(rng, want_held_out=True)
-    sentence, ask, answer, key = roles.question_on(fill, doer_side=rng.random() < 0.5)
+    fill = pronouns.draw(rng, want_held_out=True)
+    sentence, ask, answer, key = pronouns.question_on(fill, doer_side=rng.random() < 0.5)
     return {
         "messages": [{"role": "user", "content": f"{sentence} {ask}"}],
         "answer": answer,

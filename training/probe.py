@@ -62,7 +62,10 @@ def pronoun_items(params: model.Params, cfg: model.Config, n: int) -> list[bool]
     for i in range(n):
         fill = pronouns.draw(rng, want_held_out=True)
         side = i % 2 == 0
-        for head_text, rest in (fill.resolved(doer_side=side), fill.twisted(doer_side=side)):
+        for head_text, rest in (
+            fill.resolved(doer_side=side),
+            (fill.resolved(doer_side=not side)[0], fill.resolved(doer_side=side)[1]),
+        ):
             head = tok.encode(corpus.BOS + head_text, add_special_tokens=False).ids
             rows.append(head + tok.encode(rest, add_special_tokens=False).ids)
             starts.append(len(head))

@@ -1,8 +1,9 @@
-"""Sentences whose last clause fits only one of two nouns, by what is known about things: the benchmark's items.
+"""Sentences whose last clause fits only one of two nouns, by rules of the form verb + two reasons.
 
-A rule is a verb with things that do it, things it is done to, and one reason that fits each side. Training sees
-the sentence with the noun spelled out; an item leaves a blank, and its twin differs only in the reason, which
-flips the answer. A pair of nouns is held out from a rule as a whole, with both reasons.
+A rule says which reason belongs to the doer and which to the other thing; its nouns come from one list, so only
+a noun's place in the sentence tells. Training sees the sentence with the noun spelled out; an item leaves a
+blank, and its twin differs only in the reason, which flips the answer. Every pair of nouns is held out or not
+as a whole, in both orders and with both reasons.
 """
 
 from __future__ import annotations
@@ -11,75 +12,61 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vocabulary import words
 from world import cap, held_out
-
-NOUNS = {
-    "source": words("battery generator panel inverter rectifier turbine charger"),
-    "load": words("radio heater lamp camera pump fan amplifier"),
-    "box": words("router modem switch recorder server gateway controller"),
-    "case": words("cabinet rack drawer shelf case locker slot"),
-    "tall": words("tower mast crane wall tree building chimney"),
-    "dish": words("antenna dish receiver sensor beacon repeater transmitter"),
-    "senior": words("manager engineer instructor supervisor expert inspector director"),
-    "junior": words("trainee visitor intern guard driver operator helper"),
-    "client": words("client agent app script browser worker job"),
-    "service": words("database master scheduler cache backup registry logger"),
-    "line": words("cable fiber link port line tunnel connector"),
-    "traffic": words("stream video download call update transfer message"),
-    "weather": words("storm rain ice wind flood snow hail"),
-    "structure": words("roof fence shelter door pole bracket window"),
-    "tool": words("wrench drill key saw hammer cutter knife"),
-    "part": words("bolt lock screw hinge nut lid plate"),
-    "cooler": words("cooler filter vent blower conditioner chiller radiator"),
-    "hot": words("processor transformer laser engine motor oven chip"),
-}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`The DOER verb the OTHER because the DOER doer_reason.` or `... because the OTHER other_reason.`"""
+    """A verb, the reason that speaks of its doer, the one that speaks of the other, and a noun group."""
 
-    doers: str
     verb: str
-    others: str
     doer_reason: str
     other_reason: str
+    group: str
 
+
+GROUPS = {
+    "box": ["router", "switch", "modem", "gateway", "server", "firewall", "recorder", "controller"],
+    "power": ["battery", "charger", "rectifier", "generator", "inverter", "panel", "turbine", "converter"],
+    "radio": ["radio", "antenna", "repeater", "receiver", "beacon", "handset", "transmitter", "sensor"],
+    "body": ["mast", "tower", "cabinet", "fence", "shelter", "wall", "pole", "bracket"],
+    "person": ["engineer", "operator", "technician", "manager", "driver", "guard", "planner", "visitor"],
+    "program": ["client", "scheduler", "backup", "monitor", "database", "agent", "service", "logger"],
+}
 
 RULES = (
-    Rule("source", "could not feed", "load", "was empty", "drew too much"),
-    Rule("source", "could not start", "load", "was too weak", "was jammed"),
-    Rule("source", "stopped feeding", "load", "was drained", "was switched off"),
-    Rule("box", "did not fit into", "case", "was too wide", "was too narrow"),
-    Rule("case", "could not hold", "box", "was too flimsy", "was too heavy"),
-    Rule("box", "fell out of", "case", "was not fastened", "was tilted"),
-    Rule("tall", "blocked", "dish", "was too tall", "was too low"),
-    Rule("tall", "could not carry", "dish", "was rusty", "was too big"),
-    Rule("tall", "shaded", "dish", "stood too close", "was mounted low"),
-    Rule("senior", "taught", "junior", "knew the job", "was new"),
-    Rule("junior", "called", "senior", "needed advice", "gave advice"),
-    Rule("senior", "corrected", "junior", "was watchful", "made a mistake"),
-    Rule("junior", "obeyed", "senior", "was a beginner", "was in charge"),
-    Rule("senior", "praised", "junior", "was pleased", "worked well"),
-    Rule("client", "asked", "service", "lacked the data", "had the data"),
-    Rule("service", "rejected", "client", "was strict", "was not signed in"),
-    Rule("client", "waited for", "service", "needed a reply", "replied late"),
-    Rule("client", "overloaded", "service", "asked too often", "had little memory"),
-    Rule("line", "could not carry", "traffic", "was too slow", "was too large"),
-    Rule("line", "dropped", "traffic", "was broken", "was not urgent"),
-    Rule("traffic", "filled", "line", "was huge", "was thin"),
-    Rule("weather", "damaged", "structure", "was fierce", "was fragile"),
-    Rule("structure", "survived", "weather", "was solid", "was mild"),
-    Rule("weather", "moved", "structure", "came suddenly", "was loose"),
-    Rule("tool", "could not open", "part", "was blunt", "was stuck"),
-    Rule("tool", "scratched", "part", "was sharp", "was soft"),
-    Rule("cooler", "could not cool", "hot", "was clogged", "was overheated"),
-    Rule("cooler", "saved", "hot", "kept running", "was near its limit"),
-    Rule("junior", "dropped", "tool", "was clumsy", "was slippery"),
-    Rule("junior", "carried", "box", "was strong", "was light"),
-    Rule("senior", "repaired", "load", "had time", "was faulty"),
+    Rule("replaced", "was newer", "was older", "box"),
+    Rule("overloaded", "was too busy", "was too slow", "box"),
+    Rule("took over from", "was healthy", "was broken", "box"),
+    Rule("was configured after", "came later", "came earlier", "box"),
+    Rule("did not fit into", "was too large", "was too small", "box"),
+    Rule("could not charge", "was empty", "was full", "power"),
+    Rule("could not feed", "gave too little", "drew too much", "power"),
+    Rule("drained", "was hungry", "was exhausted", "power"),
+    Rule("relieved", "was fresh", "was tired", "power"),
+    Rule("could not cool", "was too weak", "was too hot", "power"),
+    Rule("could not hear", "was deaf", "was silent", "radio"),
+    Rule("could not reach", "was too faint", "was too far", "radio"),
+    Rule("disturbed", "was too loud", "was too sensitive", "radio"),
+    Rule("drowned out", "was strong", "was weak", "radio"),
+    Rule("waited for", "was early", "was late", "radio"),
+    Rule("blocked", "was too tall", "was too low", "body"),
+    Rule("could not carry", "was thin", "was heavy", "body"),
+    Rule("crushed", "was hard", "was soft", "body"),
+    Rule("was hidden behind", "was narrow", "was wide", "body"),
+    Rule("outlasted", "was solid", "was rusty", "body"),
+    Rule("asked", "needed the answer", "knew the answer", "person"),
+    Rule("helped", "was idle", "was overworked", "person"),
+    Rule("obeyed", "was junior", "was senior", "person"),
+    Rule("warned", "was watchful", "was careless", "person"),
+    Rule("thanked", "received help", "gave help", "person"),
+    Rule("copied", "was incomplete", "was complete", "program"),
+    Rule("rejected", "was strict", "was invalid", "program"),
+    Rule("restarted", "was in charge", "was stuck", "program"),
+    Rule("overtook", "was fast", "was sluggish", "program"),
+    Rule("trusted", "was naive", "was honest", "program"),
 )
+
 OPENINGS = ("", "", "On Monday ", "Last night ", "At the site ", "Once again ")
 
 
@@ -105,31 +92,48 @@ class Fill:
         """What is said of the doer or of the other."""
         return self.rule.doer_reason if doer_side else self.rule.other_reason
 
-    def twisted(self, *, doer_side: bool) -> tuple[str, str]:
-        """The wrong noun before the same reason."""
-        noun = self.other if doer_side else self.doer
-        return f"{self.start()} the {noun}", f" {self.reason(doer_side=doer_side)}."
 
-
-def pair_key(rule: Rule, doer: str, other: str) -> str:
-    """What decides whether this combination is held out."""
-    return f"pronoun|{doer}|{rule.verb}|{other}"
+def pair_key(rule: Rule, a: str, b: str) -> str:
+    """The same key for both orders of the nouns."""
+    first, second = sorted((a, b))
+    return f"pronoun|{rule.verb}|{first}|{second}"
 
 
 def draw(rng: random.Random, *, want_held_out: bool) -> Fill:
     """A random fill on the wanted side of the split."""
     while True:
         rule = rng.choice(RULES)
-        doer, other = rng.choice(NOUNS[rule.doers]), rng.choice(NOUNS[rule.others])
+        doer, other = rng.sample(GROUPS[rule.group], 2)
         if held_out(pair_key(rule, doer, other)) == want_held_out:
             return Fill(rule, doer, other, rng.choice(OPENINGS))
+
+
+def chat_question(rng: random.Random) -> tuple[str, str, str, str]:
+    """A trained pronoun sentence, a question on it, the answer, and the key."""
+    fill = draw(rng, want_held_out=False)
+    return question_on(fill, doer_side=rng.random() < 0.5)
+
+
+def question_on(fill: Fill, *, doer_side: bool) -> tuple[str, str, str, str]:
+    """Sentence with "it" or "this person", question, answer, key."""
+    person = fill.rule.group == "person"
+    reason = fill.reason(doer_side=doer_side)
+    sentence = f"{fill.start()} {'this person' if person else 'it'} {reason}."
+    answer = f"The {fill.doer if doer_side else fill.other}"
+    return (
+        sentence,
+        f"{'Who' if person else 'What'} {reason}?",
+        answer,
+        pair_key(fill.rule, fill.doer, fill.other),
+    )
 
 
 def items(rng: random.Random, per_rule: int) -> Iterator[dict[str, str]]:
     """Twin items on held-out noun pairs: each twin flips the answer, and the options' order alternates."""
     number = 0
     for rule in RULES:
-        pairs = [(a, b) for a in NOUNS[rule.doers] for b in NOUNS[rule.others] if held_out(pair_key(rule, a, b))]
+        nouns = GROUPS[rule.group]
+        pairs = [(a, b) for a in nouns for b in nouns if a != b and held_out(pair_key(rule, a, b))]
         rng.shuffle(pairs)
         for doer, other in pairs[:per_rule]:
             fill = Fill(rule, doer, other, rng.choice(OPENINGS))

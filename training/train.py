@@ -25,7 +25,7 @@ from probe import accuracy
 HERE = Path(__file__).resolve().parent
 STEPS, WARMUP, DECAY_FROM = 2400, 60, 0.5
 SHORT_ROWS, SHORT_LENGTH = 16, 128
-FIRST_STEPS, LATE_FROM = 150, 1200
+FIRST_STEPS = 150
 LONG_ROWS, LONG_LENGTH, LONG_EVERY = 5, 384, 6
 MUON_LR, ADAM_LR = 0.005, 0.0015
 SEED = 1
@@ -72,11 +72,10 @@ def load(path: Path) -> tuple[model.Params, optimizer.State]:
 
 
 def rows(steps: int) -> Iterator[dict[str, np.ndarray]]:
-    """Look-ups first, then all kinds, at last with the pronoun sentences; every sixth batch is of longer answers."""
+    """Look-ups first, then all kinds; from then on every sixth batch is long rows of longer answers."""
     tok = tokenizer.load()
     first = corpus.batches(corpus.documents(corpus.FIRST_SEED, corpus.FIRST), tok, SHORT_ROWS, SHORT_LENGTH)
     short = corpus.batches(corpus.documents(corpus.SHORT_SEED, corpus.SHORT), tok, SHORT_ROWS, SHORT_LENGTH)
-    late = corpus.batches(corpus.documents(corpus.LATE_SEED, corpus.LATE), tok, SHORT_ROWS, SHORT_LENGTH)
     longer = corpus.batches(corpus.documents(corpus.LONG_SEED, corpus.LONG), tok, LONG_ROWS, LONG_LENGTH)
     for step in range(steps):
         if step < FIRST_STEPS:
@@ -84,7 +83,7 @@ def rows(steps: int) -> Iterator[dict[str, np.ndarray]]:
         elif step % LONG_EVERY == LONG_EVERY - 1:
             yield next(longer)
         else:
-            yield next(short if step < LATE_FROM else late)
+            yield next(short)
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from promptai.engine.simulation import SimulationConfig
 from promptai.errors import EngineStartError
 from promptai.settings import cache_directory, load_settings
 
-
 _RATE = click.FloatRange(min=0, min_open=True)
 
 
