@@ -16,10 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
 from promptai.bench.selftest import selftest
+from promptai.bench.workload import load_bundled
 from promptai.models.bundled import bundled_model
 from promptai.models.synth import LLAMA_1B, write_synthetic
 
@@ -123,6 +125,15 @@ def bench(model: Path, folder: Path, *options: str) -> dict[str, Any]:
     return summary
 
 
+def shortest(folder: Path) -> Path:
+    """A workload of the bundled conversation that a large model is done with first."""
+    path = folder / "shortest.jsonl"
+    conversations = load_bundled().conversations
+    chosen = min(conversations, key=lambda c: c.prompt_chars(c.user_turns - 1))
+    path.write_bytes(msgspec.json.encode({"id": chosen.id, "messages": chosen.messages}) + b"\n")
+    return path
+
+
 def only(folder: Path) -> Path:
     """The one entry of a folder."""
     (entry,) = folder.iterdir()
@@ -138,7 +149,7 @@ def main() -> int:
         large = write_synthetic(folder / "synthetic-llama-1b.gguf", LLAMA_1B, name="synthetic-llama-1b")
         rows += ground_truth()
         rows += real_engine(bundled_model(), folder / "tiny", "--conversations", "10", "--max-tokens", "400")
-        rows += real_engine(large, folder / "large", "--conversations", "1", "--max-tokens", "128")
+        rows += real_engine(large, folder / "large", "--workload", str(shortest(folder)), "--max-tokens", "128")
         rows += [same_twice(bundled_model(), folder / "twice"), help_time(), demo_time(folder)]
     table = Table("promise", "limit", "seen", "holds")
     for row in rows:

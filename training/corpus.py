@@ -10,12 +10,13 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import longform
 import numpy as np
+from tokenizers import Tokenizer
+
+import longform
 import openform
 import pronouns
 from scenes import LOOKUP_KINDS, LOOKUPS, SCENES
-from tokenizers import Tokenizer
 from vocabulary import NOISE, NOTED, SYSTEMS
 from world import Question, Scene, held_out
 

@@ -12,8 +12,9 @@ import json
 from pathlib import Path
 
 import gguf
-import model
 import numpy as np
+
+import model
 import tokenizer
 import train
 from corpus import BOS, END, SPECIALS
@@ -64,7 +65,7 @@ def add_shape(writer: gguf.GGUFWriter, cfg: model.Config) -> None:
     writer.add_version(VERSION)
     writer.add_description(DESCRIPTION)
     writer.add_license("apache-2.0")
-    writer.add_size_label("2.8M")
+    writer.add_size_label("2.2M")
     writer.add_languages(["en"])
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(cfg.width)

@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import headstart
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+import headstart
 
 Params = dict[str, Any]
 

@@ -10,11 +10,12 @@ import functools
 import random
 from collections import defaultdict
 
-import corpus
 import jax
+import numpy as np
+
+import corpus
 import make_items
 import model
-import numpy as np
 import pronouns
 import tokenizer
 

@@ -13,8 +13,9 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from corpus import LONG, SHORT, SPECIALS, documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from corpus import LONG, SHORT, SPECIALS, documents
 from vocabulary import ALARMS, DAYS, PEOPLE, PLURAL, SINGULAR, SITES
 
 HERE = Path(__file__).resolve().parent

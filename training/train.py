@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import corpus
 import jax
 import jax.numpy as jnp
-import model
 import numpy as np
+
+import corpus
+import model
 import optimizer
 import tokenizer
 from probe import accuracy

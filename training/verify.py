@@ -11,10 +11,11 @@ import itertools
 import random
 from pathlib import Path
 
-import corpus
 import jax.numpy as jnp
-import model
 import numpy as np
+
+import corpus
+import model
 import tokenizer
 import train
 from evaluate import MODEL, Engine

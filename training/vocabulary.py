@@ -26,23 +26,21 @@ NUMBER_WORDS = ("None", "One", "Two", "Three", "Four")
 
 @dataclass(frozen=True)
 class Metric:
-    """A measured quantity: its name in running text, its unit, and the word for its largest value."""
+    """A measured quantity: its name in running text and its unit."""
 
     name: str
     unit: str
-    most: str
-    least: str
 
 
 METRICS = (
-    Metric("temperature", "C", "hottest", "coolest"),
-    Metric("latency", "ms", "slowest", "quickest"),
-    Metric("packet loss", "percent", "worst", "best"),
-    Metric("load", "percent", "busiest", "calmest"),
-    Metric("humidity", "percent", "dampest", "driest"),
-    Metric("jitter", "ms", "shakiest", "steadiest"),
-    Metric("voltage", "V", "strongest", "weakest"),
-    Metric("traffic", "Mbps", "fullest", "emptiest"),
+    Metric("temperature", "C"),
+    Metric("latency", "ms"),
+    Metric("packet loss", "percent"),
+    Metric("load", "percent"),
+    Metric("humidity", "percent"),
+    Metric("jitter", "ms"),
+    Metric("voltage", "V"),
+    Metric("traffic", "Mbps"),
 )
 
 
