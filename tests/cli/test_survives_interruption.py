@@ -108,9 +108,8 @@ def test_the_engine_and_the_sampler_do_not_outlive_a_killed_bench(
         cwd=tmp_path,
     )
     wait_for(lambda: bool(children_of(bench.pid, "promptai.engine.embedded")), what="the engine to start")
-    wait_for(lambda: bool(list(tmp_path.glob("runs/*/telemetry.jsonl"))), what="telemetry to start")
+    wait_for(lambda: len(children_of(bench.pid, "promptai.")) >= 2, what="telemetry beside the engine")
     helpers = children_of(bench.pid, "promptai.")
-    assert len(helpers) >= 2
     bench.kill()
     bench.communicate()
 
