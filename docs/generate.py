@@ -4,9 +4,9 @@
 fails when a page is behind. A reference that is written by hand is wrong within a month.
 """
 
-import importlib
 import inspect
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -14,7 +14,7 @@ import msgspec
 
 from promptai import settings
 from promptai.bench import glossary
-from promptai.cli.main import _VERBS, cli
+from promptai.cli.main import cli
 from promptai.errors import PromptAIError
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -25,19 +25,21 @@ def cli_page() -> str:
     parts = ["# Command line\n\nGenerated from the code by `make docs`.\n"]
     root = click.Context(cli, info_name="promptai", max_content_width=100, terminal_width=100)
     parts.append(_help("promptai", cli, root))
-    for name, (where, _) in _VERBS.items():
-        module, attribute = where.split(":")
-        command = getattr(importlib.import_module(module), attribute)
-        context = click.Context(command, info_name=name, parent=root, max_content_width=100, terminal_width=100)
-        parts.append(_help(f"promptai {name}", command, context))
-        if isinstance(command, click.Group):
-            for child_name, child in sorted(command.commands.items()):
-                child_context = click.Context(
-                    child, info_name=child_name, parent=context, max_content_width=100, terminal_width=100
-                )
-                parts.append(_help(f"promptai {name} {child_name}", child, child_context))
+    parts += _commands("promptai", cli, root)
     parts.append(_exit_codes())
     return "\n".join(parts)
+
+
+def _commands(prefix: str, group: click.Group, parent: click.Context) -> Iterator[str]:
+    """The help of every command below a group, deep first."""
+    for name in group.list_commands(parent):
+        command = group.get_command(parent, name)
+        if command is None:
+            continue
+        context = click.Context(command, info_name=name, parent=parent, max_content_width=100, terminal_width=100)
+        yield _help(f"{prefix} {name}", command, context)
+        if isinstance(command, click.Group):
+            yield from _commands(f"{prefix} {name}", command, context)
 
 
 def settings_page() -> str:

@@ -22,7 +22,8 @@ from promptai.bench.workload import Conversation, Workload, load_bundled
 from promptai.engine.locate import EngineBinary
 from promptai.errors import EngineNotFoundError, ModelNotFoundError, ModelTooLargeError, SettingsError, WorkloadError
 from promptai.models.gguf import read_header
-from promptai.models.synth import Shape, write_synthetic
+from promptai.models.shape import Shape
+from promptai.models.synth import write_synthetic
 from support_runs import CPU, long_talk, talk
 
 GIB = 1024**3

@@ -7,7 +7,8 @@ from msgspec.structs import replace
 from promptai.bench.manifest import TargetFacts
 from promptai.bench.target import describe_url, is_url, sha256_of, verify_unchanged
 from promptai.errors import ModelError, ModelNotFoundError, SettingsError
-from promptai.models.synth import Shape, write_synthetic
+from promptai.models.shape import Shape
+from promptai.models.synth import write_synthetic
 from support_runs import FACTS, MODEL
 
 SHAPE = Shape(layers=1, width=32, heads=1, kv_heads=1, ffn=32, vocabulary=258)

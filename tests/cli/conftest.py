@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from promptai.models.synth import Shape, write_synthetic
+from promptai.models.shape import Shape
+from promptai.models.synth import write_synthetic
 
 #: Small enough to load in a tenth of a second.
 SMALL = Shape(layers=2, width=64, heads=4, kv_heads=2, ffn=128, vocabulary=512, context=4096)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from promptai.models.synth import Shape, write_synthetic
+from promptai.models.shape import Shape
+from promptai.models.synth import write_synthetic
 from support_cli import (
     ONE_THREAD,
     PROMPTAI,

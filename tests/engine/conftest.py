@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from promptai.engine.locate import EngineBinary
-from promptai.models.synth import Shape, write_synthetic
+from promptai.models.shape import Shape
+from promptai.models.synth import write_synthetic
 from support_engine import Script
 
 SMALL = Shape(layers=2, width=64, heads=4, kv_heads=2, ffn=128, vocabulary=512)

@@ -9,7 +9,8 @@ import pytest
 
 from promptai.errors import ModelError
 from promptai.models.gguf import read_header
-from promptai.models.synth import LLAMA_1B, Shape, write_synthetic
+from promptai.models.shape import Shape
+from promptai.models.synth import LLAMA_1B, write_synthetic
 
 TracedPeak = Callable[[], Callable[[], int]]
 
@@ -22,7 +23,8 @@ FULL_DISK = """
     import gc, resource, sys
     from pathlib import Path
     from promptai.errors import ModelError
-    from promptai.models.synth import Shape, write_synthetic
+    from promptai.models.shape import Shape
+from promptai.models.synth import write_synthetic
     shape = Shape(layers=2, width=64, heads=4, kv_heads=2, ffn=128, vocabulary=512)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     try:

@@ -17,7 +17,8 @@ from promptai.engine.flags import EngineFlags
 from promptai.engine.launch import RunningEngine, free_port
 from promptai.engine.locate import locate
 from promptai.models.bundled import bundled_model
-from promptai.models.synth import LLAMA_1B, Shape, write_synthetic
+from promptai.models.shape import Shape
+from promptai.models.synth import LLAMA_1B, write_synthetic
 from support_cli import lines, only_run, promptai
 
 pytestmark = pytest.mark.real

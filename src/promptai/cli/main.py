@@ -1,18 +1,17 @@
 """``promptai``: the composition root.
 
-Each verb lives in a module of its own and is imported when it is asked for:
-``promptai --help`` must answer at once on a board, and NumPy alone takes longer
-than that. Errors of ours become one line on stderr and an exit code
-(``promptai.errors``); anything else is a bug and keeps its traceback.
+Each verb lives in a module of its own and is imported when it is asked for.
+Errors of ours become one line on stderr and an exit code (``promptai.errors``);
+anything else is a bug and keeps its traceback.
 """
 
-import importlib
 import os
 import sys
 
 import click
 
 from promptai import __version__
+from promptai.cli.lazy import LazyGroup
 from promptai.errors import PromptAIError
 
 _INTERRUPTED = 130
@@ -28,33 +27,9 @@ _VERBS = {
 }
 
 
-class LazyGroup(click.Group):
-    """A group whose commands are imported when they run."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names, in the order in which a newcomer meets them."""
-        del ctx
-        return list(_VERBS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import one command."""
-        del ctx
-        if cmd_name not in _VERBS:
-            return None
-        module, attribute = _VERBS[cmd_name][0].split(":")
-        command = getattr(importlib.import_module(module), attribute)
-        assert isinstance(command, click.Command)  # noqa: S101  our own table
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The table of commands, without importing them."""
-        del ctx
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in _VERBS.items()])
-
-
-@click.command(
+@click.group(
     cls=LazyGroup,
+    verbs=_VERBS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Start with: promptai demo",
 )

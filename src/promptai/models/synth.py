@@ -13,34 +13,11 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from promptai.errors import ModelError
+from promptai.models.shape import Shape
 
 _Q4_0_BLOCK = 32
 _Q4_0_BLOCK_BYTES = 18
-
-
-class Shape(msgspec.Struct, frozen=True):
-    """
-    What decides a llama model's speed and size.
-
-    Attributes:
-        layers: Transformer blocks.
-        width: Embedding length.
-        heads: Attention heads; ``kv_heads`` of keys and values.
-        ffn: Width of the feed-forward layer.
-        vocabulary: Tokens, at least 258 (256 bytes, begin and end).
-        context: Tokens that the metadata says it was made for.
-    """
-
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    vocabulary: int
-    context: int = 8192
 
 
 #: The shape of TinyLlama-1.1B, with a context that holds the bundled workload at one token a byte.

@@ -1,0 +1,71 @@
+"""``promptai engine simulate``: a pretended llama-server, for tests and for "what if"."""
+
+import asyncio
+
+import click
+import msgspec
+
+from promptai.engine.simulated import Fault, SimulatedEngine
+from promptai.engine.simulation import SimulationConfig
+from promptai.errors import EngineStartError
+
+_RATE = click.FloatRange(min=0, min_open=True)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  promptai engine simulate --prefill-tps 60 --decode-tps 10 --port 9001
+  promptai engine simulate --fault cut --after-tokens 20
+"""
+)
+@click.option("--prefill-tps", type=_RATE, default=60.0, show_default=True, help="Prompt tokens a second.")
+@click.option("--decode-tps", type=_RATE, default=10.0, show_default=True, help="Tokens a second of one stream.")
+@click.option("--slots", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--context", type=click.IntRange(min=16), default=8192, show_default=True, help="Tokens of a slot.")
+@click.option(
+    "--answer-tokens",
+    type=click.IntRange(min=1),
+    help="Mean length of an answer.  [default: the request's cap]",
+)
+@click.option("--load-s", type=float, default=0.0, show_default=True, help="Seconds of pretended loading.")
+@click.option("--time-scale", type=_RATE, default=1.0, show_default=True, help="10: ten times as fast.")
+@click.option("--fault", "kind", type=click.Choice(["refuse", "stall", "cut", "malformed", "error", "die"]))
+@click.option("--after-tokens", type=click.IntRange(min=0), default=0, help="Tokens sent before the fault.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="0 takes a free one.")
+def simulate(
+    *,
+    prefill_tps: float,
+    decode_tps: float,
+    slots: int,
+    context: int,
+    answer_tokens: int | None,
+    load_s: float,
+    time_scale: float,
+    kind: str | None,
+    after_tokens: int,
+    port: int,
+) -> None:
+    """Run a pretended llama-server with chosen rates, until Ctrl-C."""
+    config = SimulationConfig(
+        prefill_tps=prefill_tps,
+        decode_tps=decode_tps,
+        slots=slots,
+        context=context,
+        answer_tokens=answer_tokens,
+        load_s=load_s,
+        time_scale=time_scale,
+    )
+    fault = msgspec.convert({"kind": kind, "after_tokens": after_tokens}, Fault) if kind else None
+    asyncio.run(_simulate(config, fault, port))
+
+
+async def _simulate(config: SimulationConfig, fault: Fault | None, port: int) -> None:
+    try:
+        async with SimulatedEngine(config, port=port, fault=fault) as simulated:
+            click.echo(f"simulated engine on {simulated.base_url}, Ctrl-C to end")
+            await asyncio.Event().wait()
+    except OSError as error:
+        raise EngineStartError(
+            f"cannot listen on port {port}: {error.strerror}", hint="choose another with --port"
+        ) from None
