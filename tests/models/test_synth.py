@@ -24,7 +24,7 @@ FULL_DISK = """
     from pathlib import Path
     from promptai.errors import ModelError
     from promptai.models.shape import Shape
-from promptai.models.synth import write_synthetic
+    from promptai.models.synth import write_synthetic
     shape = Shape(layers=2, width=64, heads=4, kv_heads=2, ffn=128, vocabulary=512)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     try:
