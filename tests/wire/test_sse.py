@@ -1,6 +1,8 @@
+import time
+
 import pytest
 
-from promptai.wire.sse import MAX_LINE_BYTES, SseEvent, SseParser
+from promptai.wire.sse import MAX_EVENT_BYTES, SseEvent, SseParser
 
 STREAM = (
     ": keep-alive\r\n\r\n"
@@ -28,10 +30,10 @@ def feed(*chunks: bytes) -> list[SseEvent]:
 
 
 @pytest.mark.parametrize("end", [b"", b"\n\n"], ids=["unfinished", "finished"])
-def test_a_line_above_the_limit_is_refused(end: bytes) -> None:
+def test_an_event_above_the_limit_is_refused(end: bytes) -> None:
     """Whether its end has come or not: memory is bounded either way."""
-    with pytest.raises(ValueError, match=f"more than {MAX_LINE_BYTES} bytes"):
-        feed(b"data: " + bytes(MAX_LINE_BYTES) + end)
+    with pytest.raises(ValueError, match=f"more than {MAX_EVENT_BYTES} bytes"):
+        feed(b"data: " + bytes(MAX_EVENT_BYTES) + end)
 
 
 @pytest.mark.parametrize("chunks", [(b"data: \xff\n",), (b"data: \xc3", b"\ndata: x\n")], ids=["stray", "cut-off"])
@@ -41,9 +43,27 @@ def test_bytes_that_are_not_utf_8_are_refused(chunks: tuple[bytes, ...]) -> None
         feed(*chunks)
 
 
-def test_a_line_at_the_limit_is_taken() -> None:
-    """The limit itself is still a line."""
-    text = b"x" * (MAX_LINE_BYTES - len(b"data: "))
+def test_an_event_whose_blank_line_never_comes_is_refused() -> None:
+    """Its lines are short, and yet they would fill the memory."""
+    parser = SseParser()
+    line = b"data: " + bytes(1 << 20) + b"\n"
+
+    with pytest.raises(ValueError, match="more than"):
+        for _ in range(MAX_EVENT_BYTES // len(line) + 1):
+            parser.feed(line)
+
+
+def test_events_do_not_add_up() -> None:
+    """The limit is that of one event; a stream may be as long as it likes, its comments too."""
+    parser = SseParser()
+    events = b"data: " + bytes(1 << 20) + b"\n\n:" + bytes(1 << 20) + b"\n"
+
+    assert sum(len(parser.feed(events)) for _ in range(20)) == 40
+
+
+def test_an_event_at_the_limit_is_taken() -> None:
+    """The limit itself is still an event."""
+    text = b"x" * (MAX_EVENT_BYTES - len(b"data: "))
 
     assert [SseEvent(text.decode())] == feed(b"data: " + text, b"\n\n")
 
@@ -64,6 +84,23 @@ def test_a_cut_anywhere_changes_nothing() -> None:
 def test_single_bytes_change_nothing() -> None:
     """The slowest network there is."""
     assert feed(*(bytes([byte]) for byte in STREAM)) == EVENTS
+
+
+@pytest.mark.parametrize("cut", [4096, 65536])
+def test_a_long_line_is_read_in_time_that_grows_with_its_length(cut: int) -> None:
+    """Not with its square: 15 MiB in pieces of 64 KiB took 9 s when each read looked at all of it again."""
+    line = b"data: " + b"x" * (15 << 20) + b"\n\n"
+
+    begin = time.process_time()
+    events = feed(*(line[at : at + cut] for at in range(0, len(line), cut)))
+
+    assert len(events) == 1
+    assert time.process_time() - begin < 1.0
+
+
+def test_one_line_feed_belongs_to_a_carriage_return_and_the_next_does_not() -> None:
+    """Mixed ends of lines, byte by byte: the second line feed is the blank line."""
+    assert [SseEvent("x")] == feed(*(bytes([byte]) for byte in b"data: x\r\n\n"))
 
 
 @pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r", b"\r\r"], ids=["lf", "crlf", "cr"])

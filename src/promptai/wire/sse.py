@@ -15,8 +15,8 @@ from codecs import BOM_UTF8
 
 import msgspec
 
-#: A line longer than this is not a chat event but an attack or a bug.
-MAX_LINE_BYTES = 16 * 1024 * 1024
+#: An event larger than this is not a chat's but an attack or a bug.
+MAX_EVENT_BYTES = 16 * 1024 * 1024
 
 
 class SseEvent(msgspec.Struct, frozen=True):
@@ -38,8 +38,11 @@ class SseParser:
     """Turns a stream of byte chunks into events; one parser a response."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        # In pieces: a line that grows by joining would cost the square of its length.
+        self._rest: list[bytes] = []
+        self._rest_bytes = 0
         self._data: list[str] = []
+        self._data_bytes = 0
         self._event = "message"
         self._begun = False
         self._after_cr = False
@@ -49,45 +52,56 @@ class SseParser:
         Take the next bytes; give back the events that they complete.
 
         Raises:
-            ValueError: A line exceeds ``MAX_LINE_BYTES`` or is not UTF-8.
+            ValueError: An event exceeds ``MAX_EVENT_BYTES`` or is not UTF-8.
         """
         if not chunk:
             return []
         # A carriage return ends a line at once; a line feed that still follows belongs to it.
         if self._after_cr and chunk.startswith(b"\n"):
             chunk = chunk[1:]
-        self._after_cr = chunk.endswith(b"\r") or (self._after_cr and not chunk)
-        buffer = self._rest + chunk
+        self._after_cr = chunk.endswith(b"\r")
         if not self._begun:
-            if len(buffer) < len(BOM_UTF8) and BOM_UTF8.startswith(buffer):
-                self._rest = buffer
+            chunk = b"".join(self._rest) + chunk
+            if len(chunk) < len(BOM_UTF8) and BOM_UTF8.startswith(chunk):
+                self._rest = [chunk]
                 return []
-            self._begun, buffer = True, buffer.removeprefix(BOM_UTF8)
-        lines = buffer.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-        if max(map(len, lines)) > MAX_LINE_BYTES:
-            raise ValueError(f"a line of more than {MAX_LINE_BYTES} bytes")
-        self._rest = lines.pop()
-        events = [self._line(line.decode("utf-8")) for line in lines]
+            self._begun, self._rest, chunk = True, [], chunk.removeprefix(BOM_UTF8)
+        lines = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        self._rest.append(lines[0])
+        self._rest_bytes += len(lines[0])
+        _bound(self._rest_bytes + self._data_bytes)
+        if len(lines) == 1:
+            return []
+        lines[0] = b"".join(self._rest)
+        self._rest = [lines.pop()]
+        self._rest_bytes = len(self._rest[0])
+        events = [self._line(line) for line in lines]
         return [event for event in events if event is not None]
 
-    def _line(self, line: str) -> SseEvent | None:
+    def _line(self, line: bytes) -> SseEvent | None:
         if not line:
             if not self._data:
                 self._event = "message"
                 return None
             done = SseEvent(data="\n".join(self._data), event=self._event)
-            self._data, self._event = [], "message"
+            self._data, self._data_bytes, self._event = [], 0, "message"
             return done
-        if line.startswith(":"):
+        if line.startswith(b":"):
             return SseEvent(data="", comment=True)
-        field, _, value = line.partition(":")
+        field, _, value = line.decode("utf-8").partition(":")
         value = value.removeprefix(" ")
-        if field == "data":
-            self._data.append(value)
-        elif field == "error":
-            # Not in the standard: llama-server until 2025 sent its errors so.
-            self._data.append(value)
-            self._event = "error"
-        elif field == "event":
+        if field == "event":
             self._event = value or "message"
+        elif field in ("data", "error"):
+            self._data_bytes += len(line)
+            _bound(self._data_bytes)
+            self._data.append(value)
+            if field == "error":
+                # Not in the standard: llama-server until 2025 sent its errors so.
+                self._event = "error"
         return None
+
+
+def _bound(size: int) -> None:
+    if size > MAX_EVENT_BYTES:
+        raise ValueError(f"an event of more than {MAX_EVENT_BYTES} bytes")
