@@ -19,7 +19,11 @@ not in this tree is a bug of ours and may show a traceback.
     │   ├── EngineRefusedError
     │   └── EngineProtocolError
     ├── WorkloadError              5
-    └── RunError                   6
+    ├── RunError                   6
+    └── HubError                   7
+        ├── HubNotFoundError
+        ├── HubGatedError
+        └── HubUnreachableError
     interrupted (Ctrl-C)         130   by convention, 128 + SIGINT
 
 Exceptions of libraries are translated where the library is called, never here.
@@ -118,3 +122,21 @@ class RunError(PromptAIError):
     """A run directory cannot be created, written, read or resumed."""
 
     exit_code = 6
+
+
+class HubError(PromptAIError):
+    """A model hub, or another server of files, does not give what was asked of it."""
+
+    exit_code = 7
+
+
+class HubNotFoundError(HubError):
+    """A hub has no repository or file of that name, or does not show it to us."""
+
+
+class HubGatedError(HubError):
+    """A hub gives a file only to those who accepted its licence."""
+
+
+class HubUnreachableError(HubError):
+    """A server cannot be reached, is overloaded, or broke off; trying again may help."""
