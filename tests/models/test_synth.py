@@ -3,14 +3,17 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
 from promptai.errors import ModelError
+from promptai.models.bundled import bundled_model
 from promptai.models.gguf import read_header
 from promptai.models.shape import Shape
 from promptai.models.synth import LLAMA_1B, write_synthetic
+from promptai.models.tensors import ARCHITECTURES, QUANTS, Quant, parameter_count, plan_tensors, tensor_bytes
 
 TracedPeak = Callable[[], Callable[[], int]]
 
@@ -119,35 +122,66 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     assert files(tmp_path / "one") == ["model.gguf"]
 
 
-def weights(shape: Shape) -> tuple[int, int]:
-    """Numbers in matrices, and in norms, by hand."""
-    kv_width = shape.width // shape.heads * shape.kv_heads
-    layer = 2 * shape.width**2 + 2 * kv_width * shape.width + 3 * shape.ffn * shape.width
-    return 2 * shape.vocabulary * shape.width + shape.layers * layer, shape.width * (1 + 2 * shape.layers)
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_file_holds_what_was_planned(tmp_path: Path, architecture: str, quant: Quant) -> None:
+    """Names, types, places and sizes of every tensor; what stands before them is the header."""
+    shape = msgspec.structs.replace(EVEN, layers=2, architecture=architecture)
+    planned = plan_tensors(shape, quant)
+
+    header = read_header(write_synthetic(tmp_path / "model.gguf", shape, name="x", quant=quant))
+
+    assert [(t.name, t.shape, t.quantization) for t in header.tensors] == [
+        (t.name, t.shape, t.quantization) for t in planned
+    ]
+    assert header.file_bytes == header.data_offset + tensor_bytes(shape, quant)
+    assert header.synthetic
+    assert (header.architecture, header.vocabulary) == (architecture, shape.vocabulary)
 
 
-@pytest.mark.parametrize("shape", [TINY, EVEN], ids=["tiny", "even"])
-def test_the_size_is_that_of_the_arithmetic(tmp_path: Path, shape: Shape) -> None:
-    """18 bytes for 32 weights of Q4_0, 4 for each of a norm, and every tensor padded to 32."""
-    matrices, norms = weights(shape)
+def test_a_large_vocabulary_speaks_the_bundled_model_s_tokens(tmp_path: Path) -> None:
+    """So that a prompt has as many tokens as it would have, and the same in every synthetic model."""
+    shape = msgspec.structs.replace(TINY, vocabulary=5000)
 
     header = read_header(write_synthetic(tmp_path / "model.gguf", shape, name="x"))
 
-    assert matrices // 32 * 18 + norms * 4 == header.tensor_bytes
-    padded = sum(-(-tensor.size_bytes // 32) * 32 for tensor in header.tensors)
-    assert header.data_offset + padded == header.file_bytes
+    bundled = read_header(bundled_model())
+    assert header.array_lengths["tokenizer.ggml.tokens"] == 5000
+    assert header.array_lengths["tokenizer.ggml.merges"] == bundled.array_lengths["tokenizer.ggml.merges"]
+    assert header.chat_template == bundled.chat_template
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=1000))
+
+    with pytest.raises(ModelError, match=r"it takes 0.00 GB, 0.00 GB are free"):
+        write_synthetic(tmp_path / "model.gguf", EVEN, name="x")
+
+    assert files(tmp_path) == []
+
+
+def test_progress_tells_every_byte_of_data(tmp_path: Path) -> None:
+    told: list[int] = []
+
+    write_synthetic(tmp_path / "model.gguf", EVEN, name="x", progress=told.append)
+
+    assert sum(told) == sum(tensor.size_bytes for tensor in plan_tensors(EVEN, "q4_0"))
 
 
 def test_the_shape_of_tinyllama_has_its_number_of_weights() -> None:
     """1,100,048,384, as its card says."""
-    assert sum(weights(LLAMA_1B)) == 1_100_048_384
+    assert parameter_count(LLAMA_1B) == 1_100_048_384
 
 
-def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path, traced_peak: TracedPeak) -> None:
+def test_a_piece_at_a_time_is_in_memory(tmp_path: Path, traced_peak: TracedPeak) -> None:
     """So that a model larger than the memory can be written."""
     write_synthetic(tmp_path / "warm-up.gguf", TINY, name="x")
 
     peak = traced_peak()
-    path = write_synthetic(tmp_path / "model.gguf", EVEN, name="x")
+    shape = msgspec.structs.replace(EVEN, layers=2, ffn=40_960, width=512)
+    path = write_synthetic(tmp_path / "model.gguf", shape, name="x", quant="q8_0")
 
-    assert peak() < path.stat().st_size / 4
+    assert path.stat().st_size > 120e6
+    assert peak() < 64e6
