@@ -1,12 +1,16 @@
+import tracemalloc
 from collections.abc import Sequence
 from random import Random
-from statistics import mean, stdev
+from statistics import NormalDist, mean, stdev
 
 import numpy as np
 import pytest
 
 from promptai.bench.statistics import (
     Metric,
+    _percentile,
+    _ratio_interval,
+    _t975,
     buckets,
     coefficient_of_variation,
     cv_metrics,
@@ -127,9 +131,9 @@ def test_the_same_traces_give_the_same_interval() -> None:
 
 
 def test_equal_values_leave_no_doubt() -> None:
-    metrics = latency_metrics("x", answers([2.0] * 20), latency)
+    metrics = latency_metrics("x", answers([2.0] * 50), latency)
 
-    assert [metrics[f"x_{what}"].ci95 for what in ("mean", "p50", "p95")] == [(2.0, 2.0)] * 3
+    assert [metrics[f"x_{what}"].ci95 for what in ("mean", "p50", "p95")] == [pytest.approx((2.0, 2.0))] * 3
 
 
 def test_every_interval_holds_its_value() -> None:
@@ -153,12 +157,79 @@ def test_turns_of_one_conversation_are_not_independent_samples(what: str) -> Non
     assert width(honest) > 1.5 * width(naive)
 
 
-def test_about_nineteen_of_twenty_intervals_hold_the_truth() -> None:
-    """Of 150 synthetic runs. Percentile bootstrap reaches 93 % with 30 conversations; independent turns, 65 %."""
-    generator = Random(11)
-    intervals = [mean_metric(correlated(generator, 30, 4), latency, "s").ci95 or (0, 0) for _ in range(150)]
+@pytest.mark.parametrize("conversations", [5, 10, 30])
+def test_about_nineteen_of_twenty_intervals_hold_the_truth(conversations: int) -> None:
+    """
+    Of 2,000 runs of six turns: rates differ by 15 % between conversations and by 5 % within them.
 
-    assert 0.88 <= mean(low <= 10 <= high for low, high in intervals) <= 0.99
+    Delete-one jackknife of the logarithm with Student's t (Tukey 1958; whole clusters as in Bell and McCaffrey
+    2002). A percentile bootstrap over conversations holds it in 82, 88 and 92 %.
+    """
+    generator = np.random.default_rng(1)
+    truth = 1 / np.mean(1 / (50 * (1 + 0.15 * np.random.default_rng(5).standard_normal(1_000_000))))
+    tokens, clusters = np.full(conversations * 6, 100.0), np.repeat(np.arange(conversations), 6)
+    held = []
+    for _ in range(2000):
+        seconds_a_token = 1 / (50 * (1 + 0.15 * generator.standard_normal(conversations)))
+        noise = 1 + 0.05 * generator.standard_normal(conversations * 6)
+        low, high = _ratio_interval(tokens, 100 * seconds_a_token[clusters] * noise, clusters) or (0, 0)
+        held.append(low <= truth <= high)
+
+    assert 0.93 <= np.mean(held) <= 0.97
+
+
+@pytest.mark.parametrize(("percent", "conversations"), [(50, 5), (50, 10), (50, 30), (95, 50)])
+def test_about_nineteen_of_twenty_percentiles_are_held_too(percent: int, conversations: int) -> None:
+    """Skewed durations, alike within a conversation: Woodruff's interval (1952), by jackknife of whole clusters."""
+    generator = np.random.default_rng(2)
+    truth = np.exp(np.hypot(0.5, 0.3) * NormalDist().inv_cdf(percent / 100))
+    clusters = np.repeat(np.arange(conversations), 6)
+    held = []
+    for _ in range(1000):
+        levels, turns = generator.standard_normal(conversations), generator.standard_normal(conversations * 6)
+        low, high = _percentile(np.exp(0.5 * levels[clusters] + 0.3 * turns), clusters, percent).ci95 or (0, 0)
+        held.append(low <= truth <= high)
+
+    assert 0.92 <= np.mean(held) <= 0.98
+
+
+@pytest.mark.parametrize("skew", [0.5, 1.0])
+def test_skew_costs_some_of_the_promise(skew: float) -> None:
+    """Means of durations that differ much: no interval of few conversations is exact there, but this one stays near."""
+    generator, truth = np.random.default_rng(3), np.exp(skew**2 / 2)
+    held = []
+    for _ in range(1000):
+        values = np.exp(skew * generator.standard_normal(10))
+        low, high = _ratio_interval(values, np.ones(10), np.arange(10)) or (0, 0)
+        held.append(low <= truth <= high)
+
+    assert 0.84 <= np.mean(held) <= 0.95
+
+
+@pytest.mark.parametrize(("percent", "needed"), [(50, 5), (95, 50)])
+def test_a_percentile_has_an_interval_when_enough_conversations_lie_beyond_it(percent: int, needed: int) -> None:
+    """With 30 conversations in which turns are alike, an interval of the 95th percentile held the truth in 81 %."""
+    for conversations, given in ((needed, True), (needed - 1, False)):
+        traces = correlated(Random(4), conversations, 6)
+        assert (latency_metrics("x", traces, latency)[f"x_p{percent}"].ci95 is not None) is given
+
+
+@pytest.mark.parametrize(("freedom", "t"), [(4, 2.776), (9, 2.262), (29, 2.045), (49, 2.010), (10**6, 1.960)])
+def test_students_t_is_what_tables_say(freedom: int, t: float) -> None:
+    assert pytest.approx(t, abs=0.001) == _t975(freedom)
+
+
+def test_a_day_of_requests_is_summarized_in_little_memory() -> None:
+    """20,000 requests; a bootstrap that keeps a weight of each value and resample took 650 MB."""
+    values, clusters = np.linspace(1, 2, 20_000), np.arange(20_000) % 200
+    tracemalloc.start()
+    try:
+        _percentile(values, clusters, 95)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 5e6
 
 
 def test_requests_are_grouped_by_prompt_length() -> None:

@@ -3,12 +3,17 @@
 Three mistakes are common in published tables of this field: a mean of rates
 called throughput, turns of one conversation counted as independent samples,
 and a p99 of a dozen requests. Here rates are sums divided by sums (``mean_of_*``
-says when they are not), intervals come from resampling *conversations*, and a
-percentile needs twenty values.
+says when they are not), intervals come from leaving out whole *conversations*,
+and a percentile needs twenty values.
 
-Pure and seeded: the same traces give the same summary, byte for byte.
+Runs are small: five to fifty conversations. There a percentile bootstrap, which
+this module once used, covers 82 to 93 % instead of 95, and its memory grows with
+requests times resamples. The jackknife with Student's t does better for less.
+
+Pure: the same traces give the same summary, byte for byte.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
@@ -18,10 +23,10 @@ from numpy.typing import NDArray
 from promptai.bench.trace import Trace
 
 MIN_FOR_PERCENTILE = 20
-#: Fewer clusters than this make a bootstrap interval that is far too narrow.
+#: Fewer conversations than this say too little about how much conversations differ.
 MIN_FOR_INTERVAL = 5
-_RESAMPLES = 2000
-_SEED = 20241118
+#: Conversations that must be expected beyond a percentile: the median needs five of them, the 95th percentile fifty.
+_MIN_BEYOND = 2.5
 
 Floats = NDArray[np.float64]
 
@@ -34,7 +39,7 @@ class Metric(msgspec.Struct, frozen=True):
         value: ``None`` when it could not be measured, never 0 in its place.
         unit: ``s``, ``tokens/s``, ``bytes``, ``%``, ``1`` (a ratio) …
         n: Values it rests on.
-        ci95: 95 % bootstrap interval over conversations; ``None`` with fewer than five of them.
+        ci95: 95 % interval over conversations; ``None`` with fewer than five of them.
     """
 
     value: float | None
@@ -179,36 +184,54 @@ def _cluster_index(names: Sequence[str]) -> NDArray[np.intp]:
     return np.array([numbers[name] for name in names], dtype=np.intp)
 
 
-def _weights(cluster_count: int) -> NDArray[np.int64]:
-    """How often each cluster is drawn in each resample: (resamples, clusters)."""
-    generator = np.random.default_rng(_SEED)
-    return generator.multinomial(cluster_count, np.full(cluster_count, 1 / cluster_count), size=_RESAMPLES)
-
-
 def _ratio_interval(num: Floats, den: Floats, clusters: NDArray[np.intp]) -> tuple[float, float] | None:
-    """Percentile bootstrap of sum(num) / sum(den) over whole clusters."""
+    """
+    Interval of sum(num) / sum(den), both positive: delete-one-cluster jackknife of its logarithm, Student's t.
+
+    The logarithm keeps a duration or a rate above 0 and suits their skew.
+    """
     count = int(clusters.max()) + 1
-    if count < MIN_FOR_INTERVAL:
+    # Of each cluster: the sums without it.
+    nums, dens = num.sum() - np.bincount(clusters, num, count), den.sum() - np.bincount(clusters, den, count)
+    if count < MIN_FOR_INTERVAL or nums.min() <= 0 or dens.min() <= 0:
         return None
-    weights = _weights(count)
-    ratios = (weights @ np.bincount(clusters, num, count)) / (weights @ np.bincount(clusters, den, count))
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return float(low), float(high)
+    value, factor = num.sum() / den.sum(), math.exp(_t975(count - 1) * _jackknife_error(np.log(nums / dens)))
+    return float(value / factor), float(value * factor)
 
 
 def _percentile(values: Floats, clusters: NDArray[np.intp], percent: int) -> Metric:
-    """A percentile, interpolated as NumPy does, with its interval; ``None`` below twenty values."""
+    """
+    A percentile, interpolated as NumPy does, with Woodruff's interval; ``None`` below twenty values.
+
+    The share of values at or below it is a mean and has an error; the values at both ends of that share's
+    interval are the ends of this one.
+    """
     n = int(values.size)
     if n < MIN_FOR_PERCENTILE:
         return Metric(None, "s", n)
-    value = float(np.percentile(values, percent))
+    share, value = percent / 100, float(np.percentile(values, percent))
     count = int(clusters.max()) + 1
-    if count < MIN_FOR_INTERVAL:
+    if count * min(share, 1 - share) < _MIN_BEYOND:
         return Metric(value, "s", n)
-    order = np.argsort(values)
-    # One weight a value and resample; where the running sum passes the share, there is the percentile.
-    running = np.cumsum(_weights(count)[:, clusters[order]], axis=1)
-    wanted = running[:, -1:] * (percent / 100)
-    picks = values[order][np.argmax(running >= wanted, axis=1)]
-    low, high = np.quantile(picks, [0.025, 0.975])
+    below, sizes = np.bincount(clusters, values <= value, count), np.bincount(clusters, minlength=count)
+    half = _t975(count - 1) * _jackknife_error((below.sum() - below) / (n - sizes))
+    low, high = np.quantile(values, [max(0.0, share - half), min(1.0, share + half)])
     return Metric(value, "s", n, (float(low), float(high)))
+
+
+def _jackknife_error(without_one: Floats) -> float:
+    """Standard error of a figure, from what it is without each cluster in turn."""
+    count = without_one.size
+    return math.sqrt((count - 1) / count * float(((without_one - without_one.mean()) ** 2).sum()))
+
+
+def _t975(freedom: int) -> float:
+    """The 97.5 % point of Student's t from 4 degrees of freedom on: Abramowitz and Stegun, 26.7.5, within 0.0008."""
+    z, v = 1.959963985, freedom
+    return (
+        z
+        + (z**3 + z) / (4 * v)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * v**4)
+    )

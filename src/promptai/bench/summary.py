@@ -201,7 +201,7 @@ def _part(traces: Sequence[Trace], samples: Sequence[Sample], planned: int) -> P
         "prompt_tokens_mean": mean_metric(good, lambda t: t.prompt_tokens, "tokens"),
         "generated_tokens_mean": mean_metric(good, lambda t: t.generated_tokens, "tokens"),
         "cached_share": _cached_share(good),
-        "capped_share": mean_metric(good, lambda t: float(t.finish_reason == "length"), "1"),
+        "capped_share": _capped_share(good),
         **cv_metrics(good, grouped),
         **resource_metrics(good, samples),
     }
@@ -226,6 +226,11 @@ def _cached_share(traces: Sequence[Trace]) -> Metric:
     known = [(t.cached_tokens, t.prompt_tokens) for t in traces if t.cached_tokens is not None and t.prompt_tokens]
     total = sum(prompt for _, prompt in known)
     return Metric(sum(cached for cached, _ in known) / total if total else None, "1", len(known))
+
+
+def _capped_share(traces: Sequence[Trace]) -> Metric:
+    capped = sum(trace.finish_reason == "length" for trace in traces)
+    return Metric(capped / len(traces) if traces else None, "1", len(traces))
 
 
 def _harness(costs: Sequence[Cost]) -> HarnessCost:
