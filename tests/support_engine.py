@@ -9,6 +9,7 @@ from promptai.engine.client import Arrival, EngineClient
 
 Script = Callable[..., Path]
 Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+Use = Callable[[EngineClient], Awaitable[object]]
 
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -87,9 +88,48 @@ def answer(status: str, body: bytes, kind: str = "application/json") -> bytes:
     return head.encode() + body
 
 
+def repeating(begin: bytes, again: bytes) -> Answer:
+    """A server that says something for ever, a hundred times a second."""
+
+    async def play(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(begin)
+        while True:
+            writer.write(again)
+            await writer.drain()
+            await asyncio.sleep(0.01)
+
+    return play
+
+
+def silent_after(data: bytes) -> Answer:
+    """A server that says this much and then nothing, until its client has gone."""
+
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(data)
+        await reader.read()
+
+    return play
+
+
+#: The beginning and the end of a good answer.
+HELLO = STREAM_HEAD + chunked(content("hello"))
+DONE = b"data: [DONE]\n\n"
+END = chunked(DONE) + b"0\r\n\r\n"
+
+
 async def chat(client: EngineClient, body: dict[str, object] | None = None) -> list[Arrival]:
     """Everything that one streamed chat brings."""
     return [arrival async for arrival in client.stream_chat(dict(CHAT) | (body or {}))]
+
+
+def against(*answers: bytes | Answer, use: Use = chat, silence_s: float = 0.2) -> object:
+    """What a client gets out of a server that gives these answers."""
+
+    async def play() -> object:
+        async with raw_server(*answers) as server, EngineClient(server.url, silence_s=silence_s) as client:
+            return await use(client)
+
+    return asyncio.run(play())
 
 
 async def until(ready: Callable[[], Awaitable[bool]]) -> None:

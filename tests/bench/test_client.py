@@ -44,9 +44,11 @@ def play(*chunks: ChatChunk, failure: EngineError | None = None) -> Played:
     return asyncio.run(client(Script(chunks, failure)).play(KEY, ASKED, t_scheduled=0.0))
 
 
-def says(content: str | None = None, *, reasoning: str | None = None, end: str | None = None) -> ChatChunk:
-    """A chunk with one choice."""
-    return ChatChunk([ChunkChoice(Delta(content, reasoning), end)])
+def says(
+    content: str | None = None, *, reasoning: str | None = None, thinks: str | None = None, end: str | None = None
+) -> ChatChunk:
+    """A chunk with one choice; ``thinks`` is reasoning in the words of Ollama and vLLM."""
+    return ChatChunk([ChunkChoice(Delta(content, reasoning, thinks), end)])
 
 
 @pytest.mark.parametrize(
@@ -81,6 +83,17 @@ def test_the_first_token_is_the_first_with_content() -> None:
 
     assert (trace.t_first_reasoning, trace.t_first, trace.t_last) == (3.0, 5.0, 7.0)
     assert (trace.chunks, trace.finish_reason) == (2, "stop")
+
+
+def test_decode_begins_with_the_thinking_whatever_its_name() -> None:
+    """Else the tokens that were thought are counted and their seconds are not."""
+    account = ChatChunk(usage=Usage(5, 4))
+    answers = [
+        play(says(**{name: "hm"}), says(**{name: "so"}), says("be"), says("cause", end="stop"), account).trace
+        for name in ("reasoning", "thinks")
+    ]
+
+    assert [(trace.t_first_reasoning, trace.t_first, trace.decode_tps) for trace in answers] == [(1.0, 3.0, 1.0)] * 2
 
 
 def test_generation_ends_with_the_finish_reason_not_with_the_accounts() -> None:

@@ -1,3 +1,4 @@
+import asyncio
 import hashlib
 from pathlib import Path
 
@@ -5,10 +6,11 @@ import pytest
 from msgspec.structs import replace
 
 from promptai.bench.manifest import TargetFacts
-from promptai.bench.target import describe_url, is_url, sha256_of, verify_unchanged
-from promptai.errors import ModelError, ModelNotFoundError, SettingsError
+from promptai.bench.target import OpenTarget, describe_url, is_url, open_target, sha256_of, verify_unchanged
+from promptai.errors import EngineRefusedError, ModelError, ModelNotFoundError, SettingsError
 from promptai.models.shape import Shape
 from promptai.models.synth import write_synthetic
+from support_engine import answer, raw_server
 from support_runs import FACTS, MODEL
 
 SHAPE = Shape(layers=1, width=32, heads=1, kv_heads=1, ffn=32, vocabulary=258)
@@ -66,6 +68,52 @@ def test_a_server_is_described_by_its_url_alone() -> None:
 @pytest.mark.parametrize(("target", "expected"), [("http://pi", True), ("https://pi", True), ("http.gguf", False)])
 def test_a_server_is_told_from_a_file(target: str, expected: object) -> None:
     assert is_url(target) is expected
+
+
+def opened(*answers: bytes) -> OpenTarget:
+    """What is made of a server that gives these answers."""
+
+    async def play() -> OpenTarget:
+        async with raw_server(*answers) as server:
+            facts = TargetFacts("s", url=server.url)
+            async with open_target(facts, log=Path("unused"), api_key=None, silence_s=1.0) as target:
+                return target
+
+    return asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    "props",
+    [
+        pytest.param(answer("404 Not Found", b"404 page not found"), id="no-such-address"),
+        pytest.param(
+            answer("200 OK", b'{"error": "Unexpected endpoint or method. (GET /props)"}'), id="an-error-in-200"
+        ),
+        pytest.param(answer("200 OK", b'{"status": "ok"}'), id="an-object-of-its-own"),
+    ],
+)
+def test_a_server_that_is_no_llama_server_is_spoken_to_in_plain_openai(props: bytes) -> None:
+    """LM Studio answers HTTP 200 to every address; its cache cannot be switched off, its model has a name."""
+    target = opened(props, answer("200 OK", b'{"data": [{"id": "yi"}]}'))
+
+    assert (target.llama_server, target.model) == (False, "yi")
+
+
+def test_a_llama_server_is_known_by_what_it_says_of_itself() -> None:
+    target = opened(answer("200 OK", b'{"model_path": "/yi.gguf", "model_alias": "yi"}'))
+
+    assert (target.llama_server, target.model) == (True, "yi")
+
+
+@pytest.mark.parametrize("status", ["401 Unauthorized", "503 Unavailable"])
+def test_a_missing_key_and_a_loading_model_are_no_matter_of_dialect(status: str) -> None:
+    with pytest.raises(EngineRefusedError, match=status[:3]):
+        opened(answer(status, b"{}"))
+
+
+def test_a_server_without_a_model_cannot_be_measured() -> None:
+    with pytest.raises(SettingsError, match="serves no model"):
+        opened(answer("404 Not Found", b""), answer("200 OK", b'{"object": "list", "data": null}'))
 
 
 def test_a_hash_tells_its_progress(tmp_path: Path) -> None:

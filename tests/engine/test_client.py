@@ -1,32 +1,31 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import Awaitable, Callable
 
 import pytest
 
 from promptai.engine.client import Arrival, EngineClient
 from promptai.engine.launch import free_port
 from promptai.errors import EngineDiedError, EngineError, EngineProtocolError, EngineRefusedError
-from support_engine import STREAM_HEAD, Answer, answer, chat, chunked, content, raw_server, text_of
+from support_engine import (
+    DONE,
+    END,
+    HELLO,
+    STREAM_HEAD,
+    Answer,
+    Use,
+    against,
+    answer,
+    chat,
+    chunked,
+    content,
+    raw_server,
+    repeating,
+    silent_after,
+    text_of,
+)
 
-SILENCE_S = 0.2
-DONE = b"data: [DONE]\n\n"
-END = chunked(DONE) + b"0\r\n\r\n"
-HELLO = STREAM_HEAD + chunked(content("hello"))
 WHOLE = HELLO + END
-
-Use = Callable[[EngineClient], Awaitable[object]]
-
-
-def against(*answers: bytes | Answer, use: Use = chat) -> object:
-    """What a client gets out of a server that gives these answers."""
-
-    async def play() -> object:
-        async with raw_server(*answers) as server, EngineClient(server.url, silence_s=SILENCE_S) as client:
-            return await use(client)
-
-    return asyncio.run(play())
 
 
 def arrivals(*answers: bytes | Answer) -> list[Arrival]:
@@ -34,16 +33,6 @@ def arrivals(*answers: bytes | Answer) -> list[Arrival]:
     found = against(*answers)
     assert isinstance(found, list)
     return found
-
-
-def silent_after(data: bytes) -> Answer:
-    """A server that says this much and then nothing, until its client has gone."""
-
-    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(data)
-        await reader.read()
-
-    return play
 
 
 async def reset(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -61,8 +50,13 @@ async def reset(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
         pytest.param(HELLO, EngineDiedError, "no connection", id="cut-in-the-middle"),
         pytest.param(reset, EngineDiedError, "no connection", id="reset-in-the-middle"),
         pytest.param(HELLO + b"xyz\r\n", EngineDiedError, "no connection", id="broken-chunk-length"),
-        pytest.param(silent_after(b""), EngineDiedError, "silent", id="silent-from-the-start"),
-        pytest.param(silent_after(HELLO), EngineDiedError, "silent", id="silent-in-the-middle"),
+        pytest.param(silent_after(b""), EngineDiedError, "before it began to answer", id="silent-from-the-start"),
+        pytest.param(silent_after(STREAM_HEAD), EngineDiedError, "before it began", id="silent-after-its-headers"),
+        pytest.param(silent_after(HELLO), EngineDiedError, "in the middle of an answer", id="silent-in-the-middle"),
+        pytest.param(repeating(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"), EngineDiedError, "before", id="headers-for-ever"),
+        pytest.param(repeating(STREAM_HEAD, chunked(b": ping\n\n")), EngineDiedError, "before", id="only-keep-alives"),
+        pytest.param(repeating(HELLO, chunked(b": ping\n\n")), EngineDiedError, "middle", id="nothing-but-keep-alives"),
+        pytest.param(repeating(HELLO, chunked(b"data")), EngineDiedError, "middle", id="a-line-that-never-ends"),
         pytest.param(HELLO + b"0\r\n\r\n", EngineProtocolError, r"without \[DONE\]", id="end-without-done"),
         pytest.param(
             b"HTTP/1.0 200 OK\r\n\r\n" + content("hello"), EngineProtocolError, "without", id="closed-without-done"
@@ -93,6 +87,30 @@ async def reset(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
         ),
         pytest.param(
             answer("200 OK", b"<html>Sign in</html>", "text/html"), EngineProtocolError, "without", id="web-page"
+        ),
+        pytest.param(
+            STREAM_HEAD + chunked(content("")) + END, EngineProtocolError, "without a word", id="an-answer-of-nothing"
+        ),
+        pytest.param(
+            STREAM_HEAD + chunked(b'data: {"choices": null}\n\n') + END,
+            EngineProtocolError,
+            "without a word",
+            id="an-answer-of-null",
+        ),
+        pytest.param(
+            STREAM_HEAD + chunked(b'data: {"object": "error", "message": "no memory", "code": 500}\n\n') + END,
+            EngineRefusedError,
+            "broke off with an error: no memory",
+            id="error-without-envelope",
+        ),
+        pytest.param(
+            HELLO + chunked(b'data: {"error": "no memory"}\n\n') + END,
+            EngineRefusedError,
+            "broke off with an error: no memory",
+            id="error-as-text",
+        ),
+        pytest.param(
+            answer("500 Oops", b'{"object": "error", "message": "no"}'), EngineRefusedError, "500: no", id="500-flat"
         ),
         pytest.param(answer("500 Oops", b"<h1>\xff</h1>"), EngineRefusedError, "HTTP 500: <h1>", id="500-no-json"),
         pytest.param(answer("502 Bad", b'{"error": "down"}'), EngineRefusedError, "HTTP 502: .*down", id="error-text"),
@@ -148,6 +166,32 @@ def test_silence_is_told_with_its_length() -> None:
     """Also when it is a fraction of a second."""
     with pytest.raises(EngineDiedError, match=r"was silent for 0\.2 s"):
         against(silent_after(HELLO))
+
+
+@pytest.mark.parametrize(
+    ("reply", "use", "word"),
+    [
+        (b'{"error": "Unexpected endpoint"}', lambda client: client.props(), "no llama-server"),
+        (b'{"error": {"message": "no key"}}', lambda client: client.models(), "200: no key"),
+        (b"{}", lambda client: client.props(), "no llama-server"),
+        (b'{"total_slots": 1, "default_generation_settings": {}}', lambda client: client.props(), "no llama-server"),
+    ],
+    ids=["error-for-props", "error-for-models", "empty", "another-server"],
+)
+def test_200_is_not_yet_an_answer(reply: bytes, use: Use, word: str) -> None:
+    """Some servers say so to every address."""
+    with pytest.raises(EngineRefusedError, match=word):
+        against(answer("200 OK", reply), use=use)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [b'{"build_info": "b1"}', b'{"model_path": "/m.gguf"}', b'{"default_generation_settings": {"n_ctx": 512}}'],
+    ids=["build", "path", "context"],
+)
+def test_one_word_of_llama_server_is_enough(reply: bytes) -> None:
+    """Builds differ in what they say of themselves."""
+    assert against(answer("200 OK", reply), use=lambda client: client.props())
 
 
 @pytest.mark.parametrize(

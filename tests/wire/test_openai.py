@@ -13,6 +13,7 @@ from promptai.wire.openai import (
     ModelList,
     PromptTokensDetails,
     Usage,
+    error_in,
 )
 
 HEAD = b'"created": 1795261712, "id": "chatcmpl-1", "model": "s", "object": "chat.completion.chunk"'
@@ -36,7 +37,7 @@ def chunk(fields: bytes) -> ChatChunk:
         pytest.param(b'"choices": {"0": {}}', id="choices-object"),
         pytest.param(b'"choices": [{"finish_reason": true}]', id="reason-bool"),
         pytest.param(b'"timings": {"prompt_n": "52"}', id="timings-text"),
-        pytest.param(b'"error": "overloaded"', id="error-text"),
+        pytest.param(b'"error": 500', id="error-number"),
     ],
 )
 def test_wrong_types_are_refused(fields: bytes) -> None:
@@ -67,22 +68,28 @@ def test_a_message_that_would_be_played_differently_is_refused(message: bytes) -
     [
         pytest.param(
             b'"choices": [{"index": 0, "finish_reason": null, "delta": {"role": "assistant", "content": null}}]',
-            ChatChunk(choices=[ChunkChoice(Delta(content=None))]),
+            ChatChunk([ChunkChoice(Delta(content=None))]),
             id="role-only",
         ),
         pytest.param(
             b'"choices": [{"index": 0, "finish_reason": null, "delta": {"content": "gr\\u00fc"}, "index": 0}]',
-            ChatChunk(choices=[ChunkChoice(Delta("grü"))]),
+            ChatChunk([ChunkChoice(Delta("grü"))]),
             id="content",
         ),
         pytest.param(
             b'"choices": [{"index": 0, "delta": {"reasoning_content": "hm"}}]',
-            ChatChunk(choices=[ChunkChoice(Delta(reasoning_content="hm"))]),
-            id="reasoning",
+            ChatChunk([ChunkChoice(Delta(reasoning_content="hm"))]),
+            id="reasoning-of-llama-server",
         ),
         pytest.param(
+            b'"choices": [{"index": 0, "delta": {"reasoning": "hm", "content": ""}}]',
+            ChatChunk([ChunkChoice(Delta("", reasoning="hm"))]),
+            id="reasoning-of-ollama-and-vllm",
+        ),
+        pytest.param(b'"choices": null', ChatChunk(), id="choices-null"),
+        pytest.param(
             b'"choices": [{"finish_reason": "length", "index": 0, "delta": {}}]',
-            ChatChunk(choices=[ChunkChoice(finish_reason="length")]),
+            ChatChunk([ChunkChoice(finish_reason="length")]),
             id="finish",
         ),
         pytest.param(
@@ -105,7 +112,7 @@ def test_a_message_that_would_be_played_differently_is_refused(message: bytes) -
         pytest.param(b'"usage": null', ChatChunk(), id="usage-to-come"),
         pytest.param(
             b'"choices": [], "prompt_progress": {"total": 52, "cache": 0, "processed": 52, "time_ms": 3}',
-            ChatChunk(prompt_progress=PromptProgress(52, 52, 0, 3.0)),
+            ChatChunk([], prompt_progress=PromptProgress(52, 52, 0, 3.0)),
             id="progress",
         ),
         pytest.param(
@@ -113,11 +120,51 @@ def test_a_message_that_would_be_played_differently_is_refused(message: bytes) -
             ChatChunk(error=ErrorBody("failed to decode", "server_error", 500)),
             id="error-in-the-stream",
         ),
+        pytest.param(b'"error": "overloaded"', ChatChunk(error="overloaded"), id="error-text"),
     ],
 )
 def test_chunks_of_several_servers_are_read(fields: bytes, expected: ChatChunk) -> None:
     """Unknown fields are ignored, missing ones are None."""
     assert expected == chunk(fields)
+
+
+@pytest.mark.parametrize(
+    ("delta", "thought"),
+    [(Delta("x"), ""), (Delta(reasoning_content="a"), "a"), (Delta(reasoning="b"), "b"), (Delta("", "a", "a"), "a")],
+    ids=["none", "llama-server", "ollama", "both"],
+)
+def test_a_thought_has_two_names(delta: Delta, thought: str) -> None:
+    """And is the same thing: a server in between may send both."""
+    assert thought == delta.thought
+
+
+@pytest.mark.parametrize("fields", [b'"choices": null', b'"choices": []', b'"usage": null'])
+def test_a_chunk_without_choices_has_an_empty_list_of_them(fields: bytes) -> None:
+    """Whichever way the server says so; it carries accounts only."""
+    assert chunk(fields).choices == []
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        pytest.param(b'{"error": {"message": "no slot", "code": 500}}', ErrorBody("no slot", code=500), id="envelope"),
+        pytest.param(b'{"error": "no slot"}', ErrorBody("no slot"), id="text"),
+        pytest.param(
+            b'{"object": "error", "message": "no slot", "type": "Internal", "code": 500}',
+            ErrorBody("no slot", "Internal", 500),
+            id="flat",
+        ),
+        pytest.param(b'{"code": 500, "message": "no slot"}', ErrorBody("no slot", code=500), id="bare"),
+        pytest.param(b'{"error": {"message": ["no slot"]}}', None, id="another-form"),
+        pytest.param(b'{"data": []}', None, id="no-error"),
+        pytest.param(b'{"error": null}', None, id="null"),
+        pytest.param(b"<h1>no slot</h1>", None, id="no-json"),
+        pytest.param(b'{"message": "\xff"}', None, id="not-utf-8"),
+    ],
+)
+def test_an_error_is_found_in_every_wrapping(data: bytes, error: ErrorBody | None) -> None:
+    """Servers do not agree on one, and what is none is not made one."""
+    assert error == error_in(data)
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ class _Account:
             choice = chunk.choices[0]
             if choice.delta.content:
                 self.content(t, choice.delta.content)
-            elif choice.delta.reasoning_content and self.t_first_reasoning is None:
+            elif choice.delta.thought and self.t_first_reasoning is None:
                 self.t_first_reasoning = t
             if choice.finish_reason is not None:
                 self.t_last, self.finish_reason = t, choice.finish_reason

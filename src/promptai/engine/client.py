@@ -8,10 +8,17 @@ elsewhere.
 
 It never retries: a retry would hide what happened from a measurement, and in
 the gateway the router decides. aiohttp's exceptions end here.
+
+Nothing that a server does keeps it for ever or fills its memory. Silence is
+counted between pieces of an answer: keep-alive comments and half lines are
+silence too. An answer ends, by force, at a multiple of its ``max_tokens`` in
+chunks. Bodies, lines and events have a largest size.
 """
 
+import asyncio
+import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any, Self, TypeVar
 
 import aiohttp
@@ -20,7 +27,7 @@ import msgspec
 from promptai.errors import EngineDiedError, EngineProtocolError, EngineRefusedError
 from promptai.wire.llamaserver import Completion, Props, Slot, Tokens
 from promptai.wire.malformed import MALFORMED
-from promptai.wire.openai import ChatChunk, ErrorBody, ErrorEnvelope, ModelList
+from promptai.wire.openai import ChatChunk, ErrorBody, ModelList, error_in
 from promptai.wire.sse import SseEvent, SseParser
 
 T = TypeVar("T")
@@ -28,6 +35,12 @@ T = TypeVar("T")
 #: Longest silence inside an answer. A slow board may prefill for many minutes without a word.
 SILENCE_S = 1800.0
 _QUICK_S = 30.0
+#: The largest honest body: the probabilities of a vocabulary of 256k tokens take about 30 MB.
+_MAX_BODY_BYTES = 64 * 1024 * 1024
+_MAX_REASON_BYTES = 64 * 1024
+#: A chunk may hold several tokens, never the other way round; but some servers do not count what was
+#: thought, and roles, progress and accounts come in chunks of their own.
+_CHUNKS_PER_TOKEN, _CHUNKS_BESIDE = 4, 256
 _DONE = "[DONE]"
 
 
@@ -62,7 +75,7 @@ class EngineClient:
         # A fresh connection costs 0.1 ms on loopback.
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=self._silence_s),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
             headers=self._headers,
         )
         return self
@@ -82,8 +95,17 @@ class EngineClient:
         return status == 200
 
     async def props(self) -> Props:
-        """``GET /props``; raises ``EngineRefusedError`` where the server is no llama-server."""
-        return await self._get("/props", Props)
+        """
+        ``GET /props``.
+
+        Raises:
+            EngineRefusedError: The server is no llama-server: it has no such address, or answers there with
+                something that says nothing of a llama-server (LM Studio: HTTP 200 and an error).
+        """
+        props = await self._get("/props", Props)
+        if (props.build_info, props.model_path, props.default_generation_settings.n_ctx) == (None, None, None):
+            raise EngineRefusedError(f"{self.base_url} is no llama-server", status=200, kind=None)
+        return props
 
     async def slots(self) -> list[Slot]:
         """``GET /slots``: what each slot is doing."""
@@ -91,11 +113,11 @@ class EngineClient:
 
     async def models(self) -> list[str]:
         """Names that the server answers to."""
-        return [entry.id for entry in (await self._get("/v1/models", ModelList)).data]
+        return [entry.id for entry in (await self._get("/v1/models", ModelList)).data or ()]
 
     async def vocabulary(self) -> int | None:
         """Tokens of the loaded model's vocabulary; ``None`` where the server does not tell."""
-        metas = [entry.meta for entry in (await self._get("/v1/models", ModelList)).data]
+        metas = [entry.meta for entry in (await self._get("/v1/models", ModelList)).data or ()]
         return metas[0].n_vocab if metas and metas[0] is not None else None
 
     async def metrics(self) -> str:
@@ -121,61 +143,41 @@ class EngineClient:
         Raises:
             EngineRefusedError: An error instead of, or in the middle of, the answer.
             EngineDiedError: The connection failed or fell silent.
-            EngineProtocolError: Something that is not the protocol, or an end without ``[DONE]``.
+            EngineProtocolError: Something that is not the protocol, an end without ``[DONE]`` or without
+                a word, or no end.
         """
         payload = msgspec.json.encode({**body, "stream": True, "stream_options": {"include_usage": True}})
-        parser = SseParser()
+        answer = _Answer(self.base_url, body.get("max_tokens"))
+        silent_at = time.monotonic() + self._silence_s
         try:
-            async with self._open().post(
-                f"{self.base_url}/v1/chat/completions",
-                data=payload,
-                headers={"Content-Type": "application/json"},
-            ) as response:
+            async with asyncio.timeout(self._silence_s):
+                response = await self._open().post(
+                    f"{self.base_url}/v1/chat/completions", data=payload, headers={"Content-Type": "application/json"}
+                )
+            async with response:
                 if response.status != 200:
-                    raise self._refused(response.status, await response.read())
-                async for data in response.content.iter_any():
-                    now = time.monotonic()
-                    for event in parser.feed(data):
-                        if event.data == _DONE:
-                            return
-                        if not event.comment:
-                            yield Arrival(now, self._chunk(event))
+                    raise self._refused(response.status, await _reason(response))
+                while not answer.done:
+                    async with asyncio.timeout(silent_at - time.monotonic()):
+                        data = await response.content.readany()
+                        now = time.monotonic()
+                    if not data:
+                        raise EngineProtocolError(f"{self.base_url} ended its answer without [DONE]")
+                    for chunk in answer.take(data):
+                        silent_at = now + self._silence_s
+                        yield Arrival(now, chunk)
         except aiohttp.ConnectionTimeoutError as error:
             raise self._lost(error) from None
         except TimeoutError:
+            when = "in the middle of an answer" if answer.chunks else "before it began to answer"
             raise EngineDiedError(
-                f"{self.base_url} was silent for {self._silence_s:g} s in the middle of an answer",
+                f"{self.base_url} was silent for {self._silence_s:g} s {when}",
                 hint="give --timeout more seconds if the prompt is long and the board slow",
             ) from None
         except (aiohttp.ClientError, OSError) as error:
             raise self._lost(error) from None
         except ValueError as error:
             raise EngineProtocolError(f"{self.base_url} sent a broken event stream: {error}") from None
-        raise EngineProtocolError(f"{self.base_url} ended its answer without [DONE]")
-
-    def _chunk(self, event: SseEvent) -> ChatChunk:
-        if event.event == "error":
-            raise self._broken_off(event.data)
-        try:
-            chunk = msgspec.json.decode(event.data, type=ChatChunk)
-        except MALFORMED as error:
-            raise EngineProtocolError(f"{self.base_url} sent a malformed chunk: {error}") from None
-        if chunk.error is not None:
-            raise self._broken_off(event.data)
-        return chunk
-
-    def _broken_off(self, data: str) -> EngineRefusedError:
-        """An error in the middle of an answer, in an envelope or bare."""
-        try:
-            error = msgspec.json.decode(data, type=ErrorEnvelope).error
-        except MALFORMED:
-            try:
-                error = msgspec.json.decode(data, type=ErrorBody)
-            except MALFORMED:
-                error = ErrorBody(message=data)
-        return EngineRefusedError(
-            f"{self.base_url} broke off with an error: {error.message[:300]}", status=None, kind=error.type
-        )
 
     async def _get(self, path: str, kind: type[T]) -> T:
         return self._decode(path, await self._ok("GET", path), kind)
@@ -187,6 +189,8 @@ class EngineClient:
         try:
             return msgspec.json.decode(data, type=kind)
         except MALFORMED as error:
+            if error_in(data) is not None:
+                raise self._refused(200, data) from None
             raise EngineProtocolError(f"{self.base_url}{path} answered something else than expected: {error}") from None
 
     async def _ok(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
@@ -200,7 +204,11 @@ class EngineClient:
         timeout = aiohttp.ClientTimeout(total=self._silence_s if path == "/completion" else _QUICK_S)
         try:
             async with self._open().request(method, f"{self.base_url}{path}", json=body, timeout=timeout) as response:
-                return response.status, await response.read()
+                data = bytearray()
+                await _read(response, data, _MAX_BODY_BYTES + 1)
+                if len(data) > _MAX_BODY_BYTES:
+                    raise EngineProtocolError(f"{self.base_url}{path} answered more than {_MAX_BODY_BYTES} bytes")
+                return response.status, bytes(data)
         except TimeoutError:
             raise EngineDiedError(f"{self.base_url}{path} did not answer in time") from None
         except (aiohttp.ClientError, OSError) as error:
@@ -212,11 +220,7 @@ class EngineClient:
         return self._session
 
     def _refused(self, status: int, data: bytes) -> EngineRefusedError:
-        try:
-            error = msgspec.json.decode(data, type=ErrorEnvelope).error
-        except MALFORMED:
-            text = data[:200].decode("utf-8", "replace").strip()
-            return EngineRefusedError(f"{self.base_url} answered HTTP {status}: {text}", status=status, kind=None)
+        error = error_in(data) or ErrorBody(data[:200].decode("utf-8", "replace").strip())
         return EngineRefusedError(
             f"{self.base_url} answered HTTP {status}: {error.message[:300]}", status=status, kind=error.type
         )
@@ -224,3 +228,76 @@ class EngineClient:
     def _lost(self, error: Exception) -> EngineDiedError:
         reason = str(error) or type(error).__name__
         return EngineDiedError(f"no connection to {self.base_url}: {reason}", hint="is it still running there?")
+
+
+class _Answer:
+    """
+    What has come of one streamed answer.
+
+    Attributes:
+        chunks: How many of them.
+        done: Whether ``[DONE]`` has come.
+    """
+
+    def __init__(self, url: str, max_tokens: int | None) -> None:
+        self.chunks = 0
+        self.done = False
+        self._url = url
+        self._max_tokens = max_tokens if max_tokens is not None and max_tokens > 0 else None
+        self._parser = SseParser()
+        self._said = False
+
+    def take(self, data: bytes) -> Iterator[ChatChunk]:
+        """The chunks that these bytes complete; raises where they are none, or one too many."""
+        for event in self._parser.feed(data):
+            if event.data == _DONE:
+                if not self._said:
+                    raise EngineProtocolError(f"{self._url} ended its answer without a word")
+                self.done = True
+                return
+            if event.comment:
+                continue
+            chunk = self._chunk(event)
+            self.chunks += 1
+            self._said = self._said or any(
+                choice.finish_reason or choice.delta.content or choice.delta.thought for choice in chunk.choices
+            )
+            if self._max_tokens and self.chunks > self._max_tokens * _CHUNKS_PER_TOKEN + _CHUNKS_BESIDE:
+                raise EngineProtocolError(
+                    f"{self._url} went on after {self.chunks} chunks of an answer of at most {self._max_tokens} tokens",
+                    hint="does it know max_tokens?",
+                )
+            yield chunk
+
+    def _chunk(self, event: SseEvent) -> ChatChunk:
+        if event.event == "error":
+            raise self._broken_off(event.data)
+        try:
+            chunk = msgspec.json.decode(event.data, type=ChatChunk)
+        except MALFORMED as error:
+            raise EngineProtocolError(f"{self._url} sent a malformed chunk: {error}") from None
+        if chunk.error is not None or (not chunk.choices and error_in(event.data) is not None):
+            raise self._broken_off(event.data)
+        return chunk
+
+    def _broken_off(self, data: str) -> EngineRefusedError:
+        """An error in the middle of an answer, in whichever form."""
+        error = error_in(data) or ErrorBody(data)
+        return EngineRefusedError(
+            f"{self._url} broke off with an error: {error.message[:300]}", status=None, kind=error.type
+        )
+
+
+async def _read(response: aiohttp.ClientResponse, data: bytearray, most: int) -> None:
+    """Put a body into ``data``, up to so many bytes."""
+    while len(data) < most and (piece := await response.content.read(most - len(data))):
+        data += piece
+
+
+async def _reason(response: aiohttp.ClientResponse) -> bytes:
+    """Why it refused, as far as it says so in a short time: its status is known, and that it refused."""
+    data = bytearray()
+    with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
+        async with asyncio.timeout(_QUICK_S):
+            await _read(response, data, _MAX_REASON_BYTES)
+    return bytes(data)

@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from promptai.wire.llamaserver import PromptProgress, Timings
+from promptai.wire.malformed import MALFORMED
 
 Role = Literal["system", "user", "assistant"]
 
@@ -36,10 +37,23 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Delta(msgspec.Struct, frozen=True):
-    """What one chunk adds; ``content`` is ``None`` or empty in chunks that carry no text."""
+    """
+    What one chunk adds.
+
+    Attributes:
+        content: ``None`` or empty in chunks that carry no text.
+        reasoning_content, reasoning: Text of a model that thinks before it answers, as llama-server and
+            DeepSeek call it, and as Ollama and newer builds of vLLM do.
+    """
 
     content: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+
+    @property
+    def thought(self) -> str:
+        """What it adds to the thinking, under whichever name; a server may send both."""
+        return self.reasoning_content or self.reasoning or ""
 
 
 class ChunkChoice(msgspec.Struct, frozen=True):
@@ -60,19 +74,39 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 
 class ErrorEnvelope(msgspec.Struct, frozen=True):
-    """An error, as a response or in the middle of a stream."""
+    """An error, as a response or in the middle of a stream: wrapped, or flat (then ``error`` is missing)."""
 
-    error: ErrorBody
+    error: ErrorBody | str | None = None
+    message: str | None = None
+    type: str | None = None
+    code: int | str | None = None
+
+
+def error_in(data: str | bytes) -> ErrorBody | None:
+    """The error that a server sent, in any of the forms in use; ``None`` when it is none."""
+    try:
+        envelope = msgspec.json.decode(data, type=ErrorEnvelope)
+    except MALFORMED:
+        return None
+    if isinstance(envelope.error, ErrorBody):
+        return envelope.error
+    text = envelope.error if envelope.error is not None else envelope.message
+    return None if text is None else ErrorBody(text, envelope.type, envelope.code)
 
 
 class ChatChunk(msgspec.Struct, frozen=True):
     """One streamed chunk; ``timings`` and ``prompt_progress`` are llama-server's."""
 
-    choices: list[ChunkChoice] = []
+    listed: list[ChunkChoice] | None = msgspec.field(default=None, name="choices")
     usage: Usage | None = None
     timings: Timings | None = None
     prompt_progress: PromptProgress | None = None
-    error: ErrorBody | None = None
+    error: ErrorBody | str | None = None
+
+    @property
+    def choices(self) -> list[ChunkChoice]:
+        """Its alternatives; for none of them some servers send null."""
+        return self.listed or []
 
 
 class ModelMeta(msgspec.Struct, frozen=True):
@@ -89,6 +123,6 @@ class ModelEntry(msgspec.Struct, frozen=True):
 
 
 class ModelList(msgspec.Struct, frozen=True):
-    """``GET /v1/models``."""
+    """``GET /v1/models``; Ollama writes null for none."""
 
-    data: list[ModelEntry] = []
+    data: list[ModelEntry] | None

@@ -1,0 +1,92 @@
+"""What a server cannot do to its client: keep it for ever, or fill its memory."""
+
+import asyncio
+
+import pytest
+
+from promptai.errors import EngineProtocolError, EngineRefusedError
+from support_engine import (
+    END,
+    HELLO,
+    STREAM_HEAD,
+    Answer,
+    against,
+    answer,
+    chat,
+    chunked,
+    content,
+    repeating,
+    silent_after,
+    text_of,
+)
+
+
+def test_an_answer_that_does_not_end_is_broken_off() -> None:
+    """A server that ignores max_tokens would be measured until somebody looks."""
+    with pytest.raises(EngineProtocolError, match=r"went on after \d+ chunks.* of at most 5 tokens"):
+        against(repeating(HELLO, chunked(content("x") * 50)), use=lambda client: chat(client, {"max_tokens": 5}))
+
+
+@pytest.mark.parametrize(("max_tokens", "chunks"), [(5, 20), (0, 500), (-1, 500)], ids=["thinks", "none", "unlimited"])
+def test_an_answer_may_have_more_chunks_than_tokens(max_tokens: int, chunks: int) -> None:
+    """What was thought may not count, and beside tokens there are roles, accounts and progress."""
+    stream = STREAM_HEAD + chunked(content("x") * chunks) + END
+
+    found = against(stream, use=lambda client: chat(client, {"max_tokens": max_tokens}))
+
+    assert isinstance(found, list)
+    assert len(found) == chunks
+
+
+def test_comments_that_keep_a_working_server_s_connection_do_no_harm() -> None:
+    """Between chunks that come in time."""
+
+    async def slow(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(STREAM_HEAD)
+        for letter in "abcdefg":
+            writer.write(chunked(content(letter)) + chunked(b": ping\n\n"))
+            await asyncio.sleep(0.1)
+        writer.write(END)
+
+    found = against(slow, silence_s=0.5)
+
+    assert isinstance(found, list)
+    assert text_of(found) == "abcdefg"
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        pytest.param(repeating(b"HTTP/1.1 500 Oops\r\n\r\n", b"x"), r"HTTP 500: x+$", id="slowly"),
+        pytest.param(silent_after(b"HTTP/1.1 500 Oops\r\n\r\n"), r"HTTP 500: $", id="without-saying-why"),
+    ],
+)
+def test_a_refusal_that_does_not_end_is_a_refusal(
+    reply: bytes | Answer, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its status is known; of its reason what has come by then."""
+    monkeypatch.setattr("promptai.engine.client._QUICK_S", 0.1)
+
+    with pytest.raises(EngineRefusedError, match=words) as caught:
+        against(reply)
+
+    assert caught.value.status == 500
+
+
+def test_of_a_refusal_s_reason_the_beginning_is_read() -> None:
+    """And not what follows for ever."""
+    with pytest.raises(EngineRefusedError, match=r"HTTP 500: x{200}$"):
+        against(repeating(b"HTTP/1.1 500 Oops\r\n\r\n", b"x" * 32_768))
+
+
+@pytest.mark.parametrize("size", [1000, 1001])
+def test_an_answer_larger_than_any_honest_one_is_not_read(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fill the memory of the board that it is to be measured on."""
+    monkeypatch.setattr("promptai.engine.client._MAX_BODY_BYTES", 1000)
+    reply = answer("200 OK", b"x" * size, "text/plain")
+
+    if size > 1000:
+        with pytest.raises(EngineProtocolError, match="more than 1000 bytes"):
+            against(reply, use=lambda client: client.metrics())
+    else:
+        assert against(reply, use=lambda client: client.metrics()) == "x" * size
