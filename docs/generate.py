@@ -60,8 +60,8 @@ def settings_page() -> str:
             parts.append(f"| {title} | `{field.encode_name}` | {kind} | {default} | {meanings[field.encode_name]} |")
     parts.append(
         "\nEnvironment: `PROMPTAI_CONFIG` names the file, `PROMPTAI_ENGINE` a llama-server, `PROMPTAI_RUNS` the "
-        "directory of runs, `PROMPTAI_API_KEY` the key of a server that demands one. Options beat the environment, "
-        "which beats the file. Unknown keys are refused.\n"
+        "directory of runs, `PROMPTAI_MODELS` that of models, `PROMPTAI_API_KEY` the key of a server that demands "
+        "one. Options beat the environment, which beats the file. Unknown keys are refused.\n"
     )
     return "\n".join(parts)
 

@@ -3,7 +3,15 @@ from pathlib import Path
 import pytest
 
 from promptai.errors import SettingsError
-from promptai.settings import CONFIG_NAME, EngineSettings, Settings, cache_directory, load_secrets, load_settings
+from promptai.settings import (
+    CONFIG_NAME,
+    EngineSettings,
+    Settings,
+    cache_directory,
+    load_secrets,
+    load_settings,
+    models_directory,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -86,15 +94,17 @@ def test_the_file_beats_the_defaults(here: Path) -> None:
 def test_the_environment_beats_the_file(here: Path) -> None:
     (here / CONFIG_NAME).write_text("runs = 'file'\n[engine]\npath = 'file'\nthreads = 3\n")
 
-    settings = load_settings(environ={"PROMPTAI_ENGINE": "/opt/llama-server", "PROMPTAI_RUNS": "/data/runs"})
+    settings = load_settings(
+        environ={"PROMPTAI_ENGINE": "/opt/llama-server", "PROMPTAI_RUNS": "/data/runs", "PROMPTAI_MODELS": "/sd"}
+    )
 
-    assert Settings(EngineSettings("/opt/llama-server", threads=3), runs="/data/runs") == settings
+    assert Settings(EngineSettings("/opt/llama-server", threads=3), runs="/data/runs", models="/sd") == settings
 
 
 def test_an_empty_variable_is_none(here: Path) -> None:
     (here / CONFIG_NAME).write_text("runs = 'file'")
 
-    empty = dict.fromkeys(("PROMPTAI_CONFIG", "PROMPTAI_ENGINE", "PROMPTAI_RUNS"), "")
+    empty = dict.fromkeys(("PROMPTAI_CONFIG", "PROMPTAI_ENGINE", "PROMPTAI_RUNS", "PROMPTAI_MODELS"), "")
 
     assert Settings(runs="file") == load_settings(environ=empty)
 
@@ -119,3 +129,9 @@ def test_a_secret_comes_from_the_environment_alone() -> None:
 def test_the_cache_is_where_the_desktop_standard_says() -> None:
     assert Path("/data/cache/promptai") == cache_directory({"XDG_CACHE_HOME": "/data/cache"})
     assert Path.home() / ".cache" / "promptai" == cache_directory({})
+
+
+def test_models_are_kept_where_the_desktop_standard_says_unless_set() -> None:
+    assert Path("/data/share/promptai/models") == models_directory(Settings(), {"XDG_DATA_HOME": "/data/share"})
+    assert Path.home() / ".local/share/promptai/models" == models_directory(Settings(), {})
+    assert Path.home() / "sd" == models_directory(Settings(models="~/sd"), {"XDG_DATA_HOME": "/data/share"})

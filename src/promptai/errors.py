@@ -11,7 +11,9 @@ not in this tree is a bug of ours and may show a traceback.
     ├── ModelError                 3
     │   ├── ModelNotFoundError
     │   ├── ModelFormatError
-    │   └── ModelTooLargeError
+    │   ├── ModelTooLargeError
+    │   ├── ModelChecksumError
+    │   └── LibraryError
     ├── EngineError                4
     │   ├── EngineNotFoundError
     │   ├── EngineStartError
@@ -73,6 +75,14 @@ class ModelFormatError(ModelError):
 
 class ModelTooLargeError(ModelError):
     """A model needs more memory than this machine has left."""
+
+
+class ModelChecksumError(ModelError):
+    """A file is not the one that its source promised."""
+
+
+class LibraryError(ModelError):
+    """The directory where models are kept has no space left, or cannot be read or written."""
 
 
 class EngineError(PromptAIError):

@@ -88,11 +88,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         engine: How engines are started.
         bench: How ``promptai bench`` measures.
         runs: Directory where runs are collected; ``$PROMPTAI_RUNS``.
+        models: Directory where models are kept; absent: ``$XDG_DATA_HOME/promptai/models``; ``$PROMPTAI_MODELS``.
     """
 
     engine: EngineSettings = EngineSettings()
     bench: BenchSettings = BenchSettings()
     runs: str = "runs"
+    models: str | None = None
 
 
 class Secrets(msgspec.Struct, frozen=True):
@@ -119,12 +121,22 @@ def load_settings(config: Path | None = None, environ: Mapping[str, str] = os.en
         settings = msgspec.structs.replace(settings, engine=engine)
     if environ.get("PROMPTAI_RUNS"):
         settings = msgspec.structs.replace(settings, runs=environ["PROMPTAI_RUNS"])
+    if environ.get("PROMPTAI_MODELS"):
+        settings = msgspec.structs.replace(settings, models=environ["PROMPTAI_MODELS"])
     return settings
 
 
 def load_secrets(environ: Mapping[str, str] = os.environ) -> Secrets:
     """Read the secrets, which come from the environment alone."""
     return Secrets(api_key=environ.get("PROMPTAI_API_KEY") or None)
+
+
+def models_directory(settings: Settings, environ: Mapping[str, str] = os.environ) -> Path:
+    """Where models are kept: as set, else ``$XDG_DATA_HOME/promptai/models``."""
+    if settings.models is not None:
+        return Path(settings.models).expanduser()
+    base = environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "promptai" / "models"
 
 
 def cache_directory(environ: Mapping[str, str] = os.environ) -> Path:

@@ -5,6 +5,7 @@ import click
 from promptai.cli.lazy import LazyGroup
 
 _VERBS = {
+    "pull": ("promptai.cli.models_pull:pull", "Fetch a model; goes on where an earlier try stopped."),
     "inspect": (
         "promptai.cli.models_inspect:inspect",
         "What a GGUF file is, from its header, and whether it is whole.",

@@ -11,7 +11,7 @@ Nothing is tried twice here: who waits 24 s for "cannot be reached" types it aga
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 #: A person waits for this much of a header, also on a slow line; the whole of it, not a read of it.
 RANGE_LIMIT_S = 120.0
 _API_TIMEOUT_S = 15.0
+_REDIRECTS = 10
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -220,9 +221,7 @@ def open_body(
         headers["Range"] = f"bytes={start}-{'' if length is None else start + max(length, 1) - 1}"
         if version is not None:
             headers["If-Range"] = version
-    with _in_one_line(what), _session().stream("GET", url, headers=headers, timeout=timeout_s) as answer:
-        for step in [*answer.history, answer]:
-            check_url(str(step.url), what)
+    with _in_one_line(what), closing(_get(url, headers, timeout_s, what)) as answer:
         hf_raise_for_status(answer)
         if answer.headers.get("Content-Encoding", "identity") != "identity":
             raise HubError(f"the server of {what} compresses it although asked not to", hint="use another mirror")
@@ -236,7 +235,21 @@ def open_body(
         )
 
 
-def check_url(url: str, what: str) -> None:
+def _get(url: str, headers: dict[str, str], timeout_s: float, what: str) -> Any:
+    """An answer whose body was not read; each redirect is checked before it is followed."""
+    session = _session()
+    request = session.build_request("GET", url, headers=headers, timeout=timeout_s)
+    for _ in range(_REDIRECTS):
+        check_url(str(request.url), f"{what}: ")
+        answer = session.send(request, stream=True, follow_redirects=False)
+        if answer.next_request is None:
+            return answer
+        answer.close()
+        request = answer.next_request  # made by httpx, which takes the token out when the origin changes
+    raise HubError(f"{what}: redirected more than {_REDIRECTS} times", hint="check the address")
+
+
+def check_url(url: str, prefix: str = "") -> None:
     """
     Refuse what is not encrypted, except on this machine and at an endpoint that the user set.
 
@@ -248,9 +261,9 @@ def check_url(url: str, what: str) -> None:
     except ValueError:
         scheme, host = "", None
     if not host or scheme not in ("http", "https"):
-        raise HubError(f"{what}: {url} is not a web address", hint="give one that begins with https://")
+        raise HubError(f"{prefix}{url} is not a web address", hint="give one that begins with https://")
     if scheme == "http" and host not in _LOOPBACK and not url.startswith(f"{_endpoint()}/"):
-        raise HubError(f"{what}: {url} is not encrypted", hint="only https is fetched from other machines")
+        raise HubError(f"{prefix}{url} is not encrypted", hint="only https is fetched from other machines")
 
 
 def one_line(error: BaseException | None) -> str:
@@ -317,10 +330,10 @@ def _in_one_line(what: str) -> Iterator[None]:
     except OfflineModeIsEnabled:
         raise HubUnreachableError(f"{what}: told to stay offline", hint="unset HF_HUB_OFFLINE to connect") from None
     except HTTPError as error:
-        raise HubUnreachableError(
-            f"{what}: no connection: {one_line(error) or type(error).__name__}",
-            hint="check the network, HF_ENDPOINT and the proxy",
-        ) from None
+        kind = type(error).__name__
+        cut = kind in ("RemoteProtocolError", "ReadError", "ReadTimeout")
+        reason = "the connection was cut" if cut else f"no connection: {one_line(error) or kind}"
+        raise HubUnreachableError(f"{what}: {reason}", hint="check the network, HF_ENDPOINT and the proxy") from None
     except HFValidationError as error:
         raise HubNotFoundError(f"{what}: {one_line(error)}", hint="repositories are named owner/name") from None
 

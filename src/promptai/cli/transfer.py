@@ -1,0 +1,89 @@
+"""The progress of a long copy: rate and time left, on standard error.
+
+On a terminal one line that is redrawn; elsewhere (a log, cron, CI) a plain line every
+ten seconds, so that a download of a night can be told from one that hangs.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from promptai.models.library import gigabytes
+
+LINE_EVERY_S = 10.0
+
+
+class Transfer:
+    """Shows stretches of work one after the other; a ``Watch`` and a context manager."""
+
+    def __init__(self, console: Console | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console or Console(stderr=True, highlight=False)
+        self._clock = clock
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._what = ""
+        self._total: int | None = None
+        self._done = self._began = 0
+        self._begun_at = self._told = 0.0
+
+    def __enter__(self) -> Self:
+        """Begin to draw."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        """Leave the terminal as it was."""
+        self._progress.stop()
+
+    def begin(self, what: str, total: int | None, done: int = 0) -> None:
+        """A stretch of work begins."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(escape(what), total=total, completed=done)
+        self._what, self._total, self._done, self._began = what, total, done, done
+        self._begun_at = self._told = self._clock()
+
+    def advance(self, size: int) -> None:
+        """``size`` more bytes are done."""
+        self._done += size
+        if self._console.is_terminal:
+            if self._task is not None:
+                self._progress.advance(self._task, size)
+        elif self._clock() - self._told >= LINE_EVERY_S:
+            self._told = self._clock()
+            self._console.print(escape(self._line()), soft_wrap=True)
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress."""
+        self._console.print(escape(" ".join(line.split())), soft_wrap=True)
+
+    def _line(self) -> str:
+        from promptai.cli.progress import duration  # noqa: PLC0415  brings the whole bench with it
+
+        rate = (self._done - self._began) / max(self._clock() - self._begun_at, 1e-9)
+        if self._total is None:
+            return f"{self._what}: {gigabytes(self._done)}, {gigabytes(rate)}/s"
+        left = f", {duration((self._total - self._done) / rate)} left" if rate > 0 else ""
+        share = self._done / self._total if self._total else 1.0
+        return f"{self._what}: {share:.0%} of {gigabytes(self._total)}, {gigabytes(rate)}/s{left}"

@@ -1,0 +1,221 @@
+"""Fetch a model into the library: what a person with a slow line and a full SD card can rely on.
+
+A download may take a night, so it survives cuts, Ctrl-C and power cuts: what has
+arrived stays in a ``.part`` file whose name carries the version it is of, and the next
+pull, also in another process, asks for the rest alone. The file gets its name when size
+and SHA-256 are the hub's, not before; one that differs is kept aside. Space is compared
+before anything is written. The lock is on the ``.part`` file itself, so that nothing is
+left to clean up when a process dies, and whoever comes second waits and finds the file.
+
+A plain URL promises no checksum: then only damage on the way to the disk is noticed.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+
+import msgspec
+
+from promptai.errors import HubError, HubUnreachableError, ModelChecksumError, ModelError
+from promptai.models.gguf import read_header
+from promptai.models.hub import open_body
+from promptai.models.library import (
+    PART,
+    WRONG,
+    Kept,
+    Library,
+    Watch,
+    disk_errors,
+    gigabytes,
+    hash_into,
+    now,
+)
+from promptai.models.order import Order
+
+TRIES = 5
+_LONGEST_PAUSE_S = 30.0
+
+
+def fetch(order: Order, library: Library, watch: Watch, *, tries: int = TRIES) -> Kept:
+    """
+    Fetch an order, or find that it is here; goes on where an earlier process stopped.
+
+    Args:
+        tries: How often in a row a connection may fail without a byte arriving.
+
+    Raises:
+        HubError: The source refuses, or the connection failed too often.
+        ModelChecksumError: What arrived is not what was promised; it is kept aside.
+        LibraryError: There is no space, or the disk refuses.
+    """
+    final = library.place(order.folder, order.name)
+    kept = _already(order, final, library, watch)
+    if kept is not None:
+        return kept
+    part_path = _part_path(order, final)
+    have = part_path.stat().st_size if part_path.exists() else 0
+    library.check_space(max(0, order.origin.bytes - have))
+    with disk_errors(final.parent):
+        final.parent.mkdir(parents=True, exist_ok=True)
+    with _claimed(part_path, watch) as part:
+        kept = _already(order, final, library, watch)  # somebody else may have been quicker
+        if kept is not None:
+            return kept
+        sha256 = _receive(order, part, watch, tries)
+        origin = msgspec.structs.replace(order.origin, bytes=part.tell(), fetched_at=now(), verified_at=now())
+        if origin.sha256 and origin.sha256 != sha256:
+            aside = final.with_name(final.name + WRONG)
+            with disk_errors(aside):
+                part_path.replace(aside)
+            raise ModelChecksumError(
+                f"{order.what} arrived with SHA-256 {sha256[:12]}…, promised was {origin.sha256[:12]}…; it was refused "
+                f"and lies in {aside}",
+                hint="pull it again; if it happens again, the source or the disk is at fault",
+            )
+        try:
+            read_header(part_path)
+        except ModelError as error:
+            if not origin.sha256:
+                part_path.unlink()
+                raise
+            # Exactly what the source has: a newer engine may read what we do not.
+            watch.say(f"kept, although it cannot be read here: {error.message}")
+        return library.keep(part, final, msgspec.structs.replace(origin, sha256=sha256))
+
+
+def partial_share(order: Order, library: Library) -> float:
+    """How much of an order lies there from earlier, 0 to 1."""
+    final = library.place(order.folder, order.name)
+    part = _part_path(order, final)
+    return part.stat().st_size / order.origin.bytes if order.origin.bytes and part.exists() else 0.0
+
+
+def _part_path(order: Order, final: Path) -> Path:
+    """Its name tells the content that it is of, so that it is never continued with another."""
+    version = f"{order.url} {order.origin.bytes} {order.version}"
+    tag = order.origin.sha256 or hashlib.sha256(version.encode()).hexdigest()
+    return final.with_name(f"{final.name}.{tag[:12]}{PART}")
+
+
+def _already(order: Order, final: Path, library: Library, watch: Watch) -> Kept | None:
+    """What is in the library under that name, when that will do."""
+    if not final.exists():
+        return None
+    kept = next(kept for kept in library.models() if kept.path == final)
+    if kept.sidecar is None:
+        return _adopt(order, kept, library, watch)
+    if kept.bytes != kept.sidecar.bytes:
+        raise ModelChecksumError(f"{kept.name} is damaged", hint=f"promptai models remove {kept.name}, then pull again")
+    if order.origin.sha256 != kept.sidecar.sha256:
+        if order.origin.source != kept.sidecar.source:
+            raise _in_the_way(kept, order)
+        if order.origin.sha256:
+            watch.say(f"{kept.name} is here in another version; to get the newer one, remove it and pull again")
+    return kept
+
+
+def _adopt(order: Order, kept: Kept, library: Library, watch: Watch) -> Kept:
+    """A file that somebody else put there is ours if it is the same."""
+    watch.begin(f"checking {kept.name}", kept.bytes)
+    with disk_errors(kept.path), kept.path.open("rb") as file:
+        found = hash_into(hashlib.sha256(), file, watch)
+    if found != order.origin.sha256:
+        raise _in_the_way(kept, order)
+    sidecar = msgspec.structs.replace(order.origin, bytes=kept.bytes, fetched_at=now(), verified_at=now())
+    library.note(kept.path, sidecar)
+    return msgspec.structs.replace(kept, sidecar=sidecar)
+
+
+def _in_the_way(kept: Kept, order: Order) -> ModelError:
+    return ModelError(f"{kept.path} is in the way and is not {order.what}", hint="move it elsewhere, then pull again")
+
+
+@contextlib.contextmanager
+def _claimed(path: Path, watch: Watch) -> Iterator[FileIO]:
+    """The partial file, ours alone; an empty one does not stay behind."""
+    while True:
+        with disk_errors(path):
+            part = path.open("a+b", buffering=0)
+        with part:
+            _lock(part, watch)
+            # Whoever had it may have renamed or deleted it; then what we locked is not what that name means now.
+            if not path.exists() or not os.path.samestat(os.fstat(part.fileno()), path.stat()):
+                continue
+            try:
+                yield part
+            finally:
+                if path.exists() and path.stat().st_size == 0:
+                    path.unlink()
+            return
+
+
+def _lock(part: FileIO, watch: Watch) -> None:
+    with disk_errors(Path(part.name)):
+        try:
+            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            watch.say("another process is fetching the same file: waiting for it")
+            fcntl.flock(part, fcntl.LOCK_EX)
+
+
+def _receive(order: Order, part: FileIO, watch: Watch, tries: int) -> str:
+    """Bring the partial file to its end; gives its SHA-256."""
+    have, digest = _taken_up(order, part, watch)
+    size = order.origin.bytes
+    watch.begin(f"fetching {order.what}", size or None, have)
+    failed = 0
+    while have == 0 or have < size:
+        before = have
+        try:
+            with open_body(order.url, what=order.what, start=have, version=order.version) as body:
+                if body.total is not None and size not in (0, body.total):
+                    raise HubError(f"{order.what} has changed at its source while it was fetched", hint="pull it again")
+                if body.start != have:
+                    have, digest = 0, hashlib.sha256()
+                    part.truncate(0)
+                    watch.begin(f"fetching {order.what} from its start", size or None)
+                for chunk in body.chunks:
+                    _write(part, chunk)
+                    digest.update(chunk)
+                    have += len(chunk)
+                    watch.advance(len(chunk))
+                    if size and have > size:
+                        raise HubError(f"{order.what} is longer than announced", hint="pull it again later")
+            if not size:
+                break
+        except HubUnreachableError as error:
+            failed = 0 if have > before else failed + 1
+            if failed >= tries:
+                raise HubUnreachableError(
+                    f"{error.message}; {gigabytes(have)} of {gigabytes(size)} are here",
+                    hint="the same command goes on from there",
+                ) from None
+            pause_s = min(_LONGEST_PAUSE_S, 2.0 ** max(0, failed - 1))
+            watch.say(f"{error.message}; trying again in {pause_s:.0f} s")
+            time.sleep(pause_s)
+    return digest.hexdigest()
+
+
+def _taken_up(order: Order, part: FileIO, watch: Watch) -> "tuple[int, hashlib._Hash]":
+    """How much of the file is here from earlier, and its hash so far."""
+    digest = hashlib.sha256()
+    if not order.resumable or (order.origin.bytes and part.seek(0, os.SEEK_END) > order.origin.bytes):
+        part.truncate(0)
+    have = part.seek(0, os.SEEK_END)
+    if have:
+        watch.begin("checking what arrived earlier", have)
+        part.seek(0)
+        hash_into(digest, part, watch)
+    return have, digest
+
+
+def _write(part: FileIO, chunk: bytes) -> None:
+    view = memoryview(chunk)
+    with disk_errors(Path(part.name), hint="free some space, then pull again: it goes on where it stopped"):
+        while view:
+            view = view[part.write(view) :]
