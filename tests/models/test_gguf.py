@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from promptai.errors import ModelFormatError, ModelNotFoundError
-from promptai.models.gguf import read_header
+from promptai.models.gguf import part_names, read_header
 from support_gguf import (
     ARRAY,
     BOOL,
@@ -323,3 +323,20 @@ def test_the_kv_cache_of_a_token_is_counted_over_the_layers(
 ) -> None:
     """Kv heads times the lengths of key and value, two bytes each; None where there is no such cache."""
     assert expected == read_header(store(gguf(entries))).kv_bytes_per_token()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("m.gguf", ["m.gguf"]),
+        ("m-00002-of-00003.gguf", ["m-00001-of-00003.gguf", "m-00002-of-00003.gguf", "m-00003-of-00003.gguf"]),
+        ("m-00004-of-00003.gguf", ["m-00004-of-00003.gguf"]),
+        ("m-00000-of-00003.gguf", ["m-00000-of-00003.gguf"]),
+        ("m-00001-of-99999.gguf", ["m-00001-of-99999.gguf"]),
+        ("m-1-of-3.gguf", ["m-1-of-3.gguf"]),
+    ],
+    ids=["whole", "part", "beyond", "before", "absurd", "other-numbers"],
+)
+def test_the_parts_of_a_model_are_known_by_their_names(name: str, expected: list[str]) -> None:
+    """As llama.cpp's own splitter names them."""
+    assert expected == part_names(name)

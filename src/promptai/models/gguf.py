@@ -10,16 +10,20 @@ turns every vocabulary entry into NumPy arrays (seconds and hundreds of MB for a
 128 k vocabulary) and trusts the counts that a file claims. This one
 (``models.ggufbytes``) reads forward once, keeps scalars and short arrays, skips
 the rest, and treats every number in the file as hostile. It does not read tensor
-data. Of a model in several files it reads the one that it is given.
+data. Of a model in several files it reads the one that it is given; who wants all
+asks ``part_names``.
 """
 
 import math
+import re
 from pathlib import Path
 
 import msgspec
 
 from promptai.errors import ModelFormatError, ModelNotFoundError
 from promptai.models.ggufbytes import Contents, Damaged, Forward, Reader
+
+_MAX_PARTS = 1000
 
 
 class GgufHeader(Contents, frozen=True, kw_only=True):
@@ -146,6 +150,23 @@ def read_header(path: Path) -> GgufHeader:
         raise ModelNotFoundError(
             f"model {str(path)[:300]} cannot be read: {error.strerror}", hint="check the path and its permissions"
         ) from None
+
+
+def part_names(name: str) -> list[str]:
+    """File names of all the parts of a model that is split over several files, the first first; else its own."""
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", name, re.DOTALL)
+    if match is None or not 1 <= int(match[2]) <= int(match[3]) <= _MAX_PARTS:
+        return [name]
+    return [f"{match[1]}-{number:05}-of-{match[3]}.gguf" for number in range(1, int(match[3]) + 1)]
+
+
+def join_parts(headers: list[GgufHeader]) -> GgufHeader:
+    """One header for a model in several files: what the first says, with the tensors of all."""
+    return msgspec.structs.replace(
+        headers[0],
+        tensors=[tensor for header in headers for tensor in header.tensors],
+        file_bytes=sum(header.file_bytes for header in headers),
+    )
 
 
 def parse_header(file: Forward, file_bytes: int, where: str) -> GgufHeader:
