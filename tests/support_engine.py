@@ -5,13 +5,29 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import psutil
+
 from promptai.engine.client import Arrival, EngineClient
+from promptai.engine.flags import EngineFlags
+from promptai.engine.launch import RunningEngine, free_port
+from promptai.engine.locate import EngineBinary
 
 Script = Callable[..., Path]
 Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 Use = Callable[[EngineClient], Awaitable[object]]
 
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+#: A llama-server that is always well, and does not care for being asked to end.
+STUBBORN = """\
+import http.server, signal, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -130,6 +146,28 @@ def against(*answers: bytes | Answer, use: Use = chat, silence_s: float = 0.2) -
             return await use(client)
 
     return asyncio.run(play())
+
+
+def engine_of(command: Path | tuple[str, ...] | EngineBinary, model: Path, *, port: int | None = None) -> RunningEngine:
+    """An engine beside its model's file, not started yet."""
+    if isinstance(command, Path):
+        command = (str(command),)
+    binary = EngineBinary("settings", command, None, None) if isinstance(command, tuple) else command
+    flags = EngineFlags(model=str(model), port=port or free_port(), threads=1, context=256)
+    return RunningEngine(binary, flags, log=model.with_suffix(".log"))
+
+
+async def start_and_stop(engine: RunningEngine) -> None:
+    """A start that may fail."""
+    async with engine:
+        pass
+
+
+def alive(pid: int | None) -> bool:
+    """Whether a process still runs; one that ended and was not waited for does not."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 async def until(ready: Callable[[], Awaitable[bool]]) -> None:

@@ -1,34 +1,19 @@
 import asyncio
-import contextlib
 import os
 import signal
 import socket
 import sys
-import textwrap
 from pathlib import Path
 
-import psutil
 import pytest
 
 from promptai.engine.client import EngineClient
 from promptai.engine.embedded import EXIT_NO_WHEEL
-from promptai.engine.flags import EngineFlags
-from promptai.engine.launch import RunningEngine, explain_exit, free_port, port_taken
+from promptai.engine.launch import explain_exit, free_port, port_taken
 from promptai.engine.locate import EngineBinary
 from promptai.errors import EngineStartError
-from support_engine import Script, until
+from support_engine import STUBBORN, Script, alive, engine_of, start_and_stop, until
 
-#: A llama-server that is always well, and does not care for being asked to end.
-STUBBORN = """
-    import http.server, signal, sys
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
-    port = int(sys.argv[sys.argv.index("--port") + 1])
-    http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
-"""
 ASSERTED = """\
 0.00.005.161 I srv    load_model: loading model 'sh.gguf'
 /src/ggml/src/ggml.c:5516: GGML_ASSERT(ggml_can_mul_mat(k, q)) failed
@@ -45,28 +30,6 @@ def model(tmp_path: Path) -> Path:
     path = tmp_path / "yi.gguf"
     path.write_bytes(b"GGUF")
     return path
-
-
-def engine_of(command: Path | tuple[str, ...] | EngineBinary, model: Path, *, port: int | None = None) -> RunningEngine:
-    """An engine beside its model's file, not started yet."""
-    if isinstance(command, Path):
-        command = (str(command),)
-    binary = EngineBinary("settings", command, None, None) if isinstance(command, tuple) else command
-    flags = EngineFlags(model=str(model), port=port or free_port(), threads=1, context=256)
-    return RunningEngine(binary, flags, log=model.with_suffix(".log"))
-
-
-async def start_and_stop(engine: RunningEngine) -> None:
-    """A start that may fail."""
-    async with engine:
-        pass
-
-
-def alive(pid: int | None) -> bool:
-    """Whether a process still runs; one that ended and was not waited for does not."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 @pytest.mark.parametrize(
@@ -277,7 +240,7 @@ def test_a_start_that_is_interrupted_leaves_nothing_running(model: Path, script:
 def test_an_engine_that_will_not_end_is_ended(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Politely first; and to stop it twice does no harm."""
     monkeypatch.setattr("promptai.engine.launch._STOP_S", 0.2)
-    engine = engine_of((sys.executable, "-c", textwrap.dedent(STUBBORN)), model)
+    engine = engine_of((sys.executable, "-c", STUBBORN), model)
 
     asyncio.run(start_and_stop(engine))
     engine.stop()

@@ -6,6 +6,11 @@ kernel can: PR_SET_PDEATHSIG survives ``execve`` (prctl(2)), so this process
 asks for SIGKILL at its parent's death and then becomes the program.
 
 A ``preexec_fn`` would do the same but is unsafe in a parent with threads.
+
+The promise is the program's own and its children do not inherit it. A wrapper
+script around an engine should therefore end in ``exec llama-server "$@"``: without
+``exec`` the engine is a child of the script, and outlives a parent that was killed
+with SIGKILL. (A parent that can still say so, ``engine.launch``, ends the whole group.)
 """
 
 import ctypes

@@ -5,8 +5,15 @@ out-of-memory killer leaves only an exit code of -9). Whoever started it wants
 one sentence. So the log goes to a file, the exit code is watched while waiting,
 and ``explain_exit`` turns both into that sentence.
 
-One engine, one process, loopback only. It is tied to this process
-(``engine.guard``), so that it goes away even when this one is killed.
+One engine, one process group, loopback only. A ``llama-server`` is often a script
+that starts the real one; so the group is ended, not only the process that was
+started. It is tied to this process (``engine.guard``), so that it goes away even
+when this one is killed.
+
+The environment is passed on without ``LLAMA_...`` and without our own API key:
+llama-server reads ``LLAMA_ARG_...`` as options, which no manifest would know, and
+``LLAMA_API_KEY`` would lock us out. Files in the user's folder are no modules
+for our own processes.
 """
 
 import asyncio
@@ -85,13 +92,14 @@ class RunningEngine:
             with self.log.open("ab") as sink:
                 self._log_start = sink.tell()
                 self._process = subprocess.Popen(  # noqa: S603  the located engine, no shell
-                    [sys.executable, "-m", "promptai.engine.guard", *self.binary.arguments(self.flags)],
+                    [sys.executable, "-P", "-m", "promptai.engine.guard", *self.binary.arguments(self.flags)],
                     stdin=subprocess.DEVNULL,
-                    # A terminal's Ctrl-C goes to the whole process group; the parent decides when it stops.
+                    # A terminal's Ctrl-C goes to the whole process group; the parent decides when it stops,
+                    # and then stops this group.
                     start_new_session=True,
                     stdout=sink,
                     stderr=sink,
-                    env={**os.environ, "PROMPTAI_GUARD_PARENT": str(os.getpid())},
+                    env=_environment(self.binary),
                 )
         except OSError as error:
             raise EngineStartError(f"the engine could not be started: {error}", hint="see promptai doctor") from None
@@ -114,31 +122,42 @@ class RunningEngine:
         Asked after a broken connection, which the kernel reports up to a second
         before the process can be reaped: so it waits that long for the end.
         """
-        if self._process is None:
-            return None
-        try:
-            code = self._process.wait(_REAP_S)
-        except subprocess.TimeoutExpired:
+        code = self._code(_REAP_S)
+        if code is None:
             return None
         reason, hint = explain_exit(code, self._log_tail())
         return EngineDiedError(f"the engine of {self.flags.alias} died: {reason}", hint=hint)
 
     def stop(self) -> None:
-        """End it: politely, then not; returns when it is gone."""
-        if self._process is None or self._process.poll() is not None:
+        """End it and whatever it started: politely, then not; returns when it is gone."""
+        if self._process is None or self._code(0) is not None:
             return
-        self._process.terminate()
+        _signal_group(self._process.pid, signal.SIGTERM)
+        if self._code(_STOP_S) is None:
+            _signal_group(self._process.pid, signal.SIGKILL)
+            self._code(None)
+
+    def _code(self, within_s: float | None) -> int | None:
+        """Its exit code once it has ended, with what it left behind killed; ``None`` when it has not in that time."""
+        process = self._process
+        if process is None or process.returncode is not None:
+            return None if process is None else process.returncode
         try:
-            self._process.wait(_STOP_S)
+            code = process.wait(within_s)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            return None
+        # Now, and never again: later, its number may be somebody else's.
+        give_up = time.monotonic() + _REAP_S
+        while _signal_group(process.pid, signal.SIGKILL) and time.monotonic() < give_up:
+            time.sleep(_POLL_S / 10)
+        return code
 
     async def _until_ready(self, started: float, allowed: float) -> None:
         async with EngineClient(self.base_url) as client:
             while time.monotonic() - started < allowed:
-                if self._process is not None and self._process.poll() is not None:
-                    reason, hint = explain_exit(self._process.returncode, self._log_tail())
+                code = self._code(0)
+                if code is not None:
+                    reason, hint = explain_exit(code, self._log_tail())
                     raise EngineStartError(f"the engine could not load {self.flags.model}: {reason}", hint=hint)
                 with contextlib.suppress(EngineError):
                     if await client.healthy():
@@ -157,6 +176,24 @@ class RunningEngine:
                 return log.read().decode("utf-8", "replace")
         except OSError:
             return ""
+
+
+def _signal_group(group: int, number: int) -> bool:
+    """Send a signal to all processes of a group; False when there are none, or none of ours."""
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _environment(binary: EngineBinary) -> dict[str, str]:
+    """What an engine finds in its environment; ``guard`` takes its own word out of it."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_")}
+    ours.pop("PROMPTAI_API_KEY", None)
+    # The embedded engine is a module of ours: -P, which stands on the guard's command line, ends there.
+    safe_path = {"PYTHONSAFEPATH": "1"} if binary.embedded else {}
+    return {**ours, **safe_path, "PROMPTAI_GUARD_PARENT": str(os.getpid())}
 
 
 def free_port() -> int:
