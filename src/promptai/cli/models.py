@@ -6,9 +6,18 @@ from promptai.cli.lazy import LazyGroup
 
 _VERBS = {
     "pull": ("promptai.cli.models_pull:pull", "Fetch a model; goes on where an earlier try stopped."),
+    "import": ("promptai.cli.models_library:import_", "Keep a file, a directory of files, or a bundle."),
+    "export": ("promptai.cli.models_library:export", "Write a bundle for boards without a link."),
+    "verify": ("promptai.cli.models_library:verify", "Compare kept models with their checksums."),
+    "remove": ("promptai.cli.models_library:remove", "Delete kept models."),
+    "disk": ("promptai.cli.models_library:disk", "What takes how much space, and what is free."),
     "inspect": (
         "promptai.cli.models_inspect:inspect",
         "What a GGUF file is, from its header, and whether it is whole.",
+    ),
+    "check-catalog": (
+        "promptai.cli.models_catalog:check_catalog",
+        "Ask the hub whether the catalogue still holds.",
     ),
     "synth": ("promptai.cli.models_synth:synth", "Write a model of true shape and random weights."),
 }
