@@ -130,7 +130,7 @@ def show(directory: Path, output: Output) -> None:
 def _render(directory: Path) -> bool:
     """Write report.html in another process; say why when that fails, but keep the numbers."""
     done = subprocess.run(  # noqa: S603  ourselves
-        [sys.executable, "-m", "promptai", "report", str(directory), "--quiet"],
+        [sys.executable, "-P", "-m", "promptai", "report", str(directory), "--quiet"],
         check=False,
         capture_output=True,
         stdin=subprocess.DEVNULL,

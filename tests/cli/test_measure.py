@@ -1,0 +1,19 @@
+from pathlib import Path
+
+import pytest
+
+from promptai.cli.measure import _render
+
+pytestmark = pytest.mark.real
+
+
+def test_the_process_that_draws_does_not_run_the_user_s_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """People call their scripts signal.py; here it gets as far as to see that there is no run."""
+    (tmp_path / "signal.py").write_text("raise SystemExit('the file of a user was run')")
+    monkeypatch.chdir(tmp_path)
+
+    assert not _render(tmp_path / "absent")
+
+    assert "the report could not be written: promptai: " in capsys.readouterr().err
