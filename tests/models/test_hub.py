@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,10 +28,9 @@ ETAG = hashlib.sha256(CONTENT).hexdigest()
 COMMIT = "fdf72ae0827c1cda404aff25b6603abec9e3399b"
 FILE = "/datasets/people/talks/resolve/main/trees.jsonl"
 
-#: Asks as the product does; the library's pauses between its tries, 23 s together, are not worth waiting for.
+#: Asks as the product does.
 ASK = """
-    import json, sys, time
-    time.sleep = lambda seconds: None
+    import json, sys
     from promptai.errors import PromptAIError
     from promptai.models.hub import fetch_dataset_file
     try:
@@ -171,10 +171,13 @@ def nobody() -> str:
 
 @pytest.mark.parametrize("offline", ["0", "1"], ids=["connection-refused", "told-to-be-offline"])
 def test_without_hub_and_cache_it_says_what_to_do(tmp_path: Path, offline: str) -> None:
-    """One line for what happened, one for what to do."""
+    """At once, and one line for what happened, one for what to do."""
+    began = time.monotonic()
     answer = ask(tmp_path, nobody(), HF_HUB_OFFLINE=offline)
 
-    assert answer["message"] == "data set people/talks is not on this machine and the hub cannot be reached"
+    assert time.monotonic() - began < 10  # the library alone would try for 24 s
+    assert answer["message"].startswith("trees.jsonl of data set people/talks: ")
+    assert answer["message"].endswith("and it is not on this machine")
     assert "fetch trees.jsonl elsewhere" in answer["hint"]
 
 
@@ -197,7 +200,7 @@ def test_a_page_that_is_no_hub_is_told_apart_from_no_connection(tmp_path: Path, 
     """The sign-in page of a hotel answers 200 to everything."""
     message = ask(tmp_path, hub(Behaviour(metadata=False)).url)["message"]
 
-    assert "does not seem to be served by a Hugging Face Hub" in message
+    assert "what answered is not a hub" in message
 
 
 def test_a_file_that_is_shorter_than_announced_is_refused(tmp_path: Path, hub: Start) -> None:
@@ -214,16 +217,16 @@ def test_a_download_that_was_cut_goes_on_where_it_stopped(tmp_path: Path, hub: S
     server = hub(Behaviour(content=large, announced=len(large), cut_first=True))
 
     assert large == Path(ask(tmp_path, server.url)["path"]).read_bytes()
-    assert ["HEAD", "GET all", f"GET bytes={PIECE}-"] == server.seen
+    assert ["HEAD", "HEAD", "GET all", f"GET bytes={PIECE}-"] == server.seen
 
 
 def test_a_file_is_fetched_once_and_then_found_without_the_hub(tmp_path: Path, hub: Start) -> None:
-    """The second time only its version is asked for; later not even that."""
+    """The second time nothing is asked for: what a benchmark plays should not change under its feet."""
     server = hub(Behaviour())
 
     first = ask(tmp_path, server.url)
     again = ask(tmp_path, server.url)
 
     assert Path(first["path"]).read_bytes() == CONTENT
-    assert server.seen == ["HEAD", "GET all", "HEAD"]
+    assert server.seen == ["HEAD", "HEAD", "GET all"]
     assert first == again == ask(tmp_path, nobody()) == ask(tmp_path, nobody(), HF_HUB_OFFLINE="1")

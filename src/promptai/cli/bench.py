@@ -28,7 +28,7 @@ from promptai.bench.prepare import (
     reload_selected,
 )
 from promptai.bench.recorder import create_run, read_manifest
-from promptai.bench.target import verify_unchanged
+from promptai.bench.target import is_url, verify_unchanged
 from promptai.bench.trace import Cache
 from promptai.cli.measure import Output, calibrate, measure
 from promptai.cli.progress import HashProgress
@@ -37,7 +37,8 @@ from promptai.device.memory import read_memory
 from promptai.engine.locate import locate
 from promptai.errors import SettingsError
 from promptai.models.bundled import bundled_model
-from promptai.settings import Settings, cache_directory, load_secrets, load_settings
+from promptai.models.library import Library, resolve
+from promptai.settings import Settings, cache_directory, load_secrets, load_settings, models_directory
 
 _CACHES: dict[str, tuple[Cache, ...]] = {"cold": ("cold",), "warm": ("warm",), "both": ("cold", "warm")}
 
@@ -52,7 +53,7 @@ Examples:
   promptai bench --resume runs/2026-11-20T12-00-00_yi-coder-1.5b_pi5
 """
 )
-@click.argument("targets", nargs=-1, metavar="[MODEL.gguf|URL]...")
+@click.argument("targets", nargs=-1, metavar="[MODEL|URL]...")
 @click.option("--workload", help="edge-50 (bundled), oasst1 (from the hub), oasst1:FILE, or a .jsonl file.")
 @click.option("--conversations", type=int, help="Play this many, drawn evenly from short to long.")
 @click.option("--budget", help="Play as much as fits, e.g. 30m or 8h.")
@@ -100,6 +101,7 @@ def bench(**options: Any) -> None:
     """
     Measure models or servers on conversations, and write a report.
 
+    A MODEL is a .gguf file or the name of one that is kept (promptai models disk).
     Without a target the bundled model is measured. Several targets take turns.
     What was measured survives Ctrl-C and power cuts: go on with --resume.
     """
@@ -119,7 +121,8 @@ def start(options: dict[str, Any], settings: Settings, output: Output) -> None:
     with console.status("reading the workload"):  # from the hub that takes a while
         workload = load_workload(options["workload"] or settings.bench.workload)
     conversations, selection = choose_conversations(workload, count=options["conversations"], seed=protocol.seed)
-    sources = list(options["targets"]) or [str(bundled_model())]
+    library = Library(models_directory(settings))
+    sources = [_source(target, library) for target in options["targets"]] or [str(bundled_model())]
     machine = describe_machine()
     named = options["engine_path"] or (Path(settings.engine.path) if settings.engine.path else None)
     with HashProgress(console) as hashing:
@@ -216,6 +219,12 @@ def _refuse_more_than_resume() -> None:
     if given and (given != ["targets"] or context.params["targets"]):
         names = ", ".join(name.replace("_", "-") for name in given)
         raise SettingsError(f"--resume goes on as the run began and takes no {names}", hint="leave it out")
+
+
+def _source(target: str, library: Library) -> str:
+    """A URL or path as it was given, or the file of a model that is kept."""
+    found = Path(target) if is_url(target) else resolve(target, library)
+    return target if found == Path(target) else str(found)
 
 
 def _protocol(options: dict[str, Any], settings: Settings) -> Protocol:

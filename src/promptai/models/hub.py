@@ -11,7 +11,7 @@ Nothing is tried twice here: who waits 24 s for "cannot be reached" types it aga
 
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from promptai.errors import HubError, HubGatedError, HubNotFoundError, HubUnreachableError, PromptAIError
+from promptai.errors import HubError, HubGatedError, HubNotFoundError, HubUnreachableError
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -71,37 +71,34 @@ class Body(NamedTuple):
 
 def fetch_dataset_file(repository: str, filename: str) -> Path:
     """
-    The local path of one file of a data set, fetched when it is not cached.
+    The local path of one file of a data set; what was fetched once is not asked for again.
 
     Raises:
-        PromptAIError: The hub cannot be reached, or refuses, or has no such file.
+        HubError: The hub cannot be reached, or refuses, or has no such file.
     """
-    # Imported here: half a second and 30 MB that only those who fetch should pay.
-    from huggingface_hub import hf_hub_download  # noqa: PLC0415
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
-
     what = f"{filename} of data set {repository}"
     try:
-        return Path(hf_hub_download(repository, filename, repo_type="dataset"))
-    except LocalEntryNotFoundError as error:
-        # What the library calls "not found locally" may be a hub that answered, but not with the file.
-        cause = error.__cause__
-        if isinstance(cause, HfHubHTTPError):
-            raise _dataset_refused(what, cause) from None
-        if type(cause).__name__ == "FileMetadataError":
-            raise PromptAIError(
-                f"fetching {what} failed: {one_line(cause)}", hint="check HF_ENDPOINT and the network's sign-in page"
-            ) from None
-        raise PromptAIError(
-            f"data set {repository} is not on this machine and the hub cannot be reached",
+        with _in_one_line(what):
+            # Imported here: half a second and 30 MB that only those who fetch should pay.
+            from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url  # noqa: PLC0415
+            from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415
+
+            with suppress(LocalEntryNotFoundError):
+                return Path(hf_hub_download(repository, filename, repo_type="dataset", local_files_only=True))
+            # Where this fails at once, the download would try for 24 s.
+            facts = get_hf_file_metadata(hf_hub_url(repository, filename, repo_type="dataset"), timeout=_API_TIMEOUT_S)
+            if facts.commit_hash is None:
+                raise _no_hub(what)
+            return Path(hf_hub_download(repository, filename, repo_type="dataset"))
+    except HubUnreachableError as error:
+        raise HubUnreachableError(
+            f"{error.message}, and it is not on this machine",
             hint=f"connect, or fetch {filename} elsewhere and give its path",
         ) from None
-    except HfHubHTTPError as error:
-        raise _dataset_refused(what, error) from None
     except OSError as error:
-        raise PromptAIError(
+        raise HubError(
             f"fetching {what} failed: {one_line(error)}",
-            hint="check the connection and the free space, then try again: it resumes",
+            hint="check the connection and the free space, then try again",
         ) from None
 
 
@@ -363,10 +360,3 @@ def _refusal(what: str, error: "HfHubHTTPError") -> HubError:
     if status in (408, 429) or status >= 500:
         return HubUnreachableError(f"{what}: the server is busy or broken (HTTP {status})", hint="try again later")
     return HubError(f"{what}: the server refuses (HTTP {status})", hint="check the name")
-
-
-def _dataset_refused(what: str, error: "HfHubHTTPError") -> PromptAIError:
-    status = error.response.status_code if error.response is not None else "no answer"
-    return PromptAIError(
-        f"the hub refused {what}: HTTP {status}", hint="check the name and, for a gated data set, HF_TOKEN"
-    )

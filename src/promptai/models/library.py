@@ -195,13 +195,7 @@ class Library:
 
     def note(self, final: Path, sidecar: Sidecar) -> None:
         """Write a sidecar, whole."""
-        path = sidecar_path(final)
-        part = path.with_name(f".{path.name}{PART}")
-        with disk_errors(path), part.open("wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(sidecar), indent=2) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-            part.replace(path)
+        write_json(sidecar_path(final), sidecar)
 
     def remove(self, kept: Kept) -> None:
         """Delete a model and its sidecar, and their folder when nothing else is in it."""
@@ -229,6 +223,8 @@ class Library:
             )
         watch.begin(f"checking {kept.name}", kept.bytes)
         with disk_errors(kept.path), kept.path.open("rb") as file:
+            # The question is what the card gives back, not what memory still holds.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             found = hash_into(hashlib.sha256(), file, watch)
         if found != kept.sidecar.sha256:
             raise ModelChecksumError(
@@ -285,6 +281,21 @@ def resolve(reference: str, library: Library) -> Path:
     raise ModelNotFoundError(
         f"there is no model {reference}, neither here nor in {library.root}", hint=f"promptai models pull {reference}"
     )
+
+
+def write_json(path: Path, value: msgspec.Struct) -> None:
+    """
+    Write a JSON file that appears under its name only when it is whole.
+
+    Raises:
+        LibraryError: The disk refuses.
+    """
+    part = path.with_name(f".{path.name}{PART}")
+    with disk_errors(path), part.open("wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+        part.replace(path)
 
 
 def sidecar_path(model: Path) -> Path:

@@ -1,6 +1,6 @@
 """From what a person typed to one file at one place: what is asked for, where it is, what it must be.
 
-A name is ``hub:owner/name[:file-or-quant]`` or a URL. The hub is asked once, for its
+A name is of the catalogue, ``hub:owner/name[:file-or-quant]`` or a URL. The hub is asked once, for its
 list of files with sizes and checksums; nothing is written here. A name that may mean
 several files is never guessed at: gigabytes on a slow line are no place for guessing.
 """
@@ -33,6 +33,7 @@ class Wanted(msgspec.Struct, frozen=True):
         choice: A file there, or a quantisation; ``None``: the default ones.
         revision: A commit or branch; ``None``: main.
         catalog: Its id in the catalogue.
+        licence: What the catalogue says; the hub knows better.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Wanted(msgspec.Struct, frozen=True):
     choice: str | None = None
     revision: str | None = None
     catalog: str | None = None
+    licence: str | None = None
 
 
 class Order(msgspec.Struct, frozen=True):
@@ -68,10 +70,11 @@ class Order(msgspec.Struct, frozen=True):
 
 def parse(name: str) -> Wanted:
     """
-    Understand ``hub:owner/name[:file-or-quant]`` or a URL, also that of a page of the hub.
+    Understand ``id[:quant]`` of the catalogue, ``hub:owner/name[:file-or-quant]``, or a URL, also of a hub's page.
 
     Raises:
-        ModelError: It is neither.
+        ModelError: It is none of these.
+        HubError: The URL is not one that we fetch from.
     """
     page = _HUB_PAGE.fullmatch(name.partition("?")[0])
     if page is not None:
@@ -79,8 +82,10 @@ def parse(name: str) -> Wanted:
     if "://" in name:
         check_url(name)
         return Wanted(name, url=name)
+    if not name.startswith("hub:") and "/" not in name:
+        return _from_catalog(name)
     repository, _, choice = name.removeprefix("hub:").partition(":")
-    if not name.startswith("hub:") or repository.count("/") != 1:
+    if repository.count("/") != 1 or not name.startswith("hub:"):
         raise ModelError(f"{name} is no name of a model", hint="for example hub:owner/name:Q4_K_M, or an https:// URL")
     return Wanted(name, repository=repository, choice=choice or None)
 
@@ -116,7 +121,7 @@ def place_order(wanted: Wanted, *, sha256: str | None = None) -> Order:
         promised=bool(promised or sha256),
         repository=facts.repository,
         revision=facts.revision,
-        licence=facts.license,
+        licence=facts.license or wanted.licence,
         catalog=wanted.catalog,
     )
     return Order(
@@ -182,6 +187,17 @@ def kept_instead(wanted: Wanted, library: Library) -> Kept | None:
                 choose_file(RepositoryFacts(wanted.repository, False, None, files, ""), wanted.choice)
                 return kept
     return None
+
+
+def _from_catalog(name: str) -> Wanted:
+    from promptai.models.catalog import load_catalog  # noqa: PLC0415  brings the shapes of all models with it
+
+    wished, _, quant = name.partition(":")
+    entry = load_catalog().find(wished)
+    files = {known.upper(): file for known, file in entry.files.items()}
+    first = next((files[default] for default in DEFAULT_QUANTS if default in files), None)
+    choice = files.get(quant.upper(), quant) if quant else first
+    return Wanted(name, repository=entry.gguf, choice=choice, catalog=entry.id, licence=entry.licence)
 
 
 def _facts(wanted: Wanted) -> RepositoryFacts:

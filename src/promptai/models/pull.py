@@ -38,7 +38,7 @@ from promptai.models.library import (
 from promptai.models.order import Order
 
 TRIES = 5
-_LONGEST_PAUSE_S = 30.0
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 30.0
 
 
 def fetch(order: Order, library: Library, watch: Watch, *, tries: int = TRIES) -> Kept:
@@ -116,6 +116,10 @@ def _already(order: Order, final: Path, library: Library, watch: Watch) -> Kept 
             raise _in_the_way(kept, order)
         if order.origin.sha256:
             watch.say(f"{kept.name} is here in another version; to get the newer one, remove it and pull again")
+    elif order.origin.catalog not in (None, kept.sidecar.catalog):
+        sidecar = msgspec.structs.replace(kept.sidecar, catalog=order.origin.catalog)
+        library.note(final, sidecar)
+        return msgspec.structs.replace(kept, sidecar=sidecar)
     return kept
 
 
@@ -195,8 +199,8 @@ def _receive(order: Order, part: FileIO, watch: Watch, tries: int) -> str:
                     f"{error.message}; {gigabytes(have)} of {gigabytes(size)} are here",
                     hint="the same command goes on from there",
                 ) from None
-            pause_s = min(_LONGEST_PAUSE_S, 2.0 ** max(0, failed - 1))
-            watch.say(f"{error.message}; trying again in {pause_s:.0f} s")
+            pause_s = min(_LONGEST_PAUSE_S, max(_SHORTEST_PAUSE_S, 2.0**failed - 1))
+            watch.say(f"{error.message}; trying again" + (f" in {pause_s:.0f} s" if failed else ""))
             time.sleep(pause_s)
     return digest.hexdigest()
 
