@@ -110,7 +110,7 @@ class Catalog(NamedTuple):
         wanted = name.strip().lower()
         if wanted in ids:
             return self.entries[ids.index(wanted)]
-        near = [i for i in ids if wanted and wanted in i] or difflib.get_close_matches(wanted, ids, n=2)
+        near = [i for i in ids if wanted and wanted in i] or difflib.get_close_matches(wanted, ids, n=1)
         raise ModelNotFoundError(
             f"the catalogue has no model {name}",
             hint=f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(ids)}",
@@ -200,7 +200,8 @@ def _of_files(entry: Entry, answer: RepositoryFacts | HubError) -> Iterator[str]
         return
     for quant, file in entry.files.items():
         if file not in answer.files:
-            near = difflib.get_close_matches(file, answer.files, n=1)
+            alike = [other for other in answer.files if quant.lower() in other.lower()]
+            near = difflib.get_close_matches(file, alike, n=1)
             yield f"{entry.gguf} has no {file}" + (f", but {near[0]}" if near else "")
             continue
         size, expected = answer.files[file], entry.expected_bytes(quant)
