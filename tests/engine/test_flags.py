@@ -1,7 +1,7 @@
 import msgspec
 import pytest
 
-from promptai.engine.flags import EngineFlags
+from promptai.engine.flags import EngineFlags, newer_switches
 
 FLAGS = EngineFlags(model="/models/yi-coder-1.5b.Q4_0.gguf", port=8091, threads=4, context=4096)
 
@@ -90,3 +90,41 @@ def test_the_alias_is_never_a_path(model: str, alias: str) -> None:
     """What clients and reports see does not tell where files lie."""
     assert alias == msgspec.structs.replace(FLAGS, model=model).alias
     assert "/" not in alias
+
+
+@pytest.mark.parametrize(
+    ("help_text", "expected"),
+    [
+        ("", ()),
+        ("-c,    --ctx-size N   size of the prompt context\n--no-mmap  do not memory-map\n", ()),
+        ("-fit,  --fit [on|off]   whether to adjust unset arguments\n", ("--fit", "off")),
+        ("-fitt, --fit-target MiB0\n--fit-ctx N\n", ()),
+        ("--context-shift, --no-context-shift   whether to shift\n", ("--no-context-shift",)),
+        (
+            "-fit,  --fit [on|off]\n-lm,   --load-mode MODE\n",
+            ("--fit", "off", "--load-mode", "mmap"),
+        ),
+    ],
+    ids=["mute", "2024", "fit", "only-its-relatives", "shift", "2026"],
+)
+def test_a_build_is_told_what_its_own_help_names(help_text: str, expected: tuple[str, ...]) -> None:
+    """And nothing that it would end at."""
+    assert expected == newer_switches(help_text)
+
+
+@pytest.mark.parametrize(
+    ("command", "mmap", "expected"),
+    [
+        (("s",), True, ["s"]),
+        (("s",), False, ["s", "--no-mmap"]),
+        (("s", "--load-mode", "mmap"), True, ["s", "--load-mode", "mmap"]),
+        (("s", "--load-mode", "mmap", "--fit", "off"), False, ["s", "--load-mode", "none", "--fit", "off"]),
+    ],
+)
+def test_mapping_is_switched_off_in_the_words_that_the_build_knows(
+    command: tuple[str, ...], *, mmap: bool, expected: list[str]
+) -> None:
+    """The new word once, or the old one, which new builds refuse."""
+    argv = msgspec.structs.replace(FLAGS, mmap=mmap).to_argv(command)
+
+    assert expected == argv[: argv.index("--model")]

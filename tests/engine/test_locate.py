@@ -1,18 +1,30 @@
 import importlib.metadata
+import os
 from pathlib import Path
 
 import pytest
 
+from promptai.device.cpu import read_cpu
+from promptai.engine.choice import (
+    Comparison,
+    MeasuredEngine,
+    Round,
+    processor_key,
+    write_choice,
+    write_comparison,
+)
 from promptai.engine.flags import EngineFlags
 from promptai.engine.locate import (
     EngineBinary,
     find_engines,
+    fingerprint_of,
     locate,
     missing_features,
     parse_build,
     parse_features,
+    wrong_processor,
 )
-from promptai.errors import EngineNotFoundError
+from promptai.errors import EngineNotFoundError, EngineStartError
 from support_engine import Script
 
 #: As printed on the machines of llama.cpp's own continuous integration, and by the wheel.
@@ -176,9 +188,7 @@ def test_an_engine_named_without_a_folder_is_the_one_in_this_folder(
 
 @pytest.mark.real
 @pytest.mark.usefixtures("nothing_installed")
-@pytest.mark.parametrize(
-    "lines", [("exit 0",), ("kill -SEGV $$",), ("echo '\\377\\376'",)], ids=["mute", "dies", "raw"]
-)
+@pytest.mark.parametrize("lines", [("exit 0",), ("exit 1",), ("echo '\\377\\376'",)], ids=["mute", "fails", "raw"])
 def test_an_engine_that_does_not_say_what_it_is_can_still_be_used(script: Script, lines: tuple[str, ...]) -> None:
     """Its build and features are None, and its label says so."""
     engine = locate(script("my-server", *lines))
@@ -187,13 +197,164 @@ def test_an_engine_that_does_not_say_what_it_is_can_still_be_used(script: Script
     assert engine.label == "llama-server of unknown build"
 
 
+#: Ways in which an engine does not start, and what is said of them.
+DEATHS = [
+    pytest.param("kill -ILL $$", "illegal instruction", id="another-processor"),
+    pytest.param("kill -SEGV $$", "killed by signal 11", id="crash"),
+    pytest.param("echo 'libgomp.so.1: cannot open shared object file' >&2; exit 127", "libgomp.so.1", id="library"),
+]
+
+
+@pytest.mark.real
+@pytest.mark.usefixtures("nothing_installed")
+@pytest.mark.parametrize(("line", "words"), DEATHS)
+def test_an_engine_that_does_not_start_is_listed_last_with_the_reason(script: Script, line: str, words: str) -> None:
+    """However new it is."""
+    whole = script("cache/old/bin/llama-server", says(2))
+    broken = script("cache/new/bin/llama-server", line)
+    os.utime(whole, (1, 1))
+
+    first, last = find_engines(cache=broken.parents[2])
+
+    assert [str(whole), None] == [first.command[0], first.trouble]
+    assert str(broken) == last.command[0]
+    assert words in str(last.trouble)
+    assert words in last.label
+
+
+@pytest.mark.real
+@pytest.mark.usefixtures("nothing_installed")
+@pytest.mark.parametrize(("line", "words"), DEATHS)
+def test_a_named_engine_that_does_not_start_is_an_error_and_not_another_engine(
+    script: Script, line: str, words: str
+) -> None:
+    """With what to install when a library is missing."""
+    named = script("named/llama-server", line)
+    built = script("cache/x/bin/llama-server", says(2))
+
+    with pytest.raises(EngineStartError, match=words) as caught:
+        locate(named, cache=built.parents[2])
+
+    assert ("libgomp1" in caught.value.hint) == ("libgomp" in words)
+
+
+@pytest.mark.real
+@pytest.mark.usefixtures("nothing_installed")
+def test_a_file_of_another_kind_of_machine_does_not_start(tmp_path: Path) -> None:
+    """As an x86-64 program on a Pi."""
+    path = tmp_path / "cache" / "x" / "bin" / "llama-server"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"\x7fELF" + bytes(100))
+    path.chmod(0o755)
+
+    with pytest.raises(EngineStartError, match="cannot be run: Exec format error"):
+        locate(cache=tmp_path / "cache")
+
+
+@pytest.mark.real
+@pytest.mark.usefixtures("nothing_installed")
+def test_a_build_that_uses_what_this_processor_has_not_is_not_used(script: Script) -> None:
+    """It may start here, and end in the middle of an answer."""
+    line = "system_info: CPU : SSE3 = 1 | AMX_INT8 = 1 | SVE = 1 |"
+    foreign = script("cache/foreign/bin/llama-server", f'echo "{line}"; exit 1')
+    own = script("cache/own/bin/llama-server", says(2))
+    os.utime(own, (1, 1))
+
+    found = find_engines(cache=foreign.parents[2])
+
+    assert [str(own), str(foreign)] == [engine.command[0] for engine in found]
+    assert "another processor" in str(found[1].trouble)
+
+
+@pytest.mark.parametrize(
+    ("features", "words"),
+    [
+        (None, None),
+        (("SSE3", "BMI2", "LLAMAFILE", "NEON"), None),
+        (("NEON", "DOTPROD"), "DOTPROD"),
+        (("MATMUL_INT8", "DOTPROD"), "DOTPROD, MATMUL_INT8"),
+    ],
+)
+def test_only_what_a_processor_lacks_makes_an_engine_foreign(
+    features: tuple[str, ...] | None, words: str | None
+) -> None:
+    """An engine that says nothing is believed."""
+    found = wrong_processor(EngineBinary("built", ("/x",), None, features), ("NEON", "ARM_FMA"))
+
+    assert (found is None) == (words is None)
+    assert (words or "") in (found or "")
+
+
+@pytest.mark.real
+@pytest.mark.usefixtures("nothing_installed")
+def test_a_chosen_engine_comes_before_newer_ones_but_after_the_named(script: Script) -> None:
+    """Until the choice is given back, or the engine does not start any more."""
+    old = script("cache/old/bin/llama-server", says(2))
+    new = script("cache/new/bin/llama-server", says(3))
+    named = script("named/llama-server", says(1))
+    os.utime(old, (1, 1))
+    cache = old.parents[2]
+    write_choice(cache, "old")
+
+    chosen = [engine.command[0] for engine in find_engines(named, cache=cache)]
+    old.write_text("#!/bin/sh\nkill -ILL $$\n")
+    broken = [engine.command[0] for engine in find_engines(named, cache=cache)]
+
+    assert [str(named), str(old), str(new)] == chosen
+    assert [str(named), str(new), str(old)] == broken
+
+
+@pytest.mark.real
+@pytest.mark.usefixtures("nothing_installed")
+def test_the_engine_that_was_measured_to_be_faster_is_used_while_both_are_what_they_were(script: Script) -> None:
+    """Built anew, the comparison says nothing about it."""
+    old = script("cache/old/bin/llama-server", says(2))
+    new = script("cache/new/bin/llama-server", says(3))
+    os.utime(old, (1, 1))
+    cache, cpu = old.parents[2], read_cpu()
+    rounds = [Round(10, 10)]
+    engines = [MeasuredEngine(e.name, e.label, fingerprint_of(e) or "", rounds) for e in find_engines(cache=cache)]
+    comparison = Comparison(
+        created="now",
+        cpu=processor_key(cpu.model_name, cpu.features),
+        threads=1,
+        model="m",
+        prompt_tokens=1,
+        generated_tokens=1,
+        engines=engines[::-1],
+    )
+
+    before = locate(cache=cache)
+    write_comparison(cache, comparison)
+    after = locate(cache=cache)
+    os.utime(new)
+
+    assert [str(new), str(old), str(new)] == [e.command[0] for e in (before, after, locate(cache=cache))]
+    assert after.reason == "first in the comparison"
+
+
+@pytest.mark.real
+@pytest.mark.usefixtures("nothing_installed")
+def test_a_newer_build_is_told_what_an_older_one_would_not_know(script: Script) -> None:
+    """What its help names stands in its command, so that it is in every manifest too."""
+    helps = 'test "$1" = --help && echo "-fit, --fit [on|off]" && exit 0'
+    newer = locate(script("newer", helps, says(9)))
+    older = locate(script("older", says(1)))
+
+    assert newer.command[1:] == ("--fit", "off")
+    assert len(older.command) == 1
+    assert newer.arguments(FLAGS) == [*newer.command, *FLAGS.to_argv()]
+
+
 @pytest.mark.real
 @pytest.mark.usefixtures("nothing_installed")
 def test_a_probe_loads_no_model_and_fetches_nothing(tmp_path: Path, script: Script) -> None:
     """Looking for engines must be possible on a board that is offline and busy."""
-    locate(script("my-server", f'echo "$@" > {tmp_path}/argv'))
+    locate(script("my-server", f'echo "$@" >> {tmp_path}/argv'))
 
-    argv = (tmp_path / "argv").read_text().split()
+    first, *others = (tmp_path / "argv").read_text().splitlines()
+    argv = first.split()
+    assert others == ["--help"]
     assert "--offline" in argv
     assert not Path(argv[argv.index("--model") + 1]).exists()
 

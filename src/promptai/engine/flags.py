@@ -5,11 +5,31 @@ slots, the model's whole context. On a board they decide whether it swaps, and a
 measurement that does not name them cannot be repeated. So no flag that matters
 is left to a default: this value goes into the command line, and the same value
 into the run's manifest.
+
+Builds come and go with their options: ``--fit`` (2026) changes context and slots
+behind our back unless told not to, and a build of 2024 ends at its mere mention;
+``--no-mmap`` has gone the other way. So ``newer_switches`` reads in a build's own
+help what it must be told beyond the flags that all ages understand.
 """
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+
+#: What a build is told if its help names the option: the same for every model.
+_NEWER = (
+    ("--fit", ("--fit", "off")),
+    ("--no-context-shift", ("--no-context-shift",)),
+    ("--load-mode", ("--load-mode", "mmap")),
+)
+
+
+def newer_switches(help_text: str) -> tuple[str, ...]:
+    """The switches that this build needs and that others would not know, from what its ``--help`` prints."""
+    known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", help_text))
+    return tuple(word for option, words in _NEWER if option in known for word in words)
 
 
 class EngineFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -46,13 +66,22 @@ class EngineFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """The model's name in the API: the file's stem, never its path."""
         return Path(self.model).stem
 
-    def to_argv(self) -> list[str]:
+    def to_argv(self, command: Sequence[str] = ()) -> list[str]:
         """
-        The arguments of a native ``llama-server``.
+        The command line of a native ``llama-server``.
 
         ``--no-webui`` is the older spelling of ``--no-ui`` and is understood by both ages.
+
+        Args:
+            command: The program and what ``newer_switches`` says of it.
         """
+        words = list(command)
+        if not self.mmap and "--load-mode" in words:
+            words[words.index("--load-mode") + 1] = "none"
+        elif not self.mmap:
+            words.append("--no-mmap")
         return [
+            *words,
             *("--model", self.model, "--alias", self.alias),
             *("--host", "127.0.0.1", "--port", str(self.port)),
             *("--threads", str(self.threads), "--threads-batch", str(self.threads)),
@@ -61,5 +90,4 @@ class EngineFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             *("--cache-type-k", self.cache_type_k, "--cache-type-v", self.cache_type_v),
             *("--cache-ram", str(self.cache_ram_mib)),
             *("--metrics", "--slots", "--no-webui", "--offline"),
-            *(() if self.mmap else ("--no-mmap",)),
         ]

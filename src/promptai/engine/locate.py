@@ -1,27 +1,34 @@
 """Find a llama-server on this machine and learn what it is.
 
-In order: the one named in the settings, one that ``promptai engine build``
-made, ``llama-server`` on PATH, and last the embedded wheel, which is always
-there. A build for every CPU leaves speed on the table (the wheel's aarch64
-build has no dot-product instructions, and a Raspberry Pi 5 lives by them), so
-each engine also tells which SIMD features it uses, and ``missing_features``
-says what the CPU has beyond that.
+There may be several: one named in the settings, those that ``promptai engine
+build`` made, ``llama-server`` on PATH, and the embedded wheel, which is always
+there. ``engine.choice`` puts them in order. A build for every CPU leaves speed on
+the table (the wheel's aarch64 build has no dot-product instructions, and a
+Raspberry Pi 5 lives by them), so each engine also tells which SIMD features it
+uses, and ``missing_features`` says what the CPU has beyond that.
 
-Finding runs the engine for a moment without a model; nothing is downloaded or built.
+Finding runs each engine for a moment without a model, and so finds those that do
+not start: a missing library, a build for another processor. They stay in the list,
+with the reason, and are not used. Nothing is downloaded or built.
 """
 
+import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
-from promptai.engine.flags import EngineFlags
-from promptai.errors import EngineNotFoundError
+from promptai.device.cpu import CpuFacts, read_cpu
+from promptai.engine.choice import Candidate, arrange, processor_key, read_choice, read_comparison
+from promptai.engine.flags import EngineFlags, newer_switches
+from promptai.errors import EngineNotFoundError, EngineStartError
 
 #: Features that change the speed of llama.cpp's kernels, in its own names.
 _SPEED_FEATURES = frozenset(
@@ -31,6 +38,8 @@ _SPEED_FEATURES = frozenset(
     )
 )
 _PROBE_TIMEOUT_S = 20.0
+#: What a shell and the dynamic linker leave with when a program cannot be run.
+_NOT_RUN = (126, 127)
 
 
 class EngineBinary(msgspec.Struct, frozen=True):
@@ -39,15 +48,19 @@ class EngineBinary(msgspec.Struct, frozen=True):
 
     Attributes:
         source: ``settings``, ``built``, ``PATH`` or ``embedded``.
-        command: What to run, before the flags.
+        command: What to run, before the flags; for a native one also what only newer builds must be told.
         build: Its own words for its version; ``None`` when it does not say.
         features: SIMD features it was built with, in llama.cpp's names; ``None`` when it does not say.
+        trouble: Why it does not start; ``None`` when it does.
+        reason: Why it stands where it stands among the others.
     """
 
     source: str
     command: tuple[str, ...]
     build: str | None
     features: tuple[str, ...] | None
+    trouble: str | None = None
+    reason: str = ""
 
     @property
     def embedded(self) -> bool:
@@ -55,15 +68,54 @@ class EngineBinary(msgspec.Struct, frozen=True):
         return self.source == "embedded"
 
     @property
+    def name(self) -> str:
+        """What ``promptai engine use`` calls it: a built one's folder, else its source."""
+        return Path(self.command[0]).parents[1].name if self.source == "built" else self.source
+
+    @property
     def label(self) -> str:
         """Short, for tables."""
-        return f"{'xllamacpp wheel' if self.embedded else 'llama-server'} {self.build or 'of unknown build'}"
+        does = f", does not start: {self.trouble}" if self.trouble is not None else ""
+        return f"{'xllamacpp wheel' if self.embedded else 'llama-server'} {self.build or 'of unknown build'}{does}"
 
     def arguments(self, flags: EngineFlags) -> list[str]:
         """The whole command line for ``flags``."""
         if self.embedded:
             return [*self.command, msgspec.json.encode(flags).decode()]
-        return [*self.command, *flags.to_argv()]
+        return flags.to_argv(self.command)
+
+
+class Output(NamedTuple):
+    """What a command printed, and its exit code; ``None``: it had to be ended, or could not be run."""
+
+    text: str
+    code: int | None
+    error: str | None = None
+
+
+def fingerprint_of(engine: EngineBinary) -> str | None:
+    """What tells this engine from another one in its place: path, size and time of its file."""
+    path = Path(engine.command[0])
+    if engine.embedded:
+        spec = importlib.util.find_spec("xllamacpp")
+        if spec is None or spec.origin is None:
+            return None
+        path = Path(spec.origin)
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return f"{path} {engine.build} {facts.st_size} {facts.st_mtime_ns}"
+
+
+def wrong_processor(engine: EngineBinary, cpu_features: tuple[str, ...]) -> str | None:
+    """
+    Why an engine that was built on another processor cannot be used here; ``None`` when it can.
+
+    It may start and end only in the middle of an answer, at the first instruction that is not there.
+    """
+    beyond = sorted((set(engine.features or ()) & _SPEED_FEATURES) - set(cpu_features))
+    return f"built for another processor: it uses {', '.join(beyond)}" if beyond else None
 
 
 def missing_features(engine: EngineBinary, cpu_features: tuple[str, ...]) -> list[str]:
@@ -75,15 +127,52 @@ def missing_features(engine: EngineBinary, cpu_features: tuple[str, ...]) -> lis
 
 def find_engines(named: Path | None = None, *, cache: Path | None = None) -> list[EngineBinary]:
     """
-    Every usable engine of this machine, best first.
+    Every engine of this machine, best first; those that do not start are last.
 
     Args:
-        named: A ``llama-server`` named in the settings.
-        cache: Where ``promptai engine build`` keeps its engines, one folder each.
+        named: A ``llama-server`` named in the settings; first in any case.
+        cache: Where ``promptai engine build`` keeps its engines, one folder each, and what was chosen.
 
     Raises:
         EngineNotFoundError: The named engine is not an executable file, or there is none at all.
     """
+    cpu = read_cpu()
+    found = _found(named, cache, cpu)
+    if not found:
+        raise EngineNotFoundError(
+            "there is no llama-server on this machine and the xllamacpp wheel is not installed",
+            hint="pip install xllamacpp, or name a llama-server with --engine",
+        )
+    places = arrange(
+        [Candidate(e.name, fingerprint_of(e), e.source == "settings", e.trouble is None) for e in found],
+        chosen=read_choice(cache) if cache is not None else None,
+        comparison=read_comparison(cache) if cache is not None else None,
+        cpu=processor_key(cpu.model_name, cpu.features),
+    )
+    return [msgspec.structs.replace(found[place.number], reason=place.reason) for place in places]
+
+
+def locate(named: Path | None = None, *, cache: Path | None = None) -> EngineBinary:
+    """
+    The engine to use; arguments and errors as in ``find_engines``.
+
+    Raises:
+        EngineStartError: It does not start: the named one, or all of them.
+    """
+    engine = find_engines(named, cache=cache)[0]
+    if engine.trouble is not None:
+        library = re.search(r"(lib\S+\.so[.\d]*): cannot open shared object", engine.trouble)
+        raise EngineStartError(
+            f"engine {engine.command[0]} does not start: {engine.trouble}",
+            hint=f"install the system library {library[1]}; libgomp.so.1 comes with apt-get install libgomp1"
+            if library
+            else "see promptai engine list",
+        )
+    return engine
+
+
+def _found(named: Path | None, cache: Path | None, cpu: CpuFacts) -> list[EngineBinary]:
+    """All of them in the usual order: named, built (the newest first: names do not sort), on PATH, embedded."""
     found: list[EngineBinary] = []
     if named is not None:
         if not (named.is_file() and os.access(named, os.X_OK)):
@@ -91,27 +180,19 @@ def find_engines(named: Path | None = None, *, cache: Path | None = None) -> lis
                 f"engine {named} is not an executable file",
                 hint="give the path of a llama-server, or leave it out",
             )
-        found.append(_native("settings", named.resolve()))
+        found.append(probe("settings", named.resolve()))
     built = list(cache.glob("*/bin/llama-server")) if cache is not None else []
-    built.sort(key=lambda path: path.stat().st_mtime, reverse=True)  # the newest first; build names do not sort
-    found += [_native("built", path) for path in built if os.access(path, os.X_OK)]
+    built.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in built:
+        if os.access(path, os.X_OK):
+            engine = probe("built", path)
+            trouble = engine.trouble or wrong_processor(engine, cpu.features)
+            found.append(msgspec.structs.replace(engine, trouble=trouble))
     on_path = shutil.which("llama-server")
     if on_path is not None:
-        found.append(_native("PATH", Path(on_path)))
+        found.append(probe("PATH", Path(on_path)))
     wheel = _wheel()
-    if wheel is not None:
-        found.append(wheel)
-    if not found:
-        raise EngineNotFoundError(
-            "there is no llama-server on this machine and the xllamacpp wheel is not installed",
-            hint="pip install xllamacpp, or name a llama-server with --engine",
-        )
-    return found
-
-
-def locate(named: Path | None = None, *, cache: Path | None = None) -> EngineBinary:
-    """The engine to use; arguments and errors as in ``find_engines``."""
-    return find_engines(named, cache=cache)[0]
+    return [*found, wheel] if wheel is not None else found
 
 
 def parse_features(log: str) -> tuple[str, ...] | None:
@@ -132,11 +213,33 @@ def parse_build(log: str) -> str | None:
     return f"b{match[1]} ({match[2]})" if match else None
 
 
-def _native(source: str, path: Path) -> EngineBinary:
+def probe(source: str, path: Path) -> EngineBinary:
+    """Run a native llama-server for a moment, to learn what it is and whether it starts."""
     # At this verbosity every build since 2024 prints its features before it
     # looks for the model; that there is none ends it at once.
-    log = _output([str(path), "--verbosity", "4", "--offline", "--model", "/dev/null/none"])
-    return EngineBinary(source, (str(path),), parse_build(log), parse_features(log))
+    said = output_of([str(path), "--verbosity", "4", "--offline", "--model", "/dev/null/none"])
+    features, trouble = parse_features(said.text), None
+    switches: tuple[str, ...] = ()
+    if features is None:
+        trouble = explain_probe(said)
+    if trouble is None:
+        switches = newer_switches(output_of([str(path), "--help"]).text)
+    return EngineBinary(source, (str(path), *switches), parse_build(said.text), features, trouble)
+
+
+def explain_probe(said: Output) -> str | None:
+    """Why an engine that did not even name its features does not start; ``None`` when it merely says nothing."""
+    lines = [line.strip() for line in said.text.splitlines() if line.strip()]
+    words = lines[-1][:200] if lines else "it said nothing"
+    if said.error is not None:
+        return said.error
+    if said.code is not None and said.code < 0:
+        if -said.code == signal.SIGILL:
+            return "illegal instruction: it was built for another processor"
+        return f"killed by signal {-said.code}: {words}"
+    if said.code in _NOT_RUN:
+        return words
+    return None
 
 
 def _wheel() -> EngineBinary | None:
@@ -145,15 +248,22 @@ def _wheel() -> EngineBinary | None:
     except PackageNotFoundError:
         return None
     command = (sys.executable, "-m", "promptai.engine.embedded")
-    return EngineBinary("embedded", command, release, parse_features(_output([*command, "--probe"])))
+    said = output_of([*command, "--probe"])
+    features = parse_features(said.text)
+    trouble = None
+    if features is None and said.code != 0:
+        trouble = explain_probe(said) or (said.text.strip().splitlines() or ["it said nothing"])[-1][:200]
+    return EngineBinary("embedded", command, release, features, trouble)
 
 
-def _output(command: list[str]) -> str:
-    """Whatever the command printed; empty when it cannot be run."""
+def output_of(command: list[str]) -> Output:
+    """Run a command that prints and ends."""
     try:
         done = subprocess.run(  # noqa: S603  the user's own engine
             command, check=False, capture_output=True, stdin=subprocess.DEVNULL, timeout=_PROBE_TIMEOUT_S
         )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return (done.stdout + done.stderr).decode("utf-8", "replace")
+    except OSError as error:
+        return Output("", None, f"it cannot be run: {error.strerror}")
+    except subprocess.TimeoutExpired:
+        return Output("", None, f"it did not end within {_PROBE_TIMEOUT_S:.0f} s of its start")
+    return Output((done.stdout + done.stderr).decode("utf-8", "replace"), done.returncode)

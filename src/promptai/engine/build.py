@@ -1,0 +1,318 @@
+"""Build llama-server and its companions for exactly this processor.
+
+A wheel for every CPU leaves out the instructions that make a board usable, and a
+build by hand is six commands that go wrong in six places. This is one: fetch the
+pinned source, unpack, configure, compile, install; and because it takes a quarter of
+an hour on a board, whatever ends it (Ctrl-C, ``kill -9``, a power cut, a full disk)
+costs only what was being compiled. Each finished step leaves a stamp, and the next
+call begins behind the last one.
+
+    engines/NAME/bin/         llama-server, llama-bench, llama-quantize, llama-perplexity;
+                              appears whole or not at all
+    engines/NAME/src/         the converter and the licences
+    engines/NAME/engine.json  what it was made of and for (``BuiltEngine``)
+    engines/NAME/build.log    all that pip, cmake and the compiler said
+    engines/NAME/build/       only while it is not finished
+
+One build at a time; nothing is installed outside of the folder; nothing runs as root.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from promptai.device.cpu import CpuFacts, read_cpu
+from promptai.engine import source
+from promptai.engine.built import PROGRAMS, BuiltEngine, Order, read_built
+from promptai.engine.locate import EngineBinary, output_of, probe
+from promptai.engine.logged import failure_lines, run_logged
+from promptai.engine.toolchain import CompileProgress, check_disk, check_tools, ninja_or_make
+from promptai.errors import EngineError
+
+#: Source, objects and the installed programs at their peak, after the archive has gone.
+_COMPILE_BYTES = 300_000_000
+# ext4 writes within 30 s what a program has written: after a power cut the youngest objects may be empty.
+_UNTRUSTED_S = 60.0
+_WAIT_FOR_COMPILERS_S = 600.0
+_FLAGS = (
+    *("CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=OFF", "GGML_CCACHE=OFF"),
+    *("LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF", "LLAMA_BUILD_APP=OFF"),
+    # Its page would be fetched while building; and it serves loopback, without TLS and downloads.
+    *("LLAMA_BUILD_UI=OFF", "LLAMA_USE_PREBUILT_UI=OFF", "LLAMA_CURL=OFF", "LLAMA_OPENSSL=OFF"),
+)
+
+
+class Watch(Protocol):
+    """Whoever shows how far a build is."""
+
+    def step(self, text: str) -> None:
+        """Another step begins."""
+
+    def share(self, share: float, detail: str) -> None:
+        """0 to 1 of the step is done."""
+
+    def tick(self) -> None:
+        """Time passes."""
+
+
+class _Recipe(msgspec.Struct, frozen=True):
+    """All that the objects depend on: with another one they are worthless."""
+
+    sha256: str
+    arguments: tuple[str, ...]
+    machine: str
+    cpu_features: tuple[str, ...]
+
+
+def build(order: Order, engines: Path, watch: Watch) -> BuiltEngine:
+    """
+    Build an engine below ``engines``, or go on with a build that was interrupted.
+
+    Raises:
+        EngineError: A tool, memory on the disk or the source is missing, or the compiler failed.
+    """
+    folder = engines / order.name
+    whole = read_built(folder)
+    if whole is not None and not order.again:
+        return whole
+    check_tools()
+    if order.archive is None and order.expected_sha256 is None:
+        raise EngineError(
+            f"the SHA-256 of llama-cpp-python {order.version} is not known here",
+            hint=f"give it with --sha256, or build {source.PINNED}, which is pinned",
+        )
+    sha256 = order.expected_sha256
+    if order.archive is not None:
+        sha256 = source.verify(order.archive, sha256)
+    if not (folder / "build" / "stamps" / "fetched").exists():
+        check_disk(engines, max(source.FETCH_BYTES if order.archive is None else 0, _COMPILE_BYTES))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(engines, watch) as lock:
+            return _Site(order, folder, watch, lock).build(sha256 or "")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise EngineError(
+            f"engine {order.name} cannot be built: {error.filename or folder}: {reason}",
+            hint="mend that and run the same command again: it goes on where it stopped",
+        ) from None
+
+
+class _Site:
+    """One build and its folders."""
+
+    def __init__(self, order: Order, folder: Path, watch: Watch, lock: int) -> None:
+        self.order = order
+        self.folder = folder
+        self.watch = watch
+        self.lock = lock
+        self.site = folder / "build"
+        self.source = self.site / "source"
+        self.tree = self.site / "tree"
+        self.log = folder / "build.log"
+        self.cpu: CpuFacts = read_cpu()
+        self.arguments = (
+            *ninja_or_make(),
+            *(f"-D{flag}" for flag in _FLAGS),
+            f"-DGGML_NATIVE={'OFF' if order.portable else 'ON'}",
+        )
+
+    def build(self, sha256: str) -> BuiltEngine:
+        """Do what has not been done."""
+        self._begin(_Recipe(sha256, self.arguments, platform.machine(), self.cpu.features))
+        archive = self.order.archive or self.site / f"llama_cpp_python-{self.order.version}.tar.gz"
+        self._step("fetched", "1/5 fetch the source", self._fetch)
+        self._step("unpacked", "2/5 unpack it", functools.partial(self._unpack, archive))
+        self._step("configured", "3/5 configure", self._configure)
+        self._step("built", f"4/5 compile ({self.order.jobs} at once)", self._compile)
+        self.watch.step("5/5 install")
+        built = self._install(sha256)
+        if self.order.keep:
+            self._stamp("installed").touch()
+        else:
+            shutil.rmtree(self.site)
+        return built
+
+    def _begin(self, recipe: _Recipe) -> None:
+        """Throw away what another recipe, or a build that was finished and kept, has left."""
+        written = self.site / "recipe.json"
+        data = msgspec.json.encode(recipe)
+        if self._stamp("installed").exists() or not written.exists() or written.read_bytes() != data:
+            shutil.rmtree(self.site, ignore_errors=True)
+            (self.site / "stamps").mkdir(parents=True)
+            written.write_bytes(data)
+
+    def _stamp(self, name: str) -> Path:
+        return self.site / "stamps" / name
+
+    def _step(self, name: str, text: str, act: Callable[[], str]) -> None:
+        """Do a step that has not been done; its stamp holds what it returns."""
+        stamp = self._stamp(name)
+        if stamp.exists():
+            return
+        self.watch.step(text)
+        done = act()
+        part = stamp.with_suffix(".part")
+        part.write_text(done)
+        part.replace(stamp)
+
+    def _fetch(self) -> str:
+        if self.order.archive is None:
+            sha256 = self.order.expected_sha256 or ""
+            source.fetch(self.order.version, sha256, self.site, log=self.log, share=self._share, keep_open=(self.lock,))
+        return ""
+
+    def _unpack(self, archive: Path) -> str:
+        commit = source.unpack(archive, self.source, self._share)
+        if self.order.archive is None:
+            archive.unlink()
+        return commit or ""
+
+    def _commit(self) -> str | None:
+        return self._stamp("unpacked").read_text() or None
+
+    def _configure(self) -> str:
+        # Without these llama.cpp asks git, and gets the commit of whatever repository the cache lies in.
+        commit = (self._commit() or "unknown")[:7]
+        facts = ("-DLLAMA_BUILD_NUMBER=0", f"-DLLAMA_BUILD_COMMIT={commit}")
+        self._run("cmake", "-S", str(self.source), "-B", str(self.tree), *self.arguments, *facts)
+        return ""
+
+    def _compile(self) -> str:
+        working = self.site / "compiling"
+        if working.exists():
+            _distrust_youngest(self.tree)
+        working.touch()
+        progress = CompileProgress(PROGRAMS)
+        try:
+            self._run(
+                *("cmake", "--build", str(self.tree), "--parallel", str(self.order.jobs), "--target", *PROGRAMS),
+                seen=lambda line: self._share(progress.see(line), ""),
+            )
+        finally:  # not after kill -9 or a power cut: then the marker stays
+            working.unlink()
+        return ""
+
+    def _run(self, *command: str, seen: Callable[[str], None] = lambda _: None) -> None:
+        before = self.log.stat().st_size if self.log.exists() else 0
+        code = run_logged(
+            command,
+            log=self.log,
+            seen=seen,
+            tick=self.watch.tick,
+            environ={"MAKEFLAGS": ""},  # an outer make's would reach the inner one
+            keep_open=(self.lock,),
+        )
+        if code != 0:
+            with self.log.open("rb") as log:
+                log.seek(before)
+                raise _failed(log.read().decode("utf-8", "replace"), self.log, compiling="--build" in command)
+
+    def _install(self, archive_sha256: str) -> BuiltEngine:
+        part, final = self.folder / "bin.part", self.folder / "bin"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        for program in PROGRAMS:
+            shutil.copy2(self.tree / "bin" / program, part / program)
+        tried = probe("built", part / "llama-server")
+        if tried.trouble is not None:
+            raise EngineError(
+                f"the llama-server that was built does not start: {tried.trouble}", hint=f"see {self.log}"
+            )
+        built = self._describe(tried, part, archive_sha256)
+        source.keep_converter(self.source, self.folder / "src")
+        described = self.folder / "engine.json.part"
+        described.write_bytes(msgspec.json.format(msgspec.json.encode(built), indent=2) + b"\n")
+        os.sync()  # names and bytes of all of it, before it counts as whole
+        described.replace(self.folder / "engine.json")
+        shutil.rmtree(final, ignore_errors=True)
+        part.replace(final)
+        return built
+
+    def _describe(self, tried: EngineBinary, programs: Path, archive_sha256: str) -> BuiltEngine:
+        says = output_of([str(programs / "llama-server"), "--version"]).text
+        version, compiler = (
+            re.search(r"^version: (.+)$", says, re.MULTILINE),
+            re.search(r"^built with (.+)$", says, re.MULTILINE),
+        )
+        return BuiltEngine(
+            name=self.order.name,
+            release=self.order.release,
+            archive_sha256=archive_sha256,
+            commit=self._commit(),
+            version=version[1] if version else None,
+            compiler=compiler[1] if compiler else None,
+            flags=self.arguments,
+            features=tried.features,
+            cpu=self.cpu.model_name,
+            cpu_features=self.cpu.features,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            sha256={program: _sha256(programs / program) for program in PROGRAMS},
+        )
+
+    def _share(self, share: float, detail: str) -> None:
+        self.watch.share(share, detail)
+
+
+@contextlib.contextmanager
+def _locked(engines: Path, watch: Watch) -> Iterator[int]:
+    """Hold the one lock of all builds; the compilers inherit it, so it is taken while any of them works."""
+    with (engines / "build.lock").open("a+") as file:
+        deadline = time.monotonic() + _WAIT_FOR_COMPILERS_S
+        waiting = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                file.seek(0)
+                owner = file.read().strip()
+            if (owner.isdigit() and Path("/proc", owner).exists()) or time.monotonic() > deadline:
+                raise EngineError(f"process {owner} is building an engine already", hint="wait for it, or end it")
+            if not waiting:
+                watch.step("waiting for the compilers of an interrupted build to end")
+                waiting = True
+            watch.tick()
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield file.fileno()
+
+
+def _distrust_youngest(tree: Path) -> None:
+    """Remove what was being written when the machine stopped, or might not have reached the disk yet."""
+    products = [path for path in tree.rglob("*") if path.suffix in (".o", ".a") or path.parent.name == "bin"]
+    times = {path: path.stat().st_mtime for path in products if path.is_file()}
+    newest = max(times.values(), default=0.0)
+    for path, written in times.items():
+        if written > newest - _UNTRUSTED_S:
+            path.unlink()
+
+
+def _failed(log: str, path: Path, *, compiling: bool) -> EngineError:
+    lines = failure_lines(log)
+    reason = " | ".join(lines) or "it said nothing"
+    hint = f"the whole log: {path}; mend it and run the same command again, which goes on where it stopped"
+    if "No space left on device" in reason:
+        hint = "make room and run the same command again: it goes on where it stopped"
+    elif re.search(r"\bKilled\b", reason):
+        hint = "memory was full: run it again with --jobs 1, or close other programs; it goes on where it stopped"
+    return EngineError(f"{'the compiler' if compiling else 'cmake'} failed: {reason}", hint=hint)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,224 @@
+"""The source of llama.cpp, from where every board that installs Python packages can get it.
+
+A board that may reach a package mirror often reaches nothing else, so the source
+comes through pip, with the user's own mirrors, proxies and certificates: the source
+package of ``llama-cpp-python`` carries the whole of llama.cpp. Its version and its
+SHA-256 stand here, and pip refuses anything else before it looks inside.
+
+Nothing of the archive is run to fetch it. pip wants a package's metadata even where
+it only downloads, and would install and run its build system for that; so it is given
+one of ours that answers from the two facts that are known (``_BACKEND``).
+
+Only what a build needs is unpacked: no models, tests or pictures, no link or path that
+leads out of the folder.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import sys
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+import msgspec
+
+from promptai.engine.logged import failure_lines, run_logged
+from promptai.errors import EngineError
+
+#: Told a share of 0 to 1, and what there is to say about it.
+Share = Callable[[float, str], None]
+
+
+class Release(msgspec.Struct, frozen=True):
+    """A source package as it was looked at: its SHA-256 and its size."""
+
+    sha256: str
+    archive_bytes: int
+
+
+#: The release that is built unless another is asked for.
+PINNED = "0.3.36"
+RELEASES = {
+    PINNED: Release("832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e", 76_589_250),
+}
+#: What the archive itself, the copy that pip makes, and all that pip unpacks of it take at their peak.
+FETCH_BYTES = 400_000_000
+
+_PACKAGE = "llama-cpp-python"
+#: Parts of llama.cpp that are large and that neither its build nor its converter reads.
+_UNNEEDED = ("models", "docs", "media", "benches", "examples", "tests", "pocs", "ci", ".github", ".git")
+#: What is kept beside a finished engine: the converter, and the licences.
+CONVERTER = ("conversion", "gguf-py", "requirements", "licenses", "LICENSE")
+_COMMIT = re.compile(r"^[0-9a-f]{40}$")
+_BACKEND = """\
+from pathlib import Path
+
+
+def prepare_metadata_for_build_wheel(folder, config_settings=None):
+    info = Path(folder, "llama_cpp_python-{version}.dist-info")
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: llama_cpp_python\\nVersion: {version}\\n")
+    return info.name
+"""
+
+
+def fetch(version: str, sha256: str, folder: Path, *, log: Path, share: Share, keep_open: tuple[int, ...]) -> Path:
+    """
+    Download a release's source package into ``folder``.
+
+    Args:
+        share: Told how much of it is here.
+
+    Raises:
+        EngineError: pip could not get it, or it is not what it should be.
+    """
+    scratch = folder / "pip"
+    shutil.rmtree(scratch, ignore_errors=True)
+    backend = scratch / "backend" / "scikit_build_core"
+    backend.mkdir(parents=True)
+    (backend / "__init__.py").touch()
+    (backend / "build.py").write_text(_BACKEND.format(version=version))
+    wanted = scratch / "requirements.txt"
+    wanted.write_text(f"{_PACKAGE}=={version} --hash=sha256:{sha256}\n")
+    expected = RELEASES[version].archive_bytes if version in RELEASES else None
+
+    def look() -> None:
+        here = max((path.stat().st_size for path in scratch.glob("pip-*/*.tar.gz")), default=0)
+        if expected and here:
+            share(min(1.0, here / expected), f"{here / 1e6:.0f} of {expected / 1e6:.0f} MB")
+
+    command = [
+        *(sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "--no-cache-dir"),
+        *("--disable-pip-version-check", "--progress-bar", "off", "--no-binary", _PACKAGE),
+        *("--dest", str(scratch / "got"), "--requirement", str(wanted)),
+    ]
+    # Its scratch folder is ours, on the disk that was found large enough: /tmp is memory on many boards.
+    environ = {"PYTHONPATH": str(backend.parent), "TMPDIR": str(scratch)}
+    code = run_logged(command, log=log, seen=lambda _: None, tick=look, environ=environ, keep_open=keep_open)
+    got = list((scratch / "got").glob("*.tar.gz"))
+    if code != 0 or len(got) != 1:
+        raise _unfetched(version, log)
+    archive = got[0].replace(folder / got[0].name)
+    shutil.rmtree(scratch)
+    verify(archive, sha256)
+    return archive
+
+
+def verify(archive: Path, sha256: str | None) -> str:
+    """
+    Give an archive's SHA-256.
+
+    Raises:
+        EngineError: It cannot be read, or its SHA-256 is not ``sha256``.
+    """
+    try:
+        with archive.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise EngineError(f"archive {archive} cannot be read: {error.strerror}", hint="check the path") from None
+    if sha256 is not None and found != sha256:
+        raise EngineError(
+            f"archive {archive} has the SHA-256 {found}, expected is {sha256}",
+            hint="it is another release or was damaged or altered on its way: fetch it again, do not use it",
+        )
+    return found
+
+
+def release_of(archive: Path) -> str | None:
+    """The version that an archive's name says it is; ``None`` for any other source of llama.cpp."""
+    match = re.fullmatch(r"llama_cpp_python-([0-9][0-9A-Za-z.]*)\.tar\.gz", archive.name)
+    return match[1] if match else None
+
+
+def unpack(archive: Path, folder: Path, share: Share) -> str | None:
+    """
+    Unpack llama.cpp out of an archive into ``folder``, which appears only when whole.
+
+    Args:
+        archive: A source package of llama-cpp-python, or an archive of llama.cpp itself.
+
+    Returns:
+        The commit of llama.cpp, when the archive tells.
+
+    Raises:
+        EngineError: It is damaged, or holds no llama.cpp.
+    """
+    if not hasattr(tarfile, "data_filter"):
+        raise EngineError("this Python cannot unpack safely", hint="Python 3.11.4 or newer can")
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.mkdir(parents=True)
+    commit = None
+    try:
+        with archive.open("rb") as raw, tarfile.open(fileobj=raw, mode="r:*") as tar:
+            total = os.fstat(raw.fileno()).st_size
+            for member, inside in _members(tar):
+                if inside is None:
+                    commit = _commit(tar, member) or commit
+                else:
+                    tar.extract(member.replace(name=inside, deep=False), part, set_attrs=True, filter="data")
+                share(min(1.0, raw.tell() / total), "")
+    except (tarfile.TarError, zlib.error, EOFError, KeyError, ValueError) as error:
+        raise EngineError(f"archive {archive} is damaged: {error}", hint="fetch it again") from None
+    except OSError as error:
+        # zlib's and lzma's complaints about damaged data come as OSError without a number.
+        reason = error.strerror or f"it is damaged: {error}"
+        raise EngineError(f"archive {archive} cannot be unpacked: {reason}", hint="see the free disk space") from None
+    if not (part / "tools" / "server" / "CMakeLists.txt").is_file():
+        raise EngineError(
+            f"archive {archive} holds no llama.cpp with a server",
+            hint=f"give the source package of {_PACKAGE} or an archive of llama.cpp itself",
+        )
+    part.replace(folder)
+    return commit
+
+
+def keep_converter(source: Path, folder: Path) -> None:
+    """Copy the converter and the licences into ``folder``, which appears only when whole."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for path in [*source.glob("convert_*.py"), *(source / name for name in CONVERTER)]:
+        if path.is_dir():
+            shutil.copytree(path, part / path.name)
+        elif path.exists():
+            shutil.copy2(path, part / path.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.replace(folder)
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str | None]]:
+    """What is unpacked, with its path inside llama.cpp; ``None`` beside the file that names the commit."""
+    for member in tar:
+        top, *rest = PurePosixPath(member.name).parts or ("",)
+        if top.startswith("llama_cpp_python-"):
+            if rest[:4] == [".git", "modules", "vendor", "llama.cpp"] and rest[4:] == ["HEAD"]:
+                yield member, None
+            if rest[:2] != ["vendor", "llama.cpp"]:
+                continue
+            rest = rest[2:]
+        if rest and rest[0] not in _UNNEEDED:
+            yield member, "/".join(rest)
+
+
+def _commit(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str | None:
+    file = tar.extractfile(member)
+    text = file.read(100).decode("ascii", "replace").strip() if file is not None else ""
+    return text if _COMMIT.match(text) else None
+
+
+def _unfetched(version: str, log: Path) -> EngineError:
+    reasons = failure_lines(log.read_text(errors="replace"))
+    reason = reasons[-1] if reasons else "it said nothing"
+    if "No module named pip" in reason:
+        return EngineError(
+            "this Python has no pip to fetch the source with", hint="python -m ensurepip, or give --from"
+        )
+    return EngineError(
+        f"pip could not fetch {_PACKAGE} {version}: {reason}",
+        hint=f"see {log}; without a network, bring the file here and give --from",
+    )
