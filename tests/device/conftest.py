@@ -52,7 +52,7 @@ def write_tree(tmp_path: Path) -> WriteTree:
 
 @pytest.fixture
 def pi5(write_tree: WriteTree) -> Path:
-    """A 4 GB Raspberry Pi 5 with swap, an old sysfs layout for the flags left out."""
+    """A 4 GB Raspberry Pi 5 with swap."""
     cpu = "sys/devices/system/cpu"
     files = {
         "proc/cpuinfo": "".join(_PI_CORE.format(number=n) for n in range(4)) + _PI_BOARD,
@@ -90,7 +90,7 @@ def pod(pi5: Path, write_tree: WriteTree) -> Path:
             f"{group}/cpu.max": "max 100000\n",
             f"{group}/memory.max": "1073741824\n",
             f"{group}/memory.current": "700000000\n",
-            f"{group}/memory.stat": "anon 100000000\ninactive_file 300000000\nactive_file 1\n",
+            f"{group}/memory.stat": "anon 100000000\ninactive_file 200000000\nactive_file 400000000\n",
             f"{group}/engine/cpu.max": "150000 100000\n",
             f"{group}/engine/memory.max": "max\n",
             f"{group}/engine/memory.current": "700000000\n",

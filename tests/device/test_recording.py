@@ -43,6 +43,12 @@ class Child:
             assert time.monotonic() < give_up
             time.sleep(0.005)
 
+    def say(self, line: str) -> None:
+        """Write a line to its input."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(line)
+        self.process.stdin.flush()
+
     def end(self, line: str = "") -> tuple[int, str, str]:
         """Say the last line, close the input; give exit code, output and errors."""
         stdout, stderr = self.process.communicate(line, timeout=20)
@@ -52,7 +58,8 @@ class Child:
 @pytest.fixture
 def child(out: Path) -> Iterator[Child]:
     """A sampler that watches this test's process."""
-    child = Child(out, "--watch", str(os.getpid()))
+    child = Child(out)
+    child.say(f'{{"watch": {os.getpid()}}}\n')
     yield child
     child.process.kill()
     child.process.communicate()
@@ -127,22 +134,6 @@ def test_sigint_is_ignored_and_sigterm_ends_it_properly(child: Child) -> None:
 
 
 @pytest.mark.real
-def test_a_file_with_a_number_is_watched_once_it_is_there(tmp_path: Path, out: Path) -> None:
-    """A service manager writes the file when the engine has started."""
-    pid_file = tmp_path / "engine.pid"
-    child = Child(out, "--watch", str(pid_file))
-    child.wait_for_samples(1)
-    pid_file.write_text(f"{os.getpid()}\n")
-    child.wait_for_samples(len(read_samples(out)) + 2)
-    child.end()
-
-    samples = read_samples(out)
-
-    assert samples[0].engine_rss_bytes is None
-    assert samples[-1].engine_rss_bytes is not None
-
-
-@pytest.mark.real
 def test_samples_are_never_too_many_and_know_their_cost(child: Child) -> None:
     """At most one for each interval, in a time that this process shares."""
     child.wait_for_samples(8)
@@ -188,16 +179,28 @@ def test_half_a_line_is_cut_off_before_more_are_written(out: Path) -> None:
     assert out.read_bytes() == b'{"t":1.0}\n'
 
 
-def test_nuls_that_a_power_cut_left_are_cut_off(out: Path) -> None:
-    """A journalling file system may keep the size and lose the data."""
-    out.write_bytes(b'{"t":1.0}\n' + bytes(300))
+@pytest.mark.parametrize("count", [1, 300, 8191, 8192, 8193, 100_000])
+@pytest.mark.parametrize("half", [b"", b'{"t":2.0,"cpu_p'], ids=["whole-line", "half-a-line"])
+def test_nuls_that_a_power_cut_left_are_cut_off(out: Path, half: bytes, count: int) -> None:
+    """A journalling file system may keep the size and lose the data, a page or many of them."""
+    out.write_bytes(b'{"t":1.0}\n' + half + bytes(count))
 
     os.close(open_out(out))
 
     assert out.read_bytes() == b'{"t":1.0}\n'
 
 
-@pytest.mark.parametrize("content", [b"notes about my dog", b"{" * 9000])
+@pytest.mark.parametrize("count", [0, 10, 20_000])
+def test_a_file_of_nothing_but_nuls_begins_anew(out: Path, count: int) -> None:
+    """All of it was lost."""
+    out.write_bytes(bytes(count))
+
+    os.close(open_out(out))
+
+    assert out.read_bytes() == b""
+
+
+@pytest.mark.parametrize("content", [b"notes about my dog", b"{" * 9000, b"notes" + bytes(9000)])
 def test_a_file_that_is_something_else_is_not_touched(out: Path, content: bytes) -> None:
     """A wrong path must not cost anybody their text."""
     out.write_bytes(content)

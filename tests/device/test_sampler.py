@@ -67,8 +67,20 @@ def test_an_engine_that_ended_leaves_nothing_behind(pi5: Path, write_tree: Write
 
     sample = sampler.sample()
 
-    assert not sampler.watching
     assert (sample.engine_anon_bytes, sample.engine_rss_bytes, sample.major_faults) == (None, None, None)
+
+
+def test_an_engine_that_does_not_tell_its_memory_is_watched_without(pi5: Path, write_tree: WriteTree) -> None:
+    """What is known is told, and the rest is null: 0 bytes would pull a mean down."""
+    put_engine(write_tree, ticks=0, faults=3)
+    write_tree({"proc/77/status": "RssAnon:\t 10 kB\nRssFile:\t 200 kB\n"})
+    sampler = Sampler(pi5, no_command, Clock(), frozenset(range(4)))
+    sampler.watch(77)
+
+    sample = sampler.sample()
+
+    assert (sample.engine_anon_bytes, sample.engine_file_bytes) == (10 * 1024, 200 * 1024)
+    assert (sample.engine_rss_bytes, sample.major_faults) == (None, 3)
 
 
 def test_times_count_from_the_origin(pi5: Path) -> None:
@@ -84,8 +96,7 @@ def test_a_process_that_is_not_there_is_not_watched(pi5: Path) -> None:
 
     sampler.watch(77)
 
-    assert not sampler.watching
-    assert sampler.sample().engine_cpu_percent is None
+    assert (sampler.sample().engine_cpu_percent, sampler.sample().major_faults) == (None, None)
 
 
 def test_an_engine_s_share_is_of_all_usable_cores(pi5: Path, write_tree: WriteTree) -> None:

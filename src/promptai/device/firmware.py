@@ -3,8 +3,12 @@
 On a Pi the firmware, not the kernel, lowers the clock when the board is hot or
 its supply sags, and ``scaling_cur_freq`` goes on showing what the kernel asked
 for. A benchmark that misses this blames the model for a bad USB cable. The
-firmware's own account is one word of flags, ``get_throttled``: a file on boards
-up to the Pi 4, on a Pi 5 only ``vcgencmd get_throttled``.
+firmware's own account is one word of flags: ``vcgencmd get_throttled``.
+
+Older kernels also have it as a file, ``get_throttled`` in sysfs. It is not read: its
+driver calls it deprecated, writes a backtrace into the kernel log at the first
+read, gives a word that it keeps and not the firmware's own of now, and was removed
+in March 2025 (raspberrypi/linux pull request 6697).
 
 Bits (Raspberry Pi documentation, vcgencmd): 0 under-voltage, 1 ARM frequency
 capped, 2 throttled, 3 soft temperature limit, each *now*; 16 to 19 the same
@@ -16,11 +20,9 @@ under-voltage alone, and to fill the other bits with zeros would be to invent
 good news.
 """
 
+import re
 import subprocess
 from collections.abc import Callable, Sequence
-from pathlib import Path
-
-from promptai.device.procfs import PinnedFile
 
 #: Runs a command; gives its standard output, or ``None`` when it cannot run, fails or takes too long.
 RunCommand = Callable[[Sequence[str]], str | None]
@@ -48,57 +50,38 @@ def run_command(argv: Sequence[str]) -> str | None:
     return done.stdout.decode("utf-8", "replace")
 
 
-def parse_throttled(text: str | bytes | None) -> int | None:
+def parse_throttled(text: str | None) -> int | None:
     """
-    Give the flags in ``throttled=0x50005`` (vcgencmd) or ``50005`` (sysfs); both are hexadecimal.
+    Give the flags in ``throttled=0x50005``.
 
     Returns:
         ``None`` for anything else, such as the firmware's ``error=1 ...``.
     """
-    line = text.decode("ascii", "replace") if isinstance(text, bytes) else text or ""
-    name, equals, value = line.strip().rpartition("=")
-    if equals and name != "throttled":
-        return None
-    try:
-        return int(value, 16)
-    except ValueError:
-        return None
+    found = re.fullmatch(r"throttled=0x([0-9a-fA-F]+)", (text or "").strip())
+    return None if found is None else int(found[1], 16)
 
 
-def find_throttled(root: Path, run: RunCommand = run_command) -> ReadThrottled | None:
+def find_throttled(run: RunCommand = run_command) -> ReadThrottled | None:
     """
     Give a reader of the flags; ``None`` on a machine whose firmware keeps none.
 
     A sticky bit that was seen once stays set in all later readings: the kernel's
     voltage monitor asks the firmware every 2 s to clear them.
     """
-    read = _find_file(root) or _find_vcgencmd(run)
-    if read is None:
+
+    def ask() -> int | None:
+        return parse_throttled(run(("vcgencmd", "get_throttled")))
+
+    if ask() is None:
         return None
     seen = 0
 
     def read_sticky() -> int | None:
         nonlocal seen
-        flags = read()
+        flags = ask()
         if flags is None:
             return None
         seen |= flags & _STICKY_BITS
         return flags | seen
 
     return read_sticky
-
-
-def _find_file(root: Path) -> ReadThrottled | None:
-    for path in sorted((root / "sys/devices/platform").glob("soc*/*firmware/get_throttled")):
-        file = PinnedFile(str(path))
-        if parse_throttled(file.read()) is not None:
-            return lambda: parse_throttled(file.read())
-        file.close()
-    return None
-
-
-def _find_vcgencmd(run: RunCommand) -> ReadThrottled | None:
-    def ask() -> int | None:
-        return parse_throttled(run(("vcgencmd", "get_throttled")))
-
-    return ask if ask() is not None else None

@@ -8,11 +8,8 @@ earlier. *Used by the engine* is not its RSS: llama.cpp maps the weights, and
 mapped pages are page cache that the kernel can drop, while the KV cache is
 anonymous memory that it cannot. So the two kinds are never added up here.
 
-Numbers are bytes. /proc's "kB" are KiB (proc(5)). What one read costs is in the
-docstring of ``ProcessTree``.
-
-Does not tell shared pages apart: a file mapped by two processes of one tree is
-counted twice (PSS would cost milliseconds a read: smaps walks the page tables).
+Here is the first number; the second is in ``device.process``. Numbers are bytes.
+/proc's "kB" are KiB (proc(5)).
 """
 
 import re
@@ -20,10 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from promptai.device.process import ProcessMemory, ProcessTree
 from promptai.device.procfs import cgroup_dirs, read_number, read_text, to_int
-
-__all__ = ["MemoryFacts", "ProcessMemory", "parse_meminfo", "read_memory", "read_process_tree"]
 
 _HERE = Path("/")
 #: Version 1 writes "no limit" as the largest page-aligned number; no machine has an exbibyte.
@@ -39,9 +33,10 @@ class MemoryFacts(msgspec.Struct, frozen=True, kw_only=True):
         available_bytes: What the machine could give to a new process without swapping (``MemAvailable``).
         swap_total_bytes: 0 where there is no swap.
         swap_used_bytes: Swap in use, zram included.
-        limit_bytes: The cgroup limit that is nearest to being hit; ``None``: no limit.
-        limit_used_bytes: What counts towards that limit now, less inactive page cache, which the kernel gives
-            back before it refuses memory (kubelet's "working set"); ``None`` without a limit.
+        limit_bytes: The cgroup limit that is nearest to being hit: the lower of the hard one and the one above
+            which the group is slowed down (``memory.high``); ``None``: no limit.
+        limit_used_bytes: What counts towards that limit now, less the page cache of files, which the kernel
+            gives back before it refuses memory; ``None`` without a limit.
     """
 
     total_bytes: int
@@ -59,15 +54,14 @@ class MemoryFacts(msgspec.Struct, frozen=True, kw_only=True):
         return max(0, min(self.available_bytes, headroom))
 
 
-def parse_meminfo(text: str | bytes) -> dict[str, int]:
-    """Give /proc/meminfo as bytes by the kernel's names; lines without "kB" are counts and are left out."""
-    lines = (text.decode("ascii", "replace") if isinstance(text, bytes) else text).splitlines()
-    found: dict[str, int] = {}
-    for line in lines:
-        words = line.split()
-        if len(words) == 3 and words[2] == "kB" and (kib := to_int(words[1])) is not None:
-            found[words[0].rstrip(":")] = kib * 1024
-    return found
+def meminfo_bytes(meminfo: bytes, name: bytes) -> int | None:
+    """
+    Give one line of /proc/meminfo in bytes; ``None`` when it is not there, or a count without a unit.
+
+    Asked every second: looking for three lines costs a quarter of reading all fifty.
+    """
+    found = re.search(rb"^" + name + rb":\s+(\d+) kB$", meminfo, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 def read_memory(root: Path = _HERE) -> MemoryFacts:
@@ -78,66 +72,56 @@ def read_memory(root: Path = _HERE) -> MemoryFacts:
         OSError: There is no /proc/meminfo.
         ValueError: It does not say how much memory there is.
     """
-    meminfo = parse_meminfo((root / "proc/meminfo").read_bytes())
-    try:
-        total, swap_total = meminfo["MemTotal"], meminfo.get("SwapTotal", 0)
-        # MemFree is what is left of the truth on kernels before 3.14: too little, never too much.
-        available = meminfo.get("MemAvailable", meminfo.get("MemFree"))
-    except KeyError:
-        raise ValueError("/proc/meminfo has no MemTotal") from None
+    meminfo = (root / "proc/meminfo").read_bytes()
+    total, available, free, swap_total, swap_free = (
+        meminfo_bytes(meminfo, name) for name in (b"MemTotal", b"MemAvailable", b"MemFree", b"SwapTotal", b"SwapFree")
+    )
+    if total is None:
+        raise ValueError("/proc/meminfo has no MemTotal")
     limit, used = _tightest_limit(root, total)
     return MemoryFacts(
         total_bytes=total,
-        available_bytes=available or 0,
-        swap_total_bytes=swap_total,
-        swap_used_bytes=swap_total - meminfo.get("SwapFree", swap_total),
+        # MemFree is what is left of the truth on kernels before 3.14: too little, never too much.
+        available_bytes=(free or 0) if available is None else available,
+        swap_total_bytes=swap_total or 0,
+        swap_used_bytes=0 if swap_total is None or swap_free is None else swap_total - swap_free,
         limit_bytes=limit,
         limit_used_bytes=used,
     )
-
-
-def read_process_tree(pid: int, root: Path = _HERE) -> ProcessMemory | None:
-    """
-    Add up the memory of a process and all its descendants, now.
-
-    Returns:
-        ``None`` when the process itself is gone. Descendants that end while
-        being read are left out.
-    """
-    tree = ProcessTree(pid, root)
-    try:
-        reading = tree.read()
-    finally:
-        tree.close()
-    return None if reading is None else reading.memory
 
 
 def _tightest_limit(root: Path, total_bytes: int) -> tuple[int | None, int | None]:
     """Give limit and use, in bytes, of the group with the least left to give."""
     found: list[tuple[int, int, int]] = []
     for version, group in cgroup_dirs("memory", root):
-        names = ("memory.max", "memory.current") if version == 2 else _V1_NAMES
-        limit, used = (read_number(group / name) for name in names)
-        # A limit beyond the machine limits nothing; "max" is no number.
-        if limit is None or used is None or limit >= min(_NO_LIMIT_BYTES, total_bytes):
+        limits, use = _LIMITS_AND_USE[version]
+        set_limits = [value for name in limits if (value := read_number(group / name)) is not None]  # "max" is none
+        limit, used = min(set_limits, default=_NO_LIMIT_BYTES), read_number(group / use)
+        # A limit beyond the machine limits nothing.
+        if used is None or limit >= min(_NO_LIMIT_BYTES, total_bytes):
             continue
-        used = max(0, used - _inactive_file(group, version))
+        used = max(0, used - _page_cache(group, version))
         found.append((limit - used, limit, used))
-    _, limit, used = min(found, default=(None, None, None))
-    return limit, used
+    return min(found)[1:] if found else (None, None)
 
 
-_V1_NAMES = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+_LIMITS_AND_USE = {
+    1: (("memory.limit_in_bytes",), "memory.usage_in_bytes"),
+    2: (("memory.max", "memory.high"), "memory.current"),
+}
 
 
-def _inactive_file(group: Path, version: int) -> int:
-    """Give the bytes of page cache in a group that the kernel would drop first."""
-    wanted = "inactive_file" if version == 2 else "total_inactive_file"
-    for line in (read_text(group / "memory.stat") or "").splitlines():
-        name, _, value = line.partition(" ")
-        if name == wanted:
-            return to_int(value) or 0
-    return 0
+def _page_cache(group: Path, version: int) -> int:
+    """
+    Give the bytes of files in a group's memory, on both of the kernel's lists, as ``MemAvailable`` counts them.
+
+    A model file that was hashed and then loaded was read twice and is all on the active list: counted as
+    used, it would have no room beside itself. Shared memory and tmpfs are on neither list.
+    """
+    prefix = "" if version == 2 else "total_"
+    wanted = (f"{prefix}inactive_file", f"{prefix}active_file")
+    lines = (line.partition(" ") for line in (read_text(group / "memory.stat") or "").splitlines())
+    return sum(to_int(value) or 0 for name, _, value in lines if name in wanted)
 
 
 def peak_rss_bytes() -> int | None:

@@ -36,7 +36,6 @@ from pathlib import Path
 import msgspec
 
 from promptai.device.memory import peak_rss_bytes
-from promptai.device.procfs import read_text, to_int
 from promptai.device.sample import Command, SamplerCost
 from promptai.device.sampler import Sampler, own_cpu_s
 from promptai.wire.malformed import MALFORMED
@@ -92,15 +91,27 @@ def open_out(path: Path) -> int:
     """
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
     info = os.fstat(fd)
-    if stat.S_ISREG(info.st_mode) and info.st_size:
-        tail = os.pread(fd, _TAIL_BYTES, max(0, info.st_size - _TAIL_BYTES))
+    if stat.S_ISREG(info.st_mode):
+        end = _end_of_text(fd, info.st_size)
+        start = max(0, end - _TAIL_BYTES)
+        tail = os.pread(fd, end - start, start)
         rest = tail[tail.rfind(b"\n") + 1 :]
-        # ext4 may leave NULs where the size reached the disk and the data did not.
         if len(rest) == _TAIL_BYTES or (rest and rest[:1] not in (b"{", b"\0")):
             os.close(fd)
             raise OSError("it does not end in telemetry; choose another file")
-        os.ftruncate(fd, info.st_size - len(rest))
+        os.ftruncate(fd, end - len(rest))
     return fd
+
+
+def _end_of_text(fd: int, size: int) -> int:
+    """Step back over NULs: ext4 may leave pages of them where the size reached the disk and the data did not."""
+    while size:
+        start = max(0, size - _TAIL_BYTES)
+        text = os.pread(fd, size - start, start).rstrip(b"\0")
+        if text:
+            return start + len(text)
+        size = start
+    return 0
 
 
 class Recording:
@@ -111,10 +122,9 @@ class Recording:
         samples: Lines written so far.
     """
 
-    def __init__(self, sampler: Sampler, out: int, interval_s: float, pid_file: Path | None = None) -> None:
+    def __init__(self, sampler: Sampler, out: int, interval_s: float) -> None:
         self.samples = 0
         self._sampler, self._out, self._interval_s = sampler, out, interval_s
-        self._pid_file = pid_file
         self._encoder = msgspec.json.Encoder()
         self._start, self._start_cpu_s = time.monotonic(), own_cpu_s()
 
@@ -132,7 +142,6 @@ class Recording:
                 if command.stop:
                     return
                 if command.watch is not msgspec.UNSET:
-                    self._pid_file = None
                     self._sampler.watch(command.watch)
             if time.monotonic() >= deadline:
                 self._take()
@@ -151,8 +160,6 @@ class Recording:
         )
 
     def _take(self) -> None:
-        if self._pid_file is not None and not self._sampler.watching:
-            self._sampler.watch(to_int(read_text(self._pid_file)))
         line = self._encoder.encode(self._sampler.sample()) + b"\n"
         while line:
             line = line[os.write(self._out, line) :]
@@ -168,12 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         sys.stderr.write(f"telemetry cannot write {options.out}: {error}\n")
         return EXIT_UNWRITABLE
-    sampler, pid_file = Sampler(origin=options.origin), None
-    if options.watch is not None and (pid := to_int(options.watch)) is not None:
-        sampler.watch(pid)
-    elif options.watch is not None:
-        pid_file = Path(options.watch)
-    recording, code = Recording(sampler, out, options.interval, pid_file), 0
+    recording, code = Recording(Sampler(origin=options.origin), out, options.interval), 0
     if options.ready_fd is not None:
         os.write(options.ready_fd, b"\n")
         os.close(options.ready_fd)
@@ -199,7 +201,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--origin", type=float, default=0.0, metavar="SECONDS", help="monotonic second that samples call 0"
     )
-    parser.add_argument("--watch", metavar="PID_OR_FILE", help="process to watch, or a file that will hold its number")
     parser.add_argument(
         "--ready-fd", type=int, metavar="FD", help="file descriptor that gets one byte once sampling begins"
     )

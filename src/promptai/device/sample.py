@@ -17,7 +17,8 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     The state of machine and engine at ``t``; rates are means since the sample before.
 
     The engine is the watched process with all its descendants; its fields are
-    ``None`` while nothing is watched or once the watched process has ended.
+    ``None`` while nothing is watched or once the watched process has ended, those of
+    its memory also while the kernel does not tell them of every member.
 
     Attributes:
         t: Seconds since the recording's origin on CLOCK_MONOTONIC (``time.monotonic()`` on Linux), by default

@@ -51,7 +51,7 @@ class Sampler:
         usable = cpus if cpus is not None else frozenset(os.sched_getaffinity(0))
         self._cpu_count = max(1, len(usable))
         self._machine = Machine(root, usable)
-        self._throttled = find_throttled(root, run)
+        self._throttled = find_throttled(run)
         self._energy = find_energy_source(root, run, clock)
         self._statm = PinnedFile(str(root / "proc/self/statm"), 128)
         self._tree: ProcessTree | None = None
@@ -62,11 +62,6 @@ class Sampler:
     def energy_source(self) -> str:
         """Where the watts come from; "none" when there are none."""
         return self._energy.name if self._energy else NO_SOURCE
-
-    @property
-    def watching(self) -> bool:
-        """True while there is an engine and it has not ended."""
-        return self._tree is not None
 
     def watch(self, pid: int | None) -> None:
         """Watch another process from now on; its CPU share in the next sample is counted from here."""
@@ -88,7 +83,7 @@ class Sampler:
             engine_cpu_percent=_rounded(engine_percent, 2),
             engine_anon_bytes=engine.anon_bytes if engine else None,
             engine_file_bytes=engine.file_bytes if engine else None,
-            engine_rss_bytes=engine.anon_bytes + engine.file_bytes + engine.shmem_bytes if engine else None,
+            engine_rss_bytes=_rss(engine) if engine else None,
             available_bytes=available,
             swap_used_bytes=swap_used,
             major_faults=engine.major_faults if engine else None,
@@ -136,6 +131,13 @@ def own_cpu_s() -> float:
     """Give the CPU seconds of this process and of the commands it has run and waited for."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def _rss(memory: ProcessMemory) -> int | None:
+    """What other tools call RSS: all that is in memory, of whichever kind."""
+    if memory.anon_bytes is None or memory.file_bytes is None or memory.shmem_bytes is None:
+        return None
+    return memory.anon_bytes + memory.file_bytes + memory.shmem_bytes
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

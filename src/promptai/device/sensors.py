@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from promptai.device.memory import meminfo_bytes
 from promptai.device.procfs import PinnedFile, read_text, to_int
 
 #: hwmon drivers that measure the processor itself.
@@ -62,12 +63,6 @@ def parse_pressure(text: bytes) -> float | None:
     return _to_float(value) if name == b"avg10" else None
 
 
-def parse_meminfo_kib(meminfo: bytes, name: bytes) -> int | None:
-    """Give one line of /proc/meminfo in KiB without reading all of them; ``None`` when it is not there."""
-    start = meminfo.find(b"\n" + name + b":")
-    return None if start < 0 else to_int(meminfo[start + len(name) + 2 :].split(maxsplit=1)[0])
-
-
 class Machine:
     """All gauges of one machine. ``cpus`` are those whose load and clock count."""
 
@@ -94,12 +89,9 @@ class Machine:
 
     def memory(self) -> tuple[int | None, int | None]:
         """Give available bytes and used swap in bytes; no swap at all is ``None``."""
-        meminfo = b"\n" + (self._meminfo.read() or b"")
-        available, total, free = (
-            parse_meminfo_kib(meminfo, name) for name in (b"MemAvailable", b"SwapTotal", b"SwapFree")
-        )
-        used = (total - free) * 1024 if total and free is not None else None
-        return None if available is None else available * 1024, used
+        meminfo = self._meminfo.read() or b""
+        available, total, free = (meminfo_bytes(meminfo, name) for name in (b"MemAvailable", b"SwapTotal", b"SwapFree"))
+        return available, total - free if total and free is not None else None
 
     def load1(self) -> float | None:
         """Give the one-minute load average."""
