@@ -108,6 +108,34 @@ def test_a_model_that_fits_with_a_smaller_cache_type_is_not_refused(model: Path)
     assert describe(model, wishes=replace(wishes, cache_type="q8_0"), available_bytes=2 * GIB // 3)
 
 
+def test_a_run_finds_its_model_from_wherever_it_goes_on(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is given as seen from today's folder; the engine that resumes is started in another."""
+    monkeypatch.chdir(model.parent)
+    facts = describe(model.name)[0]
+
+    assert facts.model is not None
+    assert facts.engine is not None
+    assert str(model) == facts.model.path == facts.engine.flags.model
+
+
+def test_a_link_to_a_model_keeps_its_name(model: Path, tmp_path: Path) -> None:
+    """The file behind it may be called by its hash alone, as in the hub's cache."""
+    (tmp_path / "yi.gguf").symlink_to(model)
+    engine = describe(tmp_path / "yi.gguf")[0].engine
+
+    assert engine is not None
+    assert engine.flags.alias == "yi"
+
+
+def test_a_run_finds_its_workload_from_wherever_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("talks.jsonl").write_text('{"messages": [{"role": "user", "content": "why?"}]}')
+
+    assert load_workload("talks.jsonl").source == str(tmp_path / "talks.jsonl")
+    with pytest.raises(WorkloadError, match=r"^workload absent\.jsonl"):
+        load_workload("absent.jsonl")
+
+
 def test_a_server_needs_no_engine_and_is_called_by_its_address() -> None:
     found = describe("http://pi.local:8080/v1", engine=no_engine)
 
@@ -264,4 +292,4 @@ def test_a_workload_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.Mon
     assert load_bundled() == load_workload("edge-50")
     assert str(path) == load_workload(str(path)).source
     assert [load_workload("oasst1"), load_workload("oasst1:trees.gz")] == [TEN, TEN]
-    assert asked == ["fetched as oasst1", "trees.gz as oasst1:trees.gz"]
+    assert asked == ["fetched as oasst1", f"trees.gz as oasst1:{Path.cwd() / 'trees.gz'}"]

@@ -56,6 +56,8 @@ def load_workload(source: str) -> Workload:
     """
     ``edge-50``, ``oasst1`` (fetched from the hub when it is not cached), ``oasst1:FILE`` or a .jsonl file.
 
+    Its ``source`` names a file absolutely, so that a run goes on from any folder.
+
     Raises:
         WorkloadError: It is malformed or cannot be read.
         PromptAIError: The hub cannot give it.
@@ -65,8 +67,10 @@ def load_workload(source: str) -> Workload:
     if source == OASST1:
         return load_oasst1(fetch_dataset_file(REPOSITORY, FILENAME))
     if source.startswith(f"{OASST1}:"):
-        return load_oasst1(Path(source.removeprefix(f"{OASST1}:")), source=source)
-    return load_jsonl(Path(source))
+        path = Path(source.removeprefix(f"{OASST1}:"))
+        return load_oasst1(path, source=f"{OASST1}:{path.absolute()}")
+    path = Path(source)
+    return msgspec.structs.replace(load_jsonl(path), source=str(path.absolute()))
 
 
 def describe_targets(
@@ -82,6 +86,9 @@ def describe_targets(
 ) -> list[TargetFacts]:
     """
     Check every target and decide its engine's flags.
+
+    Model files are named absolutely, so that a run goes on from any folder; as they were given they
+    stand in the manifest's command line.
 
     Args:
         sources: Paths of GGUF files or URLs of servers.
@@ -104,7 +111,7 @@ def describe_targets(
         context = _context(header, conversations, protocol, wishes.context)
         check_fits(header, context * wishes.slots, available_bytes, cache_type=wishes.cache_type)
         flags = EngineFlags(
-            model=source,
+            model=str(Path(source).absolute()),
             port=wishes.port,
             threads=wishes.threads or default_threads(cpu),
             context=context * wishes.slots,

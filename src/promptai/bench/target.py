@@ -124,7 +124,7 @@ def describe_model(
 ) -> TargetFacts:
     """A model file and the engine it will run on."""
     model = ModelFacts(
-        path=header.path,
+        path=flags.model,
         sha256=sha256,
         file_bytes=header.file_bytes,
         name=header.name,
