@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from promptai.device.cpu import read_cpu
+from promptai.engine.choice import read_choice
 from promptai.engine.locate import find_engines, missing_features
 from promptai.settings import cache_directory, load_settings
 
@@ -18,19 +19,25 @@ def list_engines(*, as_json: bool) -> None:
     """List the llama-servers of this machine, the one that is used first."""
     settings = load_settings()
     named = Path(settings.engine.path) if settings.engine.path else None
-    found = find_engines(named, cache=cache_directory() / "engines")
+    engines = cache_directory() / "engines"
+    found = find_engines(named, cache=engines)
     cpu = read_cpu()
     if as_json:
-        click.echo(msgspec.json.encode(found))
+        click.echo(msgspec.json.encode([{"name": binary.name, **msgspec.to_builtins(binary)} for binary in found]))
         return
-    table = Table("from", "build", "command", "SIMD it uses", "CPU has more")
+    table = Table("name", "build", "why here", "command", "SIMD it uses", "CPU has more")
     for binary in found:
         features = "unknown" if binary.features is None else " ".join(binary.features)
         table.add_row(
-            binary.source,
+            binary.name,
             binary.build or "unknown",
+            binary.reason if binary.trouble is None else f"not used: {binary.trouble}",
             binary.command[0],
             features,
             " ".join(missing_features(binary, cpu.features)) or "-",
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    chosen = read_choice(engines)
+    if chosen is not None and chosen not in {binary.name for binary in found}:
+        console.print(f"{chosen}, which was chosen, is not here any more: promptai engine use auto", markup=False)

@@ -62,6 +62,7 @@ class StepProgress:
         self._began = self._clock()
         self._say(text)
         self._draw()
+        self._progress.refresh()
 
     def share(self, share: float, detail: str) -> None:
         """0 to 1 of the step is done."""

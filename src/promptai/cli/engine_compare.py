@@ -1,0 +1,175 @@
+"""``promptai engine compare``: the engines of this machine, measured side by side."""
+
+import asyncio
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from promptai.bench.comparison import Contest, Outcome, compare, ratio
+from promptai.bench.statistics import MIN_FOR_INTERVAL, Metric
+from promptai.bench.target import check_fits
+from promptai.cli.engine_progress import StepProgress
+from promptai.device.cpu import default_threads, read_cpu
+from promptai.device.memory import read_memory
+from promptai.engine.choice import MeasuredEngine, processor_key, write_comparison
+from promptai.engine.locate import EngineBinary, find_engines
+from promptai.errors import EngineError
+from promptai.models.gguf import read_header
+from promptai.models.synth import LLAMA_1B, write_synthetic
+from promptai.report import format as fmt
+from promptai.settings import cache_directory, load_settings
+
+_SYNTHETIC = "synthetic-llama-1.1b"
+
+
+@click.command(
+    "compare",
+    epilog="""\b
+Examples:
+  promptai engine compare
+  promptai engine compare --model yi-coder-1.5b.gguf --repeats 9
+""",
+)
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="A GGUF file.  [default: random weights in TinyLlama's shape, 0.6 GB, kept in the cache]",
+)
+@click.option("--prompt-tokens", type=click.IntRange(16, 100_000), default=256, show_default=True)
+@click.option("--tokens", type=click.IntRange(8, 100_000), default=64, show_default=True, help="Of an answer.")
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def compare_engines(*, model: Path | None, prompt_tokens: int, tokens: int, repeats: int, as_json: bool) -> None:
+    """
+    Measure the engines of this machine side by side; the faster one is used from then on.
+
+    They take turns, each loaded anew and warmed up. With fewer than five rounds nothing is kept.
+    """
+    console = Console(stderr=as_json)
+    engines = cache_directory() / "engines"
+    settings, cpu = load_settings(), read_cpu()
+    named = Path(settings.engine.path) if settings.engine.path else None
+    found = different([engine for engine in find_engines(named, cache=engines) if engine.trouble is None])
+    if len(found) < 2:
+        if as_json:
+            click.echo(msgspec.json.encode({"comparison": None, "ratios": {}, "failed": {}, "kept": False}))
+        for engine in found:
+            _say(console, f"there is one engine here, {engine.label} ({engine.name}): nothing to compare it with")
+        _say(console, "promptai engine build  builds one for this processor")
+        return
+    with StepProgress(console) as progress:
+        path = model or _synthetic(progress)
+        header = read_header(path)
+        check_fits(header, prompt_tokens + tokens, read_memory().available_for_new_process())
+        progress.step(f"comparing {len(found)} engines, {repeats} rounds")
+        contest = Contest(
+            model=path,
+            prompt_tokens=prompt_tokens,
+            tokens=tokens,
+            repeats=repeats,
+            threads=settings.engine.threads or default_threads(cpu),
+        )
+        with tempfile.TemporaryDirectory() as logs:
+            key = processor_key(cpu.model_name, cpu.features)
+            outcome = asyncio.run(compare(found, contest, progress, cpu=key, log=Path(logs) / "engines.log"))
+    kept = len(outcome.comparison.engines) > 1 and repeats >= MIN_FOR_INTERVAL
+    if kept:
+        _keep(engines, outcome)
+    ratios = _ratios(outcome.comparison.engines)
+    if as_json:
+        failed = outcome.failed
+        click.echo(
+            msgspec.json.encode({"comparison": outcome.comparison, "ratios": ratios, "failed": failed, "kept": kept})
+        )
+        return
+    _show(console, outcome, ratios, used=find_engines(named, cache=engines)[0], kept=kept)
+
+
+def different(found: Sequence[EngineBinary]) -> list[EngineBinary]:
+    """Each file once: what is on PATH is often a link to what is named or was built."""
+    by_file = {Path(e.command[0]).resolve() if not e.embedded else Path(e.name): e for e in reversed(found)}
+    return [engine for engine in found if engine in by_file.values()]
+
+
+def _synthetic(progress: StepProgress) -> Path:
+    path = cache_directory() / "models" / f"{_SYNTHETIC}.gguf"
+    if not path.exists():
+        progress.step(f"writing {path}")
+        total, done = 620_000_000, 0
+
+        def wrote(size: int) -> None:
+            nonlocal done
+            done += size
+            progress.share(min(1.0, done / total), f"{done / 1e6:.0f} MB")
+
+        write_synthetic(path, LLAMA_1B, name=_SYNTHETIC, progress=wrote)
+    return path
+
+
+def _keep(engines: Path, outcome: Outcome) -> None:
+    try:
+        write_comparison(engines, outcome.comparison)
+    except OSError as error:
+        raise EngineError(f"the comparison cannot be kept in {engines}: {error.strerror}", hint="make room") from None
+
+
+def _base(measured: Sequence[MeasuredEngine]) -> MeasuredEngine | None:
+    """What the others are compared with: the wheel, which everybody has; else the last."""
+    return next((engine for engine in measured if engine.name == "embedded"), measured[-1] if measured else None)
+
+
+def _ratios(measured: Sequence[MeasuredEngine]) -> dict[str, dict[str, Metric]]:
+    """Each engine's rates over those of the base, by the engine's name."""
+    base = _base(measured)
+    if base is None:
+        return {}
+    return {
+        engine.name: {
+            "prefill_tps": ratio([r.prefill_tps for r in engine.rounds], [r.prefill_tps for r in base.rounds]),
+            "decode_tps": ratio([r.decode_tps for r in engine.rounds], [r.decode_tps for r in base.rounds]),
+        }
+        for engine in measured
+    }
+
+
+def _show(
+    console: Console, outcome: Outcome, ratios: dict[str, dict[str, Metric]], *, used: EngineBinary, kept: bool
+) -> None:
+    comparison = outcome.comparison
+    base = _base(comparison.engines)
+    rounds, name = (len(base.rounds), base.name) if base is not None else (0, "")
+    table = Table("engine", "prefill, tokens/s", "decode, tokens/s", f"prefill / {name}", f"decode / {name}")
+    for engine in comparison.engines:
+        table.add_row(
+            engine.name,
+            _spread([r.prefill_tps for r in engine.rounds]),
+            _spread([r.decode_tps for r in engine.rounds]),
+            fmt.metric(ratios[engine.name]["prefill_tps"]),
+            fmt.metric(ratios[engine.name]["decode_tps"]),
+        )
+    console.print(table)
+    _say(
+        console,
+        f"{comparison.model}, {comparison.prompt_tokens} prompt and {comparison.generated_tokens} generated tokens, "
+        f"{comparison.threads} threads; median (least to most) of n = {rounds} rounds; ratios of the same rounds, "
+        "in brackets their 95 % interval",
+    )
+    for name, reason in outcome.failed.items():
+        _say(console, f"{name} did not get through: {reason}")
+    if not kept:
+        _say(console, f"not kept: that takes two engines and at least {MIN_FOR_INTERVAL} rounds")
+    _say(console, f"used from now on: {used.name} ({used.reason}); another: promptai engine use NAME")
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{fmt.number(statistics.median(values))} ({fmt.number(min(values))} to {fmt.number(max(values))})"
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
