@@ -282,7 +282,7 @@ def _simd(seen: Evidence) -> Iterator[Finding]:
         yield Finding(
             "simd",
             f"the CPU has {', '.join(engine.missing_features)}, which this engine does not use",
-            "a llama-server built for this machine is faster; name it with --engine",
+            "a llama-server built for this machine is faster: promptai engine build",
             serious=False,
         )
 

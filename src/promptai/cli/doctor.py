@@ -77,7 +77,7 @@ def _advice(machine: Machine, memory: MemoryFacts, engines: list[EngineBinary]) 
     if missing:
         yield (
             f"the engine that is used does not use this CPU's {', '.join(missing)}; "
-            "a llama-server built on this machine is faster, name it with --engine or PROMPTAI_ENGINE"
+            "a llama-server built on this machine is faster: promptai engine build, then engine compare"
         )
     if cpu.quota_cpus is not None and cpu.quota_cpus < cpu.usable_cores:
         yield (

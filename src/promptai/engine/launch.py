@@ -253,7 +253,7 @@ _KNOWN_ENDS = (
     (
         r"error: invalid argument: (\S+)",
         "this llama-server does not know {0}",
-        "it is too old; use a newer one",
+        "use a newer one, or the one that promptai engine build makes",
     ),
     (
         r"(std::bad_alloc|failed to allocate|Cannot allocate memory)",
