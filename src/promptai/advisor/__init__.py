@@ -1,0 +1,1 @@
+"""Reasoning about measurements: what a model will do here, before it is downloaded."""

@@ -1,0 +1,113 @@
+"""Calibrate this machine: run the probes on its engine, solve, and remember.
+
+About a minute on a PC, a few on a board; the probe files are written to the cache one at a
+time and removed again. A calibration holds for one engine, one processor and one number of
+threads, and is looked up by these; nothing is measured behind anybody's back.
+"""
+
+import hashlib
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from promptai.advisor.calibration import PROBES, SCHEMA, Calibration, Probe, Reading, fit
+from promptai.advisor.work import work_of_file
+from promptai.engine.flags import EngineFlags
+from promptai.engine.launch import free_port
+from promptai.engine.locate import EngineBinary
+from promptai.engine.probe import probe
+from promptai.errors import EngineError, RunError
+from promptai.models.gguf import read_header
+from promptai.models.synth import write_synthetic
+from promptai.wire.malformed import MALFORMED
+
+_CONTEXT = 2560
+_PROMPT_TOKENS, _DEEP_TOKENS, _ANSWER_TOKENS, _TRIES = 512, 2304, 24, 3
+
+
+async def calibrate(
+    binary: EngineBinary, *, cpu: str, threads: int, cache: Path, observe: Callable[[int, str], None]
+) -> Calibration:
+    """
+    Measure every probe and solve.
+
+    Args:
+        cpu: The processor's name, as the calibration will be looked up.
+        cache: Where probe files may lie for a moment.
+        observe: Told the number and the name of each probe before it runs.
+
+    Raises:
+        ModelError: A probe file cannot be written.
+        EngineError: The engine cannot be run, or its memory cannot be read.
+    """
+    readings = []
+    for number, chosen in enumerate(PROBES):
+        observe(number, chosen.name)
+        readings.append(await _run(binary, chosen, threads, cache))
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return fit(readings, engine=binary.label, cpu=cpu, threads=threads, created=created)
+
+
+async def _run(binary: EngineBinary, chosen: Probe, threads: int, cache: Path) -> Reading:
+    path = cache / "probe.gguf"
+    log = cache / "probe.log"
+    try:
+        write_synthetic(path, chosen.shape, name="probe", quant=chosen.quant)
+        flags = EngineFlags(model=str(path), port=free_port(), threads=threads, context=_CONTEXT)
+        seen = await probe(
+            binary,
+            flags,
+            log=log,
+            prompt_tokens=_PROMPT_TOKENS,
+            answer_tokens=_ANSWER_TOKENS,
+            tries=_TRIES,
+            deep_tokens=_DEEP_TOKENS if chosen.deep else None,
+        )
+        work = work_of_file(read_header(path))
+    finally:
+        path.unlink(missing_ok=True)
+        log.unlink(missing_ok=True)
+    loaded, peak, mapped = seen.loaded.anon_bytes, seen.peak.anon_bytes, seen.loaded.file_bytes
+    if loaded is None or peak is None or mapped is None:
+        raise EngineError("the kernel does not tell the engine's memory", hint="is /proc restricted here?")
+    return Reading(
+        work=work,
+        decode_s=seen.decode_s,
+        depth=_PROMPT_TOKENS,
+        prefill_s=seen.prefill_s,
+        context=_CONTEXT,
+        anon_loaded_bytes=loaded,
+        anon_peak_bytes=peak,
+        file_mapped_bytes=mapped,
+        deep_decode_s=seen.deep_decode_s,
+        deep_depth=_DEEP_TOKENS if seen.deep_decode_s is not None else 0,
+    )
+
+
+def save(folder: Path, calibration: Calibration) -> None:
+    """Keep a calibration; raises ``RunError`` when it cannot be written."""
+    path = _place(folder, calibration.engine, calibration.cpu, calibration.threads)
+    part = path.with_suffix(".part")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(msgspec.json.format(msgspec.json.encode(calibration), indent=2))
+        part.replace(path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}", hint="check the folder's permissions") from None
+
+
+def load(folder: Path, *, engine: str, cpu: str, threads: int) -> Calibration | None:
+    """The calibration of this engine here; ``None`` when there is none, or one of another version."""
+    try:
+        found = msgspec.json.decode(_place(folder, engine, cpu, threads).read_bytes(), type=Calibration)
+    except MALFORMED:
+        return None  # of another version
+    except OSError:
+        return None
+    return found if found.schema == SCHEMA else None
+
+
+def _place(folder: Path, engine: str, cpu: str, threads: int) -> Path:
+    return folder / f"{hashlib.sha256(f'{engine}/{cpu}/{threads}'.encode()).hexdigest()[:16]}.json"

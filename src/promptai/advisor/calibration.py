@@ -1,0 +1,208 @@
+"""What this machine's engine does with a byte: fitted from a few small models of random weights.
+
+"Memory bandwidth divided by file size" is a bound, not a forecast: on a server core it is
+three times too high, because unpacking four-bit weights takes the time and not
+reading them, and each type of weights has its own price. So a handful of models of a
+few hundred megabytes, chosen so that their costs differ, are run on the real engine,
+and the prices are solved for. Measuring is in ``engine.probe``; here is the algebra. Pure.
+
+Decoding one token takes
+
+    sum over types (bytes of the type x seconds a byte) + layers x seconds a layer + KV bytes x seconds a byte
+
+and the engine's anonymous memory after loading is
+
+    base + KV cache + sum over types (bytes of the type x share of them that the engine copies)
+
+since llama.cpp rearranges the weights of some types for its fastest kernels and keeps both copies.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from promptai.advisor.work import Work
+from promptai.models.shape import Shape
+from promptai.models.tensors import Quant
+
+SCHEMA = 1
+_FEW_TOKENS = 2100  # promptai-tiny's vocabulary and a little: the output matrix hardly counts
+
+
+class Probe(msgspec.Struct, frozen=True):
+    """
+    One model to run.
+
+    Attributes:
+        deep: Also measure with a long context, for the price of the KV cache.
+    """
+
+    name: str
+    shape: Shape
+    quant: Quant
+    deep: bool = False
+
+
+#: Each adds what the others cannot tell. Larger than any processor's cache but the last, which is all layers.
+PROBES = (
+    Probe("q8_0", Shape(4, 2048, 16, 4, 8192, _FEW_TOKENS), "q8_0"),
+    Probe("q4_0", Shape(8, 2048, 16, 16, 8192, _FEW_TOKENS), "q4_0", deep=True),
+    Probe("q4_k_m", Shape(8, 2048, 16, 4, 8192, _FEW_TOKENS), "q4_k_m"),
+    Probe("large vocabulary", Shape(1, 2048, 16, 4, 8192, 150_000, tied=True), "q4_0"),
+    Probe("many layers", Shape(40, 512, 8, 2, 1024, _FEW_TOKENS), "q8_0"),
+)
+
+
+class Reading(msgspec.Struct, frozen=True, kw_only=True):
+    """
+    What one probe did.
+
+    Attributes:
+        decode_s: Seconds a token with ``depth`` tokens before it.
+        deep_decode_s: The same with ``deep_depth`` tokens; ``None`` where it was not asked.
+        prefill_s: Seconds a prompt token.
+        context: Tokens of context that the engine had.
+        anon_loaded_bytes: Anonymous memory of the engine after loading; ``anon_peak_bytes`` after a prompt.
+        file_mapped_bytes: Mapped files, the model among them.
+    """
+
+    work: Work
+    decode_s: float
+    depth: int
+    prefill_s: float
+    context: int
+    anon_loaded_bytes: int
+    anon_peak_bytes: int
+    file_mapped_bytes: int
+    deep_decode_s: float | None = None
+    deep_depth: int = 0
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True):
+    """
+    Prices of one engine on one machine with one number of threads.
+
+    Attributes:
+        engine, cpu, threads: What it holds for.
+        decode_s_per_byte: By ggml type.
+        decode_s_per_layer: What a layer costs beside its bytes.
+        kv_s_per_byte: Reading the KV cache.
+        prefill_s_per_weight: Of one prompt token, by ggml type.
+        copied_share: By ggml type: the share of its bytes that exist twice in memory.
+        base_anon_bytes, base_file_bytes: The engine without a model.
+        buffer_scale: Compute buffers, seen / ``buffer_bytes``.
+        created: UTC, ISO 8601.
+    """
+
+    engine: str
+    cpu: str
+    threads: int
+    decode_s_per_byte: dict[str, float]
+    decode_s_per_layer: float
+    kv_s_per_byte: float
+    prefill_s_per_weight: dict[str, float]
+    copied_share: dict[str, float]
+    base_anon_bytes: int
+    base_file_bytes: int
+    buffer_scale: float
+    created: str
+    schema: int = SCHEMA
+
+
+def fit(readings: Sequence[Reading], *, engine: str, cpu: str, threads: int, created: str) -> Calibration:
+    """
+    Solve for the prices.
+
+    Raises:
+        ValueError: No reading has a deep measurement, or there are none at all.
+    """
+    kv_s = _kv_price(readings)
+    types = sorted({kind for reading in readings for kind in reading.work.decode_bytes})
+    decode = _prices(
+        [[*(r.work.decode_bytes.get(kind, 0) for kind in types), r.work.layers] for r in readings],
+        [r.decode_s - kv_s * (r.work.kv_bytes(r.depth) or 0) for r in readings],
+    )
+    memory = _prices(
+        [[*(r.work.decode_bytes.get(kind, 0) for kind in types), 1] for r in readings],
+        [r.anon_loaded_bytes - (r.work.kv_bytes(r.context) or 0) for r in readings],
+    )
+    scales = [(r.anon_peak_bytes - r.anon_loaded_bytes) / buffer_bytes(r.work) for r in readings]
+    return Calibration(
+        engine=engine,
+        cpu=cpu,
+        threads=threads,
+        decode_s_per_byte=dict(zip(types, decode[:-1], strict=True)),
+        decode_s_per_layer=decode[-1],
+        kv_s_per_byte=kv_s,
+        prefill_s_per_weight=_prefill_prices(readings),
+        # Either the engine copies a type or it does not; what lies between is noise of the other terms.
+        copied_share={kind: float(round(min(share, 1.0))) for kind, share in zip(types, memory[:-1], strict=True)},
+        base_anon_bytes=round(memory[-1]),
+        base_file_bytes=round(np.median([max(0, r.file_mapped_bytes - r.work.file_bytes) for r in readings])),
+        buffer_scale=float(np.median(scales)),
+        created=created,
+    )
+
+
+def buffer_bytes(work: Work, *, batch: int = 512) -> int:
+    """
+    A rule for the compute buffers that one batch touches: gate and up of a layer, five vectors, samplers.
+
+    Rough on purpose: a few percent of the whole. Its scale is calibrated.
+    """
+    return 4 * batch * (2 * work.ffn + 5 * work.width) + 50 * work.vocabulary
+
+
+def _prefill_prices(readings: Sequence[Reading]) -> dict[str, float]:
+    """Seconds a weight and prompt token. K-quants share one price: every mix has them together in similar shares."""
+    kinds = sorted({kind for reading in readings for kind in reading.work.prefill_weights})
+    groups = sorted({_group(kind) for kind in kinds})
+    prices = _prices(
+        [
+            [sum(n for kind, n in r.work.prefill_weights.items() if _group(kind) == group) for group in groups]
+            for r in readings
+        ],
+        [r.prefill_s for r in readings],
+    )
+    by_group = dict(zip(groups, prices, strict=True))
+    return {kind: by_group[_group(kind)] for kind in kinds}
+
+
+def _group(kind: str) -> str:
+    return "K" if kind.endswith("_K") else kind
+
+
+def _kv_price(readings: Sequence[Reading]) -> float:
+    prices = [
+        (r.deep_decode_s - r.decode_s) / ((r.work.kv_bytes(r.deep_depth) or 0) - (r.work.kv_bytes(r.depth) or 0))
+        for r in readings
+        if r.deep_decode_s is not None
+    ]
+    if not prices:
+        raise ValueError("a calibration needs a reading with a long context")
+    return max(0.0, float(np.median(prices)))
+
+
+def _prices(rows: Sequence[Sequence[float]], seen: Sequence[float]) -> list[float]:
+    """
+    Least squares with relative errors and without negative prices.
+
+    A price that comes out negative is noise around nothing: it becomes 0 and the others are solved again.
+    """
+    matrix = np.array(rows, dtype=np.float64)
+    values = np.array(seen, dtype=np.float64)
+    scale = np.abs(matrix).max(axis=0)
+    scale[scale == 0] = 1.0
+    weighted = matrix / scale / np.abs(values)[:, None]
+    signs: NDArray[np.float64] = np.sign(values)
+    active = list(range(matrix.shape[1]))
+    found = np.zeros(matrix.shape[1])
+    while active:
+        solution = np.linalg.lstsq(weighted[:, active], signs, rcond=None)[0]
+        if (solution >= 0).all():
+            found[active] = solution
+            break
+        active.pop(int(solution.argmin()))
+    return [float(value) for value in found / scale]

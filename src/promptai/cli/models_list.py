@@ -1,0 +1,178 @@
+"""``promptai models list``: what is here, what fits this machine, and what each would do."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import click
+import msgspec
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from promptai.advisor.calibrate import load
+from promptai.advisor.outlook import Here, Outlook, outlook
+from promptai.advisor.work import Work, work_of_file, work_of_shape
+from promptai.device.bandwidth import read_bandwidth_bytes_per_s
+from promptai.device.cpu import default_threads, read_cpu
+from promptai.device.memory import read_memory
+from promptai.engine.locate import locate
+from promptai.errors import EngineNotFoundError, ModelError
+from promptai.models.catalog import Entry, load_catalog
+from promptai.models.gguf import read_header
+from promptai.models.library import Library
+from promptai.models.tensors import Quant
+from promptai.report import format as fmt
+from promptai.settings import Settings, cache_directory, load_settings, models_directory
+
+_CONTEXT = 4096
+_DEPTH = 512
+
+
+class Line(msgspec.Struct, frozen=True):
+    """
+    One model of the list.
+
+    Attributes:
+        here: The file is on this machine.
+        paper: The model of the paper that it stands for, if any.
+        problem: Why a file that is here cannot be used.
+    """
+
+    name: str
+    quantization: str
+    here: bool
+    paper: str | None
+    outlook: Outlook | None
+    problem: str | None = None
+
+
+@click.command(
+    "list",
+    epilog="""\b
+Examples:
+  promptai models list                  everything, with what it would do here
+  promptai models list --fits --json    what this machine has memory for
+""",
+)
+@click.option("--fits", is_flag=True, help="Only what fits the memory that is free now.")
+@click.option("--here", "only_here", is_flag=True, help="Only what is on this machine.")
+@click.option("--context", type=click.IntRange(min=64), default=_CONTEXT, show_default=True, help="Tokens of KV cache.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_models(*, fits: bool, only_here: bool, context: int, as_json: bool) -> None:
+    """
+    List models: those on this machine, and those of the catalogue.
+
+    Rates are forecasts once this machine's engine is calibrated (promptai models calibrate);
+    before that they are what memory bandwidth allows at most.
+    """
+    settings = load_settings()
+    here = _here(settings)
+    lines = [*_kept(settings, here, context), *(() if only_here else _catalogued(settings, here, context))]
+    if fits:
+        lines = [line for line in lines if line.outlook is not None and line.outlook.fits]
+    if as_json:
+        click.echo(msgspec.json.encode(lines))
+        return
+    console = Console()
+    console.print(_table(lines, here))
+    _explain(lines, here, context, console)
+
+
+def _here(settings: Settings) -> Here:
+    cpu = read_cpu()
+    threads = settings.engine.threads or default_threads(cpu)
+    try:
+        named = settings.engine.path
+        binary = locate(Path(named) if named else None, cache=cache_directory() / "engines")
+        folder = cache_directory() / "calibrations"
+        calibration = load(folder, engine=binary.label, cpu=cpu.model_name, threads=threads)
+    except EngineNotFoundError:
+        calibration = None
+    return Here(
+        available_bytes=read_memory().available_for_new_process(),
+        read_bytes_per_s=read_bandwidth_bytes_per_s(threads),
+        calibration=calibration,
+    )
+
+
+def _kept(settings: Settings, here: Here, context: int) -> Iterator[Line]:
+    catalog = {entry.id: entry for entry in load_catalog().entries}
+    for kept in Library(models_directory(settings)).models():
+        entry = catalog.get(kept.sidecar.catalog or "") if kept.sidecar is not None else None
+        name = entry.id if entry is not None else kept.name
+        try:
+            header = read_header(kept.path)
+        except ModelError as error:
+            yield Line(name, "", here=True, paper=None, outlook=None, problem=error.message)
+            continue
+        seen = outlook(work_of_file(header), here, context=context, depth=min(_DEPTH, context))
+        yield Line(name, header.quantization, here=True, paper=entry.paper if entry else None, outlook=seen)
+
+
+def _catalogued(settings: Settings, here: Here, context: int) -> Iterator[Line]:
+    kept = {k.sidecar.catalog for k in Library(models_directory(settings)).models() if k.sidecar is not None}
+    for entry in load_catalog().entries:
+        if entry.id in kept:
+            continue
+        quant: Literal["Q4_K_M", "Q4_0"] = "Q4_K_M" if "Q4_K_M" in entry.files else "Q4_0"
+        seen = outlook(_work(entry, quant), here, context=context, depth=min(_DEPTH, context))
+        yield Line(entry.id, quant, here=False, paper=entry.paper, outlook=seen)
+
+
+def _work(entry: Entry, quant: Literal["Q4_K_M", "Q4_0"]) -> Work:
+    name: Quant = "q4_k_m" if quant == "Q4_K_M" else "q4_0"
+    return msgspec.structs.replace(work_of_shape(entry.shape, name), file_bytes=entry.expected_bytes(quant))
+
+
+def _table(lines: list[Line], here: Here) -> Table:
+    """One line a model, within 80 columns."""
+    least, most = ("", "") if here.calibration else (">", "<")
+    table = Table(box=SIMPLE, pad_edge=False)
+    for name in ("", "model", "weights", "paper", "file", "memory", "fits", "prefill", "decode"):
+        right = name in ("file", "memory", "prefill", "decode")
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    for line in lines:
+        seen, mark = line.outlook, "•" if line.here else ""
+        if seen is None:
+            table.add_row(mark, escape(line.name), "", "", "", "", f"[red]{escape(line.problem or '')}[/]", "", "")
+            continue
+        table.add_row(
+            mark,
+            escape(line.name),
+            line.quantization,
+            line.paper or "",
+            f"{seen.file_bytes / 1e9:.2f}",
+            "?" if seen.memory_bytes is None else f"{least}{seen.memory_bytes / 1e9:.2f}",
+            {True: "[green]yes[/]", False: "[red]no[/]", None: "?"}[seen.fits],
+            fmt.number(seen.prefill_tps),
+            "–" if seen.decode_tps is None else most + fmt.number(seen.decode_tps),
+        )
+    return table
+
+
+def _explain(lines: list[Line], here: Here, context: int, console: Console) -> None:
+    console.print(
+        f"• is on this machine; file and memory in GB ({context} tokens of context; "
+        f"{here.available_bytes / 1e9:.1f} GB are free), prefill and decode in tokens/s",
+        highlight=False,
+        soft_wrap=True,
+    )
+    unknown = sorted({kind for line in lines if line.outlook for kind in line.outlook.unknown})
+    if unknown:
+        console.print(f"no rate where the calibration does not know the weights: {', '.join(unknown)}", highlight=False)
+    if here.calibration is None:
+        console.print(
+            f"decode is what {here.read_bytes_per_s / 1e9:.1f} GB/s of memory bandwidth allow at most, no forecast; "
+            "for one: promptai models calibrate",
+            highlight=False,
+            soft_wrap=True,
+        )
+    else:
+        console.print(
+            f"forecast for {here.calibration.engine}, {here.calibration.threads} threads, "
+            f"{min(_DEPTH, context)} tokens into a conversation; calibrated {here.calibration.created[:10]}",
+            highlight=False,
+            soft_wrap=True,
+        )

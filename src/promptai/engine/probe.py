@@ -1,0 +1,98 @@
+"""Run a model for a few seconds and read off what it costs: seconds a token, bytes of memory.
+
+A forecast is only as good as what it was calibrated with, so the same engine, flags and
+client as in a benchmark are used, on prompts of random tokens of known number, and the
+median of a few tries counts.
+"""
+
+from pathlib import Path
+from random import Random
+from statistics import median
+
+import msgspec
+
+from promptai.device.process import ProcessMemory, ProcessTree
+from promptai.engine.client import EngineClient
+from promptai.engine.flags import EngineFlags
+from promptai.engine.launch import RunningEngine
+from promptai.engine.locate import EngineBinary
+from promptai.errors import EngineProtocolError
+from promptai.wire.llamaserver import Timings
+
+#: Ordinary tokens of promptai-tiny's vocabulary, which every synthetic model has.
+_FIRST_TOKEN, _LAST_TOKEN = 300, 1999
+
+
+class Probed(msgspec.Struct, frozen=True, kw_only=True):
+    """
+    What one engine with one model did.
+
+    Attributes:
+        decode_s: Seconds a token, median of the tries; ``prefill_s`` of a prompt token.
+        loaded, peak: Its memory when it was loaded, and after the prompts.
+    """
+
+    decode_s: float
+    prefill_s: float
+    deep_decode_s: float | None
+    loaded: ProcessMemory
+    peak: ProcessMemory
+
+
+async def probe(
+    binary: EngineBinary,
+    flags: EngineFlags,
+    *,
+    log: Path,
+    prompt_tokens: int,
+    answer_tokens: int,
+    tries: int,
+    deep_tokens: int | None = None,
+) -> Probed:
+    """
+    Start an engine, time it, stop it.
+
+    Args:
+        prompt_tokens: Tokens before the answer; ``deep_tokens`` of one further prompt.
+
+    Raises:
+        EngineError: It cannot be started, died, or tells no timings.
+    """
+    generator = Random(0)  # noqa: S311  the same prompts every time
+    async with RunningEngine(binary, flags, log=log) as engine, EngineClient(engine.base_url) as client:
+        tree = ProcessTree(engine.pid or 0)
+        try:
+            loaded = _memory(tree, engine)
+            await _play(client, generator, prompt_tokens, 2)  # pages the weights in
+            timings = [await _play(client, generator, prompt_tokens, answer_tokens) for _ in range(tries)]
+            deep = [await _play(client, generator, deep_tokens, answer_tokens) for _ in range(2 if deep_tokens else 0)]
+            peak = _memory(tree, engine)
+        finally:
+            tree.close()
+    return Probed(
+        decode_s=median(map(_decode_s, timings)),
+        prefill_s=median(t.prompt_ms / t.prompt_n / 1000 for t in timings),
+        deep_decode_s=median(map(_decode_s, deep)) if deep else None,
+        loaded=loaded,
+        peak=peak,
+    )
+
+
+def _decode_s(timings: Timings) -> float:
+    return timings.predicted_ms / (timings.predicted_n - 1) / 1000
+
+
+async def _play(client: EngineClient, generator: Random, prompt_tokens: int | None, answer_tokens: int) -> Timings:
+    prompt = [generator.randint(_FIRST_TOKEN, _LAST_TOKEN) for _ in range(prompt_tokens or 1)]
+    body = {"n_predict": answer_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    timings = (await client.complete({"prompt": prompt, **body})).timings
+    if timings is None or timings.predicted_n < 2 or not timings.prompt_n:
+        raise EngineProtocolError(f"{client.base_url} does not tell its timings", hint="use another llama-server")
+    return timings
+
+
+def _memory(tree: ProcessTree, engine: RunningEngine) -> ProcessMemory:
+    reading = tree.read()
+    if reading is None:
+        raise engine.death() or EngineProtocolError(f"{engine.base_url} cannot be watched")
+    return reading.memory

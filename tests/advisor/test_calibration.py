@@ -1,0 +1,95 @@
+"""Against machines whose prices are known because they were chosen."""
+
+from random import Random
+
+import pytest
+
+from promptai.advisor.calibration import PROBES, Calibration, Reading, buffer_bytes, fit
+from promptai.advisor.forecast import forecast
+from promptai.advisor.work import Work, work_of_shape
+from promptai.models.shape import Shape
+
+BYTE_S = {"Q4_0": 40e-12, "Q4_K": 55e-12, "Q6_K": 70e-12, "Q8_0": 30e-12}
+WEIGHT_S = {"Q4_0": 6e-12, "Q4_K": 7e-12, "Q6_K": 7e-12, "Q8_0": 5e-12}
+COPIED = {"Q4_0": 1.0, "Q4_K": 1.0, "Q6_K": 0.0, "Q8_0": 0.0}
+LAYER_S, KV_S, BASE_BYTES = 30e-6, 100e-12, 24_000_000
+
+LLAMA_32_3B = Shape(28, 3072, 24, 8, 8192, 128_256, tied=True)
+
+
+def decode_s(work: Work, depth: int) -> float:
+    kv = (work.kv_bytes(depth) or 0) * KV_S
+    return sum(BYTE_S[kind] * size for kind, size in work.decode_bytes.items()) + work.layers * LAYER_S + kv
+
+
+def readings(noise: float = 0.0) -> list[Reading]:
+    """What the probes would show on that machine, times up to ``noise`` too long."""
+    generator = Random(1)
+    found = []
+    for probe in PROBES:
+        work = work_of_shape(probe.shape, probe.quant)
+        loaded = BASE_BYTES + (work.kv_bytes(2048) or 0)
+        loaded += sum(int(COPIED[kind]) * size for kind, size in work.decode_bytes.items())
+        found.append(
+            Reading(
+                work=work,
+                decode_s=decode_s(work, 512) * (1 + noise * generator.random()),
+                depth=512,
+                deep_decode_s=decode_s(work, 2304) * (1 + noise * generator.random()) if probe.deep else None,
+                deep_depth=2304,
+                prefill_s=sum(WEIGHT_S[kind] * count for kind, count in work.prefill_weights.items()),
+                context=2048,
+                anon_loaded_bytes=loaded,
+                anon_peak_bytes=loaded + round(0.9 * buffer_bytes(work)),
+                file_mapped_bytes=work.file_bytes + 19_000_000,
+            )
+        )
+    return found
+
+
+def solved(noise: float = 0.0) -> Calibration:
+    return fit(readings(noise), engine="an engine", cpu="a processor", threads=2, created="2026-11-21T00:00:00+00:00")
+
+
+def test_without_a_deep_reading_there_is_no_price_of_the_cache() -> None:
+    with pytest.raises(ValueError, match="long context"):
+        fit([r for r in readings() if r.deep_decode_s is None], engine="", cpu="", threads=1, created="")
+
+
+def test_the_probes_tell_every_price_apart() -> None:
+    found = solved()
+
+    assert found.decode_s_per_byte == pytest.approx(BYTE_S, rel=0.01)
+    assert found.decode_s_per_layer == pytest.approx(LAYER_S, rel=0.01)
+    assert found.kv_s_per_byte == pytest.approx(KV_S, rel=0.01)
+    assert found.prefill_s_per_weight == pytest.approx(WEIGHT_S, rel=0.01)
+    assert found.copied_share == COPIED
+    assert found.base_anon_bytes == pytest.approx(BASE_BYTES, rel=0.01)
+    assert found.base_file_bytes == pytest.approx(19_000_000)
+    assert found.buffer_scale == pytest.approx(0.9, rel=0.01)
+
+
+def test_no_price_is_negative_however_noisy_the_machine() -> None:
+    found = solved(noise=0.5)
+
+    assert min(found.decode_s_per_byte.values()) >= 0
+    assert found.decode_s_per_layer >= 0
+    assert found.kv_s_per_byte >= 0
+
+
+@pytest.mark.parametrize("quant", ["q4_0", "q4_k_m", "q8_0"])
+def test_a_model_that_was_no_probe_is_forecast_within_2_percent(quant: str) -> None:
+    work = work_of_shape(LLAMA_32_3B, quant)  # type: ignore[arg-type]
+
+    found = forecast(work, solved(), context=4096, depth=1000)
+
+    assert found.decode_tps == pytest.approx(1 / decode_s(work, 1000), rel=0.02)
+    assert found.unknown == ()
+
+
+def test_noise_of_5_percent_in_the_probes_is_at_most_10_percent_in_a_forecast() -> None:
+    work = work_of_shape(LLAMA_32_3B, "q4_k_m")
+
+    found = forecast(work, solved(noise=0.05), context=4096, depth=1000)
+
+    assert found.decode_tps == pytest.approx(1 / decode_s(work, 1000), rel=0.10)

@@ -1,0 +1,81 @@
+import msgspec
+import pytest
+
+from promptai.advisor.calibration import Calibration, buffer_bytes
+from promptai.advisor.forecast import decode_bound_tps, forecast
+from promptai.advisor.outlook import Here, outlook
+from promptai.advisor.work import work_of_shape
+from promptai.models.shape import Shape
+
+WORK = work_of_shape(Shape(2, 512, 4, 2, 1024, 3000), "q4_0")
+CALIBRATION = Calibration(
+    engine="an engine",
+    cpu="a processor",
+    threads=4,
+    decode_s_per_byte={"Q4_0": 1e-9, "Q6_K": 2e-9},
+    decode_s_per_layer=0.001,
+    kv_s_per_byte=0.0,
+    prefill_s_per_weight={"Q4_0": 1e-11},
+    copied_share={"Q4_0": 1.0, "Q6_K": 0.0},
+    base_anon_bytes=1_000_000,
+    base_file_bytes=500_000,
+    buffer_scale=1.0,
+    created="2026-11-21T00:00:00+00:00",
+)
+
+
+def test_weights_that_were_never_measured_have_no_rate_and_are_named() -> None:
+    known_a_part = msgspec.structs.replace(CALIBRATION, decode_s_per_byte={"Q4_0": 1e-9}, prefill_s_per_weight={})
+
+    found = forecast(WORK, known_a_part, context=1024, depth=0)
+
+    assert (found.decode_tps, found.prefill_tps, found.unknown) == (None, None, ("Q6_K",))
+
+
+def test_a_cache_of_unknown_form_makes_memory_unknown_and_not_small() -> None:
+    found = forecast(msgspec.structs.replace(WORK, kv_bytes_per_token=None), CALIBRATION, context=1024, depth=0)
+
+    assert (found.anon_bytes, found.resident_bytes, found.needed_bytes) == (None, None, None)
+
+
+def test_a_token_costs_its_bytes_and_its_layers() -> None:
+    found = forecast(WORK, CALIBRATION, context=1024, depth=0)
+
+    expected_s = WORK.decode_bytes["Q4_0"] * 1e-9 + WORK.decode_bytes["Q6_K"] * 2e-9 + 2 * 0.001
+    assert found.decode_tps == pytest.approx(1 / expected_s)
+    assert found.prefill_tps == pytest.approx(1 / (WORK.prefill_weights["Q4_0"] * 1e-11))
+
+
+def test_what_the_engine_copies_is_resident_twice_and_needed_once() -> None:
+    found = forecast(WORK, CALIBRATION, context=1024, depth=0)
+
+    copied = WORK.decode_bytes["Q4_0"]
+    anonymous = 1_000_000 + (WORK.kv_bytes(1024) or 0) + copied + buffer_bytes(WORK)
+    assert found.anon_bytes == anonymous
+    assert found.resident_bytes == anonymous + WORK.file_bytes + 500_000
+    assert found.needed_bytes == found.resident_bytes - copied
+
+
+def test_a_longer_context_takes_more_memory_and_a_deeper_one_more_time() -> None:
+    priced = msgspec.structs.replace(CALIBRATION, kv_s_per_byte=1e-9)
+
+    near, far = (forecast(WORK, priced, context=4096, depth=depth) for depth in (10, 4000))
+
+    assert near.anon_bytes == far.anon_bytes
+    assert (near.decode_tps or 0) > (far.decode_tps or 0)
+
+
+def test_without_a_calibration_there_are_bounds_and_they_say_so() -> None:
+    seen = outlook(WORK, Here(available_bytes=10**9, read_bytes_per_s=1e9), context=1024, depth=512)
+
+    assert not seen.calibrated
+    assert seen.decode_tps == decode_bound_tps(WORK, 1e9) == pytest.approx(1e9 / sum(WORK.decode_bytes.values()))
+    assert seen.prefill_tps is None
+    assert seen.memory_bytes == WORK.file_bytes + (WORK.kv_bytes(1024) or 0) + buffer_bytes(WORK)
+
+
+@pytest.mark.parametrize(("available", "fits"), [(10**6, False), (10**9, True)])
+def test_a_model_fits_when_what_it_needs_is_available(available: int, fits: bool) -> None:  # noqa: FBT001
+    here = Here(available_bytes=available, read_bytes_per_s=1e9, calibration=CALIBRATION)
+
+    assert outlook(WORK, here, context=1024, depth=512).fits is fits
