@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench docs format clean help
+.PHONY: demo test check bench bench-models docs format clean help
 
 demo: $(VENV)/.installed  ## install, then measure the bundled model and write a report (under 3 minutes)
 	$(BIN)/promptai demo
@@ -21,6 +21,9 @@ check: $(VENV)/.dev  ## lint, types, floors, generated documents
 bench: $(VENV)/.dev  ## measure the measuring: accuracy and cost of the harness, absolute figures
 	$(BIN)/python benchmarks/harness.py
 
+bench-models: $(VENV)/.dev  ## forecasts of models against measurements, absolute figures
+	$(BIN)/python benchmarks/forecast.py
+
 docs: $(VENV)/.dev  ## write the reference pages from the code
 	$(BIN)/python docs/generate.py
 
@@ -32,7 +35,7 @@ clean:  ## remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist
 
 help:
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/  /' | sort
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/  /' | sort
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

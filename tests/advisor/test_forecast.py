@@ -1,27 +1,14 @@
 import msgspec
 import pytest
 
-from promptai.advisor.calibration import Calibration, buffer_bytes
+from promptai.advisor.calibration import buffer_bytes
 from promptai.advisor.forecast import decode_bound_tps, forecast
 from promptai.advisor.outlook import Here, outlook
 from promptai.advisor.work import work_of_shape
 from promptai.models.shape import Shape
+from support_calibration import CALIBRATION
 
 WORK = work_of_shape(Shape(2, 512, 4, 2, 1024, 3000), "q4_0")
-CALIBRATION = Calibration(
-    engine="an engine",
-    cpu="a processor",
-    threads=4,
-    decode_s_per_byte={"Q4_0": 1e-9, "Q6_K": 2e-9},
-    decode_s_per_layer=0.001,
-    kv_s_per_byte=0.0,
-    prefill_s_per_weight={"Q4_0": 1e-11},
-    copied_share={"Q4_0": 1.0, "Q6_K": 0.0},
-    base_anon_bytes=1_000_000,
-    base_file_bytes=500_000,
-    buffer_scale=1.0,
-    created="2026-11-21T00:00:00+00:00",
-)
 
 
 def test_weights_that_were_never_measured_have_no_rate_and_are_named() -> None:

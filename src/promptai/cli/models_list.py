@@ -129,7 +129,7 @@ def _work(entry: Entry, quant: Literal["Q4_K_M", "Q4_0"]) -> Work:
 def _table(lines: list[Line], here: Here) -> Table:
     """One line a model, within 80 columns."""
     least, most = ("", "") if here.calibration else (">", "<")
-    table = Table(box=SIMPLE, pad_edge=False)
+    table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("", "model", "weights", "paper", "file", "memory", "fits", "prefill", "decode"):
         right = name in ("file", "memory", "prefill", "decode")
         table.add_column(name, justify="right" if right else "left", no_wrap=True)

@@ -1,0 +1,125 @@
+"""Forecast against measurement: does calibrating five small models tell what large ones do?
+
+Run with ``make bench-models``; about six minutes on two cores, with 6 GB of disk and 7 GB of
+memory free; leave the machine alone meanwhile. Calibrates this machine's engine anew, then writes catalogue
+shapes of 0.6 to 4 GB with random weights, forecasts each, runs each, and prints both. The
+sizes of the paper's eight shapes stand before it, against arithmetic done here.
+"""
+
+import asyncio
+import contextlib
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from promptai.advisor.calibrate import calibrate
+from promptai.advisor.calibration import Calibration
+from promptai.advisor.forecast import forecast
+from promptai.advisor.work import work_of_shape
+from promptai.device.cpu import default_threads, read_cpu
+from promptai.engine.flags import EngineFlags
+from promptai.engine.launch import free_port
+from promptai.engine.locate import EngineBinary, locate
+from promptai.engine.probe import Probed, probe
+from promptai.models.catalog import Entry, load_catalog
+from promptai.models.synth import write_synthetic
+from promptai.models.tensors import Quant, parameter_count, tensor_bytes
+from promptai.settings import cache_directory
+
+#: Small to large, five architectures, three quantisations, tied and untied, few and many KV heads.
+CASES: tuple[tuple[str, Quant], ...] = (
+    ("qwen3-0.6b", "q8_0"),
+    ("llama-3.2-1b", "q4_k_m"),
+    ("yi-coder-1.5b", "q4_0"),
+    ("gemma-2-2b", "q4_k_m"),
+    ("phi-3.5-mini", "q4_0"),
+    ("mistral-7b", "q4_0"),
+)
+CONTEXT, PROMPT_TOKENS, ANSWER_TOKENS, TRIES = 2048, 256, 24, 3
+AIM = 0.15
+
+
+class Row(NamedTuple):
+    """One figure of one model, expected and seen."""
+
+    model: str
+    what: str
+    expected: float
+    seen: float
+
+    @property
+    def error(self) -> float:
+        """(expected - seen) / seen."""
+        return self.expected / self.seen - 1
+
+
+def sizes() -> Iterator[tuple[str, float, float]]:
+    """The paper's shapes in Q4_0: bytes that we would write, and 4.5 bits a weight but 6.5625 for the output."""
+    for entry in load_catalog().entries:
+        if entry.paper is not None:
+            shape = entry.shape
+            output = shape.width * shape.vocabulary
+            other = parameter_count(shape) - output
+            yield entry.id, float(tensor_bytes(shape, "q4_0")), (other * 4.5 + output * 6.5625) / 8
+
+
+def compare(entry: Entry, quant: Quant, calibration: Calibration, seen: Probed) -> Iterator[Row]:
+    """What was forecast of a model, beside what it did."""
+    expected = forecast(work_of_shape(entry.shape, quant), calibration, context=CONTEXT, depth=PROMPT_TOKENS)
+    name = f"{entry.id} {quant}"
+    yield Row(name, "decode, tokens/s", expected.decode_tps or float("nan"), 1 / seen.decode_s)
+    resident = (seen.peak.anon_bytes or 0) + (seen.peak.file_bytes or 0)
+    yield Row(name, "memory, GB", (expected.resident_bytes or float("nan")) / 1e9, resident / 1e9)
+    yield Row(name, "prefill, tokens/s", expected.prefill_tps or float("nan"), 1 / seen.prefill_s)
+
+
+async def run(binary: EngineBinary, path: Path, threads: int) -> Probed:
+    """Measure one file."""
+    flags = EngineFlags(model=str(path), port=free_port(), threads=threads, context=CONTEXT)
+    log = path.with_suffix(".log")
+    return await probe(binary, flags, log=log, prompt_tokens=PROMPT_TOKENS, answer_tokens=ANSWER_TOKENS, tries=TRIES)
+
+
+def main() -> int:
+    """Print sizes, then each figure as it is known; exit code 1 when decode or memory is further off than the aim."""
+    console = Console()
+    wrong = 0
+    for name, planned, arithmetic in sizes():
+        error = planned / arithmetic - 1
+        wrong += abs(error) > 0.01
+        console.print(f"size of {name} in q4_0: {planned / 1e9:.3f} GB, arithmetic {error:+.2%} [dim]\\[1 %][/]")
+    binary, cpu = locate(cache=cache_directory() / "engines"), read_cpu()
+    threads = default_threads(cpu)
+    table = Table(
+        "model", "what", "forecast", "measured", "error", title=f"{binary.label}, {threads} threads, {cpu.model_name}"
+    )
+    with tempfile.TemporaryDirectory() as folder, console.status("calibrating") as status:
+        calibration = asyncio.run(
+            calibrate(binary, cpu=cpu.model_name, threads=threads, cache=Path(folder), observe=lambda *_: None)
+        )
+        for name, quant in CASES:
+            status.update(f"{name} {quant}")
+            entry, path = load_catalog().find(name), Path(folder) / f"{name}-{quant}.gguf"
+            write_synthetic(path, entry.shape, name=name, quant=quant)
+            seen = asyncio.run(run(binary, path, threads))
+            with contextlib.suppress(OSError):
+                path.unlink()
+            for row in compare(entry, quant, calibration, seen):
+                off = abs(row.error) > AIM
+                wrong += off and not row.what.startswith("prefill")
+                colour = "red" if off else "green"
+                table.add_row(
+                    row.model, row.what, f"{row.expected:.2f}", f"{row.seen:.2f}", f"[{colour}]{row.error:+.1%}[/]"
+                )
+                console.print(f"{row.model}: {row.what} {row.expected:.2f}, measured {row.seen:.2f}, {row.error:+.1%}")
+    console.print(table)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The real engine, on probes small enough for a test: the arithmetic is tested without one in test_calibration."""
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from promptai.advisor import calibrate as module
+from promptai.advisor.calibrate import calibrate, load, save
+from promptai.advisor.calibration import PROBES
+from promptai.engine.locate import locate
+from promptai.errors import RunError
+from support_calibration import CALIBRATION
+
+KEY = {"engine": CALIBRATION.engine, "cpu": CALIBRATION.cpu, "threads": CALIBRATION.threads}
+
+
+def test_a_calibration_that_cannot_be_kept_is_an_error_of_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(RunError, match="cannot write"):
+        save(tmp_path / "file" / "calibrations", CALIBRATION)
+
+
+@pytest.mark.parametrize("change", [{"engine": "another"}, {"cpu": "another"}, {"threads": 2}], ids=str)
+def test_a_calibration_holds_for_its_engine_processor_and_threads_only(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    save(tmp_path, CALIBRATION)
+
+    assert load(tmp_path, **KEY) == CALIBRATION  # type: ignore[arg-type]
+    assert load(tmp_path, **(KEY | change)) is None  # type: ignore[arg-type]
+
+
+def test_one_of_another_version_or_a_damaged_one_is_none(tmp_path: Path) -> None:
+    save(tmp_path, msgspec.structs.replace(CALIBRATION, schema=0))
+    assert load(tmp_path, **KEY) is None  # type: ignore[arg-type]
+
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(b"\xff{")
+    assert load(tmp_path, **KEY) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.real
+def test_the_real_engine_is_calibrated_and_no_probe_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = [
+        msgspec.structs.replace(
+            probe, shape=msgspec.structs.replace(probe.shape, layers=1, width=256, heads=4, kv_heads=4, ffn=512)
+        )
+        for probe in PROBES
+    ]
+    monkeypatch.setattr(module, "PROBES", small)
+    monkeypatch.setattr(module, "_DEEP_TOKENS", 600)
+    monkeypatch.setattr(module, "_ANSWER_TOKENS", 4)
+    told: list[str] = []
+
+    found = asyncio.run(
+        calibrate(locate(), cpu="a processor", threads=1, cache=tmp_path, observe=lambda _n, name: told.append(name))
+    )
+
+    assert told == [probe.name for probe in PROBES]
+    assert list(tmp_path.iterdir()) == []
+    assert found.decode_s_per_byte.keys() == {"Q4_0", "Q4_K", "Q6_K", "Q8_0"}
+    assert sum(found.prefill_s_per_weight.values()) > 0
+    # An interpreter, the wheel and its buffers: tens of megabytes.
+    assert 5e6 < found.base_anon_bytes < 200e6
+    assert set(found.copied_share.values()) <= {0.0, 1.0}
