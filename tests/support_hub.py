@@ -8,6 +8,7 @@ origin, where no token may arrive. ``/plain/FILE`` is a file on any other web se
 import hashlib
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -19,13 +20,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 COMMIT = "fdf72ae0827c1cda404aff25b6603abec9e3399b"
 TOKEN = "hf_sesame"  # noqa: S105  opens nothing but the stand-in
+_LARGE = (".gguf", ".jsonl")
+#: Little enough that what was sent to somebody who has gone is not counted.
+_PIECE_BYTES = 1 << 16
 
 
 @dataclass
 class Repository:
-    """What a model repository holds; ``.gguf`` files lie in large-file storage."""
+    """What a repository holds; ``.gguf`` and ``.jsonl`` files lie in large-file storage."""
 
     files: dict[str, bytes]
     license: str | None = "apache-2.0"
@@ -36,7 +43,7 @@ class Repository:
 @dataclass
 class Faults:
     """
-    How the storage misbehaves; all off by default.
+    How hub and storage misbehave; all off by default.
 
     Attributes:
         cut_at: Close the connection at this share of the file ...
@@ -44,7 +51,9 @@ class Faults:
         flip_byte: Change the file's byte at this place, length and names unchanged.
         bytes_per_s: Send no faster than this.
         no_ranges: Answer every request with the whole file.
-        status: Refuse whatever is asked of the storage with this.
+        shorter_by: Leave out so many bytes at the file's end.
+        refuse: The hub answers everything with this status and error code.
+        sign_in_page: Whatever is asked, the answer is the page of a hotel.
     """
 
     cut_at: float = 1.0
@@ -52,7 +61,9 @@ class Faults:
     flip_byte: int | None = None
     bytes_per_s: float | None = None
     no_ranges: bool = False
-    status: int | None = None
+    shorter_by: int = 0
+    refuse: tuple[int, str] | None = None
+    sign_in_page: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,12 +129,8 @@ class Hub(ThreadingHTTPServer):
 
 @contextmanager
 def hub_with(**files: dict[str, bytes] | Repository) -> Iterator[Hub]:
-    """A running hub; ``owner__name={file: bytes}`` is repository ``owner/name``."""
-    repositories = {
-        name.replace("__", "/").replace("_", "-"): files if isinstance(files, Repository) else Repository(files)
-        for name, files in files.items()
-    }
-    hub = Hub(repositories)
+    """A running hub; ``owner__name={file: bytes}`` is model ``owner/name``, ``datasets__owner__name`` a data set."""
+    hub = Hub({name.replace("__", "/").replace("_", "-"): _repository(held) for name, held in files.items()})
     thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -132,6 +139,44 @@ def hub_with(**files: dict[str, bytes] | Repository) -> Iterator[Hub]:
         hub.shutdown()
         thread.join()
         hub.server_close()
+
+
+def point_at(url: str, home: Path, patch: pytest.MonkeyPatch) -> None:
+    """Point the library in this process at a hub and an empty home; for as long as the patch lasts."""
+    for name in [name for name in os.environ if name.lower().endswith("_proxy") or name.startswith("HF_")]:
+        patch.delenv(name)
+    patch.setattr(constants, "ENDPOINT", url)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    patch.setattr(constants, "HF_HUB_CACHE", str(home / "hf"))
+    patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+
+
+class Told:
+    """A ``Watch`` that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.stretches: list[tuple[str, int | None, int]] = []
+        self.advanced = 0
+
+    def begin(self, what: str, total: int | None, done: int = 0) -> None:
+        """Remember a stretch of work."""
+        self.stretches.append((what, total, done))
+
+    def advance(self, size: int) -> None:
+        """Add bytes."""
+        self.advanced += size
+
+    def say(self, line: str) -> None:
+        """Remember a line."""
+        self.lines.append(line)
+
+
+def nobody() -> str:
+    """The address of a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -150,7 +195,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.seen.append(self.request_seen)
         parts = urlsplit(self.path)
         path = unquote(parts.path)
-        if path in self.server.redirects:
+        faults = self.server.faults
+        if faults.sign_in_page:
+            page = b"<html>Welcome! Room number?</html>"
+            self._answer(200, {"Content-Type": "text/html"}, page, 0, len(page))
+        elif faults.refuse is not None and not path.startswith("/storage/"):
+            self._answer(faults.refuse[0], {"X-Error-Code": faults.refuse[1]})
+        elif path in self.server.redirects:
             self._answer(302, {"Location": self.server.redirects[path]})
         elif path == "/api/models":
             self._list(parse_qs(parts.query))
@@ -201,7 +252,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif file not in repository.files:
             headers = {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", "X-Repo-Commit": COMMIT}
             self._answer(404, headers)
-        elif not file.endswith(".gguf"):
+        elif not file.endswith(_LARGE):
             self._file(repository.files[file], hashlib.sha1(repository.files[file]).hexdigest())  # noqa: S324  as git
         else:
             content = repository.files[file]
@@ -234,9 +285,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, content: bytes, etag: str) -> None:
         faults = self.server.faults
-        if faults.status is not None:
-            self._answer(faults.status, {})
-            return
+        content = content[: len(content) - faults.shorter_by]
         if faults.flip_byte is not None:
             changed = bytearray(content)
             changed[faults.flip_byte] ^= 0xFF
@@ -269,7 +318,7 @@ class _Handler(BaseHTTPRequestHandler):
         if faults.cut_first > 0 and self.request_seen in self.server.bodies():
             faults.cut_first -= 1
             stop, self.close_connection = max(first, int(len(content) * faults.cut_at)), True
-        step = len(content) if faults.bytes_per_s is None else max(1, int(faults.bytes_per_s / 50))
+        step = _PIECE_BYTES if faults.bytes_per_s is None else max(1, int(faults.bytes_per_s / 50))
         try:
             for at in range(first, stop, step):
                 piece = content[at : min(at + step, stop)]
@@ -284,7 +333,11 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing on standard error."""
 
 
+def _repository(held: dict[str, bytes] | Repository) -> Repository:
+    return held if isinstance(held, Repository) else Repository(held)
+
+
 def _sibling(file: str, content: bytes) -> dict[str, Any]:
     sha256 = hashlib.sha256(content).hexdigest()
-    large = {"lfs": {"sha256": sha256, "size": len(content), "pointerSize": 134}} if file.endswith(".gguf") else {}
+    large = {"lfs": {"sha256": sha256, "size": len(content), "pointerSize": 134}} if file.endswith(_LARGE) else {}
     return {"rfilename": file, "size": len(content), "blobId": sha256[:40], **large}

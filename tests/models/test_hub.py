@@ -1,232 +1,293 @@
-"""The real huggingface_hub against a stand-in that speaks the hub's protocol, each time in a process of its own.
+"""The real huggingface_hub against a stand-in that speaks the hub's protocol.
 
-The library reads its environment when it is imported, so that it cannot be pointed elsewhere in this process.
+In this process, pointed at the stand-in, as each process of its own would cost a second;
+tests/cli/test_models_pull.py does the same from outside, through the environment.
 """
 
-import hashlib
-import json
-import os
 import socket
-import subprocess
-import sys
-import textwrap
-import threading
-import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from huggingface_hub import close_session, constants
 
-pytestmark = pytest.mark.real
+from promptai.errors import HubError, HubGatedError, HubNotFoundError, HubUnreachableError
+from promptai.models.hub import (
+    fetch_dataset_file,
+    file_size,
+    hub_url,
+    open_body,
+    read_range,
+    repositories_like,
+    repository_facts,
+)
+from support_hub import COMMIT, TOKEN, Faults, Hub, Repository, hub_with, nobody, point_at
 
-CONTENT = b"one line of a data set\n" * 1000
+TALKS = b"one line of a data set\n" * 1000
+WEIGHTS = bytes(range(256)) * 1000
 #: The library takes up a download at whole pieces of this size.
 PIECE = 10 * 1024 * 1024
-ETAG = hashlib.sha256(CONTENT).hexdigest()
-COMMIT = "fdf72ae0827c1cda404aff25b6603abec9e3399b"
-FILE = "/datasets/people/talks/resolve/main/trees.jsonl"
-
-#: Asks as the product does.
-ASK = """
-    import json, sys
-    from promptai.errors import PromptAIError
-    from promptai.models.hub import fetch_dataset_file
-    try:
-        print(json.dumps({"path": str(fetch_dataset_file("people/talks", "trees.jsonl"))}))
-    except PromptAIError as error:
-        print(json.dumps({"message": error.message, "hint": error.hint}))
-"""
-
-
-class Behaviour(NamedTuple):
-    """How the stand-in answers: as the hub does, unless told otherwise."""
-
-    status: int = 200
-    error_code: str | None = None
-    metadata: bool = True
-    content: bytes = CONTENT
-    announced: int = len(CONTENT)
-    cut_first: bool = False
-
-
-class Hub(ThreadingHTTPServer):
-    """A hub with one file, kept in large-file storage: HEAD redirects to where the bytes are."""
-
-    daemon_threads = True
-
-    def __init__(self, behaviour: Behaviour) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.behaviour = behaviour
-        self.seen: list[str] = []
-
-    @property
-    def url(self) -> str:
-        """What HF_ENDPOINT is set to."""
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Hub
-
-    def do_HEAD(self) -> None:
-        self.server.seen.append("HEAD")
-        behaviour = self.server.behaviour
-        headers = {"Content-Length": "0"}
-        if self.path != FILE:
-            self._answer(404, headers | {"X-Error-Code": "EntryNotFound"})
-        elif behaviour.status != 200:
-            self._answer(behaviour.status, headers | {"X-Error-Code": behaviour.error_code or ""})
-        elif not behaviour.metadata:
-            self._answer(200, headers | {"Content-Type": "text/html"})
-        else:
-            headers |= {
-                "X-Repo-Commit": COMMIT,
-                "X-Linked-Etag": f'"{ETAG}"',
-                "X-Linked-Size": str(behaviour.announced),
-            }
-            # Another host, as with the hub's storage: the library stops here and fetches from there.
-            storage = self.server.url.replace("127.0.0.1", "localhost")
-            self._answer(302, headers | {"Location": f"{storage}/{ETAG}"})
-
-    def do_GET(self) -> None:
-        wanted = self.headers.get("Range")
-        self.server.seen.append(f"GET {wanted or 'all'}")
-        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
-        content = self.server.behaviour.content
-        body = content[start:]
-        headers = {"Content-Length": str(len(body)), "ETag": f'"{ETAG}"'}
-        if wanted:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self._answer(206 if wanted else 200, headers)
-        if self.server.behaviour.cut_first and not wanted:
-            self.wfile.write(body[: PIECE + 1])
-            self.close_connection = True
-        else:
-            self.wfile.write(body)
-
-    def _answer(self, status: int, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the name in the standard library
-        """Say nothing on standard error."""
-
-
-Start = Callable[[Behaviour], Hub]
 
 
 @pytest.fixture
-def hub() -> Iterator[Start]:
-    """Start hubs; they are gone after the test."""
-    started: list[tuple[Hub, threading.Thread]] = []
-
-    def start(behaviour: Behaviour) -> Hub:
-        server = Hub(behaviour)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        started.append((server, thread))
-        return server
-
-    yield start
-    for server, thread in started:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with a model repository and a data set."""
+    files = {"model-Q4_K_M.gguf": WEIGHTS, "README.md": b"# A model"}
+    with hub_with(people__model_GGUF=files, datasets__people__talks={"trees.jsonl": TALKS}) as hub:
+        point_at(hub.url, tmp_path, monkeypatch)
+        yield hub
 
 
-def ask(home: Path, endpoint: str, **environ: str) -> dict[str, str]:
-    """What the product answers when it is pointed at this hub; nothing but that line may be printed as a traceback."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(ASK)],
-        env={
-            **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
-            "HF_ENDPOINT": endpoint,
-            "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            **environ,
-        },
-        capture_output=True,
-        check=False,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    answer: dict[str, str] = json.loads(done.stdout)
-    assert not any("\n" in line for line in answer.values()), answer
-    return answer
+def talks() -> Path:
+    return fetch_dataset_file("people/talks", "trees.jsonl")
 
 
-def nobody() -> str:
-    """The address of a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+def size() -> int:
+    return file_size("people/model-GGUF", "model-Q4_K_M.gguf")
 
 
-@pytest.mark.parametrize("offline", ["0", "1"], ids=["connection-refused", "told-to-be-offline"])
-def test_without_hub_and_cache_it_says_what_to_do(tmp_path: Path, offline: str) -> None:
-    """At once, and one line for what happened, one for what to do."""
-    began = time.monotonic()
-    answer = ask(tmp_path, nobody(), HF_HUB_OFFLINE=offline)
+def start_of_weights() -> bytes:
+    return read_range("people/model-GGUF", "model-Q4_K_M.gguf", 0, 4)
 
-    assert time.monotonic() - began < 10  # the library alone would try for 24 s
-    assert answer["message"].startswith("trees.jsonl of data set people/talks: ")
-    assert answer["message"].endswith("and it is not on this machine")
-    assert "fetch trees.jsonl elsewhere" in answer["hint"]
+
+def facts() -> object:
+    return repository_facts("people/model-GGUF")
+
+
+ASK = pytest.mark.parametrize("ask", [talks, size, start_of_weights, facts], ids=lambda ask: ask.__name__)
+
+
+@ASK
+def test_without_a_connection_it_is_said_at_once(
+    ask: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the two seconds of a unit test; the library alone would try for 24 s."""
+    point_at(nobody(), tmp_path, monkeypatch)
+
+    with pytest.raises(HubUnreachableError, match=r"no connection: .*Connection refused"):
+        ask()
+
+
+@ASK
+def test_told_to_be_offline_it_asks_nobody(
+    hub: Hub, ask: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    with pytest.raises(HubUnreachableError, match="told to stay offline"):
+        ask()
+
+    assert hub.seen == []
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "word"),
+    ("refusal", "kind"),
     [
-        pytest.param(Behaviour(404, "EntryNotFound"), "HTTP 404", id="no-such-file"),
-        pytest.param(Behaviour(401, "RepoNotFound"), "HTTP 401", id="no-such-data-set"),
-        pytest.param(Behaviour(403, "GatedRepo"), "HTTP 403", id="gated"),
-        pytest.param(Behaviour(403), "HTTP 403", id="forbidden"),
-        pytest.param(Behaviour(503), "HTTP 503", id="overloaded"),
+        pytest.param((404, "EntryNotFound"), HubNotFoundError, id="no-such-file"),
+        pytest.param((401, "RepoNotFound"), HubNotFoundError, id="no-such-repository"),
+        pytest.param((401, "GatedRepo"), HubGatedError, id="gated-to-strangers"),
+        pytest.param((403, "GatedRepo"), HubGatedError, id="gated-to-this-token"),
+        pytest.param((403, ""), HubGatedError, id="forbidden"),
+        pytest.param((503, ""), HubUnreachableError, id="overloaded"),
+        pytest.param((429, ""), HubUnreachableError, id="too-many-requests"),
+        pytest.param((400, ""), HubError, id="no-sense"),
     ],
 )
-def test_a_refusal_is_told_with_its_status(tmp_path: Path, hub: Start, behaviour: Behaviour, word: str) -> None:
-    """A hub that answers was reached: "cannot be reached" would send people to their cables."""
-    assert word in ask(tmp_path, hub(behaviour).url)["message"]
+@ASK
+def test_a_refusal_is_told_with_its_status(
+    hub: Hub, ask: Callable[[], object], refusal: tuple[int, str], kind: type[HubError]
+) -> None:
+    """A hub that answers was reached: "no connection" would send people to their cables."""
+    hub.faults.refuse = refusal
+
+    with pytest.raises(HubError) as raised:
+        ask()
+
+    assert type(raised.value) is kind
+    assert f"HTTP {refusal[0]}" in raised.value.message
+    assert "\n" not in str(raised.value)
 
 
-def test_a_page_that_is_no_hub_is_told_apart_from_no_connection(tmp_path: Path, hub: Start) -> None:
+@pytest.mark.parametrize("ask", [talks, size, facts], ids=lambda ask: ask.__name__)
+def test_a_page_that_is_no_hub_is_told_apart_from_no_connection(hub: Hub, ask: Callable[[], object]) -> None:
     """The sign-in page of a hotel answers 200 to everything."""
-    message = ask(tmp_path, hub(Behaviour(metadata=False)).url)["message"]
+    hub.faults.sign_in_page = True
 
-    assert "what answered is not a hub" in message
+    with pytest.raises(HubUnreachableError, match="what answered is not a hub"):
+        ask()
 
 
-def test_a_file_that_is_shorter_than_announced_is_refused(tmp_path: Path, hub: Start) -> None:
+def test_a_hub_that_accepts_and_then_says_nothing_is_given_up(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("promptai.models.hub._API_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        point_at(f"http://127.0.0.1:{mute.getsockname()[1]}", tmp_path, monkeypatch)
+        for ask in (talks, size, start_of_weights, facts):
+            with pytest.raises(HubUnreachableError):
+                ask()
+    assert hub.seen == []
+
+
+def test_a_repository_is_told_in_one_request(hub: Hub) -> None:
+    found = repository_facts("people/model-GGUF")
+
+    assert found.files == {"model-Q4_K_M.gguf": 256_000, "README.md": 9}
+    assert (found.repository, found.revision, found.license, found.gated) == (
+        *("people/model-GGUF", COMMIT),
+        *("apache-2.0", False),
+    )
+    assert list(found.sha256) == ["model-Q4_K_M.gguf"]
+    assert len(hub.seen) == 1
+
+
+def test_a_gated_repository_says_so_to_everybody(hub: Hub) -> None:
+    hub.repositories["people/model-GGUF"].gated = True
+
+    assert repository_facts("people/model-GGUF").gated
+
+
+def test_a_card_may_name_no_licence_or_several(hub: Hub) -> None:
+    hub.repositories["people/model-GGUF"].license = None
+    assert repository_facts("people/model-GGUF").license is None
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "../../etc", "", "a b/c", "people/-", "people/a..b"])
+def test_what_cannot_be_a_repository_is_not_asked_for(hub: Hub, name: str) -> None:
+    with pytest.raises(HubNotFoundError) as refusal:
+        repository_facts(name)
+
+    assert "owner/name" in refusal.value.hint
+    assert hub.seen == []
+
+
+def test_repositories_of_an_owner_are_listed_as_a_courtesy(hub: Hub) -> None:
+    hub.repositories["people/other"] = Repository({})
+    assert repositories_like("people", "model-3b") == ["people/model-GGUF"]
+
+    hub.faults.sign_in_page = True
+    assert repositories_like("people", "model-3b") == []
+    hub.faults = Faults(refuse=(500, ""))
+    assert repositories_like("people", "model-3b") == []
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 256_000), (1000, 16), (255_990, 10), (255_990, 99)])
+def test_a_part_of_a_file_is_fetched_and_nothing_else(hub: Hub, start: int, length: int) -> None:
+    part = WEIGHTS[start : start + length]
+
+    assert read_range("people/model-GGUF", "model-Q4_K_M.gguf", start, length) == part
+    assert [seen.bytes for seen in hub.bodies()] == [len(part)]
+
+
+def test_the_size_is_that_of_the_file_and_not_of_its_pointer(hub: Hub) -> None:
+    assert file_size("people/model-GGUF", "model-Q4_K_M.gguf") == 256_000
+    assert file_size("people/model-GGUF", "README.md") == 9
+    assert sum(seen.bytes for seen in hub.seen) == 0
+
+
+def test_no_more_is_read_than_was_asked_for_although_the_server_sends_everything(hub: Hub) -> None:
+    """Gigabytes would come down a slow line for the sake of a header."""
+    large = bytes(64 << 20)
+    hub.repositories["people/model-GGUF"].files["large-Q4_0.gguf"] = large
+    hub.faults.no_ranges = True
+
+    assert read_range("people/model-GGUF", "large-Q4_0.gguf", 0, 1000) == large[:1000]
+    close_session()
+    assert hub.bodies()[0].bytes < len(large) / 2
+    with pytest.raises(HubError, match="gives no parts of files"):
+        read_range("people/model-GGUF", "large-Q4_0.gguf", 10, 1000)
+
+
+def test_a_part_that_drips_is_given_up_after_its_time(hub: Hub) -> None:
+    """Each byte comes in time, all together would take an hour."""
+    hub.faults.bytes_per_s = 3000
+
+    with pytest.raises(HubUnreachableError, match=r"of 200,000 bytes came in 0 s"):
+        read_range("people/model-GGUF", "model-Q4_K_M.gguf", 0, 200_000, limit_s=0.3)
+
+
+def test_a_part_beyond_the_end_is_said_to_be_there(hub: Hub) -> None:
+    with pytest.raises(HubError, match="the file ends before"):
+        read_range("people/model-GGUF", "model-Q4_K_M.gguf", 256_000, 10)
+    assert len(hub.bodies()) == 1
+
+
+def test_a_token_goes_to_the_hub_and_nowhere_else(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storage is another company's machine; a web server that somebody named is anybody's."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.repositories["people/model-GGUF"].gated = True
+    hub.plain["model.gguf"] = WEIGHTS
+
+    start_of_weights()
+    with open_body(f"{hub.storage}/plain/model.gguf", what="a model") as body:
+        next(body.chunks)
+
+    tokens = {seen.path.split("/")[1]: seen.token for seen in hub.seen}
+    assert tokens == {"people": TOKEN, "storage": None, "plain": None}
+
+
+@pytest.mark.parametrize(
+    ("target", "word"),
+    [
+        ("ftp://127.0.0.1/x.gguf", "is not a web address"),
+        ("file:///etc/passwd", "is not a web address"),
+        ("http://mirror.example/x.gguf", "is not encrypted"),
+        ("/around", "redirected more than"),
+    ],
+)
+def test_a_redirect_is_checked_before_it_is_followed(hub: Hub, target: str, word: str) -> None:
+    hub.redirects["/around"] = target
+
+    with pytest.raises(HubError, match=word), open_body(f"{hub.url}/around", what="a model"):
+        pass
+
+
+def test_a_proxy_is_asked_instead_of_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of the hub means nothing here: only the proxy can know it."""
+    point_at("http://hub.invalid", tmp_path, monkeypatch)
+    monkeypatch.setenv("http_proxy", hub.url)
+    close_session()  # proxies are read when a session is made
+    try:
+        assert repository_facts("people/model-GGUF").revision == COMMIT
+    finally:
+        close_session()
+    assert hub.seen[0].path.startswith("http://hub.invalid/")
+
+
+def test_an_address_has_its_special_characters_written_out(hub: Hub) -> None:
+    assert hub_url("people/model", "a b#c?.gguf", "refs/pr/1").endswith("/resolve/refs%2Fpr%2F1/a%20b%23c%3F.gguf")
+    assert hub.seen == []
+
+
+def test_a_data_set_is_fetched_once_and_then_found_without_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a benchmark plays does not change under its feet, and an old board in a cellar can play it."""
+    first = talks()
+    asked = len(hub.seen)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    assert first.read_bytes() == TALKS
+    assert (talks(), len(hub.seen)) == (first, asked)
+
+
+def test_a_data_set_that_is_shorter_than_announced_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one line, although the library says it in two; nothing of it is taken for the file."""
-    server = hub(Behaviour(content=CONTENT[:5000]))
+    hub.faults.shorter_by = 18_000
 
-    assert "should be of size 23000 but has size 5000" in ask(tmp_path, server.url)["message"]
-    assert "message" in ask(tmp_path, server.url, HF_HUB_OFFLINE="1")
+    with pytest.raises(HubError, match="should be of size 23000 but has size 5000") as refusal:
+        talks()
+    assert "\n" not in str(refusal.value)
 
-
-def test_a_download_that_was_cut_goes_on_where_it_stopped(tmp_path: Path, hub: Start) -> None:
-    """On a slow line the difference between minutes and hours."""
-    large = CONTENT * 500
-    server = hub(Behaviour(content=large, announced=len(large), cut_first=True))
-
-    assert large == Path(ask(tmp_path, server.url)["path"]).read_bytes()
-    assert ["HEAD", "HEAD", "GET all", f"GET bytes={PIECE}-"] == server.seen
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubUnreachableError, match="is not on this machine"):
+        talks()
 
 
-def test_a_file_is_fetched_once_and_then_found_without_the_hub(tmp_path: Path, hub: Start) -> None:
-    """The second time nothing is asked for: what a benchmark plays should not change under its feet."""
-    server = hub(Behaviour())
+@pytest.mark.timeout(10)  # the library waits a second before it goes on
+def test_a_data_set_whose_connection_is_cut_goes_on_where_it_stopped(hub: Hub) -> None:
+    large = TALKS * 500
+    hub.repositories["datasets/people/talks"].files["trees.jsonl"] = large
+    hub.faults = Faults(cut_at=0.95, cut_first=1)
 
-    first = ask(tmp_path, server.url)
-    again = ask(tmp_path, server.url)
-
-    assert Path(first["path"]).read_bytes() == CONTENT
-    assert server.seen == ["HEAD", "HEAD", "GET all"]
-    assert first == again == ask(tmp_path, nobody()) == ask(tmp_path, nobody(), HF_HUB_OFFLINE="1")
+    assert large == talks().read_bytes()
+    assert [seen.range for seen in hub.bodies()] == [None, f"bytes={PIECE}-"]

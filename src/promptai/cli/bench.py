@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from promptai.bench.manifest import (
     describe_machine,
     describe_packages,
     describe_workload,
+    verify_same_machine,
 )
-from promptai.bench.plan import Protocol
+from promptai.bench.plan import Protocol, typical_prompt
 from promptai.bench.prepare import (
     EngineWishes,
     choose_conversations,
@@ -40,6 +42,8 @@ from promptai.models.bundled import bundled_model
 from promptai.models.library import Library, resolve
 from promptai.settings import Settings, cache_directory, load_secrets, load_settings, models_directory
 
+#: Of the budget, for a look at what a target does before the workload is cut to it.
+_LOOK_SHARE = 0.05
 _CACHES: dict[str, tuple[Cache, ...]] = {"cold": ("cold",), "warm": ("warm",), "both": ("cold", "warm")}
 
 
@@ -73,7 +77,13 @@ Examples:
 )
 @click.option("--max-tokens", type=int, help="Cap of tokens an answer.  [default: 500]")
 @click.option("--repeats", type=int, help="Times the workload is played.  [default: 1]")
-@click.option("--concurrency", type=click.IntRange(min=1), default=1, show_default=True, help="Conversations at once.")
+@click.option(
+    "--concurrency",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Conversations at once (closed loop).",
+)
 @click.option(
     "--arrivals",
     default="closed",
@@ -118,11 +128,14 @@ def start(options: dict[str, Any], settings: Settings, output: Output) -> None:
     """Check everything, make the run's directory, and measure."""
     console = output.console
     protocol = _protocol(options, settings)
+    silence_s = _chosen(options["timeout"], settings.bench.timeout_s)
+    if not silence_s > 0:  # NaN is not above 0 either
+        raise SettingsError(f"--timeout must be above 0 seconds, not {silence_s:g}")
+    budget_s = parse_duration(options["budget"]) if options["budget"] is not None else None
     with console.status("reading the workload"):  # from the hub that takes a while
         workload = load_workload(options["workload"] or settings.bench.workload)
     conversations, selection = choose_conversations(workload, count=options["conversations"], seed=protocol.seed)
-    library = Library(models_directory(settings))
-    sources = [_source(target, library) for target in options["targets"]] or [str(bundled_model())]
+    sources = _sources(options["targets"], settings) or [str(bundled_model())]
     machine = describe_machine()
     named = options["engine_path"] or (Path(settings.engine.path) if settings.engine.path else None)
     with HashProgress(console) as hashing:
@@ -137,7 +150,7 @@ def start(options: dict[str, Any], settings: Settings, output: Output) -> None:
             hashing=hashing.count,
         )
     manifest = Manifest(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="milliseconds"),
         command=("promptai", *sys.argv[1:]),
         machine=machine,
         workload=describe_workload(workload, conversations, selection),
@@ -146,13 +159,18 @@ def start(options: dict[str, Any], settings: Settings, output: Output) -> None:
         packages=describe_packages(),
     )
     secrets = load_secrets()
-    silence_s = options["timeout"] or settings.bench.timeout_s
     runs = options["runs"] or Path(settings.runs)
     label = f"{targets[0].name}{f'+{len(targets) - 1}' if len(targets) > 1 else ''}_{board_slug(machine.board)}"
-    if options["budget"]:
-        budget_s = parse_duration(options["budget"])
-        rates = calibrate(manifest, api_key=secrets.api_key, silence_s=silence_s, console=console)
-        conversations, selection = cut_to_budget(conversations, protocol, rates, budget_s)
+    if budget_s is not None:
+        rates = calibrate(
+            manifest,
+            typical_prompt(conversations, protocol.history),
+            at_most_s=_LOOK_SHARE * budget_s,
+            api_key=secrets.api_key,
+            silence_s=silence_s,
+            console=console,
+        )
+        conversations, selection = cut_to_budget(conversations, selection, protocol, rates, budget_s)
         manifest = msgspec.structs.replace(
             manifest, workload=describe_workload(workload, conversations, selection), budget_s=budget_s
         )
@@ -171,6 +189,7 @@ def start(options: dict[str, Any], settings: Settings, output: Output) -> None:
 def resume(directory: Path, settings: Settings, output: Output) -> None:
     """Go on with a run where its traces end."""
     manifest = read_manifest(directory)
+    verify_same_machine(manifest.machine, describe_machine())
     workload = load_workload(manifest.workload.source)
     conversations = reload_selected(workload, manifest.workload.sha256, manifest.workload.selected)
     with HashProgress(output.console) as hashing:
@@ -221,10 +240,11 @@ def _refuse_more_than_resume() -> None:
         raise SettingsError(f"--resume goes on as the run began and takes no {names}", hint="leave it out")
 
 
-def _source(target: str, library: Library) -> str:
-    """A URL or path as it was given, or the file of a model that is kept."""
-    found = Path(target) if is_url(target) else resolve(target, library)
-    return target if found == Path(target) else str(found)
+def _sources(targets: Sequence[str], settings: Settings) -> list[str]:
+    """URLs and paths as they were given, and the files of models that are kept."""
+    library = Library(models_directory(settings))
+    found = [Path(target) if is_url(target) else resolve(target, library) for target in targets]
+    return [target if path == Path(target) else str(path) for target, path in zip(targets, found, strict=True)]
 
 
 def _protocol(options: dict[str, Any], settings: Settings) -> Protocol:
@@ -241,6 +261,11 @@ def _protocol(options: dict[str, Any], settings: Settings) -> Protocol:
     )
     if protocol.max_tokens < 1 or protocol.repeats < 1:
         raise SettingsError("--max-tokens and --repeats must be at least 1")
+    if protocol.concurrency > 1 and protocol.arrivals.kind != "closed":
+        raise SettingsError(
+            f"--concurrency {protocol.concurrency} and --arrivals {options['arrivals']} exclude each other",
+            hint="open arrivals begin whether or not others have ended; leave one of the two out",
+        )
     return protocol
 
 

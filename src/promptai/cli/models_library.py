@@ -58,7 +58,7 @@ def remove(names: tuple[str, ...], *, yes: bool) -> None:
     models = {kept.path: kept for kept in (_find(library, name) for name in names)}
     freed = sum(kept.bytes for kept in models.values())
     if not yes:
-        if not sys.stdin.isatty():
+        if not _somebody_is_there():
             raise SettingsError("there is nobody to ask whether to delete that", hint="give --yes")
         listed = ", ".join(kept.name for kept in models.values())
         click.confirm(f"Delete {listed} ({gigabytes(freed)})?", abort=True, err=True)
@@ -120,6 +120,10 @@ def disk(*, clean_partial: bool, as_json: bool) -> None:
     if table.row_count:
         console.print(table)
     console.print(f"{library.root}: {gigabytes(total)} in use, {gigabytes(library.free_bytes())} free", soft_wrap=True)
+
+
+def _somebody_is_there() -> bool:
+    return sys.stdin.isatty()
 
 
 def _library() -> Library:

@@ -167,10 +167,11 @@ class Library:
         Raises:
             LibraryError: With what is needed and what is free.
         """
-        free = self.free_bytes()
-        if needed + _SPARE_BYTES > free:
+        free, needed = self.free_bytes(), needed + _SPARE_BYTES
+        if needed > free:
+            missing = gigabytes(needed - free)
             raise LibraryError(
-                f"{self.root} has {gigabytes(free)} free, {gigabytes(needed + _SPARE_BYTES)} are needed",
+                f"{self.root} has {gigabytes(free)} free, {missing} too little for {gigabytes(needed)}",
                 hint="see promptai models disk, remove something, or set PROMPTAI_MODELS to a larger disk",
             )
 
@@ -276,7 +277,7 @@ def resolve(reference: str, library: Library) -> Path:
     kept = library.find(reference)
     if kept is not None:
         return kept.path
-    if not reference.startswith("hub:") and (path.suffix == ".gguf" or len(path.parts) > 1):
+    if not reference.startswith("hub:") and (path.suffix == ".gguf" or "/" in reference):
         return path
     raise ModelNotFoundError(
         f"there is no model {reference}, neither here nor in {library.root}", hint=f"promptai models pull {reference}"
@@ -291,11 +292,15 @@ def write_json(path: Path, value: msgspec.Struct) -> None:
         LibraryError: The disk refuses.
     """
     part = path.with_name(f".{path.name}{PART}")
-    with disk_errors(path), part.open("wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-        part.replace(path)
+    with disk_errors(path):
+        try:
+            with part.open("wb") as file:
+                file.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def sidecar_path(model: Path) -> Path:
@@ -321,11 +326,12 @@ def disk_errors(path: Path, *, hint: str = "check the disk and its permissions")
 
 
 def gigabytes(size: float) -> str:
-    """``1.12 GB``, ``640 MB``, ``12 kB``: decimal, as download pages and SD cards count."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if size >= scale:
-            return f"{size / scale:,.3g} {unit}"
-    return f"{size / 1e3:,.0f} kB"
+    """``1.12 GB``, ``640 MB``, ``1.5 MB``, ``12 kB``: decimal, as download pages and SD cards count."""
+    if size >= 1e9:
+        return f"{size / 1e9:,.2f} GB"
+    if size >= 1e6:
+        return f"{size / 1e6:.{0 if size >= 10e6 else 1}f} MB"
+    return f"{size / 1e3:.0f} kB"
 
 
 def now() -> str:

@@ -216,7 +216,7 @@ def _order_url(url: str, sha256: str | None) -> Order:
     with open_body(url, what=what, length=1) as body:
         total, version = body.total, body.version
     origin = Sidecar(
-        source=url,
+        source=_public(url),
         file=name,
         bytes=total or 0,
         sha256=sha256 or "",

@@ -1,0 +1,146 @@
+"""What is kept: the commands in this process, as each of its own would cost half a second."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+
+from promptai.cli.bench import _sources
+from promptai.cli.main import cli
+from promptai.errors import ModelError, ModelNotFoundError, PromptAIError, SettingsError
+from promptai.models.library import Library
+from promptai.settings import Settings
+from support_hub import Hub, hub_with, point_at
+
+FILE = "tiny-Q4_0.gguf"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub, and a library into which a model was pulled from it."""
+    monkeypatch.setenv("PROMPTAI_MODELS", str(tmp_path / "models"))
+    monkeypatch.chdir(tmp_path)
+    with hub_with(people__tiny={FILE: small_model.read_bytes()}) as hub:
+        point_at(hub.url, tmp_path, monkeypatch)
+        assert models("pull", "hub:people/tiny").exit_code == 0
+        yield hub
+
+
+@pytest.fixture
+def library(hub: Hub, tmp_path: Path) -> Library:
+    assert hub.seen
+    return Library(tmp_path / "models")
+
+
+def models(*arguments: str | Path, answer: str | None = None) -> Result:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(cli, ["models", *map(str, arguments)], input=answer)
+
+
+def refused(result: Result, kind: type[PromptAIError]) -> str:
+    assert isinstance(result.exception, kind), result.output
+    return str(result.exception)
+
+
+def test_a_pulled_model_is_shown_with_its_source_and_what_is_free(library: Library) -> None:
+    (library.root / "own.gguf").write_bytes(b"mine")
+    (library.root / "people--tiny" / "x.gguf.0123456789ab.part").write_bytes(bytes(5000))
+
+    shown = models("disk").output
+    facts = msgspec.json.decode(models("disk", "--json").output)
+
+    for words in ("hub:people/tiny:tiny-Q4", "unverified", "left over", "5 kB", "free"):
+        assert words in shown
+    assert [Path(model["path"]).name for model in facts["models"]] == ["own.gguf", FILE]
+    assert list(facts["leftovers"].values()) == [5000]
+    assert facts["free_bytes"] > 0
+
+
+def test_partial_downloads_can_be_cleaned_away(library: Library) -> None:
+    (library.root / "people--tiny" / "x.gguf.0123456789ab.part").write_bytes(bytes(5000))
+
+    assert "5 kB freed" in models("disk", "--clean-partial").output
+    assert library.leftovers() == []
+    assert len(library.models()) == 1
+
+
+def test_verify_tells_whole_from_damaged_and_leaves_with_1(library: Library) -> None:
+    (library.root / "own.gguf").write_bytes(b"mine")
+    whole = models("verify")
+    assert whole.exit_code == 0
+    assert f"people--tiny/{FILE}: as it came" in whole.output
+    assert "models/own.gguf: no checksum is known" in whole.output
+
+    path = library.root / "people--tiny" / FILE
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    damaged = models("verify", "tiny-q4_0")
+
+    assert f"people--tiny/{FILE} is damaged" in damaged.output
+    assert "1 of 1 models are damaged" in refused(damaged, PromptAIError)
+    assert getattr(damaged.exception, "exit_code", None) == 1
+
+
+def test_nothing_is_removed_unasked(library: Library) -> None:
+    """A script has nobody to ask."""
+    assert "--yes" in refused(models("remove", FILE), SettingsError)
+    assert len(library.models()) == 1
+
+    done = models("remove", FILE, FILE, "--yes")
+
+    assert "kB freed" in done.output
+    assert library.models() == []
+
+
+def test_a_person_is_asked_and_may_say_no(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("promptai.cli.models_library._somebody_is_there", lambda: True)
+
+    assert f"Delete people--tiny/{FILE}" in models("remove", FILE, answer="n\n").output
+    assert len(library.models()) == 1
+    assert models("remove", FILE, answer="y\n").exit_code == 0
+    assert library.models() == []
+
+
+@pytest.mark.parametrize("verb", ["remove", "verify"])
+def test_what_is_not_kept_is_named(library: Library, verb: str) -> None:
+    assert f"{library.root} holds no nothing" in refused(models(verb, "nothing"), ModelNotFoundError)
+
+
+def test_a_bundle_travels_on_a_stick(library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = models("export", "tiny-q4_0", tmp_path / "stick")
+    assert f"promptai models import {tmp_path / 'stick'}" in done.output
+    monkeypatch.setenv("PROMPTAI_MODELS", str(tmp_path / "board"))
+
+    assert str(tmp_path / "board" / "people--tiny" / FILE) in models("import", tmp_path / "stick").output
+
+    path = tmp_path / "stick" / "people--tiny" / FILE
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    monkeypatch.setenv("PROMPTAI_MODELS", str(tmp_path / "another"))
+    assert "is damaged" in refused(models("import", tmp_path / "stick"), ModelError)
+    assert Library(tmp_path / "another").models() == []
+    assert len(library.models()) == 1
+
+
+def test_a_url_says_that_nobody_promises_its_checksum(hub: Hub, small_model: Path) -> None:
+    hub.plain["own.gguf"] = small_model.read_bytes()
+
+    done = models("pull", f"{hub.url}/plain/own.gguf")
+
+    assert "its source gives no checksum" in done.stderr
+    assert "promised by nobody" in done.stdout
+
+
+@pytest.mark.parametrize("sha256", ["", "abc", "g" * 64])
+def test_what_is_no_checksum_is_refused(hub: Hub, sha256: str) -> None:
+    assert "64 hexadecimal digits" in refused(models("pull", hub.url, "--sha256", sha256), SettingsError)
+
+
+def test_bench_takes_a_kept_model_by_name_and_a_path_or_server_as_it_is(library: Library, tmp_path: Path) -> None:
+    kept = str(library.root / "people--tiny" / FILE)
+
+    as_given = ["./nowhere.gguf", f"{tmp_path}/models/../models", "http://pi-3:8080"]
+    settings = Settings(models=str(library.root))
+
+    assert _sources(["tiny-q4_0", f"hub:people/tiny:{FILE}", *as_given], settings) == [kept, kept, *as_given]
+    with pytest.raises(ModelNotFoundError):
+        _sources(["tinier"], settings)

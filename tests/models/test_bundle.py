@@ -1,0 +1,212 @@
+import os
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from promptai.errors import LibraryError, ModelChecksumError, ModelError, ModelNotFoundError
+from promptai.models.bundle import MANIFEST, Bundled, Manifest, export, import_path, read_manifest
+from promptai.models.library import Kept, Library, Sidecar
+from support_hub import Told
+
+
+@pytest.fixture
+def library(tmp_path: Path, small_model: Path) -> Library:
+    """A library with two models that were imported from plain files."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        shutil.copy(small_model, source / name)
+    library = Library(tmp_path / "models")
+    assert len(bring(source, library)) == 2
+    return library
+
+
+def bring(path: Path, library: Library, told: Told | None = None) -> list[Kept]:
+    return list(import_path(path, library, told or Told()))
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_file_is_copied_with_its_checksum_noted(library: Library, small_model: Path) -> None:
+    kept = library.find("a")
+
+    assert kept is not None
+    assert kept.sidecar is not None
+    assert kept.path == library.root / "imported" / "a.gguf"
+    assert kept.path.read_bytes() == small_model.read_bytes()
+    assert (kept.sidecar.source, kept.sidecar.promised) == ("import", False)
+    library.verify(kept, Told())
+
+
+def test_a_stick_is_searched_for_models_and_a_damaged_one_does_not_hold_up_the_rest(
+    tmp_path: Path, small_model: Path
+) -> None:
+    stick = tmp_path / "stick"
+    (stick / "deep" / "down").mkdir(parents=True)
+    shutil.copy(small_model, stick / "deep" / "down" / "good.gguf")
+    (stick / "cut.gguf").write_bytes(small_model.read_bytes()[:-1000])
+    (stick / "page.gguf").write_text("<html>")
+    library, told = Library(tmp_path / "models"), Told()
+
+    with pytest.raises(ModelError, match=r"2 of 3 files in .*stick were refused"):
+        bring(stick, library, told)
+
+    assert [kept.path.name for kept in library.models()] == ["good.gguf"]
+    assert [("cut.gguf" in line, "page.gguf" in line) for line in told.lines] == [(True, False), (False, True)]
+    assert library.leftovers() == []
+
+
+def test_a_stick_without_models_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"there is no .gguf file in"):
+        bring(tmp_path, Library(tmp_path / "models"))
+
+
+def test_a_file_that_is_here_is_not_copied_again(library: Library, tmp_path: Path) -> None:
+    before = library.models()
+
+    bring(tmp_path / "source", library)
+
+    assert library.models() == before
+
+
+def test_another_model_of_the_same_name_is_left_alone(library: Library, tmp_path: Path, small_model: Path) -> None:
+    changed = small_model.read_bytes()[:-1] + b"!"
+    (tmp_path / "a.gguf").write_bytes(changed)
+
+    with pytest.raises(ModelError, match=r"another model is kept as imported/a.gguf"):
+        bring(tmp_path / "a.gguf", library)
+    assert (library.root / "imported" / "a.gguf").read_bytes() != changed
+
+
+def test_a_file_that_lies_in_the_library_only_gets_its_sidecar(library: Library, small_model: Path) -> None:
+    own = library.root / "own.gguf"
+    shutil.copy(small_model, own)
+
+    kept = bring(own, library)[0]
+
+    assert (kept.path, kept.sidecar is None) == (own, False)
+    assert not (library.root / "imported" / "own.gguf").exists()
+
+
+def test_without_space_nothing_is_copied(tmp_path: Path, small_model: Path) -> None:
+    library = Library(tmp_path / "models", free=lambda _: 1_050_000)
+
+    with pytest.raises(LibraryError, match="too little for"):
+        bring(small_model, library)
+    assert not library.root.exists()
+
+
+def test_a_bundle_goes_to_a_board_without_a_link(library: Library, tmp_path: Path) -> None:
+    """There it is the same library, origin and checksums included."""
+    export(library.models(), tmp_path / "stick", Told())
+    board = Library(tmp_path / "board")
+
+    kept = bring(tmp_path / "stick", board)
+
+    assert [one.name for one in kept] == ["imported/a.gguf", "imported/b.gguf"]
+    assert board.models() == kept
+    for here, there in zip(library.models(), board.models(), strict=True):
+        assert here.path.read_bytes() == there.path.read_bytes()
+        assert here.sidecar is not None
+        assert there.sidecar is not None
+        assert here.sidecar.sha256 == there.sidecar.sha256
+    assert bring(tmp_path / "stick", board) == kept
+
+
+def test_a_second_export_adds_to_the_first(library: Library, tmp_path: Path) -> None:
+    first, second = library.models()
+    export([first], tmp_path / "stick", Told())
+    export([second], tmp_path / "stick", Told())
+    export([second], tmp_path / "stick", Told())
+
+    manifest = read_manifest(tmp_path / "stick")
+    assert manifest is not None
+    assert [one.file for one in manifest.models] == ["a.gguf", "b.gguf"]
+
+
+@pytest.mark.parametrize("damage", ["byte", "length", "gone"])
+def test_a_damaged_file_of_a_bundle_is_refused_and_the_others_are_kept(
+    library: Library, tmp_path: Path, damage: str
+) -> None:
+    """The stick was pulled out too early."""
+    stick = tmp_path / "stick"
+    export(library.models(), stick, Told())
+    victim = stick / "imported" / "a.gguf"
+    if damage == "byte":
+        victim.write_bytes(victim.read_bytes()[:-1] + b"!")
+    elif damage == "length":
+        os.truncate(victim, victim.stat().st_size - 1)
+    else:
+        victim.unlink()
+    board, told = Library(tmp_path / "board"), Told()
+
+    with pytest.raises(ModelError, match="1 of 2 files"):
+        bring(stick, board, told)
+
+    assert files(board.root) == ["imported/b.gguf", "imported/b.gguf.json"]
+    assert "a.gguf" in told.lines[0]
+
+
+def test_a_model_that_is_damaged_here_is_not_exported(library: Library, tmp_path: Path) -> None:
+    path = library.models()[0].path
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+
+    with pytest.raises(ModelChecksumError, match="is damaged"):
+        export(library.models()[:1], tmp_path / "stick", Told())
+
+    assert files(tmp_path / "stick") == []
+
+
+def test_an_export_writes_over_nobodys_file(library: Library, tmp_path: Path) -> None:
+    (tmp_path / "stick" / "imported").mkdir(parents=True)
+    (tmp_path / "stick" / "imported" / "a.gguf").write_text("mine")
+
+    with pytest.raises(ModelError, match="is in the way"):
+        export(library.models(), tmp_path / "stick", Told())
+    assert (tmp_path / "stick" / "imported" / "a.gguf").read_text() == "mine"
+
+
+def test_a_stick_that_is_full_gets_nothing_half_written(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device", str(self), None, str(target))
+
+    monkeypatch.setattr(Path, "replace", full)
+
+    with pytest.raises(LibraryError, match="No space left on device"):
+        export(library.models(), tmp_path / "stick", Told())
+    monkeypatch.undo()
+    assert files(tmp_path / "stick") == []
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"created": "", "models": 5}', '{"created": "", "models": [], "x": 1}']
+)
+def test_a_manifest_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / MANIFEST).write_text(text)
+
+    with pytest.raises(ModelError, match="is no manifest of a bundle"):
+        bring(tmp_path, Library(tmp_path / "models"))
+
+
+@pytest.mark.parametrize(
+    ("folder", "file"), [("..", "a.gguf"), ("x", "../../a.gguf"), ("/etc", "a.gguf"), ("x", ".profile"), ("x", "a.sh")]
+)
+def test_a_manifest_cannot_name_a_place_outside_the_library(
+    tmp_path: Path, small_model: Path, folder: str, file: str
+) -> None:
+    stick = tmp_path / "stick"
+    stick.mkdir()
+    shutil.copy(small_model, tmp_path / "a.gguf")
+    sidecar = Sidecar(source="import", file=file, bytes=1, sha256="0" * 64, fetched_at="", verified_at="")
+    (stick / MANIFEST).write_bytes(msgspec.json.encode(Manifest("", (Bundled(folder, file, sidecar),))))
+    before = files(tmp_path)
+
+    with pytest.raises(ModelError):
+        bring(stick, Library(tmp_path / "models"))
+    assert files(tmp_path) == before

@@ -1,0 +1,232 @@
+import fcntl
+import hashlib
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from promptai.errors import LibraryError, ModelChecksumError, ModelError, ModelNotFoundError
+from promptai.models.library import Kept, Library, Sidecar, disk_errors, gigabytes, resolve, sidecar_path
+from support_hub import Told
+
+CONTENT = b"GGUF and weights"
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Library:
+    return Library(tmp_path / "models")
+
+
+def put(library: Library, folder: str, file: str, *, content: bytes = CONTENT, catalog: str | None = None) -> Kept:
+    """A model as a pull leaves it."""
+    final = library.place(folder, file)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    sidecar = Sidecar(
+        source=f"hub:{folder.replace('--', '/')}:{file}",
+        file=file,
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        fetched_at="2026-11-01T00:00:00+00:00",
+        verified_at="2026-11-01T00:00:00+00:00",
+        catalog=catalog,
+    )
+    with final.with_name(f"{file}.abc.part").open("wb") as part:
+        part.write(content)
+        return library.keep(part, final, sidecar)
+
+
+def test_a_library_need_not_be_there(library: Library) -> None:
+    assert (library.models(), library.leftovers(), library.find("tiny"), library.clean()) == ([], [], None, (0, []))
+    assert library.free_bytes() > 0
+    assert not library.root.exists()
+
+
+def test_a_kept_model_has_its_sidecar_and_nothing_else_beside_it(library: Library) -> None:
+    kept = put(library, "people--tiny", "tiny-Q4_0.gguf")
+
+    assert library.models() == [kept]
+    assert sorted(path.name for path in kept.path.parent.iterdir()) == ["tiny-Q4_0.gguf", "tiny-Q4_0.gguf.json"]
+    assert msgspec.json.decode(sidecar_path(kept.path).read_bytes(), type=Sidecar) == kept.sidecar
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tiny-Q4_0", "tiny-q4_0.gguf", "people--tiny/tiny-Q4_0.gguf"),
+        *("hub:people/tiny:tiny-Q4_0.gguf", "tiny-1b", "TINY-1B"),
+    ],
+)
+def test_a_model_goes_by_many_names(library: Library, name: str) -> None:
+    kept = put(library, "people--tiny", "tiny-Q4_0.gguf", catalog="tiny-1b")
+    put(library, "people--other", "other.gguf")
+
+    assert library.find(name) == kept
+
+
+def test_a_name_that_means_several_is_not_guessed_at(library: Library) -> None:
+    put(library, "people--tiny", "tiny-Q4_0.gguf", catalog="tiny")
+    put(library, "people--tiny", "tiny-Q8_0.gguf", catalog="tiny")
+
+    with pytest.raises(ModelError, match=r"may mean people--tiny/tiny-Q4_0.gguf, people--tiny/tiny-Q8_0.gguf"):
+        library.find("tiny")
+
+
+@pytest.mark.parametrize(
+    "sidecar", [None, b"", b"{", b"\xff", b"[]", b'{"source": 5}'], ids=["none", "empty", "cut", "binary", "list", "5"]
+)
+def test_files_of_strangers_are_listed_as_unverified(library: Library, sidecar: bytes | None) -> None:
+    folder = library.root / "downloads"
+    (folder / "directory.gguf").mkdir(parents=True)
+    (folder / "gone.gguf").symlink_to("nowhere")
+    (library.root / "notes.txt").write_text("mine")
+    (folder / "own.gguf").write_bytes(b"x")
+    if sidecar is not None:
+        sidecar_path(folder / "own.gguf").write_bytes(sidecar)
+
+    assert library.models() == [Kept(folder / "own.gguf", 1, None)]
+    assert library.find("own") == library.models()[0]
+
+
+def test_what_is_on_its_way_is_no_model(library: Library) -> None:
+    (library.root / "people--tiny").mkdir(parents=True)
+    names = ["a.gguf.0123456789ab.part", "b.gguf.wrong-checksum", ".c.gguf.json.part"]
+    for name in names:
+        (library.root / "people--tiny" / name).write_bytes(b"12345")
+
+    assert library.models() == []
+    assert sorted(path.name for path in library.leftovers()) == sorted(names)
+
+
+def test_leftovers_are_cleaned_but_not_what_is_being_written(library: Library) -> None:
+    kept = put(library, "people--tiny", "tiny.gguf")
+    for name in ("a.gguf.0123456789ab.part", "b.gguf.wrong-checksum"):
+        (kept.path.parent / name).write_bytes(b"12345")
+    with (kept.path.parent / "a.gguf.0123456789ab.part").open("ab") as busy:
+        fcntl.flock(busy, fcntl.LOCK_EX)
+
+        assert library.clean() == (5, [kept.path.parent / "a.gguf.0123456789ab.part"])
+
+    assert library.clean() == (5, [])
+    assert library.models() == [kept]
+
+
+@pytest.mark.parametrize(
+    ("folder", "file"),
+    [
+        *(("..", "a.gguf"), ("a", "../a.gguf"), ("a", "/etc/a.gguf"), ("a/b", "a.gguf"), ("a", "b\\a.gguf")),
+        *(("a", ".a.gguf"), ("", "a.gguf"), ("a", ""), ("a", "\0.gguf"), ("a", "\x1b[2J.gguf"), ("a", "C:.gguf")),
+        *(("a", "a" * 300 + ".gguf"), ("a", "a.sh"), ("a", "a.gguf.json")),
+    ],
+)
+def test_a_name_that_could_leave_the_library_or_is_no_model_is_refused(
+    library: Library, folder: str, file: str
+) -> None:
+    with pytest.raises(ModelError):
+        library.place(folder, file)
+
+
+def test_space_is_compared_with_a_little_to_spare(tmp_path: Path) -> None:
+    library = Library(tmp_path, free=lambda _: 10_000_000)
+
+    library.check_space(8_900_000)
+    with pytest.raises(LibraryError, match="has 10 MB free, 49 kB too little for 10 MB") as refusal:
+        library.check_space(9_000_000)
+    assert "promptai models disk" in refusal.value.hint
+
+
+def test_removing_takes_sidecar_and_empty_folder_along(library: Library) -> None:
+    kept, other = put(library, "people--tiny", "a.gguf"), put(library, "people--tiny", "b.gguf")
+
+    library.remove(kept)
+    assert library.models() == [other]
+    library.remove(other)
+    assert list(library.root.iterdir()) == []
+
+
+def test_a_whole_model_is_verified_and_the_time_noted(library: Library) -> None:
+    kept = put(library, "people--tiny", "tiny.gguf")
+    told = Told()
+
+    verified = library.verify(kept, told)
+
+    assert verified.sidecar is not None
+    assert verified.sidecar.verified_at > "2026-11-01T00:00:00+00:00"
+    assert library.models() == [verified]
+    assert (told.stretches, told.advanced) == ([("checking people--tiny/tiny.gguf", 16, 0)], 16)
+
+
+@pytest.mark.parametrize("content", [CONTENT[:-1] + b"!", CONTENT[:-1], CONTENT + b"!"])
+def test_a_changed_byte_or_length_is_noticed(library: Library, content: bytes) -> None:
+    kept = put(library, "people--tiny", "tiny.gguf")
+    kept.path.write_bytes(content)
+
+    with pytest.raises(ModelChecksumError, match=r"people--tiny/tiny.gguf is damaged"):
+        library.verify(library.models()[0], Told())
+    assert library.models()[0].sidecar == kept.sidecar
+
+
+def test_what_has_no_checksum_cannot_be_verified(library: Library) -> None:
+    library.root.mkdir()
+    (library.root / "own.gguf").write_bytes(CONTENT)
+
+    with pytest.raises(ModelError, match="has no checksum beside it"):
+        library.verify(library.models()[0], Told())
+
+
+def test_a_model_is_never_without_its_sidecar(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The power may go at any moment: here at the rename that gives the model its name."""
+    rename = Path.replace
+
+    def power_cut(self: Path, target: Path) -> Path:
+        if target.suffix == ".gguf":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", power_cut)
+    with pytest.raises(LibraryError, match="Input/output error"):
+        put(library, "people--tiny", "tiny.gguf")
+
+    assert library.models() == []
+    assert [path.name for path in library.leftovers()] == ["tiny.gguf.abc.part"]
+
+
+def test_a_path_that_exists_wins(library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(library, "people--tiny", "tiny.gguf")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.gguf").write_bytes(b"mine")
+
+    assert resolve("tiny.gguf", library) == Path("tiny.gguf")
+    assert resolve("tiny", library) == library.root / "people--tiny" / "tiny.gguf"
+
+
+@pytest.mark.parametrize("reference", ["nowhere.gguf", "/nowhere/at/all", "./nowhere", "sub/nowhere"])
+def test_what_looks_like_a_path_stays_one(library: Library, reference: str) -> None:
+    """Whoever opens it says what is wrong with it, as before there was a library."""
+    assert resolve(reference, library) == Path(reference)
+
+
+@pytest.mark.parametrize("reference", ["tinyllama-1.1b", "hub:people/tiny:Q4_0"])
+def test_a_name_that_is_nowhere_says_how_to_fetch_it(library: Library, reference: str) -> None:
+    with pytest.raises(ModelNotFoundError) as refusal:
+        resolve(reference, library)
+    assert refusal.value.hint == f"promptai models pull {reference}"
+
+
+def test_what_a_disk_refuses_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(LibraryError, match=r"x.part: No space left on device"), disk_errors(tmp_path / "x.part"):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 kB"),
+        (999_000, "999 kB"),
+        (1_460_000, "1.5 MB"),
+        (64e6, "64 MB"),
+        (4.1e9, "4.10 GB"),
+        (2e12, "2,000.00 GB"),
+    ],
+)
+def test_sizes_are_decimal_as_on_a_card(size: float, text: str) -> None:
+    assert gigabytes(size) == text

@@ -1,0 +1,360 @@
+"""Fetching against a hub that misbehaves, in this process; tests/cli/test_models_pull.py does it across processes."""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from promptai.errors import (
+    HubError,
+    HubGatedError,
+    HubUnreachableError,
+    LibraryError,
+    ModelChecksumError,
+    ModelError,
+    ModelFormatError,
+)
+from promptai.models.library import Kept, Library, Sidecar
+from promptai.models.order import kept_instead, parse, place_order
+from promptai.models.pull import fetch, partial_share
+from support_hub import COMMIT, TOKEN, Faults, Hub, Told, hub_with, point_at
+
+NAME = "hub:people/tiny-GGUF"
+FILE = "tiny-Q4_K_M.gguf"
+
+
+@pytest.fixture
+def weights(small_model: Path) -> bytes:
+    return small_model.read_bytes()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, weights: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with hub_with(people__tiny_GGUF={FILE: weights}) as hub:
+        point_at(hub.url, tmp_path, monkeypatch)
+        yield hub
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Library:
+    return Library(tmp_path / "models")
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses between tries, which nobody waits for here."""
+    asked: list[float] = []
+    monkeypatch.setattr(time, "sleep", asked.append)
+    return asked
+
+
+def get(library: Library, name: str = NAME, *, sha256: str | None = None, told: Told | None = None) -> Kept:
+    return fetch(place_order(parse(name), sha256=sha256), library, told or Told())
+
+
+def names(library: Library) -> list[str]:
+    """Every file below the library."""
+    return sorted(path.name for path in library.root.rglob("*") if path.is_file())
+
+
+def test_a_model_is_kept_with_where_it_came_from(hub: Hub, library: Library, weights: bytes) -> None:
+    kept = get(library)
+
+    assert kept.path == library.root / "people--tiny-GGUF" / FILE
+    assert kept.path.read_bytes() == weights
+    assert kept.sidecar is not None
+    assert msgspec.structs.replace(kept.sidecar, fetched_at="", verified_at="") == Sidecar(
+        source=f"{NAME}:{FILE}",
+        file=FILE,
+        bytes=len(weights),
+        sha256=hashlib.sha256(weights).hexdigest(),
+        fetched_at="",
+        verified_at="",
+        promised=True,
+        repository="people/tiny-GGUF",
+        revision=COMMIT,
+        licence="apache-2.0",
+    )
+    assert names(library) == [FILE, f"{FILE}.json"]
+    assert [seen.bytes for seen in hub.bodies()] == [len(weights)]
+
+
+def test_what_is_here_is_not_fetched_again(hub: Hub, library: Library) -> None:
+    assert get(library) == get(library)
+    assert len(hub.bodies()) == 1
+
+
+def test_a_connection_that_is_cut_is_taken_up_at_once(
+    hub: Hub, library: Library, weights: bytes, pauses: list[float]
+) -> None:
+    hub.faults = Faults(cut_at=0.3, cut_first=1)
+    told = Told()
+
+    kept = get(library, told=told)
+
+    cut = int(len(weights) * 0.3)
+    assert kept.path.read_bytes() == weights
+    assert [(seen.range, seen.bytes) for seen in hub.bodies()] == [
+        (None, cut),
+        (f"bytes={cut}-", len(weights) - cut),
+    ]
+    assert told.lines == [f"{FILE} of people/tiny-GGUF: the connection was cut; trying again"]
+    assert told.advanced == len(weights)
+    assert sum(pauses) < 1
+
+
+def test_a_connection_that_brings_nothing_is_given_up_in_the_end_and_the_part_stays(
+    hub: Hub, library: Library, weights: bytes, pauses: list[float]
+) -> None:
+    """Half a minute of patience, longer each time; then a person can say when to go on."""
+    hub.faults = Faults(cut_at=0.5, cut_first=99)
+
+    with pytest.raises(HubUnreachableError, match=r"the connection was cut; 5\d kB of \d+ kB are here") as refusal:
+        get(library)
+
+    assert "goes on from there" in refusal.value.hint
+    assert [path.stat().st_size for path in library.leftovers()] == [len(weights) // 2]
+    assert pauses[1:] == [1, 3, 7, 15]
+    assert library.models() == []
+
+
+def test_the_next_pull_checks_what_is_there_and_asks_for_the_rest(hub: Hub, library: Library, weights: bytes) -> None:
+    hub.faults = Faults(cut_at=0.9, cut_first=99)
+    with pytest.raises(HubUnreachableError):
+        get(library)
+    hub.seen.clear()
+    hub.faults = Faults()
+    told = Told()
+    order = place_order(parse(NAME))
+    assert partial_share(order, library) == pytest.approx(0.9, abs=0.001)
+
+    fetch(order, library, told)
+
+    have = int(len(weights) * 0.9)
+    assert [(seen.range, seen.bytes) for seen in hub.bodies()] == [(f"bytes={have}-", len(weights) - have)]
+    assert [done for _, _, done in told.stretches] == [0, have]
+    assert told.advanced == len(weights)
+
+
+def test_a_whole_part_only_needs_its_name(hub: Hub, library: Library, weights: bytes) -> None:
+    """The power went between the last byte and the rename."""
+    part = library.root / "people--tiny-GGUF" / f"{FILE}.{hashlib.sha256(weights).hexdigest()[:12]}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(weights)
+
+    assert get(library).path.read_bytes() == weights
+    assert hub.bodies() == []
+
+
+def test_a_server_without_parts_starts_anew(hub: Hub, library: Library, weights: bytes) -> None:
+    hub.faults = Faults(cut_at=0.5, cut_first=1, no_ranges=True)
+
+    assert get(library).path.read_bytes() == weights
+    assert [seen.bytes for seen in hub.bodies()] == [len(weights) // 2, len(weights)]
+
+
+def test_a_part_of_another_version_is_not_continued(hub: Hub, library: Library, weights: bytes) -> None:
+    hub.faults = Faults(cut_at=0.5, cut_first=99)
+    with pytest.raises(HubUnreachableError):
+        get(library)
+    newer = weights[:-1] + b"!"
+    hub.repositories["people/tiny-GGUF"].files[FILE] = newer
+    hub.faults = Faults()
+
+    assert get(library).path.read_bytes() == newer
+
+
+def test_a_wrong_checksum_is_refused_and_kept_aside(hub: Hub, library: Library, weights: bytes) -> None:
+    hub.faults.flip_byte = len(weights) - 1
+
+    with pytest.raises(ModelChecksumError, match="promised was") as refusal:
+        get(library)
+
+    assert names(library) == [f"{FILE}.wrong-checksum"]
+    assert f"{FILE}.wrong-checksum" in refusal.value.message
+    hub.faults = Faults()
+    assert get(library).path.read_bytes() == weights
+
+
+@pytest.mark.parametrize("shorter_by", [1, -1], ids=["shorter", "longer"])
+def test_a_file_of_another_length_is_refused(hub: Hub, library: Library, weights: bytes, shorter_by: int) -> None:
+    order = place_order(parse(NAME))
+    hub.repositories["people/tiny-GGUF"].files[FILE] = weights + b"!"
+    hub.redirects[f"/people/tiny-GGUF/resolve/{COMMIT}/{FILE}"] = (
+        f"/storage/{hashlib.sha256(weights + b'!').hexdigest()}"
+    )
+    hub.faults.shorter_by = 1 + shorter_by
+
+    with pytest.raises(HubError, match="changed at its source"):
+        fetch(order, library, Told())
+    assert names(library) == []
+
+
+@pytest.mark.parametrize(("token", "status"), [(None, 401), ("hf_other", 403)])
+def test_a_gated_model_names_licence_and_token_and_leaves_nothing(
+    hub: Hub, library: Library, token: str | None, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repositories["people/tiny-GGUF"].gated = True
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+
+    with pytest.raises(HubGatedError, match=f"HTTP {status}") as refusal:
+        get(library)
+
+    assert "accept the licence" in refusal.value.hint
+    assert "HF_TOKEN" in refusal.value.hint
+    assert names(library) == []
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert get(library).sidecar is not None
+
+
+def test_without_space_nothing_is_written(hub: Hub, tmp_path: Path, weights: bytes) -> None:
+    library = Library(tmp_path / "models", free=lambda _: len(weights))
+
+    with pytest.raises(LibraryError, match=r"has \d+ kB free, 1.0 MB too little for 1.\d MB"):
+        get(library)
+
+    assert not library.root.exists()
+    assert hub.bodies() == []
+
+
+def test_what_is_here_already_needs_no_space(hub: Hub, tmp_path: Path, weights: bytes) -> None:
+    spare = 1 << 20
+    hub.faults = Faults(cut_at=0.5, cut_first=99)
+    with pytest.raises(HubUnreachableError):
+        get(Library(tmp_path / "models"))
+    hub.faults = Faults()
+
+    assert get(Library(tmp_path / "models", free=lambda _: spare + len(weights) // 2 + 1)).bytes == len(weights)
+
+
+@pytest.mark.parametrize("name", ["../../evil-Q4_0.gguf", ".bashrc-Q4_0.gguf", "a\\b-Q4_0.gguf", "a\n-Q4_0.gguf"])
+def test_a_name_from_the_hub_cannot_leave_the_library(
+    hub: Hub, library: Library, tmp_path: Path, weights: bytes, name: str
+) -> None:
+    hub.repositories["people/tiny-GGUF"].files = {name: weights}
+
+    with pytest.raises(ModelError, match="no safe name"):
+        get(library)
+
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_file_that_somebody_put_there_is_ours_if_it_is_the_same(hub: Hub, library: Library, weights: bytes) -> None:
+    path = library.root / "people--tiny-GGUF" / FILE
+    path.parent.mkdir(parents=True)
+    path.write_bytes(weights)
+
+    assert get(library).sidecar is not None
+    assert library.models()[0].sidecar is not None
+    assert hub.bodies() == []
+
+
+def test_another_file_in_its_place_is_left_alone(hub: Hub, library: Library) -> None:
+    path = library.root / "people--tiny-GGUF" / FILE
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"my own")
+
+    with pytest.raises(ModelError, match="is in the way"):
+        get(library)
+
+    assert path.read_bytes() == b"my own"
+    assert hub.bodies() == []
+
+
+def test_a_newer_version_does_not_replace_what_was_measured(hub: Hub, library: Library, weights: bytes) -> None:
+    get(library)
+    hub.repositories["people/tiny-GGUF"].files[FILE] = weights[:-1] + b"!"
+    told = Told()
+
+    assert get(library, told=told).path.read_bytes() == weights
+    assert "another version" in told.lines[0]
+
+
+def test_a_damaged_model_is_not_taken_for_whole(hub: Hub, library: Library) -> None:
+    os.truncate(get(library).path, 100)
+
+    with pytest.raises(ModelChecksumError, match="is damaged"):
+        get(library)
+    assert len(hub.bodies()) == 1
+
+
+def test_a_url_is_kept_under_its_server_and_resumes(hub: Hub, library: Library, weights: bytes) -> None:
+    hub.plain["own.gguf"] = weights
+    hub.faults = Faults(cut_at=0.5, cut_first=9)
+    with pytest.raises(HubUnreachableError):
+        get(library, f"{hub.url}/plain/own.gguf")
+    hub.seen.clear()
+    hub.faults = Faults()
+
+    kept = get(library, f"{hub.url}/plain/own.gguf")
+
+    assert kept.path == library.root / "url--127.0.0.1" / "own.gguf"
+    assert kept.sidecar is not None
+    assert (kept.sidecar.sha256, kept.sidecar.promised) == (hashlib.sha256(weights).hexdigest(), False)
+    assert [seen.bytes for seen in hub.bodies()] == [1, len(weights) - len(weights) // 2]
+
+
+def test_a_url_with_a_checksum_is_held_against_it(hub: Hub, library: Library, weights: bytes) -> None:
+    hub.plain["own.gguf"] = weights
+
+    with pytest.raises(ModelChecksumError):
+        get(library, f"{hub.url}/plain/own.gguf", sha256="0" * 64)
+    kept = get(library, f"{hub.url}/plain/own.gguf", sha256=hashlib.sha256(weights).hexdigest())
+
+    assert kept.sidecar is not None
+    assert kept.sidecar.promised
+
+
+def test_a_page_instead_of_a_model_is_not_kept(hub: Hub, library: Library) -> None:
+    hub.plain["own.gguf"] = b"<html>This link has expired</html>"
+
+    with pytest.raises(ModelFormatError, match="not a GGUF"):
+        get(library, f"{hub.url}/plain/own.gguf")
+    assert names(library) == []
+
+
+def test_a_url_of_another_place_does_not_pass_for_the_one_that_is_kept(
+    hub: Hub, library: Library, weights: bytes
+) -> None:
+    hub.plain |= {"own.gguf": weights, "b/own.gguf": weights}
+    get(library, f"{hub.url}/plain/own.gguf")
+
+    with pytest.raises(ModelError, match="is in the way"):
+        get(library, f"{hub.url}/plain/b/own.gguf")
+
+
+def test_what_the_source_has_is_kept_although_it_cannot_be_read_here(hub: Hub, library: Library) -> None:
+    """A night's download of a model that is newer than this reader is not thrown away."""
+    hub.repositories["people/tiny-GGUF"].files[FILE] = b"GGUF" + (99).to_bytes(4, "little") + bytes(100)
+    told = Told()
+
+    assert get(library, told=told).bytes == 108
+    assert "kept, although it cannot be read here" in told.lines[-1]
+
+
+def test_a_name_of_the_catalogue_finds_what_was_pulled_from_the_hub(hub: Hub, library: Library) -> None:
+    get(library)
+    wanted = msgspec.structs.replace(parse(NAME), catalog="tiny")
+
+    fetch(place_order(wanted), library, Told())
+
+    assert library.find("tiny") == library.models()[0]
+    assert len(hub.bodies()) == 1
+
+
+def test_without_a_connection_what_is_here_is_found(hub: Hub, library: Library, weights: bytes) -> None:
+    hub.plain["own.gguf"] = weights
+    kept = get(library)
+    own = get(library, f"{hub.url}/plain/own.gguf")
+
+    assert kept_instead(parse(NAME), library) == kept
+    assert kept_instead(parse(f"{NAME}:q4_k_m"), library) == kept
+    assert kept_instead(parse(f"{NAME}:q8_0"), library) is None
+    assert kept_instead(parse("hub:people/other"), library) is None
+    assert kept_instead(parse(f"{hub.url}/plain/own.gguf"), library) == own
+    assert kept_instead(parse(f"{hub.url}/plain/other.gguf"), library) is None
