@@ -3,7 +3,7 @@ from random import Random
 
 import pytest
 
-from promptai.bench.arrivals import Arrivals, Kind, start_offsets
+from promptai.bench.arrivals import Arrivals, Kind, remaining_offsets, start_offsets
 
 
 def poisson(seed: int, count: int = 4000) -> list[float]:
@@ -35,6 +35,14 @@ def test_poisson_arrivals_repeat_with_the_seed_and_differ_without() -> None:
 
 def test_a_shorter_stage_is_the_beginning_of_a_longer_one() -> None:
     assert poisson(7)[:50] == poisson(7, count=50)
+
+
+def test_a_resumed_stage_keeps_the_gaps_that_are_left() -> None:
+    """The third conversation was the last to be answered, the second was not."""
+    offsets = [1.0, 4.0, 6.0, 9.0, 11.0]
+
+    assert remaining_offsets(offsets, [0, 1, 2, 3, 4]) == offsets
+    assert remaining_offsets(offsets, [1, 3, 4]) == [3.0, 8.0, 10.0]
 
 
 def test_poisson_gaps_are_exponential_with_the_asked_mean() -> None:

@@ -168,16 +168,26 @@ def test_a_cold_prompt_is_salted_where_the_cache_cannot_be_switched_off(
     assert (server.asked == ASKED) is same
 
 
-def test_a_salt_is_the_same_for_every_target_and_another_for_every_prompt() -> None:
-    """The role and the text behind it stay; targets are compared on the same prompts."""
+def test_every_prompt_of_every_run_has_a_salt_of_its_own() -> None:
+    """The role and the text behind it stay."""
     prompts = [*ASKED, Message("assistant", "because."), Message("user", "really?")]
     keys = [KEY, *(replace(KEY, **{part: 1}) for part in ("repeat", "turn")), replace(KEY, conversation="b")]
-    salts = {salted(prompts, key)[0].content.removesuffix(" why?") for key in keys}
+    salts = {salted(prompts, key, run)[0].content.removesuffix(" why?") for key in keys for run in ("one", "two")}
 
-    assert len(salts) == len(keys)
-    assert salted(prompts, KEY) == salted(prompts, replace(KEY, target="other"))
-    assert prompts[1:] == salted(prompts, KEY)[1:]
+    assert len(salts) == 2 * len(keys)
+    assert prompts[1:] == salted(prompts, KEY, "one")[1:]
     assert all(re.fullmatch(r"\[[0-9a-f]{8}\]", salt) for salt in salts)
+
+
+def test_warm_ups_are_salted_each_by_itself_like_any_cold_prompt() -> None:
+    """Else the second one, which is timed, finds the first in the cache."""
+    server = Script([says("yes"), says(end="stop")])
+    turns, asked = client(server, llama_server=False), []
+    for _ in range(2):
+        asyncio.run(turns.warm_up(ASKED, "cold", max_tokens=1))
+        asked.append(server.asked[0].content)
+
+    assert len({*asked, ASKED[0].content}) == 3
 
 
 @pytest.mark.parametrize(("cache", "cached"), [("cold", False), ("warm", True)])

@@ -2,21 +2,26 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import product
 from random import Random
+from typing import Any
 
 import pytest
 
+from promptai.bench.arrivals import Arrivals
 from promptai.bench.plan import (
     Protocol,
     Rates,
+    Stage,
+    arrival_seed,
     chars_per_token,
     context_needed,
     conversation_seconds,
     fit_budget,
     plan_stages,
     stratified,
+    typical_prompt,
 )
 from promptai.bench.trace import Cache
-from promptai.bench.workload import Conversation
+from promptai.bench.workload import Conversation, History
 from support_runs import long_talk, talk
 
 RATES = Rates(prefill_tps=100.0, decode_tps=10.0, chars_per_token=4.0, answer_tokens=50.0)
@@ -74,21 +79,48 @@ def test_targets_take_turns_forwards_and_backwards() -> None:
     ]
 
 
+def blocks(targets: int, count: int, **protocol: Any) -> list[int]:
+    """Conversations of each stage of the first target."""
+    stages = plan_stages(
+        [f"t{n}" for n in range(targets)], [f"c{n}" for n in range(count)], Protocol(caches=("cold",), **protocol)
+    )
+    return [len(stage.conversations) for stage in stages if stage.target == "t0"]
+
+
 @pytest.mark.parametrize(
-    ("targets", "count", "blocks"),
+    ("targets", "count", "sizes"),
     [
-        pytest.param(1, 25, [10, 10, 5], id="alone"),
         pytest.param(2, 3, [1, 1, 1], id="few"),
         pytest.param(2, 20, [5, 5, 5, 5], id="four-turns"),
         pytest.param(3, 100, [10] * 10, id="reloading-must-cost-little"),
     ],
 )
-def test_a_stage_is_short_enough_for_four_turns_and_never_longer_than_ten(
-    targets: int, count: int, blocks: list[int]
+def test_stages_of_several_targets_are_short_enough_for_four_turns_and_never_longer_than_ten(
+    targets: int, count: int, sizes: list[int]
 ) -> None:
-    stages = plan_stages([f"t{n}" for n in range(targets)], [f"c{n}" for n in range(count)], Protocol(caches=("cold",)))
+    assert sizes == blocks(targets, count)
 
-    assert blocks == [len(stage.conversations) for stage in stages if stage.target == "t0"]
+
+@pytest.mark.parametrize("protocol", [{}, {"concurrency": 20}], ids=["one-at-a-time", "twenty-at-once"])
+def test_a_target_that_is_alone_is_never_interrupted(protocol: dict[str, Any]) -> None:
+    """A block's end waits for its last conversation: twenty at once would be ten at most, and then one."""
+    assert blocks(1, 25, **protocol) == [25]
+
+
+def test_conversations_side_by_side_fill_their_block_a_few_times() -> None:
+    assert blocks(2, 100, concurrency=8) == [32, 32, 32, 4]
+
+
+def test_open_arrivals_are_never_drained_in_between() -> None:
+    """What arrives must find the others still there, or the load is not the one that was asked for."""
+    assert blocks(2, 30, arrivals=Arrivals("poisson", 1.0)) == [30]
+
+
+def test_every_target_and_cache_setting_gets_the_same_arrivals_and_each_pass_others() -> None:
+    a = Stage("A", "cold", 0, ("c1", "c2"))
+
+    assert arrival_seed(a, 7) == arrival_seed(Stage("B", "warm", 0, ("c1", "c2")), 7)
+    assert len({arrival_seed(s, n) for s in (a, Stage("A", "cold", 1, ("c1", "c2"))) for n in (7, 8)}) == 4
 
 
 def test_cold_and_warm_of_a_target_share_one_loaded_engine() -> None:
@@ -141,7 +173,31 @@ def test_the_choice_repeats_with_the_seed_and_differs_without() -> None:
 def test_a_conversation_takes_its_prefill_and_three_answers(cache: Cache, prefill_s: float) -> None:
     conversation = long_talk("c", turns=3, chars=400)
 
-    assert pytest.approx(prefill_s + 3 * 50 / 10) == conversation_seconds(conversation, cache, RATES)
+    assert pytest.approx(prefill_s + 3 * 50 / 10) == conversation_seconds(conversation, cache, RATES, "data")
+
+
+@pytest.mark.parametrize(
+    ("cache", "prefill_s"),
+    [
+        ("cold", (100 + 250 + 400) / 100),  # 100 tokens a message, 50 an answer: all of them again
+        ("warm", 300 / 100),  # its own answers are in the cache already
+    ],
+)
+def test_with_its_own_history_a_model_reads_its_answers_again(cache: Cache, prefill_s: float) -> None:
+    conversation = long_talk("c", turns=3, chars=400)
+
+    assert pytest.approx(prefill_s + 3 * 50 / 10) == conversation_seconds(conversation, cache, RATES, "own")
+
+
+def test_the_typical_prompt_is_as_long_as_prompts_are_on_average() -> None:
+    """Of 10, 20, 30, 100 and 300 characters, 92 on average."""
+    conversations = [
+        long_talk("a", turns=2, chars=10),
+        talk("b", "x" * 20),
+        *(talk(str(n), "x" * n) for n in (300, 100)),
+    ]
+
+    assert [len(message.content) for message in typical_prompt(conversations, "data")] == [100]
 
 
 @pytest.mark.parametrize(
@@ -156,11 +212,17 @@ def test_context_holds_the_longest_prompt_and_its_answer(chars: int, max_tokens:
     """Two characters a token here, 40 of template a message, rounded up to 512."""
     conversations = [talk("short", "x"), talk("long", "x" * chars)]
 
-    assert tokens == context_needed(conversations, max_tokens, chars_per_token=2.0)
+    assert tokens == context_needed(conversations, max_tokens, chars_per_token=2.0, history="data")
+
+
+@pytest.mark.parametrize(("history", "tokens"), [("data", 1024), ("own", 2560)])
+def test_context_holds_every_answer_where_the_models_own_stand_in_the_prompt(history: History, tokens: int) -> None:
+    """Four answers of 500 tokens and four messages of 100 characters; the data's answers are 100 characters too."""
+    assert tokens == context_needed([long_talk("a", turns=4, chars=100)], 500, chars_per_token=2.0, history=history)
 
 
 def test_context_without_conversations_holds_an_answer() -> None:
-    assert context_needed([], 500, chars_per_token=3.0) == 512
+    assert context_needed([], 500, chars_per_token=3.0, history="data") == 512
 
 
 def test_a_small_vocabulary_needs_more_tokens_for_the_same_text() -> None:

@@ -18,7 +18,7 @@ from promptai.bench.prepare import (
     reload_selected,
     unique_names,
 )
-from promptai.bench.workload import Conversation, Workload, load_bundled
+from promptai.bench.workload import Conversation, History, Workload, load_bundled
 from promptai.engine.locate import EngineBinary
 from promptai.errors import EngineNotFoundError, ModelNotFoundError, ModelTooLargeError, SettingsError, WorkloadError
 from promptai.models.gguf import read_header
@@ -47,18 +47,27 @@ def describe(
     available_bytes: int = GIB,
     engine: Callable[[], EngineBinary] = lambda: ENGINE,
     hashing: Callable[[int], None] | None = None,
+    history: History = "data",
 ) -> list[TargetFacts]:
     """The facts of targets on a board with four cores and 1 GiB left."""
     return describe_targets(
         [str(source) for source in sources],
         conversations,
-        Protocol(max_tokens=100),
+        Protocol(max_tokens=100, history=history),
         wishes or EngineWishes(),
         engine=engine,
         cpu=CPU,
         available_bytes=available_bytes,
         hashing=hashing,
     )
+
+
+def test_a_context_holds_the_models_own_answers_where_they_stand_in_the_prompt(model: Path) -> None:
+    """Four answers of 100 tokens, and four messages of 900 where the data has seven."""
+    found = describe(model, conversations=(long_talk("a", turns=4, chars=900),), history="own")[0].engine
+
+    assert found is not None
+    assert found.flags.context == 4608
 
 
 def context_of(model: Path, wishes: EngineWishes) -> int:
@@ -248,7 +257,7 @@ def test_a_budget_that_holds_no_conversation_is_refused_with_both_numbers() -> N
     refusal = "the shortest conversation takes about 4 s on these targets, the budget is 3 s"
 
     with pytest.raises(SettingsError, match=refusal) as error:
-        cut_to_budget(TEN.conversations, Protocol(), {"m": FAST, "n": FAST}, 3.0)
+        cut_to_budget(TEN.conversations, "all", Protocol(), {"m": FAST, "n": FAST}, 3.0)
 
     assert "--max-tokens" in error.value.hint
 
@@ -262,9 +271,36 @@ def test_a_budget_that_holds_no_conversation_is_refused_with_both_numbers() -> N
     ids=["all", "half"],
 )
 def test_a_budget_counts_targets_caches_and_passes(budget_s: float, count: int, words: str) -> None:
-    part, said = cut_to_budget(TEN.conversations, Protocol(repeats=2), {"m": FAST}, budget_s)
+    part, said = cut_to_budget(TEN.conversations, "all", Protocol(repeats=2), {"m": FAST}, budget_s)
 
     assert (count, words) == (len(part), said)
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "words"),
+    [
+        (500.0, "all of these, which fit the budget of 500 s"),
+        (5.0, "2 of these 4, one from each of 2 strata by length, as many as fit a budget of 5 s, seed 3"),
+    ],
+    ids=["all", "half"],
+)
+def test_a_budget_says_out_of_what_it_chose(budget_s: float, words: str) -> None:
+    drawn, selection = choose_conversations(TEN, count=4, seed=3)
+
+    _, said = cut_to_budget(drawn, selection, Protocol(seed=3), {"m": FAST}, budget_s)
+
+    assert said == f"4 of 10, one from each of 4 strata by length, seed 3; then {words}"
+
+
+@pytest.mark.parametrize("seed", [0, 1, 3])
+def test_the_shortest_conversation_is_not_called_a_drawn_one(seed: int) -> None:
+    """With these seeds the draw of one falls on the long one; it would claim to stand for all lengths."""
+    long_and_short = (talk("long", "x" * 40_000), talk("short", "x"))
+
+    part, said = cut_to_budget(long_and_short, "all", Protocol(caches=("cold",), seed=seed), {"m": FAST}, 5.0)
+
+    assert [conversation.id for conversation in part] == ["short"]
+    assert said == "the shortest of 2: no even draw fits a budget of 5 s"
 
 
 def test_a_changed_workload_is_not_resumed() -> None:

@@ -23,6 +23,7 @@ from promptai.bench.recorder import (
     write_whole,
 )
 from promptai.bench.trace import Trace
+from promptai.device.sample import Sample
 from promptai.errors import RunError
 from support_runs import COST, make_failure, make_manifest, make_trace, talk, write_lines
 
@@ -140,7 +141,7 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot write to") as error, Recorder(tmp_path / "absent"):
         pass
 
-    assert "--runs" in error.value.hint
+    assert "permissions" in error.value.hint
 
 
 @pytest.mark.parametrize(
@@ -234,6 +235,18 @@ def test_resuming_knows_what_is_answered_what_is_hopeless_and_when_it_stopped(tm
         assert resumed.last_t() == 21.0
 
 
+@pytest.mark.parametrize("trace", [[FIRST], []], ids=["one-answered", "none-answered"])
+def test_a_run_s_clock_has_reached_whatever_was_written_last(tmp_path: Path, trace: list[Trace]) -> None:
+    """A session that is killed in a long request leaves telemetry and events behind that are later than its traces."""
+    write_lines(tmp_path / "traces.jsonl", trace)
+    samples = write_lines(tmp_path / "telemetry.jsonl", [Sample(t=4.0), Sample(t=310.0)])
+    samples.write_bytes(samples.read_bytes() + b'{"t":311.0,"cpu')
+    with Recorder(tmp_path) as resumed:
+        assert resumed.last_t() == 310.0
+        resumed.note(Opened(312.0, "m", None, 1.5))
+        assert resumed.last_t() == 312.0
+
+
 def test_a_new_run_starts_from_nothing(tmp_path: Path) -> None:
     with Recorder(tmp_path) as new:
         assert (new.answered(), new.hopeless(), new.last_t()) == (set(), set(), 0.0)
@@ -249,8 +262,10 @@ def test_events_are_read_back_as_what_they_were(tmp_path: Path) -> None:
 
 
 def test_a_run_directory_below_a_file_is_refused(under_a_file: Path) -> None:
-    with pytest.raises(RunError, match="cannot write to"):
+    with pytest.raises(RunError, match="cannot write to") as error:
         create_run(under_a_file, MANIFEST, label="m", now=NOON)
+
+    assert "--runs" in error.value.hint
 
 
 def test_a_run_that_cannot_have_a_manifest_leaves_no_directory(
@@ -320,21 +335,24 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(
     write_manifest(tmp_path, MANIFEST)
     fail_fsync(errno.ENOSPC)
 
-    with pytest.raises(RunError, match="no space left"):
+    with pytest.raises(RunError, match="no space left") as error:
         write_whole(tmp_path / "manifest.json", b"{}")
 
+    assert "--resume" not in error.value.hint  # whoever makes a report resumes nothing
     assert read_manifest(tmp_path) == MANIFEST
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
 def test_a_file_in_an_impossible_place_is_refused(under_a_file: Path) -> None:
     """As on a disk that the kernel has made read-only: what was not written cannot be removed either."""
-    with pytest.raises(RunError, match="cannot write to"):
+    with pytest.raises(RunError, match="cannot write to") as error:
         write_whole(under_a_file, b"{}")
+
+    assert "--runs" not in error.value.hint
 
 
 def test_a_trace_keeps_every_field_on_its_way_through_the_disk(tmp_path: Path) -> None:
-    trace = make_trace(t_first_reasoning=0.25, replica="node-1")
+    trace = make_trace(t_first_reasoning=0.25)
     assert [name for name in Trace.__struct_fields__ if getattr(trace, name) is None and name != "error"] == []
 
     with Recorder(tmp_path) as recorder:

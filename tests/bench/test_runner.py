@@ -1,17 +1,30 @@
-"""What a runner knows before it runs; that it plays it truly is shown in ``tests/truth``."""
+"""What a runner knows before it runs, and when it goes on; that it plays truly is shown in ``tests/truth``."""
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from promptai.bench.client import Played, TurnClient
-from promptai.bench.plan import Rates, Stage
-from promptai.bench.recorder import Recorder
-from promptai.bench.runner import Runner
+from promptai.bench.events import Cost, Opened, Session
+from promptai.bench.manifest import TargetFacts
+from promptai.bench.plan import Protocol, Rates, Stage
+from promptai.bench.recorder import Recorder, read_events, read_traces
+from promptai.bench.runner import Runner, look_closer, turn_client, warm_up
+from promptai.bench.target import OpenTarget
 from promptai.bench.trace import Trace
-from support_runs import long_talk, make_failure, make_manifest, make_trace
+from promptai.device.sample import Sample
+from promptai.engine.client import Arrival, EngineClient
+from promptai.engine.simulated import SimulatedEngine
+from promptai.engine.simulation import SimulationConfig
+from promptai.errors import EngineDiedError, EngineError, EngineProtocolError
+from promptai.wire.openai import ChatChunk, ChunkChoice, Delta, Message, PromptTokensDetails, Usage
+from support_runs import long_talk, make_failure, make_manifest, make_trace, write_lines
 
 TALKS = [long_talk("a", turns=3, chars=10), long_talk("b", turns=2, chars=10)]
 
@@ -75,3 +88,122 @@ def test_the_clock_of_a_resumed_run_goes_on_where_it_stopped(resume: Resume) -> 
     """A second later, so that sessions can be told apart; a new run begins at 0."""
     assert pytest.approx(0.0, abs=0.5) == time.monotonic() - resume().origin
     assert pytest.approx(103.0 + 1.0, abs=0.5) == time.monotonic() - resume(make_trace(at=100.0)).origin
+
+
+def test_a_run_that_was_killed_before_its_first_answer_goes_on_behind_its_telemetry(
+    resume: Resume, tmp_path: Path
+) -> None:
+    write_lines(tmp_path / "telemetry.jsonl", [Sample(t=300.0)])
+
+    assert pytest.approx(300.0 + 1.0, abs=0.5) == time.monotonic() - resume().origin
+
+
+def test_no_two_runs_sessions_or_targets_salt_alike(tmp_path: Path) -> None:
+    """Two URLs may lead to one server, whose cache knows what the first of them asked, or the run of yesterday."""
+    manifests = [replace(make_manifest(TALKS), created=f"2026-11-20T12:00:00.{run}") for run in (1, 2)]
+    nonces = []
+    for session in range(2):
+        with Recorder(tmp_path) as recorder:
+            recorder.note(Session(float(session), "Linux 6.6", None))
+            runners = [Runner(manifest, TALKS, recorder, Nobody()) for manifest in manifests]
+            nonces += [runner._nonce(target) for runner, target in product(runners, ("m", "n"))]
+
+    assert len(set(nonces)) == 8
+
+
+class Slot(EngineClient):
+    """Fails to prepare its cache so many times, and answers everything else with one word."""
+
+    def __init__(self, failures: int, kind: type[EngineError]) -> None:
+        super().__init__("http://none")
+        self.failures, self.kind = failures, kind
+
+    async def stream_chat(self, body: dict[str, Any]) -> AsyncGenerator[Arrival, None]:
+        """Fail, as often as was said; the one-token requests are those that nobody counts."""
+        self.failures -= body["max_tokens"] == 1
+        if body["max_tokens"] == 1 and self.failures >= 0:
+            raise self.kind("the answer was cut")
+        yield Arrival(time.monotonic(), ChatChunk([ChunkChoice(Delta("yes"), "stop")]))
+
+
+def play_warm(directory: Path, slot: Slot) -> list[Trace]:
+    """What is on the disk when five conversations of a turn have been played warm."""
+    talks = [long_talk(id_, turns=1, chars=10) for id_ in "abcde"]
+    stage = Stage("m", "warm", 0, tuple(talk.id for talk in talks))
+    opened = OpenTarget(slot, "m", True, None, None, lambda: None)
+    manifest = make_manifest(talks, caches=("warm",))
+    with Recorder(directory) as recorder:
+        client = turn_client(opened, manifest.protocol, origin=0.0, nonce="")
+        asyncio.run(Runner(manifest, talks, recorder, Nobody())._stage(stage, client, opened))
+    return read_traces(directory)
+
+
+def test_a_conversation_whose_cache_could_not_be_prepared_is_left_out_and_the_run_goes_on(tmp_path: Path) -> None:
+    found = play_warm(tmp_path, Slot(2, EngineProtocolError))
+
+    cut = "EngineProtocol: the answer was cut"
+    assert [(t.conversation, t.error) for t in found] == [("a", cut), ("b", cut), ("c", None), ("d", None), ("e", None)]
+
+
+@pytest.mark.parametrize(("kind", "tried"), [(EngineProtocolError, 3), (EngineDiedError, 1)])
+def test_a_cache_that_can_never_be_prepared_ends_the_run(kind: type[EngineError], tried: int, tmp_path: Path) -> None:
+    with pytest.raises(kind, match="the answer was cut"):
+        play_warm(tmp_path, Slot(5, kind))
+
+    assert len(read_traces(tmp_path)) == tried
+
+
+class Cached(EngineClient):
+    """A server that has 60 of 100 prompt tokens in its cache, and takes half a second for the others."""
+
+    async def stream_chat(self, body: dict[str, Any]) -> AsyncGenerator[Arrival, None]:
+        """Answer with 21 tokens in 2 s."""
+        now, model = time.monotonic(), body["model"]
+        yield Arrival(now + 0.5, ChatChunk([ChunkChoice(Delta(model))]))
+        yield Arrival(now + 2.5, ChatChunk([ChunkChoice(Delta(""), "length")], Usage(100, 21, PromptTokensDetails(60))))
+
+
+def test_tokens_from_a_cache_do_not_make_a_warm_up_fast() -> None:
+    opened = OpenTarget(Cached("http://none"), "m", False, None, None, lambda: None)
+    client = turn_client(opened, Protocol(), origin=0.0, nonce="")
+
+    rates, _ = asyncio.run(warm_up(client, answer_tokens=5))
+    closer = asyncio.run(look_closer(client, rates, [Message("user", "x" * 300)], at_most_s=4.0))
+
+    assert pytest.approx(80.0, rel=0.05) == rates.prefill_tps
+    assert pytest.approx(10.0) == rates.decode_tps
+    assert pytest.approx(80.0, rel=0.05) == closer.prefill_tps
+    assert closer.chars_per_token == 3.0
+
+
+def test_a_look_that_would_take_too_long_is_left_out() -> None:
+    """100 characters at 10 a token and 10 tokens a second, and an answer of one second."""
+    opened = OpenTarget(EngineClient("http://none"), "m", False, None, None, lambda: None)
+    client, rates = turn_client(opened, Protocol(), origin=0.0, nonce=""), Rates(10.0, 10.0, 10.0, 10.0)
+
+    assert asyncio.run(look_closer(client, rates, [Message("user", "x" * 100)], at_most_s=1.9)) is rates
+
+
+@pytest.mark.real
+def test_a_session_tells_what_it_ran_on_and_what_it_opened_and_loading_does_not_thin_its_cost(tmp_path: Path) -> None:
+    config = SimulationConfig(prefill_tps=1e5, decode_tps=1e4, load_s=0.0)
+
+    async def play() -> float:
+        async with SimulatedEngine(config) as engine:
+            manifest = make_manifest(TALKS, [TargetFacts("m", url=engine.base_url)], max_tokens=2)
+            with Recorder(tmp_path) as recorder:
+                start = time.monotonic()
+                await Runner(manifest, TALKS, recorder, Nobody()).run()
+                return time.monotonic() - start
+
+    whole_s = asyncio.run(play())
+    session, opened, cost = read_events(tmp_path)
+    traces = read_traces(tmp_path)
+
+    assert isinstance(session, Session)
+    assert session.kernel.startswith("Linux")
+    assert isinstance(opened, Opened)
+    assert opened.llama_server is True
+    assert isinstance(cost, Cost)
+    played_s = max(t.t_end for t in traces) - min(t.t_sent for t in traces)
+    assert played_s <= cost.wall_s < played_s + 0.5 * (whole_s - played_s)

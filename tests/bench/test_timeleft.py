@@ -17,13 +17,13 @@ def keys(target: str = "m", cache: Cache = "cold") -> list[Key]:
 
 def time_left(*pending: Key) -> TimeLeft:
     """Of a run whose target m has been opened."""
-    left = TimeLeft(pending, TALKS)
+    left = TimeLeft(pending, TALKS, "data")
     left.opened("m", RATES)
     return left
 
 
 def test_nothing_is_known_before_a_target_was_seen() -> None:
-    left = TimeLeft(keys(), TALKS)
+    left = TimeLeft(keys(), TALKS, "data")
 
     assert (left.seconds(), left.share()) == (None, 0.0)
 
@@ -32,6 +32,24 @@ def test_nothing_is_known_before_a_target_was_seen() -> None:
 def test_prompts_are_counted_by_what_they_must_prefill(cache: Cache, seconds: float) -> None:
     """Cold the whole prompt, warm what is new since the turn before."""
     assert pytest.approx(seconds) == time_left(*keys(cache=cache)).seconds()
+
+
+def test_answers_are_read_again_where_they_stand_in_the_prompt() -> None:
+    """Prompts of 100, 200 and 300 tokens of the user's, and no, one and two answers of 50."""
+    left = TimeLeft(keys(), TALKS, "own")
+    left.opened("m", RATES)
+
+    assert pytest.approx((100 + 250 + 400) / 25 + 3 * 5) == left.seconds()
+
+
+def test_a_conversation_that_is_given_up_takes_no_more_time() -> None:
+    """Its second prompt was refused at once: the third is never sent, and says nothing about speed."""
+    left = time_left(*keys(), *keys(cache="warm"))
+    left.played(keys()[0], 9.0)
+    left.given_up(keys()[1], 0.01)
+
+    assert pytest.approx(WARM_S) == left.seconds()
+    assert pytest.approx(9.01 / (9.01 + WARM_S)) == left.share()
 
 
 def test_estimates_are_corrected_by_what_the_finished_ones_took() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -39,6 +40,13 @@ def assert_refused(done: "subprocess.CompletedProcess[str]", code: int, *words: 
     for word in words:
         assert word in errors[0]
     assert code == done.returncode
+
+
+def kept_log(stdout: str, cwd: Path) -> str:
+    """The engine's log that a message names."""
+    named = re.search(r"the engine's log is kept: (.+)", stdout)
+    assert named is not None, stdout
+    return (cwd / named[1]).read_text()
 
 
 def assert_nothing_left(cwd: Path) -> None:
@@ -108,6 +116,20 @@ def test_an_engine_that_dies_while_loading_says_why(small_model: Path, workload:
     done = promptai("bench", "odd.gguf", "--workload", workload, *ONE_THREAD, cwd=tmp_path)
 
     assert_refused(done, ENGINE, "odd.gguf", "lamma")
+    assert "lamma" in kept_log(done.stdout, tmp_path)
+    assert not lines(only_run(tmp_path) / "traces.jsonl")
+
+
+def test_an_engine_that_dies_while_a_budget_is_made_says_why(small_model: Path, workload: Path, tmp_path: Path) -> None:
+    data = small_model.read_bytes().replace(b"llama", b"lamma")
+    (tmp_path / "odd.gguf").write_bytes(data)
+
+    done = promptai(
+        *("bench", "odd.gguf", "--workload", workload, "--budget=1m", *ONE_THREAD), cwd=tmp_path, TMPDIR=str(tmp_path)
+    )
+
+    assert_refused(done, ENGINE, "odd.gguf", "lamma")
+    assert "lamma" in kept_log(done.stdout, tmp_path)
     assert_nothing_left(tmp_path)
 
 
@@ -228,6 +250,21 @@ def test_a_budget_that_is_no_duration_is_refused(budget: str, workload: Path, tm
         done = promptai("bench", url, "--workload", workload, f"--budget={budget}", cwd=tmp_path)
 
     assert_refused(done, USAGE, budget)
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("seconds", ["0", "-5", "nan"])
+def test_a_timeout_that_is_no_time_is_refused(seconds: str, tmp_path: Path) -> None:
+    done = promptai("bench", "http://127.0.0.1:9", f"--timeout={seconds}", cwd=tmp_path)
+
+    assert_refused(done, USAGE, "--timeout must be above 0", seconds)
+    assert_nothing_left(tmp_path)
+
+
+def test_concurrency_says_nothing_about_open_arrivals_and_is_refused_with_them(tmp_path: Path) -> None:
+    done = promptai("bench", "http://127.0.0.1:9", "--concurrency=4", "--arrivals=poisson:0.2", cwd=tmp_path)
+
+    assert_refused(done, USAGE, "--concurrency 4", "--arrivals poisson:0.2")
     assert_nothing_left(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """What was measured survives Ctrl-C, kill -9 and dead engines, and is never measured twice."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -98,6 +99,19 @@ def test_a_run_whose_workload_changed_is_not_resumed(workload: Path, tmp_path: P
 
     assert done.returncode == 5
     assert "has changed since the run began" in done.stderr
+
+
+def test_a_run_of_another_board_is_not_resumed(workload: Path, tmp_path: Path) -> None:
+    with simulated("--time-scale", "50", cwd=tmp_path) as url:
+        promptai("bench", url, "--workload", workload, "--max-tokens", "3", "--no-report", cwd=tmp_path)
+        manifest = only_run(tmp_path) / "manifest.json"
+        told = json.loads(manifest.read_text())
+        told["machine"]["board"] = "Raspberry Pi 5"
+        manifest.write_text(json.dumps(told))
+        done = promptai("bench", "--resume", only_run(tmp_path), "--no-report", cwd=tmp_path)
+
+    assert done.returncode == 6
+    assert "the run began on Raspberry Pi 5, this is" in done.stderr
 
 
 def test_the_engine_and_the_sampler_do_not_outlive_a_killed_bench(

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from promptai.bench.arrivals import Arrivals
 from promptai.bench.manifest import TargetFacts
+from promptai.bench.plan import Protocol
 from promptai.bench.summary import Run, summarize
 from promptai.errors import RunError
 from promptai.report import html
@@ -187,6 +189,20 @@ def test_what_is_needed_to_believe_it_is_on_the_page(page: Page) -> None:
     needed = [MODEL.sha256, RUN.manifest.workload.sha256, "b1 (abc)", "performance", "Cortex-A76", "greedy", "pmic"]
 
     assert [words for words in needed if words not in page.text] == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"concurrency": 4}, "4 conversation(s) at once"),
+        ({"arrivals": Arrivals("poisson", 0.25)}, "poisson arrivals of 0.25 conversations a second"),
+    ],
+    ids=["closed", "open"],
+)
+def test_the_page_tells_how_conversations_arrived(asked: dict[str, Any], words: str) -> None:
+    run = replace(RUN, manifest=replace(RUN.manifest, protocol=Protocol(**asked)))
+
+    assert words in page_of(run)
 
 
 def test_the_command_can_be_pasted(page: Page) -> None:

@@ -5,6 +5,7 @@ arrivals do not wait for answers. A benchmark whose arrivals cannot be repeated
 compares nothing, so the generator is seeded by the caller. Pure.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -50,3 +51,15 @@ def start_offsets(arrivals: Arrivals, count: int, generator: "Random") -> list[f
         now += generator.expovariate(arrivals.rate_per_s)
         offsets.append(now)
     return offsets
+
+
+def remaining_offsets(offsets: Sequence[float], pending: Sequence[int]) -> list[float]:
+    """
+    The offsets of what a stage still has to begin, counted from where it stopped.
+
+    Args:
+        offsets: Of the whole stage.
+        pending: Positions of what is left, in order, at least one.
+    """
+    stopped = offsets[pending[0] - 1] if pending[0] > 0 else 0.0
+    return [offsets[position] - stopped for position in pending]

@@ -3,7 +3,8 @@
 Knows two dialects: llama-server's, where the KV cache can be switched off and
 the engine tells its own timings, and plain OpenAI, where only the standard
 fields may be sent and what is not said stays ``None``. There a cold prompt begins
-with a salt instead, so that no cache can know it.
+with a salt instead, so that no cache can know it: not from an earlier request, nor
+from an earlier run, nor from another URL of the same server.
 
 What counts as the first token is decided here: role-only, empty and reasoning
 chunks do not. Several benchmarks got that wrong (guidellm #737, genai-bench
@@ -51,16 +52,26 @@ class TurnClient:
         model: The name that requests carry.
         llama_server: Whether llama-server's own fields may be sent.
         origin: Monotonic second at which the run's clock is 0.
+        nonce: Tells the salts of this target in this session from all others.
     """
 
     def __init__(
-        self, client: EngineClient, protocol: Protocol, *, model: str, llama_server: bool, origin: float
+        self,
+        client: EngineClient,
+        protocol: Protocol,
+        *,
+        model: str,
+        llama_server: bool,
+        origin: float,
+        nonce: str = "",
     ) -> None:
         self._client = client
         self._protocol = protocol
         self._model = model
         self._llama_server = llama_server
         self._origin = origin
+        self._nonce = nonce
+        self._warm_ups = 0
         self.live = Live()
 
     def now(self) -> float:
@@ -74,9 +85,7 @@ class TurnClient:
         failure: EngineError | None = None
         t_sent = self.now()
         try:
-            if key.cache == "cold" and not self._llama_server:
-                messages = salted(messages, key)
-            await self._collect(account, self.body(messages, key.cache, max_tokens=self._protocol.max_tokens))
+            await self._collect(account, key, messages, max_tokens=self._protocol.max_tokens)
         except EngineError as error:
             failure = error
         trace = account.trace(key, t_scheduled=t_scheduled, t_sent=t_sent, t_end=self.now(), failure=failure)
@@ -84,13 +93,22 @@ class TurnClient:
 
     async def warm_up(self, messages: list[Message], cache: Cache, *, max_tokens: int) -> Trace:
         """Play something that is not counted; raises the engine's error when it fails."""
-        account = _Account(Live())
+        account, key = _Account(Live()), Key("warm-up", cache, 0, "warm-up", self._warm_ups)
+        self._warm_ups += 1
         t_sent = self.now()
-        await self._collect(account, self.body(messages, cache, max_tokens=max_tokens))
-        key = Key("warm-up", cache, 0, "warm-up", 0)
+        await self._collect(account, key, messages, max_tokens=max_tokens)
         return account.trace(key, t_scheduled=t_sent, t_sent=t_sent, t_end=self.now(), failure=None)
 
-    async def _collect(self, account: "_Account", body: dict[str, Any]) -> None:
+    def unplayed(self, key: Key, failure: EngineError, *, t_scheduled: float) -> Played:
+        """A turn that was not sent, because of what ``failure`` says."""
+        now = self.now()
+        trace = _Account(Live()).trace(key, t_scheduled=t_scheduled, t_sent=now, t_end=now, failure=failure)
+        return Played(trace, "", failure)
+
+    async def _collect(self, account: "_Account", key: Key, messages: list[Message], *, max_tokens: int) -> None:
+        if key.cache == "cold" and not self._llama_server:
+            messages = salted(messages, key, self._nonce)
+        body = self.body(messages, key.cache, max_tokens=max_tokens)
         async with aclosing(self._client.stream_chat(body)) as arrivals:
             async for arrival in arrivals:
                 account.chunk(arrival.t - self._origin, arrival.chunk)
@@ -118,13 +136,15 @@ class TurnClient:
         return body
 
 
-def salted(messages: list[Message], key: Key) -> list[Message]:
+def salted(messages: list[Message], key: Key, nonce: str) -> list[Message]:
     """
     The same prompt behind eight hexadecimal digits that no other request begins with.
 
-    They depend on repeat, conversation and turn alone: every target is asked the same.
+    Args:
+        nonce: What other requests for the same turn do not have: another run's, another session's, another target's.
     """
-    salt = hashlib.sha256(f"{key.repeat}/{key.conversation}/{key.turn}".encode()).hexdigest()[:8]
+    name = f"{nonce}/{key.repeat}/{key.conversation}/{key.turn}"
+    salt = hashlib.sha256(name.encode()).hexdigest()[:8]
     return [Message(messages[0].role, f"[{salt}] {messages[0].content}"), *messages[1:]]
 
 

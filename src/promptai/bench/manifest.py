@@ -19,6 +19,7 @@ from promptai.bench.workload import Conversation, Workload
 from promptai.device.cpu import CpuFacts, board_name, read_cpu
 from promptai.device.memory import read_memory
 from promptai.engine.flags import EngineFlags
+from promptai.errors import RunError
 
 SCHEMA = 1
 
@@ -114,7 +115,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     One run as it was asked for.
 
     Attributes:
-        created: UTC, ISO 8601.
+        created: UTC, ISO 8601, to the millisecond: it tells this run's salts from another's.
         command: The command line that makes it again.
         budget_s: Time limit that the workload was cut to; ``None`` without one.
     """
@@ -140,6 +141,20 @@ def describe_machine() -> Machine:
         kernel=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
     )
+
+
+def verify_same_machine(then: Machine, now: Machine) -> None:
+    """
+    Refuse to go on with a run on another machine; kernel and governor may change, and are noted.
+
+    Raises:
+        RunError: It is another board, or another processor.
+    """
+    for began, here in ((then.board, now.board), (then.cpu.model_name, now.cpu.model_name)):
+        if began != here:
+            raise RunError(
+                f"the run began on {began}, this is {here}", hint="go on where it began, or start a new run here"
+            )
 
 
 def describe_workload(workload: Workload, selected: list[Conversation], selection: str) -> WorkloadFacts:

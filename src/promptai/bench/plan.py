@@ -16,14 +16,17 @@ import msgspec
 from promptai.bench.arrivals import Arrivals
 from promptai.bench.trace import Cache
 from promptai.bench.workload import Conversation, History
+from promptai.wire.openai import Message
 
 if TYPE_CHECKING:
     from random import Random
 
-#: Most conversations of one stage: reloading an engine between two targets must cost little.
+#: Most conversations of one stage where several targets take turns: an hour's drift must not pass between two.
 _LONGEST_BLOCK = 10
 #: Fewest blocks where several targets take turns: A B, B A, A B, B A.
 _FEWEST_TURNS = 4
+#: How often a block fills its places when conversations run side by side: at its end they are empty, one by one.
+_ROUNDS = 4
 
 
 class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -79,17 +82,47 @@ class Rates(msgspec.Struct, frozen=True):
     answer_tokens: float
 
 
+class Work(msgspec.Struct, frozen=True):
+    """
+    What requests make an engine compute.
+
+    Attributes:
+        chars: Characters of the workload to prefill.
+        reread: The model's own earlier answers to prefill.
+        answers: Answers to decode.
+    """
+
+    chars: int = 0
+    reread: int = 0
+    answers: int = 0
+
+    def plus(self, other: "Work", times: int = 1) -> "Work":
+        """This and ``times`` the other; -1 takes it away."""
+        return Work(
+            self.chars + times * other.chars, self.reread + times * other.reread, self.answers + times * other.answers
+        )
+
+    def seconds(self, rates: Rates) -> float:
+        """How long it should take."""
+        prefill = self.chars / rates.chars_per_token + self.reread * rates.answer_tokens
+        return prefill / rates.prefill_tps + self.answers * rates.answer_tokens / rates.decode_tps
+
+
 def plan_stages(targets: Sequence[str], conversations: Sequence[str], protocol: Protocol) -> list[Stage]:
     """
     Every stage of a run, in order.
 
     Blocks of conversations go through all targets forwards, the next block
     backwards (A B, B A, …): slow drifts of temperature or clock then weigh on all
-    alike, and neighbouring stages of one target share a loaded engine.
+    alike, and neighbouring stages of one target share a loaded engine. A target that
+    is alone, or under open arrivals, plays one block: the next stage begins when the last
+    conversation has ended, and until then there are fewer at once than were asked for.
     """
-    size = _LONGEST_BLOCK
-    if len(targets) > 1:
-        size = max(1, min(size, len(conversations) // _FEWEST_TURNS))
+    size = max(1, len(conversations))
+    if len(targets) > 1 and protocol.arrivals.kind == "closed":
+        size = max(1, min(_LONGEST_BLOCK, size // _FEWEST_TURNS))
+        if protocol.concurrency > 1:
+            size = max(size, _ROUNDS * protocol.concurrency)
     stages: list[Stage] = []
     order = list(targets)
     for repeat in range(protocol.repeats):
@@ -99,6 +132,11 @@ def plan_stages(targets: Sequence[str], conversations: Sequence[str], protocol: 
                 stages += [Stage(target, cache, repeat, block) for cache in protocol.caches]
             order.reverse()
     return stages
+
+
+def arrival_seed(stage: Stage, seed: int) -> str:
+    """What seeds a stage's arrivals: the same for every target and cache setting, and when a run resumes."""
+    return f"{seed}/{stage.repeat}/{stage.conversations[0]}"
 
 
 def stratified(conversations: Sequence[Conversation], count: int, generator: "Random") -> list[Conversation]:
@@ -116,16 +154,31 @@ def stratified(conversations: Sequence[Conversation], count: int, generator: "Ra
     return [conversations[i] for i in sorted(chosen)]
 
 
-def conversation_seconds(conversation: Conversation, cache: Cache, rates: Rates) -> float:
+def request_work(conversation: Conversation, turn: int, cache: Cache, history: History) -> Work:
     """
-    How long playing ``conversation`` once should take, in seconds.
+    What one request makes an engine compute.
 
-    Cold, every turn computes its whole prompt again; warm, only what is new since the turn before.
+    Cold, its whole prompt; warm, what is new since the turn before, of which the model's own answer is not.
     """
-    chars = [conversation.prompt_chars(turn) for turn in range(conversation.user_turns)]
-    prompt_chars = sum(chars) if cache == "cold" else chars[-1]
-    prefill_s = prompt_chars / rates.chars_per_token / rates.prefill_tps
-    return prefill_s + conversation.user_turns * rates.answer_tokens / rates.decode_tps
+    chars, reread = _prompt_chars(conversation, turn, history), turn if history == "own" else 0
+    if cache == "warm" and turn > 0:
+        chars, reread = chars - _prompt_chars(conversation, turn - 1, history), 0
+    return Work(chars, reread, 1)
+
+
+def conversation_seconds(conversation: Conversation, cache: Cache, rates: Rates, history: History) -> float:
+    """How long playing ``conversation`` once should take, in seconds."""
+    turns = range(conversation.user_turns)
+    return sum(request_work(conversation, turn, cache, history).seconds(rates) for turn in turns)
+
+
+def typical_prompt(conversations: Sequence[Conversation], history: History) -> list[Message]:
+    """The prompt that is nearest to the mean length of all: what a target does at it stands for the workload."""
+    turns = [(conversation, turn) for conversation in conversations for turn in range(conversation.user_turns)]
+    chars = [_prompt_chars(conversation, turn, history) for conversation, turn in turns]
+    mean = sum(chars) / len(chars)
+    conversation, turn = turns[min(range(len(turns)), key=lambda number: abs(chars[number] - mean))]
+    return conversation.prompt(turn)
 
 
 def fit_budget(
@@ -161,11 +214,24 @@ def chars_per_token(vocabulary: int | None) -> float:
     return 1.8 if vocabulary is not None and vocabulary < 16_000 else 3.0
 
 
-def context_needed(conversations: Iterable[Conversation], max_tokens: int, *, chars_per_token: float) -> int:
-    """Tokens of context that the longest conversation needs, rounded up to 512."""
-    # 40 characters a message stand for the marks of the chat template.
-    longest = max((c.prompt_chars(c.user_turns - 1) + 40 * len(c.messages) for c in conversations), default=0)
-    return -(-(round(longest / chars_per_token) + max_tokens) // 512) * 512
+def context_needed(
+    conversations: Iterable[Conversation], max_tokens: int, *, chars_per_token: float, history: History
+) -> int:
+    """Tokens of context that the longest conversation needs, its answers included, rounded up to 512."""
+
+    def tokens(conversation: Conversation) -> int:
+        # 40 characters a message stand for the marks of the chat template.
+        chars = _prompt_chars(conversation, conversation.user_turns - 1, history) + 40 * len(conversation.messages)
+        return round(chars / chars_per_token) + max_tokens * (conversation.user_turns if history == "own" else 1)
+
+    return -(-max(map(tokens, conversations), default=max_tokens) // 512) * 512
+
+
+def _prompt_chars(conversation: Conversation, turn: int, history: History) -> int:
+    """Characters of a prompt that the workload decides."""
+    if history == "data":
+        return conversation.prompt_chars(turn)
+    return sum(len(message.content) for message in conversation.prompt(turn, [""] * turn))
 
 
 def _weight(conversation: Conversation) -> int:

@@ -141,10 +141,17 @@ def choose_conversations(workload: Workload, *, count: int | None, seed: int) ->
 
 
 def cut_to_budget(
-    conversations: Sequence[Conversation], protocol: Protocol, rates: Mapping[str, Rates], budget_s: float
+    conversations: Sequence[Conversation],
+    selection: str,
+    protocol: Protocol,
+    rates: Mapping[str, Rates],
+    budget_s: float,
 ) -> tuple[list[Conversation], str]:
     """
-    The part of the workload that all targets together can play in ``budget_s``.
+    The part of the workload that all targets together can play in ``budget_s``, and how it was chosen.
+
+    Args:
+        selection: How ``conversations`` were chosen, in words.
 
     Raises:
         SettingsError: Not even one conversation fits.
@@ -152,26 +159,29 @@ def cut_to_budget(
 
     def seconds(conversation: Conversation) -> float:
         return protocol.repeats * sum(
-            conversation_seconds(conversation, cache, rate) for rate in rates.values() for cache in protocol.caches
+            conversation_seconds(conversation, cache, rate, protocol.history)
+            for rate in rates.values()
+            for cache in protocol.caches
         )
 
-    part = fit_budget(
-        conversations,
-        budget_s,
-        seconds,
-        lambda count: Random(f"{protocol.seed}/{count}"),  # noqa: S311  reproducible, not secret
-    )
+    def generator_for(count: int) -> Random:
+        return Random(f"{protocol.seed}/{count}")  # noqa: S311  reproducible, not secret
+
+    part = fit_budget(conversations, budget_s, seconds, generator_for)
     if not part:
         shortest = min(seconds(conversation) for conversation in conversations)
         raise SettingsError(
             f"the shortest conversation takes about {shortest:.0f} s on these targets, the budget is {budget_s:.0f} s",
             hint="give a larger --budget, or a smaller --max-tokens",
         )
+    everything, these = ("", "") if selection == "all" else (f"{selection}; then ", "these ")
     total = len(conversations)
     if len(part) == total:
-        return part, f"all, which fit the budget of {budget_s:.0f} s"
+        return part, f"{everything}all{' of these' if these else ''}, which fit the budget of {budget_s:.0f} s"
+    if len(part) == 1 and part != stratified(conversations, 1, generator_for(1)):
+        return part, f"{everything}the shortest of {these}{total}: no even draw fits a budget of {budget_s:.0f} s"
     return part, (
-        f"{len(part)} of {total}, one from each of {len(part)} strata by length, "
+        f"{everything}{len(part)} of {these}{total}, one from each of {len(part)} strata by length, "
         f"as many as fit a budget of {budget_s:.0f} s, seed {protocol.seed}"
     )
 
@@ -207,6 +217,7 @@ def _context(header: GgufHeader, conversations: Sequence[Conversation], protocol
         protocol.max_tokens,
         # Synthetic models have one token a byte.
         chars_per_token=1.0 if header.synthetic else chars_per_token(header.vocabulary),
+        history=protocol.history,
     )
     return min(needed, most or needed)
 

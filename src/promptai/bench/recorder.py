@@ -28,6 +28,7 @@ from promptai.bench.client import CONTEXT_EXCEEDED
 from promptai.bench.events import Event
 from promptai.bench.manifest import Manifest
 from promptai.bench.trace import Key, Trace
+from promptai.device.telemetry import read_samples
 from promptai.errors import RunError
 from promptai.wire.malformed import MALFORMED
 
@@ -53,6 +54,7 @@ class Recorder:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.traces: list[Trace] = []
+        self.events: list[Event] = []
         self.answers: dict[Key, str] = {}
         self._files: list[BinaryIO] = []
         self._writing = threading.Lock()
@@ -73,7 +75,7 @@ class Recorder:
             ) from None
         except OSError as error:
             self.__exit__()
-            raise _unwritable(self.directory, error) from None
+            raise self._unwritable(error) from None
         except RunError:
             self.__exit__()
             raise
@@ -87,6 +89,7 @@ class Recorder:
         for name in _FILES:
             _drop_cut_line(self.directory / name)
         self.traces = read_traces(self.directory)
+        self.events = read_events(self.directory)
         answers = _read_lines(self.directory / "answers.jsonl", Answer)
         self.answers = {answer.key: answer.text for answer in answers}
 
@@ -113,7 +116,7 @@ class Recorder:
                     _append(answers, msgspec.json.encode(Answer(trace.key, text)))
                 _append(traces, msgspec.json.encode(trace))
             except OSError as error:
-                raise _unwritable(self.directory, error) from None
+                raise self._unwritable(error) from None
             self.traces.append(trace)
             self.answers[trace.key] = text
 
@@ -122,7 +125,8 @@ class Recorder:
         try:
             _append(self._files[2], msgspec.json.encode(event))
         except OSError as error:
-            raise _unwritable(self.directory, error) from None
+            raise self._unwritable(error) from None
+        self.events.append(event)
 
     def answered(self) -> set[Key]:
         """Requests that need not be made again."""
@@ -133,8 +137,19 @@ class Recorder:
         return {trace.key for trace in self.traces if is_hopeless(trace)}
 
     def last_t(self) -> float:
-        """The latest time on the run's clock; 0 before the first trace."""
-        return max((trace.t_end for trace in self.traces), default=0.0)
+        """
+        The latest time on the run's clock; 0 before anything was written.
+
+        Telemetry of a request that was never answered counts: it must not look like a later request's.
+
+        Raises:
+            RunError: The telemetry is damaged.
+        """
+        times = [trace.t_end for trace in self.traces] + [event.t for event in self.events]
+        return max(times + [sample.t for sample in read_samples(self.directory / "telemetry.jsonl")], default=0.0)
+
+    def _unwritable(self, error: OSError) -> RunError:
+        return _unwritable(self.directory, error, then="go on with --resume")
 
 
 def is_hopeless(trace: Trace) -> bool:
@@ -170,7 +185,7 @@ def create_run(parent: Path, manifest: Manifest, *, label: str, now: datetime) -
                 raise
             return directory
     except OSError as error:
-        raise _unwritable(parent, error) from None
+        raise _unwritable(parent, error, remedy="choose another directory with --runs") from None
     raise RunError(f"{parent} holds a hundred runs of this second", hint="choose another directory with --runs")
 
 
@@ -274,7 +289,9 @@ def _remove_empty(directory: Path) -> None:
         return  # somebody has put something there: not ours to remove
 
 
-def _unwritable(where: Path, error: OSError) -> RunError:
+def _unwritable(
+    where: Path, error: OSError, *, then: str = "try again", remedy: str = "check its permissions"
+) -> RunError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunError(f"no space left to write to {where}", hint="free some space, then go on with --resume")
-    return RunError(f"cannot write to {where}: {error.strerror or error}", hint="choose another directory with --runs")
+        return RunError(f"no space left to write to {where}", hint=f"free some space, then {then}")
+    return RunError(f"cannot write to {where}: {error.strerror or error}", hint=remedy)

@@ -16,23 +16,24 @@ earlier turns. It does not compute statistics and prints nothing.
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from random import Random
 from typing import Protocol as Interface
 
-from promptai.bench.arrivals import start_offsets
+from promptai.bench.arrivals import remaining_offsets, start_offsets
 from promptai.bench.client import Played, TurnClient
-from promptai.bench.events import Cost, Opened
-from promptai.bench.manifest import Manifest, TargetFacts
-from promptai.bench.plan import Protocol, Rates, Stage, plan_stages
+from promptai.bench.events import Cost, Opened, Session
+from promptai.bench.manifest import Manifest, TargetFacts, describe_machine
+from promptai.bench.plan import Protocol, Rates, Stage, Work, arrival_seed, plan_stages
 from promptai.bench.recorder import Recorder, is_hopeless
 from promptai.bench.target import OpenTarget, open_target
-from promptai.bench.trace import Key
+from promptai.bench.trace import Key, Trace
 from promptai.bench.workload import Conversation
 from promptai.device.memory import peak_rss_bytes
 from promptai.device.telemetry import Telemetry
 from promptai.engine.client import SILENCE_S
-from promptai.errors import EngineDiedError, SettingsError
+from promptai.errors import EngineDiedError, EngineError, SettingsError
 from promptai.wire.openai import Message
 
 _MAX_FAILURES_IN_A_ROW = 3
@@ -89,8 +90,11 @@ class Runner:
         self._answered = recorder.answered()
         self._hopeless = recorder.hopeless()
         # The run's clock goes on where it stopped; a second apart, so that sessions can be told.
-        self.origin = time.monotonic() - (recorder.last_t() + 1.0 if recorder.traces else 0.0)
+        last_t = recorder.last_t()
+        self.origin = time.monotonic() - (last_t + 1.0 if last_t else 0.0)
+        self._session = 1 + sum(isinstance(event, Session) for event in recorder.events)
         self._failures = 0
+        self._playing_s = self._playing_cpu_s = 0.0
 
     def remaining(self) -> list[Stage]:
         """Stages that still have something to play, in order."""
@@ -119,19 +123,19 @@ class Runner:
         if not stages:
             return
         targets = {target.name: target for target in self._manifest.targets}
-        cpu_start, start = time.process_time(), time.monotonic()
+        machine = describe_machine()
+        self._recorder.note(Session(time.monotonic() - self.origin, machine.kernel, machine.cpu.governor))
         telemetry = Telemetry().start(self._recorder.directory / "telemetry.jsonl", origin=self.origin)
         try:
             for name, group in groupby(stages, key=lambda stage: stage.target):
                 await self._target(targets[name], list(group), telemetry)
         finally:
-            cpu_s, wall_s = time.process_time() - cpu_start, time.monotonic() - start
             cost = telemetry.stop()
             self._recorder.note(
                 Cost(
                     t=time.monotonic() - self.origin,
-                    wall_s=wall_s,
-                    client_cpu_s=cpu_s,
+                    wall_s=self._playing_s,
+                    client_cpu_s=self._playing_cpu_s,
                     client_max_rss_bytes=peak_rss_bytes(),
                     telemetry_cpu_s=cost.cpu_s,
                     telemetry_wall_s=cost.wall_s,
@@ -150,33 +154,49 @@ class Runner:
                 )
             telemetry.watch(opened.pid)
             try:
-                client = turn_client(opened, self._protocol, origin=self.origin)
+                client = turn_client(opened, self._protocol, origin=self.origin, nonce=self._nonce(facts.name))
                 rates, first_s = await warm_up(client, answer_tokens=self._protocol.max_tokens)
-                self._recorder.note(Opened(client.now(), facts.name, opened.load_s, first_s))
+                self._recorder.note(Opened(client.now(), facts.name, opened.load_s, first_s, opened.llama_server))
                 self._observer.opened(facts.name, rates, client)
-                for stage in stages:
-                    self._observer.stage(stage)
-                    await self._stage(stage, client, opened)
+                with self._playing():
+                    for stage in stages:
+                        self._observer.stage(stage)
+                        await self._stage(stage, client, opened)
             except EngineDiedError as error:
                 raise await asyncio.to_thread(opened.death) or error from None
             finally:
                 telemetry.watch(None)
 
+    def _nonce(self, target: str) -> str:
+        """Salts differ from run to run, from session to session and from target to target, which may be one server."""
+        return f"{self._manifest.created}/{self._session}/{target}"
+
+    @contextmanager
+    def _playing(self) -> Iterator[None]:
+        """Count the time inside as played."""
+        cpu_start, start = time.process_time(), time.monotonic()
+        try:
+            yield
+        finally:
+            self._playing_cpu_s += time.process_time() - cpu_start
+            self._playing_s += time.monotonic() - start
+
     async def _stage(self, stage: Stage, client: TurnClient, opened: OpenTarget) -> None:
         """Let the stage's conversations begin as the arrivals say."""
-        pending = [id_ for id_ in stage.conversations if self._pending(stage, id_)]
-        generator = Random(f"{self._protocol.seed}/{stage.target}/{stage.cache}/{stage.repeat}/{pending[0]}")  # noqa: S311
-        offsets = start_offsets(self._protocol.arrivals, len(pending), generator)
+        ids = stage.conversations
+        pending = [position for position, id_ in enumerate(ids) if self._pending(stage, id_)]
+        generator = Random(arrival_seed(stage, self._protocol.seed))  # noqa: S311  reproducible, not secret
+        offsets = start_offsets(self._protocol.arrivals, len(ids), generator)
         begin = client.now()
         try:
             async with asyncio.TaskGroup() as group:
                 if offsets is None:
-                    queue = iter(pending)
+                    queue = iter([ids[position] for position in pending])
                     for _ in range(self._protocol.concurrency):
                         group.create_task(self._worker(stage, queue, client, opened))
                 else:
-                    for id_, offset in zip(pending, offsets, strict=True):
-                        group.create_task(self._arrival(stage, id_, begin + offset, client, opened))
+                    for position, offset in zip(pending, remaining_offsets(offsets, pending), strict=True):
+                        group.create_task(self._arrival(stage, ids[position], begin + offset, client, opened))
         except BaseExceptionGroup as errors:
             # One engine, one cause: the first error tells it, the others are its echo.
             raise errors.exceptions[0] from None
@@ -197,23 +217,31 @@ class Runner:
         conversation = self._conversations[id_]
         pending = self._pending(stage, id_)
         if stage.cache == "warm" and opened.llama_server and self._protocol.one_at_a_time:
-            await self._prepare_cache(client, conversation, stage, pending[0])
+            try:
+                await self._prepare_cache(client, conversation, stage, pending[0])
+            except EngineError as failure:
+                key = self._key(stage, id_, pending[0])
+                await self._record(client.unplayed(key, failure, t_scheduled=t_scheduled))
+                return
         for turn in pending:
             played = await client.play(
                 self._key(stage, id_, turn), self._prompt(stage, conversation, turn), t_scheduled=t_scheduled
             )
             t_scheduled = played.trace.t_end  # the next turn is due when this one has been answered
-            await asyncio.to_thread(self._recorder.append, played.trace, played.text)
-            self._observer.played(played)
-            if played.failure is None:
-                self._failures = 0
-                continue
-            if is_hopeless(played.trace):
-                return  # it will not get shorter; the other conversations may fit
+            await self._record(played)
+            if played.failure is not None:
+                return  # its further turns would stand on an answer that never came
+
+    async def _record(self, played: Played) -> None:
+        """Put a turn on the disk; raises its failure where the run cannot go on."""
+        await asyncio.to_thread(self._recorder.append, played.trace, played.text)
+        self._observer.played(played)
+        if played.failure is None:
+            self._failures = 0
+        elif not is_hopeless(played.trace):  # one that is will not get shorter; the other conversations may fit
             self._failures += 1
             if isinstance(played.failure, EngineDiedError) or self._failures >= _MAX_FAILURES_IN_A_ROW:
                 raise played.failure
-            return  # its further turns would stand on an answer that never came
 
     async def _prepare_cache(self, client: TurnClient, conversation: Conversation, stage: Stage, turn: int) -> None:
         """Put into the one slot what an undisturbed run would find there: nothing, or the turn before."""
@@ -241,9 +269,11 @@ class Runner:
         return [turn for turn, key in zip(turns, keys, strict=True) if key not in self._answered]
 
 
-def turn_client(opened: OpenTarget, protocol: Protocol, *, origin: float) -> TurnClient:
+def turn_client(opened: OpenTarget, protocol: Protocol, *, origin: float, nonce: str) -> TurnClient:
     """A client that plays turns of ``protocol`` on an open target."""
-    return TurnClient(opened.client, protocol, model=opened.model, llama_server=opened.llama_server, origin=origin)
+    return TurnClient(
+        opened.client, protocol, model=opened.model, llama_server=opened.llama_server, origin=origin, nonce=nonce
+    )
 
 
 async def warm_up(client: TurnClient, *, answer_tokens: float) -> tuple[Rates, float]:
@@ -259,15 +289,36 @@ async def warm_up(client: TurnClient, *, answer_tokens: float) -> tuple[Rates, f
     first = await client.warm_up([Message("user", _WARM_UP)], "cold", max_tokens=_WARM_UP_TOKENS)
     # A second look, because the first paid for the paging.
     trace = await client.warm_up([Message("user", _WARM_UP)], "cold", max_tokens=_WARM_UP_TOKENS)
-    tokens = trace.prompt_tokens or len(_WARM_UP) / 4
-    prefill_s = trace.prompt_s or trace.ttft_s or 1.0
-    return (
-        Rates(
-            prefill_tps=tokens / prefill_s,
-            # A model that answers with one token shows no decode rate; its prefill rate is an upper bound.
-            decode_tps=trace.decode_tps or tokens / prefill_s,
-            chars_per_token=len(_WARM_UP) / tokens,
-            answer_tokens=answer_tokens,
-        ),
-        first.t_end - first.t_sent,
+    return _rates(trace, trace.prompt_s, len(_WARM_UP), answer_tokens), first.t_end - first.t_sent
+
+
+async def look_closer(client: TurnClient, rates: Rates, prompt: list[Message], *, at_most_s: float) -> Rates:
+    """
+    See what a target does at a length of the workload: behind long prompts a model decodes more slowly.
+
+    Everything that a request waits for is in these rates, tokenising and connecting included.
+
+    Args:
+        rates: From its warm-up; returned as they are where the look should take longer than ``at_most_s``.
+
+    Raises:
+        EngineError: It cannot answer.
+    """
+    chars = sum(len(message.content) for message in prompt)
+    if Work(chars, 0, 1).seconds(rates) > at_most_s:
+        return rates
+    trace = await client.warm_up(prompt, "cold", max_tokens=round(rates.answer_tokens))
+    return _rates(trace, trace.ttft_s, chars, rates.answer_tokens)
+
+
+def _rates(trace: Trace, prefill_s: float | None, chars: int, answer_tokens: float) -> Rates:
+    tokens = trace.prompt_tokens or chars / 4
+    # Tokens from a cache took no time.
+    prefill_tps = (trace.uncached_tokens or tokens) / (prefill_s or trace.ttft_s or 1.0)
+    return Rates(
+        prefill_tps=prefill_tps,
+        # A model that answers with one token shows no decode rate; its prefill rate is an upper bound.
+        decode_tps=trace.decode_tps or prefill_tps,
+        chars_per_token=chars / tokens,
+        answer_tokens=answer_tokens,
     )

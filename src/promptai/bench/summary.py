@@ -108,7 +108,8 @@ def read_run(directory: Path) -> Run:
         directory.resolve().name,
         manifest,
         traces,
-        read_samples(directory / "telemetry.jsonl"),
+        # Sessions of older runs could overlap; what joins samples to requests needs them in order.
+        sorted(read_samples(directory / "telemetry.jsonl"), key=lambda sample: sample.t),
         read_events(directory),
     )
 
@@ -194,7 +195,7 @@ def _part(traces: Sequence[Trace], samples: Sequence[Sample], planned: int) -> P
         "prefill_tps": rate_metric(good, lambda t: t.uncached_tokens, lambda t: t.prompt_s),
         "decode_tps": rate_metric(good, lambda t: t.decode_steps, lambda t: t.decode_s),
         "engine_decode_tps": rate_metric(good, _engine_steps, _engine_decode_s),
-        "total_tps": rate_metric(good, _all_tokens, lambda t: t.latency_s),
+        "total_tps": rate_metric(good, lambda t: t.all_tokens, lambda t: t.latency_s),
         "mean_of_prefill_tps": mean_metric(good, lambda t: t.prefill_tps, "tokens/s"),
         "mean_of_decode_tps": mean_metric(good, lambda t: t.decode_tps, "tokens/s"),
         "mean_of_total_tps": mean_metric(good, lambda t: t.total_tps, "tokens/s"),
@@ -214,12 +215,6 @@ def _engine_steps(trace: Trace) -> int | None:
 
 def _engine_decode_s(trace: Trace) -> float | None:
     return trace.predicted_ms / 1000 if trace.predicted_ms is not None else None
-
-
-def _all_tokens(trace: Trace) -> int | None:
-    if trace.prompt_tokens is None or trace.generated_tokens is None:
-        return None
-    return trace.prompt_tokens + trace.generated_tokens
 
 
 def _cached_share(traces: Sequence[Trace]) -> Metric:

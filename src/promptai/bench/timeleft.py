@@ -8,9 +8,11 @@ cache setting are scaled by how wrong they have been so far. Pure.
 
 from collections.abc import Iterable, Mapping
 
-from promptai.bench.plan import Rates
+import msgspec
+
+from promptai.bench.plan import Rates, Work, request_work
 from promptai.bench.trace import Cache, Key
-from promptai.bench.workload import Conversation
+from promptai.bench.workload import Conversation, History
 
 Group = tuple[str, Cache]
 
@@ -24,13 +26,17 @@ class TimeLeft:
     Args:
         pending: Requests that are still to be made.
         conversations: By id.
+        history: Whose answers stand in the prompts.
     """
 
-    def __init__(self, pending: Iterable[Key], conversations: Mapping[str, Conversation]) -> None:
-        self._chars = {key: _new_chars(key, conversations[key.conversation]) for key in pending}
-        self._left: dict[Group, _Sum] = {}
-        for key, chars in self._chars.items():
-            self._left.setdefault((key.target, key.cache), _Sum()).add(chars, 1)
+    def __init__(self, pending: Iterable[Key], conversations: Mapping[str, Conversation], history: History) -> None:
+        self._work = {
+            key: request_work(conversations[key.conversation], key.turn, key.cache, history) for key in pending
+        }
+        self._left: dict[Group, Work] = {}
+        for key, work in self._work.items():
+            group = (key.target, key.cache)
+            self._left[group] = self._left.get(group, Work()).plus(work)
         self._rates: dict[str, Rates] = {}
         self._seen: dict[Group, tuple[float, float]] = {}
         self._finished_s = 0.0
@@ -44,25 +50,29 @@ class TimeLeft:
         """A request is finished and took ``seconds``."""
         self._finished_s += seconds
         self._finished += 1
-        chars = self._chars.pop(key, None)
-        if chars is None:
-            return
-        group = (key.target, key.cache)
-        self._left[group].add(-chars, -1)
-        if key.target in self._rates:
+        work = self._take(key)
+        if work is not None and key.target in self._rates:
+            group = (key.target, key.cache)
             estimated, taken = self._seen.get(group, (0.0, 0.0))
-            self._seen[group] = (estimated + _seconds(chars, 1, self._rates[key.target]), taken + seconds)
+            self._seen[group] = (estimated + work.seconds(self._rates[key.target]), taken + seconds)
+
+    def given_up(self, key: Key, seconds: float) -> None:
+        """A request failed after ``seconds``, and the rest of its conversation is left out."""
+        self._finished_s += seconds
+        self._finished += 1
+        while self._take(key) is not None:
+            key = msgspec.structs.replace(key, turn=key.turn + 1)
 
     def seconds(self) -> float | None:
         """Seconds that are left; ``None`` while no target has been seen."""
         if not self._rates:
             return None
         known = [
-            (_seconds(left.chars, left.count, self._rates[group[0]]) * self._correction(group), left.count)
+            (left.seconds(self._rates[group[0]]) * self._correction(group), left.answers)
             for group, left in self._left.items()
             if group[0] in self._rates
         ]
-        unknown = sum(left.count for group, left in self._left.items() if group[0] not in self._rates)
+        unknown = sum(left.answers for group, left in self._left.items() if group[0] not in self._rates)
         total, count = sum(seconds for seconds, _ in known), sum(count for _, count in known)
         # A target that has not been opened yet counts like those that have, their finished requests included.
         requests = count + self._finished
@@ -81,26 +91,10 @@ class TimeLeft:
         estimated, taken = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
         return taken / estimated if estimated > 0 else 1.0
 
-
-class _Sum:
-    """Characters to prefill and answers to wait for."""
-
-    def __init__(self) -> None:
-        self.chars = 0
-        self.count = 0
-
-    def add(self, chars: int, count: int) -> None:
-        self.chars += chars
-        self.count += count
-
-
-def _new_chars(key: Key, conversation: Conversation) -> int:
-    """Characters that this request has to prefill."""
-    chars = conversation.prompt_chars(key.turn)
-    if key.cache == "warm" and key.turn > 0:
-        return chars - conversation.prompt_chars(key.turn - 1)
-    return chars
-
-
-def _seconds(chars: int, answers: int, rates: Rates) -> float:
-    return chars / rates.chars_per_token / rates.prefill_tps + answers * rates.answer_tokens / rates.decode_tps
+    def _take(self, key: Key) -> Work | None:
+        """Count a request among what is left no more; ``None`` when it was not."""
+        work = self._work.pop(key, None)
+        if work is not None:
+            group = (key.target, key.cache)
+            self._left[group] = self._left[group].plus(work, -1)
+        return work

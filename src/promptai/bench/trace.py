@@ -46,7 +46,6 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         t_last: Arrival of the end of generation (the chunk that carries the finish reason).
         prompt_n, prompt_ms, predicted_n, predicted_ms: The engine's own ``timings``.
         finish_reason: ``stop`` or ``length``.
-        replica: Which engine answered, where a gateway says so.
         error: What went wrong, as ``Kind: sentence``.
         text_sha256: Of the answer's UTF-8 bytes: equal hashes are byte-identical answers.
     """
@@ -71,7 +70,6 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     predicted_n: int | None = None
     predicted_ms: float | None = None
     finish_reason: str | None = None
-    replica: str | None = None
     error: str | None = None
     text_sha256: str | None = None
 
@@ -128,11 +126,16 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         return _rate(self.uncached_tokens, self.prompt_s)
 
     @property
-    def total_tps(self) -> float | None:
-        """(prompt + generated) / (t_last - t_sent)."""
+    def all_tokens(self) -> int | None:
+        """Tokens of prompt and answer, cached ones included."""
         if self.prompt_tokens is None or self.generated_tokens is None:
             return None
-        return _rate(self.prompt_tokens + self.generated_tokens, self.latency_s)
+        return self.prompt_tokens + self.generated_tokens
+
+    @property
+    def total_tps(self) -> float | None:
+        """(prompt + generated) / (t_last - t_sent)."""
+        return _rate(self.all_tokens, self.latency_s)
 
 
 def _rate(count: int | None, seconds: float | None) -> float | None:

@@ -21,13 +21,14 @@ from rich.console import Console
 from promptai.bench.manifest import Manifest
 from promptai.bench.plan import Rates
 from promptai.bench.recorder import Recorder
-from promptai.bench.runner import Runner, turn_client, warm_up
+from promptai.bench.runner import Runner, look_closer, turn_client, warm_up
 from promptai.bench.summary import read_run, summarize, write_summary
 from promptai.bench.target import open_target
 from promptai.bench.workload import Conversation
 from promptai.cli.progress import REDRAW_EVERY_S, RunProgress
-from promptai.errors import PromptAIError
+from promptai.errors import EngineDiedError, EngineError, PromptAIError
 from promptai.report.table import print_summary
+from promptai.wire.openai import Message
 
 
 class Output(NamedTuple):
@@ -63,20 +64,30 @@ def measure(
     fresh = not (directory / "traces.jsonl").exists()
     with Recorder(directory) as recorder, RunProgress(output.console) as progress:
         runner = Runner(manifest, conversations, recorder, progress, api_key=api_key, silence_s=silence_s)
-        progress.begin(runner, conversations)
+        progress.begin(runner, conversations, manifest.protocol)
         try:
             asyncio.run(_run(runner, progress))
         except (PromptAIError, KeyboardInterrupt) as error:
             ended = error
     if ended is not None and not recorder.traces:
         if fresh:
-            shutil.rmtree(directory)  # nothing was measured, and nothing half-written stays
+            _drop(directory, ended, output.console)
         raise ended
     show(directory, output)
     if ended is not None:
         line = f"what was measured is kept; go on with: promptai bench --resume {directory}"
-        output.console.print(line, highlight=False, soft_wrap=True)
+        output.console.print(line, highlight=False, soft_wrap=True, markup=False)
         raise ended
+
+
+def _drop(directory: Path, ended: BaseException, console: Console) -> None:
+    """Remove what holds no measurement, so that nothing half-written stays, unless an engine's log in it says why."""
+    logs = [log for log in directory.glob("*.log") if log.stat().st_size]
+    if not logs or not isinstance(ended, EngineError):
+        shutil.rmtree(directory)
+        return
+    last = max(logs, key=lambda log: log.stat().st_mtime)
+    console.print(f"the engine's log is kept: {last}", highlight=False, soft_wrap=True, markup=False)
 
 
 async def _run(runner: Runner, progress: RunProgress) -> None:
@@ -94,20 +105,46 @@ async def _run(runner: Runner, progress: RunProgress) -> None:
             await drawing
 
 
-def calibrate(manifest: Manifest, *, api_key: str | None, silence_s: float, console: Console) -> dict[str, Rates]:
-    """Open every target for a moment and see what it does, to know what fits a budget."""
+def calibrate(
+    manifest: Manifest,
+    prompt: list[Message],
+    *,
+    at_most_s: float,
+    api_key: str | None,
+    silence_s: float,
+    console: Console,
+) -> dict[str, Rates]:
+    """
+    Open every target for a moment and see what it does, to know what fits a budget.
+
+    Args:
+        prompt: One as long as the workload's are on average.
+        at_most_s: Longest answer to it that is waited for.
+    """
 
     async def look(logs: Path) -> dict[str, Rates]:
         found = {}
         for facts in manifest.targets:
             log = logs / f"{facts.name}.log"
             async with open_target(facts, log=log, api_key=api_key, silence_s=silence_s) as opened:
-                client = turn_client(opened, manifest.protocol, origin=0.0)
-                found[facts.name], _ = await warm_up(client, answer_tokens=manifest.protocol.max_tokens)
+                nonce = f"{manifest.created}/budget/{facts.name}"
+                client = turn_client(opened, manifest.protocol, origin=0.0, nonce=nonce)
+                try:
+                    rates, _ = await warm_up(client, answer_tokens=manifest.protocol.max_tokens)
+                    found[facts.name] = await look_closer(client, rates, prompt, at_most_s=at_most_s)
+                except EngineDiedError as error:
+                    raise await asyncio.to_thread(opened.death) or error from None
         return found
 
-    with console.status("looking at what the targets can do"), tempfile.TemporaryDirectory() as logs:
-        return asyncio.run(look(Path(logs)))
+    logs = Path(tempfile.mkdtemp(prefix="promptai-"))
+    try:
+        with console.status("looking at what the targets can do"):
+            found = asyncio.run(look(logs))
+    except BaseException as error:
+        _drop(logs, error, console)
+        raise
+    shutil.rmtree(logs)
+    return found
 
 
 def show(directory: Path, output: Output) -> None:
@@ -124,7 +161,7 @@ def show(directory: Path, output: Output) -> None:
         return
     print_summary(summary, console)
     if rendered:
-        console.print(f"report:  {directory / 'report.html'}", highlight=False, soft_wrap=True)
+        console.print(f"report:  {directory / 'report.html'}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _render(directory: Path) -> bool:

@@ -2,7 +2,7 @@
 
 Redrawn twice a second from values that the runner leaves lying about, never from
 inside the path that is being measured. Where there is no terminal (a log, CI) it
-prints one plain line a stage instead.
+prints one plain line a stage and a tenth instead.
 """
 
 from typing import Self
@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from promptai.bench.client import Live, Played, TurnClient
-from promptai.bench.plan import Rates, Stage
+from promptai.bench.plan import Protocol, Rates, Stage
 from promptai.bench.runner import Runner
 from promptai.bench.timeleft import TimeLeft
 from promptai.bench.trace import Key
@@ -72,11 +72,12 @@ class RunProgress:
         self._client: TurnClient | None = None
         self._stage: Stage | None = None
         self._last_rate = ""
+        self._told = 0
 
-    def begin(self, runner: Runner, conversations: list[Conversation]) -> None:
+    def begin(self, runner: Runner, conversations: list[Conversation], protocol: Protocol) -> None:
         """Learn what is to be played."""
         self._conversations = {conversation.id: conversation for conversation in conversations}
-        self._left = TimeLeft(runner.pending(), self._conversations)
+        self._left = TimeLeft(runner.pending(), self._conversations, protocol.history)
 
     def __enter__(self) -> Self:
         """Begin to draw."""
@@ -95,7 +96,7 @@ class RunProgress:
             self._left.opened(target, rates)
         self._console.print(
             f"[bold]{escape(target)}[/]: warmed up, prefill {rates.prefill_tps:,.0f} and "
-            f"decode {rates.decode_tps:,.1f} tokens/s; at most {self._remaining()}",
+            f"decode {rates.decode_tps:,.1f} tokens/s; {self._remaining()}",
             highlight=False,
         )
 
@@ -110,10 +111,18 @@ class RunProgress:
     def played(self, played: Played) -> None:
         """A turn is finished."""
         if self._left is not None:
-            self._left.played(played.trace.key, played.trace.t_end - played.trace.t_sent)
+            finished = self._left.played if played.failure is None else self._left.given_up
+            finished(played.trace.key, played.trace.t_end - played.trace.t_sent)
+            self._tell_the_log(self._left.share())
         rate = played.trace.decode_tps
         if rate is not None:
             self._last_rate = f"{rate:,.1f} tokens/s"
+
+    def _tell_the_log(self, share: float) -> None:
+        """Where nothing is redrawn, a line at every tenth: a stage may last for days."""
+        if not self._console.is_terminal and int(10 * share) > self._told < 9:
+            self._told = int(10 * share)
+            self._console.print(f"{share:.0%} done, {self._remaining()}", highlight=False)
 
     def redraw(self) -> None:
         """Draw the line anew; called by a timer of the event loop."""
@@ -144,7 +153,7 @@ class RunProgress:
 
     def _remaining(self) -> str:
         seconds = self._left.seconds() if self._left is not None else None
-        return "" if seconds is None else f"{duration(seconds)} left"
+        return "" if seconds is None else f"about {duration(seconds)} left"
 
 
 def duration(seconds: float) -> str:

@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from promptai.bench.manifest import Manifest
+from promptai.bench.plan import Protocol
 from promptai.bench.recorder import write_whole
 from promptai.bench.summary import Run, Summary
 from promptai.errors import RunError
@@ -132,5 +133,11 @@ def _protocol(manifest: Manifest) -> str:
     return (
         f"greedy (temperature 0, top-k 1), seed {asked.seed}, at most {asked.max_tokens} tokens, "
         f"{' and '.join(asked.caches)}, history from the {'data' if asked.history == 'data' else 'model itself'}, "
-        f"{asked.repeats} pass(es), {asked.arrivals.kind} arrivals, {asked.concurrency} conversation(s) at once"
+        f"{asked.repeats} pass(es), {_arrivals(asked)}"
     )
+
+
+def _arrivals(asked: Protocol) -> str:
+    if asked.arrivals.rate_per_s is None:
+        return f"{asked.concurrency} conversation(s) at once, the next when one has ended"
+    return f"{asked.arrivals.kind} arrivals of {asked.arrivals.rate_per_s:g} conversations a second"

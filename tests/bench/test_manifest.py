@@ -1,0 +1,28 @@
+import pytest
+from msgspec.structs import replace
+
+from promptai.bench.manifest import Machine, verify_same_machine
+from promptai.errors import RunError
+from support_runs import MACHINE
+
+
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [
+        (replace(MACHINE, board="OptiPlex 7090"), "on Raspberry Pi 5 Model B Rev 1.0, this is OptiPlex 7090"),
+        (replace(MACHINE, cpu=replace(MACHINE.cpu, model_name="Cortex-A72")), "on Cortex-A76, this is Cortex-A72"),
+    ],
+    ids=["other-board", "other-processor"],
+)
+def test_a_run_does_not_go_on_on_another_machine(now: Machine, words: str) -> None:
+    """Half of its figures would be another board's, under the name of the first."""
+    with pytest.raises(RunError, match=words) as error:
+        verify_same_machine(MACHINE, now)
+
+    assert "start a new run" in error.value.hint
+
+
+def test_a_new_kernel_governor_or_python_is_no_other_machine() -> None:
+    """What differs is written into the session, and doubted."""
+    cpu = replace(MACHINE.cpu, governor="ondemand")
+    verify_same_machine(MACHINE, replace(MACHINE, kernel="Linux 6.12", python="3.13.1", cpu=cpu))
