@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from promptai.bench.manifest import Machine, describe_machine
@@ -59,7 +60,7 @@ def doctor(*, test: bool, as_json: bool) -> int:
         return 0
     console.print(_machine_table(machine, memory, engines, energy.name if energy is not None else None))
     for line in advice:
-        console.print(f"[yellow]advice[/]  {line}", highlight=False)
+        console.print(f"[yellow]advice[/]  {escape(line)}", highlight=False)
     if not advice:
         console.print("nothing to complain about", highlight=False)
     return 0
@@ -93,22 +94,23 @@ def _advice(machine: Machine, memory: MemoryFacts, engines: list[EngineBinary]) 
 
 def _machine_table(machine: Machine, memory: MemoryFacts, engines: list[EngineBinary], energy: str | None) -> Table:
     cpu = machine.cpu
-    table = Table(show_header=False)
-    table.add_row("board", machine.board)
-    table.add_row("processor", f"{cpu.model_name}, {cpu.architecture}")
     quota = "no quota" if cpu.quota_cpus is None else f"quota {cpu.quota_cpus:g}"
-    table.add_row("cores", f"{cpu.physical_cores} physical, {cpu.usable_cores} usable, {quota}")
-    table.add_row("SIMD", " ".join(cpu.features) or "none that llama.cpp uses")
-    table.add_row("governor", cpu.governor or "not told (no cpufreq)")
-    table.add_row(
-        "memory",
-        f"{fmt.quantity(memory.total_bytes, 'bytes')}, "
-        f"{fmt.quantity(memory.available_for_new_process(), 'bytes')} free",
-    )
-    table.add_row("power from", energy or "nothing here measures it")
+    total, free = (fmt.quantity(n, "bytes") for n in (memory.total_bytes, memory.available_for_new_process()))
+    rows = [
+        ("board", machine.board),
+        ("processor", f"{cpu.model_name}, {cpu.architecture}"),
+        ("cores", f"{cpu.physical_cores} physical, {cpu.usable_cores} usable, {quota}"),
+        ("SIMD", " ".join(cpu.features) or "none that llama.cpp uses"),
+        ("governor", cpu.governor or "not told (no cpufreq)"),
+        ("memory", f"{total}, {free} free"),
+        ("power from", energy or "nothing here measures it"),
+    ]
     for number, binary in enumerate(engines):
         features = "unknown SIMD" if binary.features is None else " ".join(binary.features)
-        table.add_row("engine" if number == 0 else "also", f"{binary.label} ({binary.source}): {features}")
+        rows.append(("engine" if number == 0 else "also", f"{binary.label} ({binary.source}): {features}"))
+    table = Table(show_header=False)
+    for label, words in rows:
+        table.add_row(label, escape(words))
     return table
 
 

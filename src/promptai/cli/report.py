@@ -7,6 +7,7 @@ import msgspec
 from rich.console import Console
 
 from promptai.bench.summary import read_run, summarize, write_summary
+from promptai.errors import SettingsError
 
 
 @click.command(
@@ -22,20 +23,21 @@ Examples:
 @click.option("--figures", is_flag=True, help="Also write each figure as SVG and PNG into RUN/figures/.")
 def report(run: Path, *, as_json: bool, quiet: bool, figures: bool) -> None:
     """Write summary.json and report.html of RUN again, and print the table."""
-    from promptai.report.html import write_figures, write_report  # noqa: PLC0415  a second of imports
-    from promptai.report.table import print_summary  # noqa: PLC0415
-
+    if as_json and figures:
+        raise SettingsError("--json writes no figures", hint="leave one of the two out")
     data = read_run(run)
     summary = summarize(data)
     write_summary(run, summary)
     if as_json:
         click.echo(msgspec.json.encode(summary))
         return
+    from promptai.report.html import write_figures, write_report  # noqa: PLC0415  a second of imports
+    from promptai.report.table import print_summary  # noqa: PLC0415
+
     page = write_report(run, data, summary)
     written = write_figures(run, data, summary) if figures else []
     if not quiet:
         console = Console()
         print_summary(summary, console)
-        console.print(f"report:  {page}", highlight=False)
-        for path in written:
-            console.print(f"figure:  {path}", highlight=False)
+        for what, path in [("report", page), *(("figure", path) for path in written)]:
+            console.print(f"{what}:  {path}", highlight=False, soft_wrap=True, markup=False)

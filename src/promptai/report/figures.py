@@ -173,8 +173,7 @@ def _throughput(summary: Summary) -> Figure | None:
     return _figure(
         "throughput",
         "How fast is it?",
-        "Tokens a second: sums over sums. Lines are 95 % intervals over conversations. "
-        "Each column has its own scale.",
+        "Tokens a second: sums over sums. Lines are 95 % intervals over conversations. Each column has its own scale.",
         chart,
     )
 

@@ -1,0 +1,21 @@
+from io import StringIO
+
+from msgspec.structs import replace
+from rich.console import Console
+
+from promptai.cli.doctor import _machine_table
+from promptai.device.memory import read_memory
+from promptai.engine.locate import EngineBinary
+from support_runs import CPU, MACHINE
+
+
+def test_what_a_machine_calls_itself_is_shown_as_it_is() -> None:
+    """A board's name comes from its firmware and an engine's from its path; square brackets there are no markup."""
+    machine = replace(MACHINE, board="Board [/b]", cpu=replace(CPU, model_name="CPU [red]x[", governor="[bold]"))
+    engine = EngineBinary("/opt/e[avx2]/llama-server", ("llama-server",), "b1 [abc]", ("[x]",))
+    out = StringIO()
+
+    Console(file=out, width=200).print(_machine_table(machine, read_memory(), [engine], "[pmic]"))
+
+    words = ("Board [/b]", "CPU [red]x[,", "[bold]", "/opt/e[avx2]/llama-server", "[abc]", "[x]", "[pmic]")
+    assert [word for word in words if word not in out.getvalue()] == []
