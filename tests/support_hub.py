@@ -51,6 +51,7 @@ class Faults:
         flip_byte: Change the file's byte at this place, length and names unchanged.
         bytes_per_s: Send no faster than this.
         no_ranges: Answer every request with the whole file.
+        no_etag: Do not say which version of a file it is.
         shorter_by: Leave out so many bytes at the file's end.
         refuse: The hub answers everything with this status and error code.
         sign_in_page: Whatever is asked, the answer is the page of a hotel.
@@ -61,6 +62,7 @@ class Faults:
     flip_byte: int | None = None
     bytes_per_s: float | None = None
     no_ranges: bool = False
+    no_etag: bool = False
     shorter_by: int = 0
     refuse: tuple[int, str] | None = None
     sign_in_page: bool = False
@@ -291,9 +293,11 @@ class _Handler(BaseHTTPRequestHandler):
             changed[faults.flip_byte] ^= 0xFF
             content = bytes(changed)
         headers = {"ETag": f'"{etag}"', "Content-Type": "application/octet-stream", "X-Repo-Commit": COMMIT}
+        if faults.no_etag:
+            del headers["ETag"]
         first, last = 0, len(content) - 1
         wanted = None if faults.no_ranges else self.request_seen.range
-        if wanted and self.headers.get("If-Range", headers["ETag"]) == headers["ETag"]:
+        if wanted and self.headers.get("If-Range") in (None, headers.get("ETag")):
             begin, _, end = wanted.removeprefix("bytes=").partition("-")
             first, last = int(begin), min(int(end) if end else last, last)
             if first > last:

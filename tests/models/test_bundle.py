@@ -115,6 +115,7 @@ def test_a_bundle_goes_to_a_board_without_a_link(library: Library, tmp_path: Pat
         assert there.sidecar is not None
         assert here.sidecar.sha256 == there.sidecar.sha256
     assert bring(tmp_path / "stick", board) == kept
+    assert [one.sidecar is not None for one in Library(tmp_path / "stick").models()] == [True, True]  # as it is
 
 
 def test_a_second_export_adds_to_the_first(library: Library, tmp_path: Path) -> None:

@@ -299,6 +299,24 @@ def test_a_url_is_kept_under_its_server_and_resumes(hub: Hub, library: Library, 
     assert [seen.bytes for seen in hub.bodies()] == [1, len(weights) - len(weights) // 2]
 
 
+def test_a_url_whose_version_is_unknown_is_never_pieced_together(hub: Hub, library: Library, weights: bytes) -> None:
+    """Its second half might be of another file; and a server that always cuts is given up in the end."""
+    hub.plain["own.gguf"] = weights
+    hub.faults = Faults(no_etag=True, cut_at=0.5, cut_first=2)
+    kept = get(library, f"{hub.url}/plain/own.gguf")
+
+    assert kept.path.read_bytes() == weights
+    assert [(seen.range, seen.bytes) for seen in hub.bodies()[1:]] == [
+        (None, len(weights) // 2),
+        (None, len(weights)),
+    ]
+
+    library.remove(kept)
+    hub.faults.cut_first = 99
+    with pytest.raises(HubUnreachableError, match="the connection was cut"):
+        get(library, f"{hub.url}/plain/own.gguf")
+
+
 def test_a_url_with_a_checksum_is_held_against_it(hub: Hub, library: Library, weights: bytes) -> None:
     hub.plain["own.gguf"] = weights
 

@@ -14,6 +14,7 @@ from promptai.settings import load_settings, models_directory
 @click.command(
     epilog="""\b
 Examples:
+  promptai models pull qwen2.5-1.5b                   from the catalogue: promptai models list
   promptai models pull hub:owner/name                 its Q4_K_M, else its Q4_0
   promptai models pull hub:owner/name:Q8_0            another quantisation, or a file's name
   promptai models pull https://example.org/model.gguf --sha256 9f86d0...
@@ -33,7 +34,7 @@ def pull(name: str, *, sha256: str | None, tries: int, as_json: bool) -> None:
     """
     Fetch a model into the library, or find that it is there.
 
-    NAME is from the catalogue (promptai models list), from the hub, or a URL.
+    NAME is from the catalogue, from the hub, or a URL.
     A download that was cut goes on where it stopped, also after Ctrl-C or a
     power cut. HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and proxies are honoured.
     """

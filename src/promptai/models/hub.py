@@ -259,7 +259,8 @@ def check_url(url: str, prefix: str = "") -> None:
         scheme, host = "", None
     if not host or scheme not in ("http", "https"):
         raise HubError(f"{prefix}{url} is not a web address", hint="give one that begins with https://")
-    if scheme == "http" and host not in _LOOPBACK and not url.startswith(f"{_endpoint()}/"):
+    mirror = urlsplit(_endpoint())
+    if scheme == "http" and host not in _LOOPBACK and (scheme, host) != (mirror.scheme, mirror.hostname):
         raise HubError(f"{prefix}{url} is not encrypted", hint="only https is fetched from other machines")
 
 

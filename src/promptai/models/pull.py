@@ -167,59 +167,71 @@ def _lock(part: FileIO, watch: Watch) -> None:
             fcntl.flock(part, fcntl.LOCK_EX)
 
 
+class _Arriving:
+    """What is there of a file that is being fetched, on disk and as a hash."""
+
+    def __init__(self, order: Order, part: FileIO, watch: Watch) -> None:
+        self._order, self._part, self._watch = order, part, watch
+        self.digest = hashlib.sha256()
+        self.have = part.seek(0, os.SEEK_END)
+        if not order.resumable or (order.origin.bytes and self.have > order.origin.bytes):
+            self.have = part.truncate(0)
+        if self.have:
+            watch.begin("checking what arrived earlier", self.have)
+            part.seek(0)
+            hash_into(self.digest, part, watch)
+        watch.begin(f"fetching {order.what}", order.origin.bytes or None, self.have)
+
+    def restart(self) -> None:
+        """Forget everything: what comes next is the file's first byte."""
+        self.have, self.digest = self._part.truncate(0), hashlib.sha256()
+        self._watch.begin(f"fetching {self._order.what} from its start", self._order.origin.bytes or None)
+
+    def add(self, chunk: bytes) -> None:
+        """Write and hash what came."""
+        view = memoryview(chunk)
+        with disk_errors(Path(self._part.name), hint="free some space, then pull again: it goes on where it stopped"):
+            while view:
+                view = view[self._part.write(view) :]
+        self.digest.update(chunk)
+        self.have += len(chunk)
+        self._watch.advance(len(chunk))
+
+
 def _receive(order: Order, part: FileIO, watch: Watch, tries: int) -> str:
     """Bring the partial file to its end; gives its SHA-256."""
-    have, digest = _taken_up(order, part, watch)
-    size = order.origin.bytes
-    watch.begin(f"fetching {order.what}", size or None, have)
-    failed = 0
-    while have == 0 or have < size:
-        before = have
+    arriving, size, failed = _Arriving(order, part, watch), order.origin.bytes, 0
+    while not size or arriving.have < size:
+        before = arriving.have
         try:
-            with open_body(order.url, what=order.what, start=have, version=order.version) as body:
-                if body.total is not None and size not in (0, body.total):
-                    raise HubError(f"{order.what} has changed at its source while it was fetched", hint="pull it again")
-                if body.start != have:
-                    have, digest = 0, hashlib.sha256()
-                    part.truncate(0)
-                    watch.begin(f"fetching {order.what} from its start", size or None)
-                for chunk in body.chunks:
-                    _write(part, chunk)
-                    digest.update(chunk)
-                    have += len(chunk)
-                    watch.advance(len(chunk))
-                    if size and have > size:
-                        raise HubError(f"{order.what} is longer than announced", hint="pull it again later")
+            _connect_once(order, arriving)
             if not size:
                 break
         except HubUnreachableError as error:
-            failed = 0 if have > before else failed + 1
+            failed = 0 if arriving.have > before and order.resumable else failed + 1
             if failed >= tries:
+                here = f"{gigabytes(arriving.have)} of {gigabytes(size)} are here"
                 raise HubUnreachableError(
-                    f"{error.message}; {gigabytes(have)} of {gigabytes(size)} are here",
-                    hint="the same command goes on from there",
+                    f"{error.message}; {here}" if order.resumable else error.message,
+                    hint="the same command goes on from there" if order.resumable else "try again later",
                 ) from None
             pause_s = min(_LONGEST_PAUSE_S, max(_SHORTEST_PAUSE_S, 2.0**failed - 1))
             watch.say(f"{error.message}; trying again" + (f" in {pause_s:.0f} s" if failed else ""))
             time.sleep(pause_s)
-    return digest.hexdigest()
+            if not order.resumable:
+                arriving.restart()
+    return arriving.digest.hexdigest()
 
 
-def _taken_up(order: Order, part: FileIO, watch: Watch) -> "tuple[int, hashlib._Hash]":
-    """How much of the file is here from earlier, and its hash so far."""
-    digest = hashlib.sha256()
-    if not order.resumable or (order.origin.bytes and part.seek(0, os.SEEK_END) > order.origin.bytes):
-        part.truncate(0)
-    have = part.seek(0, os.SEEK_END)
-    if have:
-        watch.begin("checking what arrived earlier", have)
-        part.seek(0)
-        hash_into(digest, part, watch)
-    return have, digest
-
-
-def _write(part: FileIO, chunk: bytes) -> None:
-    view = memoryview(chunk)
-    with disk_errors(Path(part.name), hint="free some space, then pull again: it goes on where it stopped"):
-        while view:
-            view = view[part.write(view) :]
+def _connect_once(order: Order, arriving: _Arriving) -> None:
+    """Fetch the rest over one connection."""
+    size = order.origin.bytes
+    with open_body(order.url, what=order.what, start=arriving.have, version=order.version) as body:
+        if (body.total is not None and size not in (0, body.total)) or body.start not in (0, arriving.have):
+            raise HubError(f"{order.what} has changed at its source while it was fetched", hint="pull it again")
+        if body.start != arriving.have:
+            arriving.restart()
+        for chunk in body.chunks:
+            arriving.add(chunk)
+            if size and arriving.have > size:
+                raise HubError(f"{order.what} is longer than announced", hint="pull it again later")
