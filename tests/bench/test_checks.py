@@ -5,11 +5,12 @@ import pytest
 from msgspec.structs import replace
 
 from promptai.bench.checks import Finding, check_target
+from promptai.bench.events import Event, Opened, Session
 from promptai.bench.manifest import Machine, TargetFacts
 from promptai.bench.statistics import Metric
 from promptai.bench.trace import Cache, Trace
 from promptai.device.sample import Sample
-from support_runs import ENGINE, FACTS, MACHINE, MODEL, make_failure, make_trace
+from support_runs import COST, ENGINE, FACTS, MACHINE, MODEL, make_failure, make_manifest, make_trace, talk
 
 MIB = 1024**2
 #: Forty requests one after the other, and a sample in the middle of each: nothing to complain of.
@@ -27,6 +28,11 @@ SAMPLES = [
     for n in range(40)
 ]
 PC = replace(MACHINE, board="OptiPlex 7090")
+#: A part of forty of a hundred conversations.
+MANIFEST = make_manifest([talk(f"c{n}", "why?") for n in range(40)])
+MANIFEST = replace(MANIFEST, workload=replace(MANIFEST.workload, total=100))
+#: A server that is no llama-server; cold prompts begin with a salt there.
+PLAIN = Opened(0.0, "m", None, 1.0, llama_server=False)
 
 
 def metrics(n: int = 40, decode: float = 10.0, engine: float = 10.0, spread: float = 0.01) -> Mapping[str, Metric]:
@@ -45,11 +51,15 @@ def findings(
     traces: Sequence[Trace] = TRACES,
     samples: Sequence[Sample] = SAMPLES,
     cold: Mapping[str, Metric] | None = None,
-    telemetry_error: str | None = None,
+    events: Sequence[Event] = (COST,),
 ) -> list[Finding]:
     """What is found when everything is as it should be but for what is given."""
     seen: dict[Cache, Mapping[str, Metric]] = {"cold": cold or metrics()}
-    return check_target(machine, facts, traces, samples, seen, telemetry_error)
+    return check_target(replace(MANIFEST, machine=machine), facts, traces, samples, seen, events)
+
+
+def session(governor: str | None = "performance", kernel: str = "Linux 6.6") -> Session:
+    return Session(0.0, kernel, governor)
 
 
 def sampled(**fields: Any) -> list[Sample]:
@@ -100,7 +110,15 @@ FIRES = [
     pytest.param(
         "throttled", {"samples": sampled(throttled=0b100 << 16)}, "between two samples", id="throttled-briefly"
     ),
-    pytest.param("telemetry", {"telemetry_error": "disk full"}, "ended early: disk full", id="telemetry-died"),
+    pytest.param(
+        "telemetry", {"events": [replace(COST, telemetry_error="disk full")]}, "early: disk full", id="telemetry-died"
+    ),
+    pytest.param(
+        "sessions-differ", {"events": [session(), session("ondemand")]}, "ondemand and performance", id="new-governor"
+    ),
+    pytest.param(
+        "sessions-differ", {"events": [session(kernel="Linux 6.12")]}, "Linux 6.12 and Linux 6.6", id="new-kernel"
+    ),
     pytest.param("paging", {"samples": paged(2001)}, "2,001 pages", id="paging"),
     pytest.param("swapping", {"samples": sampled(swap_used_bytes=65 * MIB)}, "65 MiB", id="swapping"),
     pytest.param("background-load", {"samples": sampled(engine_cpu_percent=73.0)}, "12 %", id="background"),
@@ -159,6 +177,11 @@ def test_an_explanation_is_given_without_doubting_the_numbers(check: str, eviden
             {"facts": model(file_bytes=10**8), "cold": metrics(decode=300, engine=300)}, id="fast-because-small"
         ),
         pytest.param({"facts": replace(FACTS, model=None, engine=None)}, id="a-server-of-somebody-else"),
+        pytest.param({"events": [session(), session()]}, id="two-sessions-alike"),
+        pytest.param(
+            {"facts": TargetFacts("m", url="http://pi:8080"), "events": [session(), session("ondemand")]},
+            id="a-new-governor-here-and-a-server-elsewhere",
+        ),
     ],
 )
 def test_nothing_is_found_where_nothing_is_wrong(evidence: dict[str, Any]) -> None:
@@ -173,11 +196,52 @@ def test_pages_read_while_an_engine_loads_again_are_not_read_while_answering() -
     assert findings(traces=[make_trace(), make_trace(at=100.0)], samples=samples) == []
 
 
-def test_a_server_without_timings_explains_its_prefill_and_its_cold_prompts() -> None:
-    """Where the cache cannot be switched off, each cold prompt begins with a salt."""
+def test_a_server_without_timings_explains_its_prefill() -> None:
     found = findings(traces=answered(prompt_ms=None))
 
-    assert [(finding.check, finding.serious) for finding in found] == [("salted", False), ("no-timings", False)]
+    assert [(finding.check, finding.serious) for finding in found] == [("no-timings", False)]
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        pytest.param({}, id="a-gateway-that-passes-timings-through"),
+        pytest.param({"cached_tokens": 100, "prompt_tokens": 900}, id="a-template-that-is-cached-before-the-salt"),
+    ],
+)
+def test_a_server_that_cannot_switch_its_cache_off_explains_its_cold_prompts(answers: dict[str, Any]) -> None:
+    """By its dialect, not by what it tells. What stands before the salt is the same in every prompt."""
+    found = findings(traces=answered(**answers), events=[PLAIN])
+
+    assert [(finding.check, finding.serious) for finding in found] == [("salted", False)]
+
+
+def test_a_salted_prompt_that_is_known_all_the_same_is_doubted() -> None:
+    found = findings(traces=answered(cached_tokens=600, prompt_tokens=900), events=[PLAIN])
+
+    assert [finding.check for finding in found] == ["cold-cache-hits", "salted"]
+    assert "cache_prompt" not in found[0].action  # nobody sent it that
+
+
+def test_salted_prompts_are_not_repeated_ones() -> None:
+    """Each pass asks behind another salt. Warm prompts have none, and are compared."""
+    again = [replace(t, repeat=1, text_sha256="other") for t in TRACES]
+    warm = [replace(t, cache="warm") for t in (*TRACES, *again)]
+
+    assert "not-deterministic" not in {f.check for f in findings(traces=[*TRACES, *again], events=[PLAIN])}
+    assert "not-deterministic" in {f.check for f in findings(traces=warm, events=[PLAIN])}
+
+
+@pytest.mark.parametrize(
+    ("total", "words"), [(100, "play more conversations"), (40, "all 40 conversations")], ids=["a-part", "all"]
+)
+def test_a_wide_interval_gets_narrower_by_conversations_and_not_by_repeats(total: int, words: str) -> None:
+    """Repeats stay inside of their conversation, and it is the differences between conversations that are wide."""
+    manifest = replace(MANIFEST, workload=replace(MANIFEST.workload, total=total))
+    found = check_target(manifest, FACTS, TRACES, SAMPLES, {"cold": metrics(spread=0.08)}, [])
+
+    assert words in found[0].action
+    assert "--repeats" not in found[0].action
 
 
 def test_failures_are_grouped_by_kind_with_a_remedy_each() -> None:

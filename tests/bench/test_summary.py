@@ -170,6 +170,21 @@ def test_a_cost_that_nobody_told_is_none() -> None:
     assert summary.energy_source is None
 
 
+def test_what_happened_in_a_run_is_weighed_in_its_findings() -> None:
+    """A server that is no llama-server, and telemetry that died."""
+    events = [Opened(0, "m", None, 1.0, llama_server=False), replace(COST, telemetry_error="disk full")]
+    found = summarize(replace(a_run(*COLD), events=events)).targets[0].findings
+
+    assert {"salted", "telemetry"} <= {finding.check for finding in found}
+
+
+def test_telemetry_of_overlapping_sessions_is_joined_in_the_order_of_time(tmp_path: Path) -> None:
+    """A run whose second session began again at 0, as older versions did."""
+    write_run(tmp_path, replace(a_run(*COLD), samples=[Sample(t=t) for t in (1.0, 90.0, 2.0, 3.0)]))
+
+    assert [sample.t for sample in read_run(tmp_path).samples] == [1.0, 2.0, 3.0, 90.0]
+
+
 def test_synthetic_weights_are_named_and_found() -> None:
     facts = replace(FACTS, model=replace(MODEL, synthetic=True))
     target = summarize(replace(a_run(*COLD), manifest=make_manifest(TALKS, [facts]))).targets[0]

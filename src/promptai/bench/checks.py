@@ -14,7 +14,8 @@ from itertools import pairwise
 
 import msgspec
 
-from promptai.bench.manifest import Machine, TargetFacts
+from promptai.bench.events import Cost, Event, Opened, Session
+from promptai.bench.manifest import Manifest, TargetFacts
 from promptai.bench.resources import samples_during
 from promptai.bench.statistics import MIN_FOR_PERCENTILE, Metric
 from promptai.bench.trace import Cache, Trace
@@ -41,30 +42,35 @@ class Finding(msgspec.Struct, frozen=True):
 class Evidence(msgspec.Struct, frozen=True):
     """Everything a check may look at: one target's requests, and the samples taken meanwhile."""
 
-    machine: Machine
+    manifest: Manifest
     facts: TargetFacts
     traces: list[Trace]
     during: list[Sample]
     metrics: Mapping[Cache, Mapping[str, Metric]]
-    telemetry_error: str | None = None
+    events: Sequence[Event]
 
     @property
     def answered(self) -> list[Trace]:
         """Requests without an error."""
         return [trace for trace in self.traces if trace.error is None]
 
+    @property
+    def salted(self) -> bool:
+        """Whether cold prompts began with a salt, because the server is no llama-server."""
+        opened = [event for event in self.events if isinstance(event, Opened) and event.target == self.facts.name]
+        return any(event.llama_server is False for event in opened)
+
 
 def check_target(
-    machine: Machine,
+    manifest: Manifest,
     facts: TargetFacts,
     traces: Sequence[Trace],
     samples: Sequence[Sample],
     metrics: Mapping[Cache, Mapping[str, Metric]],
-    telemetry_error: str | None = None,
+    events: Sequence[Event],
 ) -> list[Finding]:
     """Run every check on one target; serious findings come first."""
-    during = samples_during(traces, samples)
-    evidence = Evidence(machine, facts, list(traces), during, metrics, telemetry_error)
+    evidence = Evidence(manifest, facts, list(traces), samples_during(traces, samples), metrics, events)
     found = [finding for check in _CHECKS for finding in check(evidence)]
     return sorted(found, key=lambda finding: not finding.serious)
 
@@ -81,12 +87,26 @@ def _failures(seen: Evidence) -> Iterator[Finding]:
 
 
 def _telemetry(seen: Evidence) -> Iterator[Finding]:
-    if seen.telemetry_error is not None:
+    error = next((e.telemetry_error for e in seen.events if isinstance(e, Cost) and e.telemetry_error), None)
+    if error is not None:
         yield Finding(
             "telemetry",
-            f"telemetry ended early: {seen.telemetry_error}",
+            f"telemetry ended early: {error}",
             "memory, CPU and heat are missing or cover a part of the run; measure again",
         )
+
+
+def _sessions_differ(seen: Evidence) -> Iterator[Finding]:
+    machine, sessions = seen.manifest.machine, [event for event in seen.events if isinstance(event, Session)]
+    kernels = {machine.kernel, *(session.kernel for session in sessions)}
+    governors = {machine.cpu.governor or "none", *(session.governor or "none" for session in sessions)}
+    for what, values in (("kernel", kernels), ("CPU governor", governors)):
+        if seen.facts.here and sessions and len(values) > 1:
+            yield Finding(
+                "sessions-differ",
+                f"the run was resumed with another {what}: {' and '.join(sorted(values))}",
+                "figures of both are mixed; start a new run",
+            )
 
 
 def _few_values(seen: Evidence) -> Iterator[Finding]:
@@ -96,12 +116,16 @@ def _few_values(seen: Evidence) -> Iterator[Finding]:
             yield Finding(
                 "few-values",
                 f"only {n} {cache} requests: no percentiles, and intervals are rough",
-                "play more conversations, or repeat them with --repeats",
+                "play more conversations; repeats help percentiles, not intervals",
             )
 
 
 def _wide_interval(seen: Evidence) -> Iterator[Finding]:
     # 5 % is what two quantisations or two engines often differ by: beyond it they cannot be told apart.
+    workload = seen.manifest.workload
+    remedy = "play more conversations, and keep other programs off the machine"
+    if len(workload.selected) == workload.total:
+        remedy = f"all {workload.total} conversations were played: take less for noise, or play a larger --workload"
     for cache, metrics in seen.metrics.items():
         decode = metrics["decode_tps"]
         if decode.value and decode.ci95 is not None:
@@ -110,7 +134,7 @@ def _wide_interval(seen: Evidence) -> Iterator[Finding]:
                 yield Finding(
                     "wide-interval",
                     f"{cache} decode rate is known to +-{100 * half:.0f} % only",
-                    "repeat with --repeats 3, and keep other programs off the machine",
+                    remedy,
                 )
 
 
@@ -220,19 +244,24 @@ def _clocks_disagree(seen: Evidence) -> Iterator[Finding]:
 
 
 def _cold_hits(seen: Evidence) -> Iterator[Finding]:
-    hits = sum(trace.cache == "cold" and bool(trace.cached_tokens) for trace in seen.answered)
+    # Before the salt stands what the template says first, a default system message for one: a few dozen tokens.
+    allowed = 128 if seen.salted else 0
+    hits = sum(trace.cache == "cold" and (trace.cached_tokens or 0) > allowed for trace in seen.answered)
     if hits:
         yield Finding(
             "cold-cache-hits",
             f"{hits} cold requests took tokens from a cache: their prefill is not cold",
-            "the server ignores cache_prompt=false; measure the engine itself",
+            "the server knows prompts by more than their beginning; restart it before each run"
+            if seen.salted
+            else "the server ignores cache_prompt=false; measure the engine itself",
         )
 
 
 def _not_deterministic(seen: Evidence) -> Iterator[Finding]:
     texts: dict[tuple[Cache, str, int], set[str]] = {}
     for trace in seen.answered:
-        if trace.text_sha256 is not None:
+        # A salted prompt is another one each time.
+        if trace.text_sha256 is not None and not (seen.salted and trace.cache == "cold"):
             texts.setdefault((trace.cache, trace.conversation, trace.turn), set()).add(trace.text_sha256)
     different = sum(len(hashes) > 1 for hashes in texts.values())
     if different:
@@ -243,15 +272,18 @@ def _not_deterministic(seen: Evidence) -> Iterator[Finding]:
         )
 
 
+def _salted(seen: Evidence) -> Iterator[Finding]:
+    if seen.salted and "cold" in seen.metrics:
+        yield Finding(
+            "salted",
+            "the server cannot switch its cache off: each cold prompt began with a salt of about ten tokens",
+            "compare cold figures with those of a llama-server only roughly",
+            serious=False,
+        )
+
+
 def _no_timings(seen: Evidence) -> Iterator[Finding]:
     if seen.answered and all(trace.prompt_ms is None for trace in seen.answered):
-        if "cold" in seen.metrics:
-            yield Finding(
-                "salted",
-                "the server cannot switch its cache off: each cold prompt began with a salt of about ten tokens",
-                "compare cold figures with those of a llama-server only roughly",
-                serious=False,
-            )
         yield Finding(
             "no-timings",
             "the server does not tell its timings: prefill cannot be told from waiting",
@@ -263,8 +295,8 @@ def _no_timings(seen: Evidence) -> Iterator[Finding]:
 def _implausible(seen: Evidence) -> Iterator[Finding]:
     # Dense models on a stock Pi 5 decode at 10.1 GB/s / file size (sd 3.8 % over 15 rows of the
     # Edge-LLM leaderboard, December 2024). A published table once was off by a factor of 30.
-    model, decode = seen.facts.model, seen.metrics.get("cold", {}).get("decode_tps")
-    if model is None or decode is None or not decode.value or not seen.machine.board.startswith("Raspberry Pi 5"):
+    model, decode, board = seen.facts.model, seen.metrics.get("cold", {}).get("decode_tps"), seen.manifest.machine.board
+    if model is None or decode is None or not decode.value or not board.startswith("Raspberry Pi 5"):
         return
     ratio = decode.value * model.file_bytes / 10.1e9
     # Files below 0.2 GB are not bound by memory, so the law says nothing about them.
@@ -312,6 +344,7 @@ def _synthetic(seen: Evidence) -> Iterator[Finding]:
 _CHECKS: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
     _failures,
     _telemetry,
+    _sessions_differ,
     _cold_hits,
     _not_deterministic,
     _clocks_disagree,
@@ -323,6 +356,7 @@ _CHECKS: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
     _drift,
     _few_values,
     _wide_interval,
+    _salted,
     _no_timings,
     _simd,
     _capped,

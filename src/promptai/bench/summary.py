@@ -143,12 +143,12 @@ def summarize(run: Run) -> Summary:
                 cold=parts.get("cold"),
                 warm=parts.get("warm"),
                 findings=check_target(
-                    run.manifest.machine,
+                    run.manifest,
                     facts,
                     mine,
                     samples,
                     {cache: part.metrics for cache, part in parts.items()},
-                    next((cost.telemetry_error for cost in costs if cost.telemetry_error), None),
+                    run.events,
                 ),
             )
         )
