@@ -1,0 +1,278 @@
+"""How much a quantised model still says what its source says, with the uncertainty of it.
+
+"4-bit costs almost nothing" is true of some models and files and not of others, and
+a damaged file loads and talks. So source and result read the same text, token by
+token (teacher-forced: both are given the text, not what they would have said), and
+two things are compared at each position: whether both would choose the same next
+token, and how likely each holds the token that really follows.
+
+Two ways. ``score`` asks any llama-server, one decode step a position, exactly.
+``ask_perplexity`` runs llama.cpp's ``llama-perplexity``, which is faster. Its
+agreement is exact, but the likelihoods that it keeps of the source are clipped: a model
+compared with itself came out 0.21 ± 0.03 nats better than itself (b1 of 0c1e570). So
+its perplexities are taken from the two runs, each exact, and their difference has no interval.
+
+Positions of one text resemble each other, so that intervals are rather too narrow.
+Says nothing about right or wrong answers, and nothing at all about random weights.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import NormalDist, fmean, stdev
+from typing import NamedTuple
+
+import msgspec
+
+from promptai.bench.workload import load_bundled
+from promptai.engine.client import EngineClient
+from promptai.engine.flags import EngineFlags
+from promptai.engine.launch import RunningEngine, free_port
+from promptai.engine.locate import EngineBinary
+from promptai.engine.logged import failure_lines, run_logged
+from promptai.errors import EngineProtocolError
+
+#: Below the share that q2_K keeps of an 8 B model (71 %, llama.cpp's tools/perplexity/README.md) something is wrong.
+DOUBTFUL = 0.7
+_Z95 = NormalDist().inv_cdf(0.975)
+_TEXTS = 16
+POSITIONS_PER_TEXT = 32
+_CONTEXT = 2048
+#: The second half of each chunk is scored, without its last token.
+_CHUNK_TOKENS, _CHUNKS = 512, 2
+_SCORED = _CHUNK_TOKENS - 1 - _CHUNK_TOKENS // 2
+#: Larger than any real logit: the forced token wins whatever the model thinks.
+_FORCE = 1000.0
+
+
+class Text(NamedTuple):
+    """What is given, and what is scored."""
+
+    before: str
+    scored: str
+
+
+class Position(NamedTuple):
+    """
+    What a model thinks at one place of a text.
+
+    Attributes:
+        logprob: Natural logarithm of its probability of the token that follows.
+        top: The token that it would choose.
+    """
+
+    logprob: float
+    top: int
+
+
+class Agreement(msgspec.Struct, frozen=True):
+    """
+    What quantising changed.
+
+    Attributes:
+        by: ``engine`` or ``llama-perplexity``.
+        positions: Places that were compared; ``agreed``: where both choose the same token.
+        share: ``agreed`` of ``positions``, with its 95 % interval (Wilson's).
+        source_perplexity, result_perplexity: On the same tokens.
+        difference: Mean log-probability of the text's tokens, result less source, in nats a token.
+        difference_ci95: Its 95 % interval; ``None`` where the positions are not known one by one.
+    """
+
+    by: str
+    positions: int
+    agreed: int
+    share: float
+    share_ci95: tuple[float, float]
+    source_perplexity: float
+    result_perplexity: float
+    difference: float
+    difference_ci95: tuple[float, float] | None
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether even the upper end of the interval is less than a good 2-bit model keeps."""
+        return self.share_ci95[1] < DOUBTFUL
+
+
+def compare(source: Sequence[Position | None], result: Sequence[Position | None]) -> Agreement:
+    """
+    Hold two models' positions in the same text against each other.
+
+    Raises:
+        EngineProtocolError: Fewer than half of them, or than two, are known of both.
+    """
+    pairs = [(old, new) for old, new in zip(source, result, strict=True) if old is not None and new is not None]
+    n = len(pairs)
+    if n < max(2, len(source) / 2):
+        raise EngineProtocolError(
+            f"the engine reported {n} of {len(source)} probabilities",
+            hint="scoring needs a llama-server that knows n_probs and logit_bias",
+        )
+    differences = [new.logprob - old.logprob for old, new in pairs]
+    agreed = sum(old.top == new.top for old, new in pairs)
+    mean, reach = fmean(differences), _Z95 * stdev(differences) / math.sqrt(n)
+    return Agreement(
+        "engine",
+        n,
+        agreed,
+        agreed / n,
+        wilson(agreed, n),
+        perplexity([old for old, _ in pairs]),
+        perplexity([new for _, new in pairs]),
+        mean,
+        (mean - reach, mean + reach),
+    )
+
+
+def wilson(count: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share, which stays within 0 and 1 and has a width also where all agree (Wilson 1927)."""
+    share, z2 = count / n, _Z95**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    reach = _Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(0.0, middle - reach), min(1.0, middle + reach)
+
+
+def perplexity(positions: Sequence[Position]) -> float:
+    """Exponential of the mean negative log-probability; infinite when that is beyond all numbers."""
+    try:
+        return math.exp(-fmean(position.logprob for position in positions))
+    except OverflowError:
+        return math.inf
+
+
+def texts(count: int = _TEXTS) -> list[Text]:
+    """The first answers of bundled conversations, those with the shortest openings: they are read quickest."""
+    found = []
+    for conversation in load_bundled().conversations:
+        opening = conversation.prompt(0)
+        answer = conversation.messages[len(opening)]
+        found.append(Text("\n\n".join(message.content for message in opening) + "\n\n", answer.content))
+    return sorted(found, key=lambda text: len(text.before))[:count]
+
+
+async def score(
+    model: Path,
+    passages: Sequence[Text],
+    *,
+    engine: EngineBinary,
+    threads: int,
+    log: Path,
+    most_context: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Position | None]:
+    """
+    What a model thinks at each scored position of ``passages``.
+
+    ``None`` in the middle of a character: llama-server does not report these, for any model.
+
+    Args:
+        log: Where the engine writes.
+        most_context: Tokens that the model was made for.
+        progress: Told how many more positions are done.
+
+    Raises:
+        EngineError: The engine cannot be started, or fails.
+    """
+    context = min(_CONTEXT, most_context or _CONTEXT)
+    flags = EngineFlags(model=str(model), port=free_port(), threads=threads, context=context)
+    found: list[Position | None] = []
+    async with RunningEngine(engine, flags, log=log) as running, EngineClient(running.base_url) as client:
+        for text in passages:
+            scored = (await client.tokenize(text.scored))[:POSITIONS_PER_TEXT]
+            # One token is left for the answer, which llama-server demands.
+            room = max(1, context - len(scored) - 1)
+            prompt = (await client.tokenize(text.before, add_special=True))[-room:]
+            for token in scored:
+                found.append(await _position(client, prompt, token))
+                prompt.append(token)
+                if progress is not None:
+                    progress(1)
+    return found
+
+
+async def _position(client: EngineClient, prompt: list[int], token: int) -> Position | None:
+    """
+    Force ``token``: reported are its raw probability, and beside it the raw first choice (tried: b1, b11549).
+
+    ``engine.scoring`` does the same, and says more about it; the first choice is not its business.
+    """
+    body = {
+        "prompt": prompt,
+        "n_predict": 1,
+        "temperature": 0,
+        "n_probs": 1,
+        "logit_bias": [[token, _FORCE]],
+        "cache_prompt": True,
+    }
+    reported = (await client.complete(body)).completion_probabilities
+    if not reported or reported[0].id != token or not reported[0].top_logprobs:
+        return None
+    return Position(reported[0].logprob, reported[0].top_logprobs[0].id)
+
+
+def ask_perplexity(
+    program: Path,
+    source: Path,
+    result: Path,
+    *,
+    threads: int,
+    folder: Path,
+    tick: Callable[[], None],
+) -> Agreement:
+    """
+    The same by ``llama-perplexity``, on the bundled conversations as plain text.
+
+    Args:
+        folder: For its files: some 60 MB for each 32 k of vocabulary.
+        tick: Called now and then.
+
+    Raises:
+        EngineProtocolError: It fails, or does not say what it should.
+    """
+    corpus, base = folder / "text", folder / "logits"
+    corpus.write_text("\n\n".join(m.content for c in load_bundled().conversations for m in c.messages))
+    kept = ("--kl-divergence-base", str(base))
+    size = ("-c", str(_CHUNK_TOKENS), "-b", str(_CHUNK_TOKENS), "-t", str(threads), "--chunks", str(_CHUNKS))
+    first = _run(program, ["-m", str(source), "-f", str(corpus), *size, *kept], folder / "source.log", tick)
+    second = _run(program, ["-m", str(result), *size, *kept, "--kl-divergence"], folder / "result.log", tick)
+    source_perplexity = _number(r"Final estimate: PPL = ", first)
+    result_perplexity = _number(r"Mean PPL\(Q\) *: *", second)
+    n = _CHUNKS * _SCORED
+    agreed = round(n * _number(r"Same top p *: *", second) / 100)
+    return Agreement(
+        "llama-perplexity",
+        n,
+        agreed,
+        agreed / n,
+        wilson(agreed, n),
+        source_perplexity,
+        result_perplexity,
+        math.log(source_perplexity) - math.log(result_perplexity),
+        None,
+    )
+
+
+def _run(program: Path, arguments: Sequence[str], log: Path, tick: Callable[[], None]) -> str:
+    # What the user's shell says to llama.cpp is not meant for this.
+    without = [word for name in os.environ if name.startswith("LLAMA_") for word in ("-u", name)]
+    command = ["env", *without, str(program), *arguments]
+    lines: list[str] = []
+    code = run_logged(command, log=log, seen=lines.append, tick=tick)
+    text = "\n".join(lines)
+    if code != 0:
+        raise EngineProtocolError(
+            f"{program} ended with exit code {code}: {(failure_lines(text, 1) or ['it printed nothing'])[0]}",
+            hint="see promptai doctor",
+        )
+    return text
+
+
+def _number(before: str, text: str) -> float:
+    match = re.search(before + r"(\d+(?:\.\d+)?)", text)
+    if match is None or float(match[1]) <= 0:
+        raise EngineProtocolError(
+            "llama-perplexity did not print what was expected of it", hint="use a newer one: promptai engine build"
+        )
+    return float(match[1])

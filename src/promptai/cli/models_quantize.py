@@ -1,0 +1,261 @@
+"""``promptai models quantize``: a smaller model of a larger one, and what that cost."""
+
+import asyncio
+import contextlib
+import functools
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import msgspec
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from promptai.bench.agreement import POSITIONS_PER_TEXT, Agreement, Position, ask_perplexity, compare, score, texts
+from promptai.bench.target import check_fits
+from promptai.cli.models_inspect import harmless, mix
+from promptai.cli.transfer import Transfer
+from promptai.device.cpu import default_threads, read_cpu
+from promptai.device.memory import read_memory
+from promptai.engine.locate import locate
+from promptai.engine.logged import run_logged
+from promptai.errors import PromptAIError, SettingsError
+from promptai.models.bundled import NAME, bundled_model
+from promptai.models.convert import converted_checkpoint, find_converter, origin_of, read_checkpoint
+from promptai.models.gguf import GgufHeader
+from promptai.models.library import Library, resolve
+from promptai.models.quantize import TYPES, Origin, Quantized, Run, Tool, find_program, quantize
+from promptai.report import format as fmt
+from promptai.settings import cache_directory, load_settings, models_directory
+
+#: How people mark the type in the name of a source.
+_TYPE_IN_NAME = re.compile(r"[-._](f16|fp16|bf16|f32|fp32|q8_0)$", re.IGNORECASE)
+_CHECK_CONTEXT = 2048
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """
+    What the user wants, and what there is to do it with.
+
+    Attributes:
+        engine: A llama-server that the settings name.
+        scratch: A folder for logs and other things that go at the end.
+    """
+
+    source: Path
+    target: Path
+    kind: str
+    threads: int
+    trust_code: bool
+    engine: Path | None
+    engines: Path
+    scratch: Path
+
+    @property
+    def run(self) -> Run:
+        """Runs a program, its output in a log."""
+        return functools.partial(run_logged, log=self.scratch / "tool.log")
+
+
+@click.command(
+    "quantize",
+    epilog="""\b
+Examples:
+  promptai models quantize yi-coder-1.5b-f16.gguf --type q4_k_m
+  promptai models quantize yi-coder-1.5b/ --type q4_0 -o edge.gguf    a directory of safetensors files
+""",
+)
+@click.argument("source", metavar="FILE|NAME|DIRECTORY")
+@click.option(
+    "--type",
+    "kind",
+    type=click.Choice(list(TYPES), case_sensitive=False),
+    default="q4_0",
+    show_default=True,
+    help="q4_0, q8_0 and f16 need nothing else; the others llama-quantize (promptai engine build).",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The result.  [default: NAME-TYPE.gguf here]",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the physical cores that are ours]")
+@click.option("--check/--no-check", default=True, help="Compare what source and result say.")
+@click.option("--force", is_flag=True, help="Replace a result that is there already.")
+@click.option("--trust-code", is_flag=True, help="Let a checkpoint's own Python run while it is converted.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def quantize_model(
+    *,
+    source: str,
+    kind: str,
+    output: Path | None,
+    threads: int | None,
+    check: bool,
+    force: bool,
+    trust_code: bool,
+    as_json: bool,
+) -> None:
+    """
+    Make a smaller model of a 16- or 8-bit one, and say what that cost.
+
+    The result notes its source's name, type and SHA-256. It appears only when it is whole. Then both read the
+    same text, and it is counted how often they choose the same next token.
+    """
+    console = Console(stderr=True, highlight=False)
+    settings = load_settings()
+    path = bundled_model() if source == NAME else resolve(source, Library(models_directory(settings)))
+    target = output or Path(f"{_TYPE_IN_NAME.sub('', path.name.removesuffix('.gguf'))}-{kind}.gguf")
+    if target.exists() and not force:
+        raise SettingsError(f"{target} is there already", hint="give another name with -o, or --force")
+    folder = next(parent for parent in target.absolute().parents if parent.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".promptai-", dir=folder) as scratch:
+        wanted = Wanted(
+            source=path,
+            target=target,
+            kind=kind,
+            threads=threads or default_threads(read_cpu()),
+            trust_code=trust_code,
+            engine=Path(settings.engine.path) if settings.engine.path else None,
+            engines=cache_directory() / "engines",
+            scratch=Path(scratch),
+        )
+        with contextlib.ExitStack() as stack:
+            with Transfer(console) as watch:
+                opened, origin = stack.enter_context(_opened(wanted, watch))
+                program = find_program("llama-quantize", wanted.engines, beside=wanted.engine)
+                tool = Tool(program, wanted.run) if program is not None else None
+                done = quantize(opened, target, kind, tool=tool, watch=watch, threads=wanted.threads, origin=origin)
+            if not as_json:
+                _print_sizes(done, Console(highlight=False))
+            found = _check(done, wanted, console) if check else "--no-check"
+    if as_json:
+        click.echo(msgspec.json.encode(_facts(done, found)))
+    else:
+        _print_agreement(found, Console(highlight=False))
+
+
+@contextlib.contextmanager
+def _opened(wanted: Wanted, watch: Transfer) -> Iterator[tuple[Path, Origin | None]]:
+    """The GGUF to quantise; of a checkpoint one that is converted first, and goes again."""
+    if not wanted.source.is_dir():
+        yield wanted.source, None
+        return
+    checkpoint = read_checkpoint(wanted.source, trust_code=wanted.trust_code)
+    converter = find_converter(wanted.engines, cache_directory(), wanted.run)
+    origin = origin_of(checkpoint, watch)
+    with converted_checkpoint(
+        checkpoint, wanted.target, converter=converter, watch=watch, cache=cache_directory()
+    ) as middle:
+        yield middle, origin
+
+
+def _check(done: Quantized, wanted: Wanted, console: Console) -> Agreement | str:
+    """What quantising cost, or why that is not known: the result is good without, so that nothing here is an error."""
+    if done.source.synthetic:
+        return "the weights are random: they agree on nothing that means anything"
+    try:
+        check_fits(done.source, _CHECK_CONTEXT, read_memory().available_for_new_process())
+        program = find_program("llama-perplexity", wanted.engines, beside=wanted.engine)
+        if program is not None:
+            with console.status("comparing source and result with llama-perplexity"):
+                return ask_perplexity(
+                    program,
+                    Path(done.source.path),
+                    wanted.target,
+                    threads=wanted.threads,
+                    folder=wanted.scratch,
+                    tick=lambda: None,
+                )
+        return _check_with_engine(done, wanted, console)
+    except PromptAIError as error:
+        return str(error)
+
+
+def _check_with_engine(done: Quantized, wanted: Wanted, console: Console) -> Agreement:
+    engine = locate(wanted.engine, cache=wanted.engines)
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    passages = texts()
+
+    def positions(header: GgufHeader, what: str) -> list[Position | None]:
+        task = progress.add_task(f"asking the {what}", total=len(passages) * POSITIONS_PER_TEXT)
+        return asyncio.run(
+            score(
+                Path(header.path),
+                passages,
+                engine=engine,
+                threads=wanted.threads,
+                log=wanted.scratch / f"{what}.log",
+                most_context=header.context_length,
+                progress=functools.partial(progress.advance, task),
+            )
+        )
+
+    with progress:
+        return compare(positions(done.source, "source"), positions(done.result, "result"))
+
+
+def _facts(done: Quantized, found: Agreement | str) -> dict[str, object]:
+    return {
+        "path": done.result.path,
+        "file_bytes": done.result.file_bytes,
+        "quantization": done.result.quantization,
+        "mix": mix(done.result),
+        "quantized_by": done.by,
+        "source": {
+            "name": done.result.metadata.get("promptai.source.name"),
+            "file_bytes": done.source.file_bytes,
+            "quantization": done.source.quantization,
+            "sha256": done.source_sha256,
+        },
+        "synthetic": done.result.synthetic,
+        "agreement": found if isinstance(found, Agreement) else None,
+        "not_checked": found if isinstance(found, str) else None,
+    }
+
+
+def _print_sizes(done: Quantized, console: Console) -> None:
+    old, new = done.source.file_bytes, done.result.file_bytes
+    shares = ", ".join(f"{share.type} {100 * share.share:.1f} %" for share in mix(done.result))
+    console.print(
+        f"[bold]{escape(harmless(done.result.path))}[/]: {fmt.quantity(new, 'bytes')}, {100 * new / old:.1f} % of "
+        f"{fmt.quantity(old, 'bytes')} ({done.source.quantization})\n"
+        f"  of its bytes: {shares}\n"
+        f"  made by {escape(harmless(done.by))} from SHA-256 {done.source_sha256}",
+        soft_wrap=True,
+    )
+
+
+def _print_agreement(found: Agreement | str, console: Console) -> None:
+    if isinstance(found, str):
+        console.print(f"  not checked: {escape(harmless(found))}", soft_wrap=True)
+        return
+    low, high = found.share_ci95
+    console.print(
+        f"  same next token as its source: {found.agreed} of {found.positions}, {100 * found.share:.1f} % "
+        f"(95 %: {100 * low:.1f}–{100 * high:.1f}), by {found.by}",
+        soft_wrap=True,
+    )
+    reach = found.difference_ci95
+    interval = f" (95 %: {reach[0]:+.3f} to {reach[1]:+.3f})" if reach is not None else ""
+    console.print(
+        f"  perplexity there: {fmt.number(found.source_perplexity)} → {fmt.number(found.result_perplexity)}; "
+        f"log-likelihood {found.difference:+.3f} nats a token{interval}",
+        soft_wrap=True,
+    )
+    if found.doubtful:
+        console.print(
+            "[yellow]doubt[/]  that is less than a good 2-bit model keeps: a larger --type, or is the source damaged?",
+            soft_wrap=True,
+        )

@@ -1,0 +1,192 @@
+"""Write a GGUF again with other types of numbers, without llama.cpp: through the ``gguf`` package, in bounded memory.
+
+The means where nothing can be compiled. Which tensors keep their type follows
+llama.cpp (``tensor_allows_quantization`` in src/llama-quant.cpp, release 0.5.0-dev
+of 2026): one-dimensional ones, norms, gates of experts and other small ones. Where
+llama.cpp takes Q6_K for the output matrix this takes Q8_0, for the package cannot
+write K-quants: a little better and a little larger.
+
+Metadata is copied byte for byte, vocabularies unread; a piece of one tensor is in
+memory at a time. Tensors of experts in models of eight experts follow the same rule.
+"""
+
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from promptai.errors import ModelError
+from promptai.models.gguf import GgufHeader
+from promptai.models.ggufbytes import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: What this module can write -> its number as a file type in llama.h.
+_FILE_TYPES = {"q4_0": 2, "q8_0": 7, "f16": 1}
+OFFERED = tuple(_FILE_TYPES)
+_BLOCK = 32
+#: A piece: 4 MB as f32, and a few times that while it is converted.
+_PIECE_WEIGHTS = 1 << 20
+_U32, _STRING = 4, 8
+#: Parts of names that llama.cpp leaves alone: small, and worth their bits.
+_KEPT = (
+    *("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj"),
+    *("ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight"),
+    *("time_mix_first.weight", "time_mix_w", "time_mix_v", "time_mix_a", "time_mix_g", "time_mix_decay_w"),
+    *("time_mix_lerp_fused.weight", "attn_rel_b.weight", ".position_embd", "sam.pos_embd", "sam.neck.", "sam.net_"),
+    *(".rel_pos", ".patch_embd", ".patch_merger", "a.rvq.codebook", "mm.a.code_embd"),
+)
+_KEPT_WHOLE = frozenset(("position_embd.weight", "token_types.weight"))
+
+
+def converted(tensor: Tensor) -> bool:
+    """Whether llama.cpp's quantiser changes the type of this tensor."""
+    dimensions = max((place + 1 for place, length in enumerate(tensor.shape) if length > 1), default=1)
+    name = tensor.name
+    return (
+        dimensions > 1
+        and name.endswith("weight")
+        and name not in _KEPT_WHOLE
+        and not any(part in name for part in _KEPT)
+    )
+
+
+def target_type(tensor: Tensor, kind: str, *, tied: bool, experts: int = 0) -> str:
+    """
+    The type that a tensor gets.
+
+    Args:
+        tied: Whether the model has no output matrix but uses its embedding.
+        experts: How many it has; llama.cpp spends more on the attention of models with eight.
+    """
+    if not converted(tensor):
+        return tensor.quantization
+    if kind == "f16" or tensor.shape[0] % _BLOCK:
+        return "F16"
+    output = tensor.name == "output.weight" or (tied and tensor.name == "token_embd.weight")
+    attention = experts == 8 and any(part in tensor.name for part in ("attn_k.weight", "attn_v.weight"))
+    return "Q8_0" if output or attention else kind.upper()
+
+
+def rewrite(
+    source: Path,
+    header: GgufHeader,
+    target: Path,
+    kind: str,
+    notes: Mapping[str, str],
+    advance: Callable[[int], None],
+) -> None:
+    """
+    Write ``source`` as ``kind`` to ``target``, with ``notes`` as additional keys.
+
+    Args:
+        kind: One of ``OFFERED``.
+        advance: Told how many more bytes of the source's tensors are done.
+
+    Raises:
+        ModelError: A weight is no finite number.
+        OSError: The disk refuses.
+    """
+    tied = all(tensor.name != "output.weight" for tensor in header.tensors)
+    experts = header.metadata.get(f"{header.architecture}.expert_count")
+    types = [
+        target_type(tensor, kind, tied=tied, experts=experts if isinstance(experts, int) else 0)
+        for tensor in header.tensors
+    ]
+    alignment = header.metadata.get("general.alignment", 32)
+    assert isinstance(alignment, int)  # noqa: S101  the reader has checked it
+    with source.open("rb") as old, target.open("wb") as new:
+        new.write(_head(old, header, types, notes, _FILE_TYPES[kind], alignment))
+        for tensor, wanted in zip(header.tensors, types, strict=True):
+            new.write(bytes(-new.tell() % alignment))
+            old.seek(header.data_offset + tensor.offset)
+            for piece in _pieces(old, tensor, wanted, header.path, advance):
+                new.write(piece)
+        new.write(bytes(-new.tell() % alignment))
+        new.flush()
+        os.fsync(new.fileno())
+
+
+def _head(
+    old: BinaryIO, header: GgufHeader, types: list[str], notes: Mapping[str, str], file_type: int, alignment: int
+) -> bytes:
+    """Everything before tensor data: the old keys as they are, but those that are new."""
+    numbers = {"general.file_type": file_type, "general.quantization_version": 2}
+    head = bytearray()
+    kept = [span for key, span in header.key_spans.items() if key not in notes and key not in numbers]
+    for start, end in kept:
+        old.seek(start)
+        head += old.read(end - start)
+    for key, number in numbers.items():
+        head += _text(key) + struct.pack("<II", _U32, number)
+    for key, note in notes.items():
+        head += _text(key) + struct.pack("<I", _STRING) + _text(note)
+    offset = 0
+    for tensor, wanted in zip(header.tensors, types, strict=True):
+        head += _text(tensor.name) + struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape)
+        head += struct.pack("<IQ", _number(wanted), offset)
+        offset += _bytes_of(prod(tensor.shape), wanted)
+        offset += -offset % alignment
+    counts = struct.pack("<IQQ", 3, len(header.tensors), len(kept) + len(numbers) + len(notes))
+    return b"GGUF" + counts + bytes(head)
+
+
+def _pieces(old: BinaryIO, tensor: Tensor, wanted: str, path: str, advance: Callable[[int], None]) -> Iterator[bytes]:
+    """A tensor's new data. Blocks never cross rows, so that rows need not be told apart."""
+    import gguf  # noqa: PLC0415  NumPy behind it costs 0.2 s
+    import numpy as np  # noqa: PLC0415
+
+    left = prod(tensor.shape)
+    while left:
+        weights = min(left, _PIECE_WEIGHTS)
+        size = _bytes_of(weights, tensor.quantization)
+        data = old.read(size)
+        if len(data) != size:
+            raise ModelError(f"{path} became shorter while it was read", hint="fetch it again")
+        if wanted == tensor.quantization:
+            yield data
+        else:
+            numbers = _numbers(data, tensor.quantization)
+            with np.errstate(all="ignore"):
+                new = gguf.quants.quantize(numbers.reshape(1, -1), gguf.GGMLQuantizationType[wanted])
+            if not np.isfinite(numbers).all() or (wanted == "F16" and not np.isfinite(new).all()):
+                raise ModelError(
+                    f"{path} holds numbers in {tensor.name!r:.80} that {wanted} cannot",
+                    hint="fetch it again, or check it against its SHA-256",
+                )
+            yield new.tobytes()
+        advance(size)
+        left -= weights
+
+
+def _numbers(data: bytes, quantization: str) -> "np.ndarray[tuple[int, ...], np.dtype[np.float32]]":
+    import gguf  # noqa: PLC0415
+    import numpy as np  # noqa: PLC0415
+
+    plain = {"F32": np.float32, "F16": np.float16}
+    array = np.frombuffer(data, plain.get(quantization, np.uint8))
+    found: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = gguf.quants.dequantize(
+        array, gguf.GGMLQuantizationType[quantization]
+    )
+    return found
+
+
+def _number(quantization: str) -> int:
+    import gguf  # noqa: PLC0415
+
+    return int(gguf.GGMLQuantizationType[quantization])
+
+
+def _bytes_of(weights: int, quantization: str) -> int:
+    import gguf  # noqa: PLC0415
+
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[quantization]]
+    return int(weights // block * size)
+
+
+def _text(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
