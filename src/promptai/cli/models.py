@@ -16,6 +16,10 @@ _VERBS = {
         "promptai.cli.models_inspect:inspect",
         "What a GGUF file is, from its header, and whether it is whole.",
     ),
+    "quantize": (
+        "promptai.cli.models_quantize:quantize_model",
+        "Make a 4-bit model of a 16-bit one, and say what that cost.",
+    ),
     "check-catalog": (
         "promptai.cli.models_catalog:check_catalog",
         "Ask the hub whether the catalogue still holds.",
