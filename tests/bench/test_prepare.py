@@ -184,6 +184,13 @@ def test_the_context_is_what_is_needed_unless_it_is_asked_for(model: Path, wishe
     assert context == context_of(model, wishes)
 
 
+def test_a_synthetic_model_of_a_real_vocabulary_needs_the_context_of_the_bundled_one(tmp_path: Path) -> None:
+    """1.8 characters a token, as promptai-tiny, whose tokenizer it has."""
+    large = write_synthetic(tmp_path / "large.gguf", replace(SHAPE, vocabulary=4000), name="Large")
+
+    assert context_of(large, EngineWishes()) == 4096
+
+
 def test_the_needed_context_is_never_larger_than_the_models_own(tmp_path: Path) -> None:
     small = write_synthetic(tmp_path / "small.gguf", replace(SHAPE, context=2048), name="Small")
 

@@ -31,6 +31,7 @@ from promptai.engine.locate import EngineBinary, missing_features
 from promptai.errors import SettingsError, WorkloadError
 from promptai.models.gguf import GgufHeader, read_header
 from promptai.models.hub import fetch_dataset_file
+from promptai.models.synth import BORROWED_TOKENS
 
 
 class EngineWishes(msgspec.Struct, frozen=True):
@@ -215,11 +216,17 @@ def _context(header: GgufHeader, conversations: Sequence[Conversation], protocol
     needed = context_needed(
         conversations,
         protocol.max_tokens,
-        # Synthetic models have one token a byte.
-        chars_per_token=1.0 if header.synthetic else chars_per_token(header.vocabulary),
+        chars_per_token=_chars_per_token(header),
         history=protocol.history,
     )
     return min(needed, most or needed)
+
+
+def _chars_per_token(header: GgufHeader) -> float:
+    """Synthetic models speak promptai-tiny's tokens, however many they have, and toys one token a byte."""
+    if not header.synthetic:
+        return chars_per_token(header.vocabulary)
+    return chars_per_token(BORROWED_TOKENS) if (header.vocabulary or 0) >= BORROWED_TOKENS else 1.0
 
 
 def unique_names(names: Sequence[str]) -> list[str]:

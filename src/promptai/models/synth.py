@@ -35,7 +35,7 @@ from promptai.models.tensors import (
 LLAMA_1B = Shape(layers=22, width=2048, heads=32, kv_heads=4, ffn=5632, vocabulary=32_000, context=16_384)
 
 #: promptai-tiny's 2,048 tokens; smaller vocabularies get the 256 bytes alone.
-_BORROWED_TOKENS = 2048
+BORROWED_TOKENS = 2048
 _PIECE_BYTES = 8 * 1024 * 1024
 _FILE_TYPES = {"q4_0": "MOSTLY_Q4_0", "q4_k_m": "MOSTLY_Q4_K_M", "q8_0": "MOSTLY_Q8_0", "f16": "MOSTLY_F16"}
 
@@ -182,7 +182,7 @@ def _describe(writer: Any, shape: Shape, quant: Quant, name: str) -> None:
     writer.add_vocab_size(shape.vocabulary)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    if shape.vocabulary >= _BORROWED_TOKENS:
+    if shape.vocabulary >= BORROWED_TOKENS:
         _borrow_tokenizer(writer, shape.vocabulary)
     else:
         _byte_tokenizer(writer, shape.vocabulary)
