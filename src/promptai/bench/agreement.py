@@ -60,7 +60,7 @@ class Position(NamedTuple):
 
     Attributes:
         logprob: Natural logarithm of its probability of the token that follows.
-        top: The token that it would choose.
+        top: The token that it would choose; -1 when it computes no numbers (NaN).
     """
 
     logprob: float
@@ -111,7 +111,7 @@ def compare(source: Sequence[Position | None], result: Sequence[Position | None]
             hint="scoring needs a llama-server that knows n_probs and logit_bias",
         )
     differences = [new.logprob - old.logprob for old, new in pairs]
-    agreed = sum(old.top == new.top for old, new in pairs)
+    agreed = sum(old.top == new.top >= 0 for old, new in pairs)
     mean, reach = fmean(differences), _Z95 * stdev(differences) / math.sqrt(n)
     return Agreement(
         "engine",
@@ -206,7 +206,12 @@ async def _position(client: EngineClient, prompt: list[int], token: int) -> Posi
         "logit_bias": [[token, _FORCE]],
         "cache_prompt": True,
     }
-    reported = (await client.complete(body)).completion_probabilities
+    try:
+        reported = (await client.complete(body)).completion_probabilities
+    except EngineProtocolError as error:
+        if "got `null`" in error.message:  # how JSON writes NaN
+            return Position(-_FORCE, -1)
+        raise
     if not reported or reported[0].id != token or not reported[0].top_logprobs:
         return None
     return Position(reported[0].logprob, reported[0].top_logprobs[0].id)

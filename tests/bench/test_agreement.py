@@ -1,0 +1,201 @@
+import asyncio
+import json
+import math
+import stat
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from promptai.bench.agreement import (
+    DOUBTFUL,
+    Agreement,
+    Position,
+    Text,
+    ask_perplexity,
+    compare,
+    perplexity,
+    score,
+    texts,
+    wilson,
+)
+from promptai.engine.locate import EngineBinary
+from promptai.errors import EngineProtocolError
+from promptai.models.gguf import read_header
+from promptai.models.quantize import quantize
+from support_quantize import Quiet, write_half
+
+EMBEDDED = EngineBinary("embedded", (sys.executable, "-m", "promptai.engine.embedded"), None, None)
+
+
+@pytest.mark.parametrize(
+    ("count", "n", "expected"),
+    [
+        (81, 263, (0.2553, 0.3662)),
+        (15, 148, (0.0624, 0.1605)),
+        (0, 20, (0.0, 0.1611)),
+        (1, 29, (0.0061, 0.1718)),
+        (20, 20, (0.8389, 1.0)),
+    ],
+)
+def test_the_interval_is_wilsons(count: int, n: int, expected: tuple[float, float]) -> None:
+    """The examples of Newcombe, Statistics in Medicine 17 (1998), table I; the last is the third mirrored."""
+    assert wilson(count, n) == pytest.approx(expected, abs=5e-5)
+
+
+def test_what_is_compared_can_be_counted_by_hand() -> None:
+    """Three of four agree; each token is a nat less likely, or a nat more, so that nothing changed in the mean."""
+    source = [Position(-1.0, 5), Position(-2.0, 6), Position(-3.0, 7), Position(-2.0, 8)]
+    result = [Position(-2.0, 5), Position(-1.0, 6), Position(-4.0, 7), Position(-1.0, 9)]
+
+    found = compare(source, result)
+
+    assert (found.positions, found.agreed, found.share) == (4, 3, 0.75)
+    assert found.source_perplexity == found.result_perplexity == pytest.approx(math.exp(2))
+    deviation = math.sqrt(4 / 3)
+    assert found.difference == 0
+    assert found.difference_ci95 == pytest.approx((-1.96 * deviation / 2, 1.96 * deviation / 2), abs=1e-3)
+    assert not found.doubtful
+
+
+def test_positions_that_one_of_them_lacks_are_left_out() -> None:
+    """The middle of a character; but not most of the text."""
+    known = [Position(-1.0, 1), Position(-2.0, 2)]
+
+    assert compare([*known, None], [*known, Position(-9.0, 9)]).positions == 2
+    with pytest.raises(EngineProtocolError, match="reported 2 of 5 probabilities"):
+        compare([*known, None, None, None], [*known, None, None, None])
+
+
+def test_a_probability_of_nothing_is_no_crash() -> None:
+    """A damaged model may hold a token for impossible."""
+    assert perplexity([Position(-1e9, 1)]) == math.inf
+
+
+def test_the_texts_are_answers_after_their_openings() -> None:
+    """Sixteen, the same on every machine."""
+    found = texts()
+
+    assert len(found) == 16
+    assert all(text.before.strip() and text.scored.strip() for text in found)
+    assert [len(text.before) for text in found] == sorted(len(text.before) for text in found)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model in 16 bits."""
+    return write_half(tmp_path_factory.mktemp("half") / "tiny-f16.gguf")
+
+
+def known_sentences(count: int) -> list[Text]:
+    """Sentences of the small world that the bundled model knows."""
+    lines = (files("promptai.bench") / "data" / "edge-pronouns.jsonl").read_text().splitlines()
+    items = [json.loads(line) for line in lines[: 2 * count : 2]]
+    return [Text("", item["sentence"].replace("_", item[f"option{item['answer']}"])) for item in items]
+
+
+def damaged(path: Path, target: Path, *, by: type[np.uint8 | np.uint16]) -> Path:
+    """The same with the weights of some matrices in the wrong places, or with their bytes exchanged."""
+    header = read_header(path)
+    data = bytearray(path.read_bytes())
+    for hurt in (tensor for tensor in header.tensors if "ffn_down" in tensor.name):
+        place = slice(header.data_offset + hurt.offset, header.data_offset + hurt.offset + hurt.size_bytes)
+        data[place] = np.frombuffer(bytes(data[place]), by)[::-1].tobytes()
+    target.write_bytes(data)
+    return target
+
+
+@pytest.mark.real
+def test_eight_bits_say_the_same_as_sixteen_and_a_damaged_file_does_not(half: Path, tmp_path: Path) -> None:
+    """On text that the model knows; the damaged file loads and talks like any other."""
+    eight = tmp_path / "q8.gguf"
+    quantize(half, eight, "q8_0", tool=None, watch=Quiet(), threads=1)
+    passages = known_sentences(18)
+    done: list[int] = []
+
+    def ask(model: Path) -> list[Position | None]:
+        log = tmp_path / "engine.log"
+        return asyncio.run(score(model, passages, engine=EMBEDDED, threads=1, log=log, progress=done.append))
+
+    source = ask(half)
+    good = compare(source, ask(eight))
+    bad = compare(source, ask(damaged(half, tmp_path / "damaged.gguf", by=np.uint16)))
+
+    assert good.positions > 200
+    assert good.share >= 0.99
+    assert abs(good.difference) < 0.01
+    assert sum(done) == 3 * good.positions
+    assert good.source_perplexity < 4
+    assert bad.share_ci95[1] < DOUBTFUL < good.share_ci95[0]
+    assert bad.doubtful
+    assert not good.doubtful
+    assert bad.difference_ci95 is not None
+    assert bad.difference_ci95[1] < -0.1
+
+
+@pytest.mark.real
+def test_a_model_that_computes_no_numbers_agrees_with_nothing(half: Path, tmp_path: Path) -> None:
+    """Not even with itself; llama-server reports null for NaN."""
+    broken = damaged(half, tmp_path / "broken.gguf", by=np.uint8)
+    log = tmp_path / "engine.log"
+    found = asyncio.run(score(broken, known_sentences(2), engine=EMBEDDED, threads=1, log=log))
+
+    assert {position.top for position in found if position is not None} == {-1}
+    assert compare(found, found).agreed == 0
+    assert compare(found, found).source_perplexity == math.inf
+
+
+#: What llama-perplexity printed for the bundled model in Q8_0 (b1 of 0c1e570), shortened.
+FIRST = "[1]5.1,[2]6.2,\\n0.00.4 I Final estimate: PPL = 20.0000 +/- 1.5\\n"
+SECOND = (
+    "Mean PPL(Q)                   : 40.000000 ± 1.6\\nMean PPL(base)                : 15.0 ± 1.2\\n"
+    "Same top p: 98.039 ± 0.615 %\\n"
+)
+
+
+def fake_perplexity(folder: Path, *, second: str = SECOND, code: int = 0) -> Path:
+    """A program that prints what the real one did, and notes how it was called."""
+    path = folder / "llama-perplexity"
+    path.write_text(
+        f'#!/bin/sh\nprintf "%s " "$@" "${{LLAMA_ARG_CTX_SIZE-unset}}" >> {folder}/called\n'
+        f'case "$*" in *--kl-divergence) printf "{second.replace("%", "%%")}"; exit {code};; esac\n'
+        f'printf "{FIRST}"\n'
+    )
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def by_perplexity(folder: Path, program: Path) -> Agreement:
+    """The comparison by this program."""
+    return ask_perplexity(program, folder / "a.gguf", folder / "b.gguf", threads=1, folder=folder, tick=lambda: None)
+
+
+@pytest.mark.real
+def test_llama_perplexity_is_believed_in_what_it_measured_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in the source's perplexity that it recalls from a file, which is clipped; nor do our shell's wishes count."""
+    monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "64")
+
+    found = by_perplexity(tmp_path, fake_perplexity(tmp_path))
+
+    assert (found.by, found.positions, found.agreed) == ("llama-perplexity", 510, 500)
+    assert (found.source_perplexity, found.result_perplexity) == (20.0, 40.0)
+    assert found.difference == pytest.approx(-math.log(2))
+    assert found.difference_ci95 is None
+    called = (tmp_path / "called").read_text()
+    assert called.count("unset") == 2
+    assert f"-m {tmp_path}/a.gguf -f " in called
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("second", "code", "words"),
+    [("nothing", 0, "did not print what"), ("error: no memory", 1, "exit code 1: error: no memory")],
+)
+def test_a_program_that_says_something_else_gives_no_number(tmp_path: Path, second: str, code: int, words: str) -> None:
+    """An unknown agreement is not 0."""
+    with pytest.raises(EngineProtocolError, match=words):
+        by_perplexity(tmp_path, fake_perplexity(tmp_path, second=second, code=code))
