@@ -173,12 +173,13 @@ def test_what_has_no_checksum_cannot_be_verified(library: Library) -> None:
         library.verify(library.models()[0], Told())
 
 
-def test_a_model_is_never_without_its_sidecar(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The power may go at any moment: here at the rename that gives the model its name."""
+@pytest.mark.parametrize("moment", [".json", ".gguf"])
+def test_a_model_is_never_without_its_sidecar(library: Library, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The power may go at any moment: here at the rename that gives one or the other its name."""
     rename = Path.replace
 
     def power_cut(self: Path, target: Path) -> Path:
-        if target.suffix == ".gguf":
+        if target.suffix == moment:
             raise OSError(5, "Input/output error")
         return rename(self, target)
 

@@ -1,9 +1,11 @@
 """Fetching against a hub that misbehaves, in this process; tests/cli/test_models_pull.py does it across processes."""
 
+import fcntl
 import hashlib
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -168,6 +170,26 @@ def test_a_part_of_another_version_is_not_continued(hub: Hub, library: Library, 
     assert get(library).path.read_bytes() == newer
 
 
+@pytest.mark.usefixtures("hub")
+def test_who_waited_for_a_part_that_was_then_deleted_begins_anew(library: Library, weights: bytes) -> None:
+    """Somebody cleaned up, or the other's part was refused: what was locked is no longer what the name means."""
+    part = library.root / "people--tiny-GGUF" / f"{FILE}.{hashlib.sha256(weights).hexdigest()[:12]}.part"
+    part.parent.mkdir(parents=True)
+    told, order = Told(), place_order(parse(NAME))
+    with ThreadPoolExecutor() as beside:
+        with part.open("wb") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            waiting = beside.submit(fetch, order, library, told)
+            while not told.lines:
+                assert not waiting.done()
+            part.unlink()
+        kept = waiting.result()
+
+    assert told.lines == ["another process is fetching the same file: waiting for it"]
+    assert kept.path.read_bytes() == weights
+    assert names(library) == [FILE, f"{FILE}.json"]
+
+
 def test_a_wrong_checksum_is_refused_and_kept_aside(hub: Hub, library: Library, weights: bytes) -> None:
     hub.faults.flip_byte = len(weights) - 1
 
@@ -315,6 +337,21 @@ def test_a_url_whose_version_is_unknown_is_never_pieced_together(hub: Hub, libra
     hub.faults.cut_first = 99
     with pytest.raises(HubUnreachableError, match="the connection was cut"):
         get(library, f"{hub.url}/plain/own.gguf")
+
+
+def test_a_url_whose_content_changes_meanwhile_is_taken_from_its_start(
+    hub: Hub, library: Library, weights: bytes
+) -> None:
+    newer = weights[:-500] + bytes(500)  # begins in what has arrived, and in no part of the header
+    hub.plain["own.gguf"] = weights
+    order = place_order(parse(f"{hub.url}/plain/own.gguf"))
+    hub.faults = Faults(cut_at=1 - 200 / len(weights), cut_first=9)
+    with pytest.raises(HubUnreachableError):
+        fetch(order, library, Told())
+    hub.plain["own.gguf"] = newer
+    hub.faults = Faults()
+
+    assert fetch(order, library, Told()).path.read_bytes() == newer
 
 
 def test_a_url_with_a_checksum_is_held_against_it(hub: Hub, library: Library, weights: bytes) -> None:
