@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from promptai.bench.events import Cost, Opened, Session
 from promptai.bench.manifest import TargetFacts
 from promptai.bench.plan import Protocol, Rates, Stage
 from promptai.bench.recorder import Recorder, read_events, read_traces
-from promptai.bench.runner import Runner, look_closer, turn_client, warm_up
+from promptai.bench.runner import Runner, _rates, look_closer, turn_client, warm_up
 from promptai.bench.target import OpenTarget
 from promptai.bench.trace import Trace
 from promptai.device.sample import Sample
@@ -98,7 +97,7 @@ def test_a_run_that_was_killed_before_its_first_answer_goes_on_behind_its_teleme
     assert pytest.approx(300.0 + 1.0, abs=0.5) == time.monotonic() - resume().origin
 
 
-def test_no_two_runs_sessions_or_targets_salt_alike(tmp_path: Path) -> None:
+def test_no_two_runs_sessions_or_openings_salt_alike(tmp_path: Path) -> None:
     """Two URLs may lead to one server, whose cache knows what the first of them asked, or the run of yesterday."""
     manifests = [replace(make_manifest(TALKS), created=f"2026-11-20T12:00:00.{run}") for run in (1, 2)]
     nonces = []
@@ -106,7 +105,7 @@ def test_no_two_runs_sessions_or_targets_salt_alike(tmp_path: Path) -> None:
         with Recorder(tmp_path) as recorder:
             recorder.note(Session(float(session), "Linux 6.6", None))
             runners = [Runner(manifest, TALKS, recorder, Nobody()) for manifest in manifests]
-            nonces += [runner._nonce(target) for runner, target in product(runners, ("m", "n"))]
+            nonces += [runner._next_nonce() for runner in runners for _ in range(2)]
 
     assert len(set(nonces)) == 8
 
@@ -174,6 +173,14 @@ def test_tokens_from_a_cache_do_not_make_a_warm_up_fast() -> None:
     assert pytest.approx(10.0) == rates.decode_tps
     assert pytest.approx(80.0, rel=0.05) == closer.prefill_tps
     assert closer.chars_per_token == 3.0
+
+
+@pytest.mark.parametrize(("tokens", "decode_tps"), [(21, 10.5), (1, 50.0)], ids=["all-at-once", "one-token"])
+def test_an_answer_that_shows_no_decode_rate_has_one_for_forecasts(tokens: int, decode_tps: float) -> None:
+    """100 tokens of prompt in 2 s, and the answer with them."""
+    trace = make_trace(t_first=2.0, t_last=2.0, generated_tokens=tokens)
+
+    assert _rates(trace, 2.0, 300, 500).decode_tps == decode_tps
 
 
 def test_a_look_that_would_take_too_long_is_left_out() -> None:

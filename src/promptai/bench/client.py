@@ -52,7 +52,7 @@ class TurnClient:
         model: The name that requests carry.
         llama_server: Whether llama-server's own fields may be sent.
         origin: Monotonic second at which the run's clock is 0.
-        nonce: Tells the salts of this target in this session from all others.
+        nonce: Tells the salts of this client from those of every other.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ def salted(messages: list[Message], key: Key, nonce: str) -> list[Message]:
     The same prompt behind eight hexadecimal digits that no other request begins with.
 
     Args:
-        nonce: What other requests for the same turn do not have: another run's, another session's, another target's.
+        nonce: What a request for the same turn by another run, session or target does not have.
     """
     name = f"{nonce}/{key.repeat}/{key.conversation}/{key.turn}"
     salt = hashlib.sha256(name.encode()).hexdigest()[:8]

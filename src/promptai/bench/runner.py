@@ -93,6 +93,7 @@ class Runner:
         last_t = recorder.last_t()
         self.origin = time.monotonic() - (last_t + 1.0 if last_t else 0.0)
         self._session = 1 + sum(isinstance(event, Session) for event in recorder.events)
+        self._openings = 0
         self._failures = 0
         self._playing_s = self._playing_cpu_s = 0.0
 
@@ -154,7 +155,7 @@ class Runner:
                 )
             telemetry.watch(opened.pid)
             try:
-                client = turn_client(opened, self._protocol, origin=self.origin, nonce=self._nonce(facts.name))
+                client = turn_client(opened, self._protocol, origin=self.origin, nonce=self._next_nonce())
                 rates, first_s = await warm_up(client, answer_tokens=self._protocol.max_tokens)
                 self._recorder.note(Opened(client.now(), facts.name, opened.load_s, first_s, opened.llama_server))
                 self._observer.opened(facts.name, rates, client)
@@ -167,9 +168,10 @@ class Runner:
             finally:
                 telemetry.watch(None)
 
-    def _nonce(self, target: str) -> str:
-        """Salts differ from run to run, from session to session and from target to target, which may be one server."""
-        return f"{self._manifest.created}/{self._session}/{target}"
+    def _next_nonce(self) -> str:
+        """Salts differ from run to run, and each time a target is opened: another's URL may lead to the same server."""
+        self._openings += 1
+        return f"{self._manifest.created}/{self._session}/{self._openings}"
 
     @contextmanager
     def _playing(self) -> Iterator[None]:
@@ -315,10 +317,13 @@ def _rates(trace: Trace, prefill_s: float | None, chars: int, answer_tokens: flo
     tokens = trace.prompt_tokens or chars / 4
     # Tokens from a cache took no time.
     prefill_tps = (trace.uncached_tokens or tokens) / (prefill_s or trace.ttft_s or 1.0)
+    # An answer that arrives at once, at a client that was not scheduled in time, is timed with its prefill; one of a
+    # single token shows no decode rate at all, of which the prefill rate is an upper bound.
+    steps, latency_s = trace.decode_steps, trace.latency_s
+    whole_tps = (steps + 1) / latency_s if steps and latency_s else None
     return Rates(
         prefill_tps=prefill_tps,
-        # A model that answers with one token shows no decode rate; its prefill rate is an upper bound.
-        decode_tps=trace.decode_tps or prefill_tps,
+        decode_tps=trace.decode_tps or whole_tps or prefill_tps,
         chars_per_token=chars / tokens,
         answer_tokens=answer_tokens,
     )

@@ -73,11 +73,13 @@ class RunProgress:
         self._stage: Stage | None = None
         self._last_rate = ""
         self._told = 0
+        self._at_once = 1
 
     def begin(self, runner: Runner, conversations: list[Conversation], protocol: Protocol) -> None:
         """Learn what is to be played."""
         self._conversations = {conversation.id: conversation for conversation in conversations}
         self._left = TimeLeft(runner.pending(), self._conversations, protocol.history)
+        self._at_once = protocol.concurrency
 
     def __enter__(self) -> Self:
         """Begin to draw."""
@@ -153,7 +155,7 @@ class RunProgress:
 
     def _remaining(self) -> str:
         seconds = self._left.seconds() if self._left is not None else None
-        return "" if seconds is None else f"about {duration(seconds)} left"
+        return "" if seconds is None else f"about {duration(seconds / self._at_once)} left"
 
 
 def duration(seconds: float) -> str:
