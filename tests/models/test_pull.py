@@ -18,7 +18,6 @@ from promptai.errors import (
     LibraryError,
     ModelChecksumError,
     ModelError,
-    ModelFormatError,
 )
 from promptai.models.library import Kept, Library, Sidecar
 from promptai.models.order import kept_instead, parse, place_order
@@ -303,84 +302,6 @@ def test_a_damaged_model_is_not_taken_for_whole(hub: Hub, library: Library) -> N
     with pytest.raises(ModelChecksumError, match="is damaged"):
         get(library)
     assert len(hub.bodies()) == 1
-
-
-def test_a_url_is_kept_under_its_server_and_resumes(hub: Hub, library: Library, weights: bytes) -> None:
-    hub.plain["own.gguf"] = weights
-    hub.faults = Faults(cut_at=0.5, cut_first=9)
-    with pytest.raises(HubUnreachableError):
-        get(library, f"{hub.url}/plain/own.gguf")
-    hub.seen.clear()
-    hub.faults = Faults()
-
-    kept = get(library, f"{hub.url}/plain/own.gguf")
-
-    assert kept.path == library.root / "url--127.0.0.1" / "own.gguf"
-    assert kept.sidecar is not None
-    assert (kept.sidecar.sha256, kept.sidecar.promised) == (hashlib.sha256(weights).hexdigest(), False)
-    assert [seen.bytes for seen in hub.bodies()] == [1, len(weights) - len(weights) // 2]
-
-
-def test_a_url_whose_version_is_unknown_is_never_pieced_together(hub: Hub, library: Library, weights: bytes) -> None:
-    """Its second half might be of another file; and a server that always cuts is given up in the end."""
-    hub.plain["own.gguf"] = weights
-    hub.faults = Faults(no_etag=True, cut_at=0.5, cut_first=2)
-    kept = get(library, f"{hub.url}/plain/own.gguf")
-
-    assert kept.path.read_bytes() == weights
-    assert [(seen.range, seen.bytes) for seen in hub.bodies()[1:]] == [
-        (None, len(weights) // 2),
-        (None, len(weights)),
-    ]
-
-    library.remove(kept)
-    hub.faults.cut_first = 99
-    with pytest.raises(HubUnreachableError, match="the connection was cut"):
-        get(library, f"{hub.url}/plain/own.gguf")
-
-
-def test_a_url_whose_content_changes_meanwhile_is_taken_from_its_start(
-    hub: Hub, library: Library, weights: bytes
-) -> None:
-    newer = weights[:-500] + bytes(500)  # begins in what has arrived, and in no part of the header
-    hub.plain["own.gguf"] = weights
-    order = place_order(parse(f"{hub.url}/plain/own.gguf"))
-    hub.faults = Faults(cut_at=1 - 200 / len(weights), cut_first=9)
-    with pytest.raises(HubUnreachableError):
-        fetch(order, library, Told())
-    hub.plain["own.gguf"] = newer
-    hub.faults = Faults()
-
-    assert fetch(order, library, Told()).path.read_bytes() == newer
-
-
-def test_a_url_with_a_checksum_is_held_against_it(hub: Hub, library: Library, weights: bytes) -> None:
-    hub.plain["own.gguf"] = weights
-
-    with pytest.raises(ModelChecksumError):
-        get(library, f"{hub.url}/plain/own.gguf", sha256="0" * 64)
-    kept = get(library, f"{hub.url}/plain/own.gguf", sha256=hashlib.sha256(weights).hexdigest())
-
-    assert kept.sidecar is not None
-    assert kept.sidecar.promised
-
-
-def test_a_page_instead_of_a_model_is_not_kept(hub: Hub, library: Library) -> None:
-    hub.plain["own.gguf"] = b"<html>This link has expired</html>"
-
-    with pytest.raises(ModelFormatError, match="not a GGUF"):
-        get(library, f"{hub.url}/plain/own.gguf")
-    assert names(library) == []
-
-
-def test_a_url_of_another_place_does_not_pass_for_the_one_that_is_kept(
-    hub: Hub, library: Library, weights: bytes
-) -> None:
-    hub.plain |= {"own.gguf": weights, "b/own.gguf": weights}
-    get(library, f"{hub.url}/plain/own.gguf")
-
-    with pytest.raises(ModelError, match="is in the way"):
-        get(library, f"{hub.url}/plain/b/own.gguf")
 
 
 def test_what_the_source_has_is_kept_although_it_cannot_be_read_here(hub: Hub, library: Library) -> None:

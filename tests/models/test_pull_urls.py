@@ -1,0 +1,114 @@
+"""Files on any web server, which promises neither a checksum nor that the file stays the same."""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from promptai.errors import HubUnreachableError, ModelChecksumError, ModelError, ModelFormatError
+from promptai.models.library import Kept, Library
+from promptai.models.order import parse, place_order
+from promptai.models.pull import fetch
+from support_hub import Faults, Hub, Told, hub_with, point_at
+
+
+@pytest.fixture
+def weights(small_model: Path) -> bytes:
+    return small_model.read_bytes()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with hub_with() as hub:
+        point_at(hub.url, tmp_path, monkeypatch)
+        monkeypatch.setattr(time, "sleep", lambda _: None)  # the pauses between tries
+        yield hub
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Library:
+    return Library(tmp_path / "models")
+
+
+def get(library: Library, hub: Hub, name: str, *, sha256: str | None = None) -> Kept:
+    return fetch(place_order(parse(f"{hub.url}/plain/{name}"), sha256=sha256), library, Told())
+
+
+def test_a_url_is_kept_under_its_server_and_resumes(hub: Hub, library: Library, weights: bytes) -> None:
+    hub.plain["own.gguf"] = weights
+    hub.faults = Faults(cut_at=0.5, cut_first=9)
+    with pytest.raises(HubUnreachableError):
+        get(library, hub, "own.gguf")
+    hub.seen.clear()
+    hub.faults = Faults()
+
+    kept = get(library, hub, "own.gguf")
+
+    assert kept.path == library.root / "url--127.0.0.1" / "own.gguf"
+    assert kept.sidecar is not None
+    assert (kept.sidecar.sha256, kept.sidecar.promised) == (hashlib.sha256(weights).hexdigest(), False)
+    assert [seen.bytes for seen in hub.bodies()] == [1, len(weights) - len(weights) // 2]
+
+
+def test_a_url_whose_version_is_unknown_is_never_pieced_together(hub: Hub, library: Library, weights: bytes) -> None:
+    """Its second half might be of another file; and a server that always cuts is given up in the end."""
+    hub.plain["own.gguf"] = weights
+    hub.faults = Faults(no_etag=True, cut_at=0.5, cut_first=2)
+    kept = get(library, hub, "own.gguf")
+
+    assert kept.path.read_bytes() == weights
+    assert [(seen.range, seen.bytes) for seen in hub.bodies()[1:]] == [
+        (None, len(weights) // 2),
+        (None, len(weights)),
+    ]
+
+    library.remove(kept)
+    hub.faults.cut_first = 99
+    with pytest.raises(HubUnreachableError, match="the connection was cut"):
+        get(library, hub, "own.gguf")
+
+
+def test_a_url_whose_content_changes_meanwhile_is_taken_from_its_start(
+    hub: Hub, library: Library, weights: bytes
+) -> None:
+    newer = weights[:-500] + bytes(500)  # begins in what has arrived, and in no part of the header
+    hub.plain["own.gguf"] = weights
+    order = place_order(parse(f"{hub.url}/plain/own.gguf"))
+    hub.faults = Faults(cut_at=1 - 200 / len(weights), cut_first=9)
+    with pytest.raises(HubUnreachableError):
+        fetch(order, library, Told())
+    hub.plain["own.gguf"] = newer
+    hub.faults = Faults()
+
+    assert fetch(order, library, Told()).path.read_bytes() == newer
+
+
+def test_a_url_with_a_checksum_is_held_against_it(hub: Hub, library: Library, weights: bytes) -> None:
+    hub.plain["own.gguf"] = weights
+
+    with pytest.raises(ModelChecksumError):
+        get(library, hub, "own.gguf", sha256="0" * 64)
+    kept = get(library, hub, "own.gguf", sha256=hashlib.sha256(weights).hexdigest())
+
+    assert kept.sidecar is not None
+    assert kept.sidecar.promised
+
+
+def test_a_page_instead_of_a_model_is_not_kept(hub: Hub, library: Library) -> None:
+    hub.plain["own.gguf"] = b"<html>This link has expired</html>"
+
+    with pytest.raises(ModelFormatError, match="not a GGUF"):
+        get(library, hub, "own.gguf")
+    assert [path for path in library.root.rglob("*") if path.is_file()] == []
+
+
+def test_a_url_of_another_place_does_not_pass_for_the_one_that_is_kept(
+    hub: Hub, library: Library, weights: bytes
+) -> None:
+    hub.plain |= {"own.gguf": weights, "b/own.gguf": weights}
+    get(library, hub, "own.gguf")
+
+    with pytest.raises(ModelError, match="is in the way"):
+        get(library, hub, "b/own.gguf")
