@@ -5,8 +5,8 @@ from random import Random
 
 import pytest
 
-from promptai.bench.comparison import Contest, compare, rank, ratio, round_seconds, turns
-from promptai.engine.choice import Round
+from promptai.bench.comparison import Contest, compare, first_is_faster, rank, ratio, round_seconds, turns
+from promptai.engine.choice import Comparison, MeasuredEngine, Round
 from promptai.engine.locate import EngineBinary
 from support_fake_engine import write_fake_engine
 
@@ -135,3 +135,19 @@ def test_both_rates_count_as_much_as_the_prompt_and_the_answer_are_long() -> Non
 
     assert round_seconds(reader, 1000, 10) < round_seconds(writer, 1000, 10)
     assert round_seconds(reader, 10, 1000) > round_seconds(writer, 10, 1000)
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [([100.0, 90.0], True), ([100.0, 99.9], False), ([100.0, 90.0, 10.0], True), ([100.0], False), ([], False)],
+)
+def test_the_first_is_only_called_faster_beyond_the_noise(rates: list[float], expected: bool) -> None:  # noqa: FBT001
+    engines = [
+        MeasuredEngine(str(number), "", "", [Round(value, value) for value in noisy(rate, 0.01, number)])
+        for number, rate in enumerate(rates)
+    ]
+    comparison = Comparison(
+        created="", cpu="", threads=1, model="m", prompt_tokens=64, generated_tokens=64, engines=engines
+    )
+
+    assert expected == first_is_faster(comparison)

@@ -40,8 +40,8 @@ def test_a_disk_without_room_is_refused_with_both_numbers(tmp_path: Path) -> Non
     ("cpus", "quota", "available", "jobs"),
     [
         (4, None, 16 * GIB, 4),
-        (4, None, 4 * GIB, 2),
-        (4, None, 2 * GIB, 1),
+        (4, None, 3 * GIB, 3),
+        (4, None, GIB, 1),
         (4, None, 0, 1),
         (4, 2.5, 16 * GIB, 2),
         (4, 0.5, 16 * GIB, 1),

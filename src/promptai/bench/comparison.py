@@ -97,6 +97,15 @@ def rank(seconds: Sequence[Sequence[float]]) -> list[int]:
     return order
 
 
+def first_is_faster(comparison: Comparison) -> bool:
+    """Whether the first engine is faster than the second beyond the noise. Pure."""
+    took = [
+        [round_seconds(r, comparison.prompt_tokens, comparison.generated_tokens) for r in engine.rounds]
+        for engine in comparison.engines[:2]
+    ]
+    return len(took) == 2 and _faster(took[0], took[1])
+
+
 def round_seconds(measured: Round, prompt_tokens: int, tokens: int) -> float:
     """What one prompt and its answer take at a round's rates. Pure."""
     return prompt_tokens / measured.prefill_tps + tokens / measured.decode_tps

@@ -11,7 +11,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from promptai.bench.comparison import Contest, Outcome, compare, ratio
+from promptai.bench.comparison import Contest, Outcome, compare, first_is_faster, ratio
 from promptai.bench.statistics import MIN_FOR_INTERVAL, Metric
 from promptai.bench.target import check_fits
 from promptai.cli.engine_progress import StepProgress
@@ -143,16 +143,13 @@ def _show(
 ) -> None:
     comparison = outcome.comparison
     base = _base(comparison.engines)
-    rounds, name = (len(base.rounds), base.name) if base is not None else (0, "")
-    table = Table("engine", "prefill, tokens/s", "decode, tokens/s", f"prefill / {name}", f"decode / {name}")
-    for engine in comparison.engines:
-        table.add_row(
-            engine.name,
-            _spread([r.prefill_tps for r in engine.rounds]),
-            _spread([r.decode_tps for r in engine.rounds]),
-            fmt.metric(ratios[engine.name]["prefill_tps"]),
-            fmt.metric(ratios[engine.name]["decode_tps"]),
-        )
+    rounds, base_name = (len(base.rounds), base.name) if base is not None else (0, "")
+    table = Table("", *(engine.name for engine in comparison.engines))
+    for text, rate in (("prefill, tokens/s", "prefill_tps"), ("decode, tokens/s", "decode_tps")):
+        table.add_row(text, *(_spread([getattr(r, rate) for r in engine.rounds]) for engine in comparison.engines))
+    for text, rate in (("prefill", "prefill_tps"), ("decode", "decode_tps")):
+        cells = (_times(ratios[engine.name][rate]) for engine in comparison.engines)
+        table.add_row(f"{text} / {base_name}", *cells)
     console.print(table)
     _say(
         console,
@@ -164,7 +161,17 @@ def _show(
         _say(console, f"{name} did not get through: {reason}")
     if not kept:
         _say(console, f"not kept: that takes two engines and at least {MIN_FOR_INTERVAL} rounds")
+    elif not first_is_faster(comparison):
+        _say(
+            console,
+            "the first two are not told apart; more rounds (--repeats 15) on a machine that does nothing else may",
+        )
     _say(console, f"used from now on: {used.name} ({used.reason}); another: promptai engine use NAME")
+
+
+def _times(found: Metric) -> str:
+    interval = f" ({found.ci95[0]:.2f} to {found.ci95[1]:.2f})" if found.ci95 is not None else ""
+    return f"{found.value:.2f}{interval}"
 
 
 def _spread(values: Sequence[float]) -> str:

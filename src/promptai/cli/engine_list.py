@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 import msgspec
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from promptai.device.cpu import read_cpu
 from promptai.engine.choice import read_choice
@@ -25,19 +25,20 @@ def list_engines(*, as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.encode([{"name": binary.name, **msgspec.to_builtins(binary)} for binary in found]))
         return
-    table = Table("name", "build", "why here", "command", "SIMD it uses", "CPU has more")
+    table = Table(*(Column(name, overflow="fold") for name in ("name", "build", "why here", "CPU has more")))
     for binary in found:
-        features = "unknown" if binary.features is None else " ".join(binary.features)
         table.add_row(
             binary.name,
             binary.build or "unknown",
             binary.reason if binary.trouble is None else f"not used: {binary.trouble}",
-            binary.command[0],
-            features,
             " ".join(missing_features(binary, cpu.features)) or "-",
         )
     console = Console()
     console.print(table)
+    for binary in found:
+        features = "unknown" if binary.features is None else " ".join(binary.features)
+        line = f"{binary.name}: {' '.join(binary.command)}; SIMD: {features}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     chosen = read_choice(engines)
     if chosen is not None and chosen not in {binary.name for binary in found}:
         console.print(f"{chosen}, which was chosen, is not here any more: promptai engine use auto", markup=False)

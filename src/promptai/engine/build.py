@@ -133,7 +133,8 @@ class _Site:
         """Do what has not been done."""
         self._begin(_Recipe(sha256, self.arguments, platform.machine(), self.cpu.features))
         archive = self.order.archive or self.site / f"llama_cpp_python-{self.order.version}.tar.gz"
-        self._step("fetched", "1/5 fetch the source", self._fetch)
+        take = "fetch the source" if self.order.archive is None else f"take {self.order.archive.name}"
+        self._step("fetched", f"1/5 {take}", self._fetch)
         self._step("unpacked", "2/5 unpack it", functools.partial(self._unpack, archive))
         self._step("configured", "3/5 configure", self._configure)
         self._step("built", f"4/5 compile ({self.order.jobs} at once)", self._compile)
