@@ -99,7 +99,7 @@ def test_the_16_bit_file_is_there_while_it_is_needed(tmp_path: Path, folder: Pat
         assert middle.name == "new.gguf.16bit.part"
 
     assert list(target.parent.iterdir()) == []
-    assert (watch.begun, watch.done) == ([("converting edge-1b", 12)], 13)
+    assert (watch.begun, watch.done) == ([("converting edge-1b", 12)], 12)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_the_16_bit_file_is_there_while_it_is_needed(tmp_path: Path, folder: Pat
         ("import torch_of_nobody", "No module named 'torch_of_nobody'", "bin/pip install torch transformers"),
         (
             "print('half', file=open(__import__('sys').argv[2], 'w')); raise SystemExit('no such model')",
-            "cannot be converted: no such model",
+            "cannot be converted: .*no such model",
             "promptai engine build",
         ),
         ("raise SystemExit(3)", "it printed nothing", "promptai engine build"),

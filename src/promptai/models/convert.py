@@ -140,7 +140,7 @@ def _convert(checkpoint: Checkpoint, part: Path, converter: Converter, watch: Wa
 
     def tick() -> None:
         nonlocal shown
-        size = part.stat().st_size if part.exists() else 0
+        size = min(part.stat().st_size if part.exists() else 0, checkpoint.bytes)
         watch.advance(size - shown)
         shown = size
 
@@ -156,7 +156,8 @@ def _convert(checkpoint: Checkpoint, part: Path, converter: Converter, watch: Wa
             f"the converter cannot start with {converter.python}: {missing.strip()[:200]}",
             hint=f"python3 -m venv {venv} && {venv}/bin/pip install {' '.join(NEEDS)}",
         )
-    reason = next((line.strip() for line in reversed(words) if line.strip()), "it printed nothing")
+    # The last line of a traceback may be a name alone; the one before it is the code.
+    reason = " / ".join([line.strip() for line in words if line.strip()][-2:]) or "it printed nothing"
     raise ModelFormatError(
         f"{checkpoint.folder} cannot be converted: {reason[:300]}",
         hint="does this llama.cpp know its architecture? a newer one may: promptai engine build",

@@ -1,0 +1,172 @@
+"""``promptai models quantize`` as a user meets it."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from promptai.bench.agreement import Agreement
+from promptai.cli import models_quantize
+from promptai.cli.models_quantize import quantize_model
+from promptai.errors import EngineProtocolError, ModelError, ModelTooLargeError, SettingsError
+from promptai.models.gguf import read_header
+from promptai.models.shape import Shape
+from promptai.models.synth import write_synthetic
+from support_cli import children_of, promptai, start, wait_for
+from support_quantize import write_half
+
+INTERRUPTED = 130
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the developer's engines, library and tools."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PROMPTAI_MODELS", str(tmp_path / "library"))
+
+
+@pytest.fixture(scope="session")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model in 16 bits."""
+    return write_half(tmp_path_factory.mktemp("half") / "tiny-f16.gguf")
+
+
+def printed(*arguments: str | Path) -> str:
+    """What it prints, in this process; what it refuses is raised."""
+    done = CliRunner().invoke(quantize_model, [str(argument) for argument in arguments])
+    if isinstance(done.exception, Exception):
+        raise done.exception
+    return done.stdout
+
+
+def tool(tmp_path: Path, *lines: str) -> None:
+    """A llama-quantize on the PATH, as a shell script."""
+    path = tmp_path / "bin" / "llama-quantize"
+    path.parent.mkdir()
+    path.write_text("\n".join(("#!/bin/sh", 'case "$*" in *--dry-run*) exit 1;; esac', *lines, "")))
+    path.chmod(0o755)
+
+
+@pytest.mark.real
+def test_a_real_model_becomes_smaller_and_is_compared_with_its_source(half: Path, tmp_path: Path) -> None:
+    """Without anything but what is installed with us."""
+    done = promptai("models", "quantize", half, "--type", "q8_0", "--threads", "1", "--json", cwd=tmp_path)
+
+    facts = json.loads(done.stdout)
+    assert facts["path"] == "tiny-q8_0.gguf"
+    assert facts["file_bytes"] == (tmp_path / "tiny-q8_0.gguf").stat().st_size < facts["source"]["file_bytes"]
+    assert (facts["source"]["name"], facts["source"]["quantization"]) == ("tiny-f16.gguf", "F16")
+    assert facts["agreement"]["by"] == "engine"
+    assert facts["agreement"]["positions"] > 400
+    assert facts["agreement"]["share"] > 0.95
+    assert facts["not_checked"] is None
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-q8_0.gguf"]
+
+
+def test_random_weights_are_not_compared(tmp_path: Path) -> None:
+    """They agree on nothing that means anything; the result still says that they are random."""
+    shape = Shape(layers=1, width=64, heads=4, kv_heads=2, ffn=128, vocabulary=512)
+    write_synthetic(tmp_path / "random.gguf", shape, name="x", quant="f16")
+
+    text = printed("random.gguf", "-o", "small.gguf")
+
+    assert "not checked: the weights are random" in text
+    assert read_header(Path("small.gguf")).synthetic
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "words"),
+    [
+        (("--type", "q4_k_m"), ModelError, "needs llama.cpp's llama-quantize"),
+        (("-o", "here.gguf"), SettingsError, "is there already"),
+    ],
+)
+def test_it_is_refused_before_anything_is_written(
+    half: Path, tmp_path: Path, arguments: tuple[str, ...], kind: type[Exception], words: str
+) -> None:
+    """And what was there stays."""
+    (tmp_path / "here.gguf").write_text("precious")
+
+    with pytest.raises(kind, match=words):
+        printed(half, *arguments)
+
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("here.gguf", "precious")]
+
+
+def test_a_result_is_replaced_when_that_is_wanted(half: Path, tmp_path: Path) -> None:
+    """The name without its type, then the new type, is where it goes."""
+    (tmp_path / "tiny-q4_0.gguf").write_text("old")
+
+    text = printed(half, "--force", "--no-check")
+
+    assert read_header(Path("tiny-q4_0.gguf")).quantization == "Q4_0"
+    assert "made by promptai" in text
+    assert "not checked: --no-check" in text
+
+
+@pytest.mark.parametrize(
+    "error", [ModelTooLargeError("needs 30 GiB"), EngineProtocolError("did not report")], ids=["memory", "engine"]
+)
+def test_a_check_that_cannot_be_made_does_not_cost_the_result(
+    half: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """It is told why."""
+
+    def fail(*_arguments: object, **_named: object) -> None:
+        raise error
+
+    monkeypatch.setattr(models_quantize, "check_fits", fail)
+
+    assert f"not checked: {error}" in printed(half)
+    assert read_header(Path("tiny-q4_0.gguf")).quantization == "Q4_0"
+
+
+def test_little_agreement_is_doubted_aloud(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged file loads and talks like any other."""
+    poor = Agreement("engine", 500, 200, 0.4, (0.36, 0.44), 5.0, 50.0, -2.3, (-2.5, -2.1))
+    monkeypatch.setattr(models_quantize, "_check", lambda *_: poor)
+
+    text = printed(half)
+
+    assert "200 of 500, 40.0 % (95 %: 36.0–44.0), by engine" in text
+    assert "perplexity there: 5.00 → 50.0; log-likelihood -2.300 nats a token (95 %: -2.500 to -2.100)" in text
+    assert "doubt" in text
+
+
+@pytest.mark.real
+def test_ctrl_c_ends_the_tool_and_leaves_nothing(half: Path, tmp_path: Path) -> None:
+    """Its half a file goes with it."""
+    tool(
+        tmp_path,
+        "for last; do part=$before; before=$kind; kind=$last; done",
+        'echo half > "$part"',
+        "exec /bin/sleep 99",
+    )
+    process = start("models", "quantize", half, "--type", "q4_k_m", cwd=tmp_path)
+    part = tmp_path / "tiny-q4_k_m.gguf.part"
+    wait_for(lambda: part.exists() and part.stat().st_size > 0, what="the tool writing")
+    sleepers = children_of(process.pid, "sleep")
+
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+
+    assert (process.returncode, errors.strip().splitlines()[-1]) == (INTERRUPTED, "promptai: interrupted")
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]
+    assert sleepers
+    assert not [pid for pid in sleepers if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.real
+def test_the_last_words_of_a_failing_tool_are_the_error(half: Path, tmp_path: Path) -> None:
+    """One line, exit code 3, nothing left."""
+    tool(tmp_path, "echo main: out of paper >&2", "exit 7")
+
+    done = promptai("models", "quantize", half, "--type", "q4_k_m", cwd=tmp_path)
+
+    assert done.returncode == ModelError.exit_code
+    assert "llama-quantize failed with exit code 7: main: out of paper" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]
