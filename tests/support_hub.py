@@ -326,8 +326,8 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             for at in range(first, stop, step):
                 piece = content[at : min(at + step, stop)]
+                self.request_seen.sent.append(len(piece))  # first: who has the bytes may look at once
                 self.wfile.write(piece)
-                self.request_seen.sent.append(len(piece))
                 if faults.bytes_per_s is not None:
                     time.sleep(len(piece) / faults.bytes_per_s)
         except OSError:  # whoever asked has gone
