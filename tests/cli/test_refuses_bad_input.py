@@ -95,11 +95,11 @@ def test_a_model_larger_than_memory_is_refused_with_the_numbers_before_anything_
     path = tmp_path / "huge.gguf"
     shape = Shape(layers=1, width=64, heads=4, kv_heads=2, ffn=128, vocabulary=512)
     write_synthetic(path, shape, name="huge")
-    # One tensor claims 2^42 f32 elements, 16 TiB less than ext4 allows but more than any board has.
+    # The last tensor claims so many rows of 128 numbers in Q4_0, 72 bytes each, that they are a TiB: 15 TiB less than
+    # ext4 allows but more than any board has.
     data = bytearray(path.read_bytes())
-    name = b"output_norm.weight"
-    at = data.index(name) + len(name)
-    data[at + 4 : at + 12] = (1 << 38).to_bytes(8, "little")
+    at = data.rindex(b".weight") + len(b".weight")
+    data[at + 12 : at + 20] = ((1 << 40) // 72).to_bytes(8, "little")
     path.write_bytes(data)
     os.truncate(path, (1 << 40) + (1 << 20))
 
