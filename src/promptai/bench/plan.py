@@ -21,7 +21,7 @@ from promptai.wire.openai import Message
 if TYPE_CHECKING:
     from random import Random
 
-#: Most conversations of one stage where several targets take turns: an hour's drift must not pass between two.
+#: Most conversations of one stage where several targets take turns: what drifts slowly must weigh on all alike.
 _LONGEST_BLOCK = 10
 #: Fewest blocks where several targets take turns: A B, B A, A B, B A.
 _FEWEST_TURNS = 4
