@@ -73,7 +73,7 @@ def summary_page() -> str:
         "`targets[]` holds for each target `load_s`, `findings[]` and, per cache setting, `cold` and `warm`: "
         "`planned`, `answered`, `failed`, `metrics` and `buckets` (the same rates by prompt length). "
         "Each metric is `{value, unit, n, ci95}`: `value` is null when it could not be measured, `n` is how many "
-        "values it rests on, `ci95` a bootstrap interval over conversations, null with fewer than five of them.\n"
+        "values it rests on, `ci95` a 95 % interval over conversations, null with fewer than five of them.\n"
     )
     parts = [head, "| metric | meaning |\n|---|---|"]
     parts += [f"| `{name}` | {words} |" for name, words in glossary.METRICS.items()]

@@ -21,8 +21,8 @@ _VERBS = {
     "demo": ("promptai.cli.demo:demo", "Measure the bundled model on this machine: no download, one minute."),
     "bench": ("promptai.cli.bench:bench", "Measure models or servers and write a report."),
     "report": ("promptai.cli.report:report", "Write the report of a run again; measures nothing."),
-    "engine": ("promptai.cli.engine:engine", "Engines: list them, or simulate one."),
-    "models": ("promptai.cli.models:models", "Model files: inspect one, or write a synthetic one."),
+    "engine": ("promptai.cli.engine:engine", "Engines: list, build, compare, choose or simulate them."),
+    "models": ("promptai.cli.models:models", "Model files: find, fetch, check, quantise and imitate them."),
     "doctor": ("promptai.cli.doctor:doctor", "Check this machine; --selftest measures the measuring."),
 }
 
