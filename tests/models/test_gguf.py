@@ -1,4 +1,5 @@
 import contextlib
+import os
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -121,9 +122,10 @@ def test_a_damaged_file_is_refused_with_its_reason(store: Store, data: bytes, wo
 
 def test_a_file_cut_at_any_length_is_refused(store: Store) -> None:
     """In the header or in the weights: no length but the whole one passes."""
+    path = store(SHORT)
     passed = []
-    for length in range(len(SHORT)):
-        path = store(SHORT[:length])
+    for length in reversed(range(len(SHORT))):
+        os.truncate(path, length)
         try:
             read_header(path)
         except ModelFormatError:
@@ -160,44 +162,48 @@ def many(*, keys: int = 0, tensors: int = 0) -> bytes:
     return b"GGUF" + struct.pack("<IQQ", 3, tensors, keys)
 
 
-def long_texts() -> Iterator[bytes]:
+def long_texts() -> Iterator[bytes | int]:
     yield many(keys=20)
     for number in range(20):
-        yield text(f"k{number}") + struct.pack("<IQ", STRING, 4_000_000) + bytes(4_000_000)
+        yield text(f"k{number}") + struct.pack("<IQ", STRING, 4_000_000)
+        yield 4_000_000
 
 
-def empty_texts() -> Iterator[bytes]:
+def empty_texts() -> Iterator[bytes | int]:
     yield many(keys=9)
     for number in range(9):
-        yield text(f"k{number}") + struct.pack("<IIQ", ARRAY, STRING, 249_999) + bytes(249_999 * 8)
+        yield text(f"k{number}") + struct.pack("<IIQ", ARRAY, STRING, 249_999)
+        yield 249_999 * 8
 
 
-def empty_lists() -> Iterator[bytes]:
+def empty_lists() -> Iterator[bytes | int]:
     yield many(keys=9)
     for number in range(9):
-        yield text(f"k{number}") + struct.pack("<IIQ", ARRAY, ARRAY, 9_999) + bytes(9_999 * 12)
+        yield text(f"k{number}") + struct.pack("<IIQ", ARRAY, ARRAY, 9_999)
+        yield 9_999 * 12
 
 
-def short_lists() -> Iterator[bytes]:
+def short_lists() -> Iterator[bytes | int]:
     yield many(keys=16_384)
     for number in range(16_384):
-        yield text(f"k{number}") + struct.pack("<IIQ", ARRAY, F32, 1024) + bytes(4096)
+        yield text(f"k{number}") + struct.pack("<IIQ", ARRAY, F32, 1024)
+        yield 4096
 
 
-def far_apart_texts() -> Iterator[bytes]:
-    yield many(keys=1)
-    yield text("k") + struct.pack("<IIQ", ARRAY, STRING, 300)
+def far_apart_texts() -> Iterator[bytes | int]:
+    yield many(keys=1) + text("k") + struct.pack("<IIQ", ARRAY, STRING, 300)
     for _ in range(300):
-        yield struct.pack("<Q", 260_000) + bytes(260_000)
+        yield struct.pack("<Q", 260_000)
+        yield 260_000
 
 
-def keys_without_end() -> Iterator[bytes]:
+def keys_without_end() -> Iterator[bytes | int]:
     yield many(keys=16_384)
     for number in range(16_384):
         yield entry(f"k{number:0500}", STRING, "x" * 500)
 
 
-def tensors_without_end() -> Iterator[bytes]:
+def tensors_without_end() -> Iterator[bytes | int]:
     yield many(tensors=32_768)
     for number in range(32_768):
         yield tensor(f"w{number:050}", (1, 0, 1, 1), TYPE_F32)
@@ -208,12 +214,17 @@ def tensors_without_end() -> Iterator[bytes]:
     [long_texts, empty_texts, empty_lists, short_lists, far_apart_texts, keys_without_end, tensors_without_end],
 )
 def test_what_is_within_each_limit_is_refused_or_read_within_a_second(
-    tmp_path: Path, pieces: Callable[[], Iterator[bytes]]
+    tmp_path: Path, pieces: Callable[[], Iterator[bytes | int]]
 ) -> None:
-    """Each number of these is allowed; together they must not take the machine."""
+    """Each number of these is allowed; together they must not take the machine. Zeros are holes in the file."""
     path = tmp_path / "large.gguf"
     with path.open("wb") as file:
-        file.writelines(pieces())
+        for piece in pieces():
+            if isinstance(piece, int):
+                file.seek(piece, 1)
+            else:
+                file.write(piece)
+        file.truncate()
     started = time.process_time()
     with contextlib.suppress(ModelFormatError):  # to refuse it is as good as to skip it
         read_header(path)
