@@ -148,7 +148,10 @@ def test_a_model_that_computes_no_numbers_agrees_with_nothing(half: Path, tmp_pa
 
 
 #: What llama-perplexity printed for the bundled model in Q8_0 (b1 of 0c1e570), shortened.
-FIRST = "[1]5.1,[2]6.2,\\n0.00.4 I Final estimate: PPL = 20.0000 +/- 1.5\\n"
+FIRST = (
+    "perplexity: 0.27 seconds per pass - ETA 1.50 minutes\\n[1]5.1,[2]6.2,\\n"
+    "0.00.4 I Final estimate: PPL = 20.0000 +/- 1.5\\n"
+)
 SECOND = (
     "Mean PPL(Q)                   : 40.000000 ± 1.6\\nMean PPL(base)                : 15.0 ± 1.2\\n"
     "Same top p: 98.039 ± 0.615 %\\n"
@@ -168,8 +171,18 @@ def fake_perplexity(folder: Path, *, second: str = SECOND, code: int = 0) -> Pat
 
 
 def by_perplexity(folder: Path, program: Path) -> Agreement:
-    """The comparison by this program."""
-    return ask_perplexity(program, folder / "a.gguf", folder / "b.gguf", threads=1, folder=folder, tick=lambda: None)
+    """The comparison by this program; its time left is passed on."""
+    left: list[tuple[str, float]] = []
+    found = ask_perplexity(
+        program,
+        folder / "a.gguf",
+        folder / "b.gguf",
+        threads=1,
+        folder=folder,
+        progress=lambda what, seconds: left.append((what, seconds)),
+    )
+    assert left == [("source", 90.0)]
+    return found
 
 
 @pytest.mark.real

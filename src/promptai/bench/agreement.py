@@ -224,14 +224,14 @@ def ask_perplexity(
     *,
     threads: int,
     folder: Path,
-    tick: Callable[[], None],
+    progress: Callable[[str, float], None],
 ) -> Agreement:
     """
     The same by ``llama-perplexity``, on the bundled conversations as plain text.
 
     Args:
         folder: For its files: some 60 MB for each 32 k of vocabulary.
-        tick: Called now and then.
+        progress: Told which model is read, and the seconds that it will take.
 
     Raises:
         EngineProtocolError: It fails, or does not say what it should.
@@ -240,8 +240,8 @@ def ask_perplexity(
     corpus.write_text("\n\n".join(m.content for c in load_bundled().conversations for m in c.messages))
     kept = ("--kl-divergence-base", str(base))
     size = ("-c", str(_CHUNK_TOKENS), "-b", str(_CHUNK_TOKENS), "-t", str(threads), "--chunks", str(_CHUNKS))
-    first = _run(program, ["-m", str(source), "-f", str(corpus), *size, *kept], folder / "source.log", tick)
-    second = _run(program, ["-m", str(result), *size, *kept, "--kl-divergence"], folder / "result.log", tick)
+    first = _run(program, ["-m", str(source), "-f", str(corpus), *size, *kept], folder, "source", progress)
+    second = _run(program, ["-m", str(result), *size, *kept, "--kl-divergence"], folder, "result", progress)
     source_perplexity = _number(r"Final estimate: PPL = ", first)
     result_perplexity = _number(r"Mean PPL\(Q\) *: *", second)
     n = _CHUNKS * _SCORED
@@ -259,12 +259,21 @@ def ask_perplexity(
     )
 
 
-def _run(program: Path, arguments: Sequence[str], log: Path, tick: Callable[[], None]) -> str:
+def _run(
+    program: Path, arguments: Sequence[str], folder: Path, what: str, progress: Callable[[str, float], None]
+) -> str:
     # What the user's shell says to llama.cpp is not meant for this.
     without = [word for name in os.environ if name.startswith("LLAMA_") for word in ("-u", name)]
-    command = ["env", *without, str(program), *arguments]
     lines: list[str] = []
-    code = run_logged(command, log=log, seen=lines.append, tick=tick)
+
+    def seen(line: str) -> None:
+        lines.append(line)
+        left = re.search(r"seconds per pass - ETA (\d+(?:\.\d+)?) minutes", line)
+        if left is not None:
+            progress(what, 60 * float(left[1]))
+
+    command = ["env", *without, str(program), *arguments]
+    code = run_logged(command, log=folder / f"{what}.log", seen=seen, tick=lambda: None)
     text = "\n".join(lines)
     if code != 0:
         raise EngineProtocolError(

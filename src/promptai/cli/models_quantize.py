@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from promptai.bench.agreement import POSITIONS_PER_TEXT, Agreement, Position, ask_perplexity, compare, score, texts
 from promptai.bench.target import check_fits
 from promptai.cli.models_inspect import harmless, mix
+from promptai.cli.progress import duration
 from promptai.cli.transfer import Transfer
 from promptai.device.cpu import default_threads, read_cpu
 from promptai.device.memory import read_memory
@@ -161,14 +162,16 @@ def _check(done: Quantized, wanted: Wanted, console: Console) -> Agreement | str
         check_fits(done.source, _CHECK_CONTEXT, read_memory().available_for_new_process())
         program = find_program("llama-perplexity", wanted.engines, beside=wanted.engine)
         if program is not None:
-            with console.status("comparing source and result with llama-perplexity"):
+            with console.status("llama-perplexity loads the source") as status:
                 return ask_perplexity(
                     program,
                     Path(done.source.path),
                     wanted.target,
                     threads=wanted.threads,
                     folder=wanted.scratch,
-                    tick=lambda: None,
+                    progress=lambda what, left_s: status.update(
+                        f"llama-perplexity reads the {what}, about {duration(left_s)} in all"
+                    ),
                 )
         return _check_with_engine(done, wanted, console)
     except PromptAIError as error:
