@@ -113,7 +113,7 @@ class Catalog(NamedTuple):
         near = [i for i in ids if wanted and wanted in i] or difflib.get_close_matches(wanted, ids, n=1)
         raise ModelNotFoundError(
             f"the catalogue has no model {name}",
-            hint=f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(ids)}",
+            hint=f"did you mean {' or '.join(near)}?" if near else "promptai models list shows them",
         )
 
 
