@@ -1,6 +1,6 @@
 """Forecast against measurement: does calibrating five small models tell what large ones do?
 
-Run with ``make bench-models``; about six minutes on two cores, with 6 GB of disk and 7 GB of
+Run with ``make bench-models``; about nine minutes on two cores, with 6 GB of disk and 7 GB of
 memory free; leave the machine alone meanwhile. Calibrates this machine's engine anew, then writes catalogue
 shapes of 0.6 to 4 GB with random weights, forecasts each, runs each, and prints both. The
 sizes of the paper's eight shapes stand before it, against arithmetic done here.

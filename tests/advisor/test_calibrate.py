@@ -46,7 +46,7 @@ def test_one_of_another_version_or_a_damaged_one_is_none(tmp_path: Path) -> None
 def test_the_real_engine_is_calibrated_and_no_probe_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = [
         msgspec.structs.replace(
-            probe, shape=msgspec.structs.replace(probe.shape, layers=1, width=256, heads=4, kv_heads=4, ffn=512)
+            probe, shape=msgspec.structs.replace(probe.shape, layers=2, width=256, heads=4, kv_heads=4, ffn=512)
         )
         for probe in PROBES
     ]

@@ -156,7 +156,12 @@ def buffer_bytes(work: Work, *, batch: int = 512) -> int:
 
 
 def _prefill_prices(readings: Sequence[Reading]) -> dict[str, float]:
-    """Seconds a weight and prompt token. K-quants share one price: every mix has them together in similar shares."""
+    """
+    Seconds a weight and prompt token; K-quants share one price: every mix has them together in similar shares.
+
+    A single layer says nothing: nearly all of it is computed for the last token of a prompt only.
+    """
+    readings = [reading for reading in readings if reading.work.layers > 1]
     kinds = sorted({kind for reading in readings for kind in reading.work.prefill_weights})
     groups = sorted({_group(kind) for kind in kinds})
     prices = _prices(

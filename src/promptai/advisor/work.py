@@ -29,8 +29,8 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         file_bytes: Size of the file; tensors alone where there is no file yet.
         decode_bytes: Bytes read for each generated token, by ggml type of the matrix.
-        prefill_weights: Weights multiplied for each prompt token, by ggml type; the output matrix is not among
-            them: only the last token of a prompt needs it.
+        prefill_weights: Weights multiplied for each prompt token, by ggml type. Not among them: the output
+            matrix, and the last layer behind its attention: llama.cpp computes these for a prompt's last token only.
         layers, width, ffn, vocabulary: As in its shape.
         kv_bytes_per_token: Of f16 cache, all layers; ``None`` where the file does not tell.
         window: Tokens that sliding-window layers look back, and the share of the layers that do.
@@ -106,11 +106,13 @@ def _matrices(tensors: Iterable[_Tensor]) -> tuple[dict[str, int], dict[str, int
     matrices = {tensor.name: tensor for tensor in tensors if len(tensor.shape) > 1}
     if _OUTPUT in matrices:
         matrices.pop(_EMBEDDING, None)
+    last = max((int(name.split(".")[1]) for name in matrices if name.startswith("blk.")), default=0)
+    once = (_OUTPUT, _EMBEDDING, f"blk.{last}.attn_output.", f"blk.{last}.ffn_")
     decode: dict[str, int] = {}
     prefill: dict[str, int] = {}
     for name, tensor in matrices.items():
         decode[tensor.quantization] = decode.get(tensor.quantization, 0) + tensor.size_bytes
-        if name not in (_OUTPUT, _EMBEDDING):
+        if not name.startswith(once):
             prefill[tensor.quantization] = prefill.get(tensor.quantization, 0) + prod(tensor.shape)
     return decode, prefill
 
