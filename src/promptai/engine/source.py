@@ -13,6 +13,7 @@ Only what a build needs is unpacked: no models, tests or pictures, no link or pa
 leads out of the folder.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -86,7 +87,9 @@ def fetch(version: str, sha256: str, folder: Path, *, log: Path, share: Share, k
     expected = RELEASES[version].archive_bytes if version in RELEASES else None
 
     def look() -> None:
-        here = max((path.stat().st_size for path in scratch.glob("pip-*/*.tar.gz")), default=0)
+        here = 0
+        with contextlib.suppress(FileNotFoundError):  # pip removes its folders while we look
+            here = max((path.stat().st_size for path in scratch.glob("pip-*/*.tar.gz")), default=0)
         if expected and here:
             share(min(1.0, here / expected), f"{here / 1e6:.0f} of {expected / 1e6:.0f} MB")
 
