@@ -39,9 +39,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 async def play(model: Path, log: Path) -> tuple[list[Trace], str]:
-    """Eight cold prompts with answers of 100 tokens; their traces, and the engine's own counters."""
+    """Five cold prompts with answers of 100 tokens; their traces, and the engine's own counters."""
     flags = EngineFlags(model=str(model), port=free_port(), threads=1, context=8192)
-    prompts = [conversation.prompt(0) for conversation in load_bundled().conversations[:8]]
+    prompts = [conversation.prompt(0) for conversation in load_bundled().conversations[:5]]
     async with RunningEngine(locate(), flags, log=log) as engine, EngineClient(engine.base_url) as client:
         protocol = Protocol(max_tokens=100, ignore_eos=True)
         turns = TurnClient(client, protocol, model=flags.alias, llama_server=True, origin=0.0)
@@ -91,7 +91,7 @@ def test_two_runs_of_the_same_seed_give_byte_identical_texts_and_measuring_is_ch
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         done = promptai(
-            *("bench", "--conversations", "2", "--max-tokens", "24", "--threads", "1", "--json", "--no-report"),
+            *("bench", "--conversations", "1", "--max-tokens", "24", "--threads", "1", "--json", "--no-report"),
             cwd=tmp_path / name,
         )
         assert done.returncode == 0, done.stderr
@@ -101,4 +101,4 @@ def test_two_runs_of_the_same_seed_give_byte_identical_texts_and_measuring_is_ch
         assert harness["telemetry_max_rss_bytes"]["value"] < 30e6
 
     assert found[0] == found[1]
-    assert len(found[0]) > 20
+    assert len(found[0]) >= 10
