@@ -20,10 +20,18 @@ from promptai.bench.prepare import (
 )
 from promptai.bench.workload import Conversation, History, Workload, load_bundled
 from promptai.engine.locate import EngineBinary
-from promptai.errors import EngineNotFoundError, ModelNotFoundError, ModelTooLargeError, SettingsError, WorkloadError
+from promptai.errors import (
+    EngineNotFoundError,
+    ModelError,
+    ModelNotFoundError,
+    ModelTooLargeError,
+    SettingsError,
+    WorkloadError,
+)
 from promptai.models.gguf import read_header
 from promptai.models.shape import Shape
 from promptai.models.synth import write_synthetic
+from support_gguf import U16, entry, gguf, llama
 from support_runs import CPU, long_talk, talk
 
 GIB = 1024**3
@@ -68,6 +76,15 @@ def test_a_context_holds_the_models_own_answers_where_they_stand_in_the_prompt(m
 
     assert found is not None
     assert found.flags.context == 4608
+
+
+def test_a_part_of_a_split_model_is_refused(tmp_path: Path) -> None:
+    """Size and checksum would be those of a part, in a run that is about the whole."""
+    part = tmp_path / "part.gguf"
+    part.write_bytes(gguf([*llama(), entry("split.no", U16, 0), entry("split.count", U16, 3)]))
+
+    with pytest.raises(ModelError, match=r"part 1 of 3.*join the parts first"):
+        describe(part)
 
 
 def context_of(model: Path, wishes: EngineWishes) -> int:

@@ -10,13 +10,13 @@ from promptai.bench.statistics import (
     Metric,
     _percentile,
     _ratio_interval,
-    _t975,
     buckets,
     coefficient_of_variation,
     cv_metrics,
     latency_metrics,
     mean_metric,
     rate_metric,
+    t975,
 )
 from promptai.bench.trace import Trace
 from support_runs import make_trace
@@ -216,7 +216,7 @@ def test_a_percentile_has_an_interval_when_enough_conversations_lie_beyond_it(pe
 
 @pytest.mark.parametrize(("freedom", "t"), [(4, 2.776), (9, 2.262), (29, 2.045), (49, 2.010), (10**6, 1.960)])
 def test_students_t_is_what_tables_say(freedom: int, t: float) -> None:
-    assert pytest.approx(t, abs=0.001) == _t975(freedom)
+    assert pytest.approx(t, abs=0.001) == t975(freedom)
 
 
 def test_a_day_of_requests_is_summarized_in_little_memory() -> None:

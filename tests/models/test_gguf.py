@@ -327,6 +327,12 @@ def test_an_alignment_of_its_own_moves_the_data(store: Store) -> None:
             4 * 2 * (24 + 8) * 2,
             id="own-head-lengths",
         ),
+        pytest.param(llama(ssm__state_size=128), None, id="recurrent-layers-that-are-not-named"),
+        pytest.param(
+            llama(shortconv__l_cache=3, attention__head_count_kv=[2, 0, 1, 2]),
+            5 * (16 + 16) * 2,
+            id="recurrent-layers-without-heads",
+        ),
     ],
 )
 def test_the_kv_cache_of_a_token_is_counted_over_the_layers(

@@ -1,7 +1,9 @@
 """Calibrate this machine: run the probes on its engine, solve, and remember.
 
-About a minute on a PC, a few on a board; the probe files are written to the cache one at a
-time and removed again. A calibration holds for one engine, one processor and one number of
+Two minutes on a PC, some more on a board; the probe files are written to the cache one at a
+time and removed again. Every probe runs twice, the second time in reverse order: a machine's
+speed drifts by a tenth within minutes (heat, neighbours on the same server), and prices
+that rest on one moment are off by as much. A calibration holds for one engine, one processor and one number of
 threads, and is looked up by these; nothing is measured behind anybody's back.
 """
 
@@ -18,8 +20,9 @@ from promptai.engine.flags import EngineFlags
 from promptai.engine.launch import free_port
 from promptai.engine.locate import EngineBinary
 from promptai.engine.probe import probe
-from promptai.errors import EngineError, RunError
+from promptai.errors import EngineError
 from promptai.models.gguf import read_header
+from promptai.models.library import disk_errors, write_json
 from promptai.models.synth import write_synthetic
 from promptai.wire.malformed import MALFORMED
 
@@ -28,7 +31,7 @@ _PROMPT_TOKENS, _DEEP_TOKENS, _ANSWER_TOKENS, _TRIES = 512, 2304, 24, 3
 
 
 async def calibrate(
-    binary: EngineBinary, *, cpu: str, threads: int, cache: Path, observe: Callable[[int, str], None]
+    binary: EngineBinary, *, cpu: str, threads: int, cache: Path, observe: Callable[[int, int, str], None]
 ) -> Calibration:
     """
     Measure every probe and solve.
@@ -36,15 +39,16 @@ async def calibrate(
     Args:
         cpu: The processor's name, as the calibration will be looked up.
         cache: Where probe files may lie for a moment.
-        observe: Told the number and the name of each probe before it runs.
+        observe: Told how many probes are done, of how many, and the name of the next before it runs.
 
     Raises:
         ModelError: A probe file cannot be written.
         EngineError: The engine cannot be run, or its memory cannot be read.
     """
     readings = []
-    for number, chosen in enumerate(PROBES):
-        observe(number, chosen.name)
+    order = (*PROBES, *reversed(PROBES))
+    for done, chosen in enumerate(order):
+        observe(done, len(order), chosen.name)
         readings.append(await _run(binary, chosen, threads, cache))
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return fit(readings, engine=binary.label, cpu=cpu, threads=threads, created=created)
@@ -87,15 +91,10 @@ async def _run(binary: EngineBinary, chosen: Probe, threads: int, cache: Path) -
 
 
 def save(folder: Path, calibration: Calibration) -> None:
-    """Keep a calibration; raises ``RunError`` when it cannot be written."""
-    path = _place(folder, calibration.engine, calibration.cpu, calibration.threads)
-    part = path.with_suffix(".part")
-    try:
+    """Keep a calibration; raises ``LibraryError`` when the disk refuses."""
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(msgspec.json.format(msgspec.json.encode(calibration), indent=2))
-        part.replace(path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}", hint="check the folder's permissions") from None
+    write_json(_place(folder, calibration.engine, calibration.cpu, calibration.threads), calibration)
 
 
 def load(folder: Path, *, engine: str, cpu: str, threads: int) -> Calibration | None:

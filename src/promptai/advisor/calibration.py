@@ -116,17 +116,17 @@ def fit(readings: Sequence[Reading], *, engine: str, cpu: str, threads: int, cre
     Solve for the prices.
 
     Raises:
-        ValueError: No reading has a deep measurement, or there are none at all.
+        ValueError: No reading has a deep measurement, or the form of a probe's cache is not known.
     """
     kv_s = _kv_price(readings)
     types = sorted({kind for reading in readings for kind in reading.work.decode_bytes})
     decode = _prices(
         [[*(r.work.decode_bytes.get(kind, 0) for kind in types), r.work.layers] for r in readings],
-        [r.decode_s - kv_s * (r.work.kv_bytes(r.depth) or 0) for r in readings],
+        [r.decode_s - kv_s * _kv_bytes(r, r.depth) for r in readings],
     )
     memory = _prices(
         [[*(r.work.decode_bytes.get(kind, 0) for kind in types), 1] for r in readings],
-        [r.anon_loaded_bytes - (r.work.kv_bytes(r.context) or 0) for r in readings],
+        [r.anon_loaded_bytes - _kv_bytes(r, r.context) for r in readings],
     )
     scales = [(r.anon_peak_bytes - r.anon_loaded_bytes) / buffer_bytes(r.work) for r in readings]
     return Calibration(
@@ -179,9 +179,16 @@ def _group(kind: str) -> str:
     return "K" if kind.endswith("_K") else kind
 
 
+def _kv_bytes(reading: Reading, tokens: int) -> int:
+    found = reading.work.kv_bytes(tokens)
+    if found is None:
+        raise ValueError("a probe needs a cache of known form")
+    return found
+
+
 def _kv_price(readings: Sequence[Reading]) -> float:
     prices = [
-        (r.deep_decode_s - r.decode_s) / ((r.work.kv_bytes(r.deep_depth) or 0) - (r.work.kv_bytes(r.depth) or 0))
+        (r.deep_decode_s - r.decode_s) / (_kv_bytes(r, r.deep_depth) - _kv_bytes(r, r.depth))
         for r in readings
         if r.deep_decode_s is not None
     ]

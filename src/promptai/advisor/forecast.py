@@ -56,7 +56,7 @@ def forecast(work: Work, calibration: Calibration, *, context: int, depth: int) 
     copied = sum(calibration.copied_share.get(kind, 0.0) * size for kind, size in work.decode_bytes.items())
     kv = work.kv_bytes(context)
     return Forecast(
-        decode_tps=None if unknown else 1 / _decode_s(work, calibration, depth),
+        decode_tps=_decode_tps(work, calibration, depth),
         prefill_tps=_prefill_tps(work, calibration),
         anon_bytes=None
         if kv is None
@@ -74,10 +74,13 @@ def decode_bound_tps(work: Work, read_bytes_per_s: float) -> float | None:
     return read_bytes_per_s / size if size else None
 
 
-def _decode_s(work: Work, calibration: Calibration, depth: int) -> float:
-    reading = sum(calibration.decode_s_per_byte[kind] * size for kind, size in work.decode_bytes.items())
-    kv = calibration.kv_s_per_byte * (work.kv_bytes(depth) or 0)
-    return reading + calibration.decode_s_per_layer * work.layers + kv
+def _decode_tps(work: Work, calibration: Calibration, depth: int) -> float | None:
+    """``None`` where a type of weights, or the form of the cache, is not known."""
+    prices, cached = calibration.decode_s_per_byte, work.kv_bytes(depth)
+    if not work.decode_bytes or work.decode_bytes.keys() - prices.keys() or cached is None:
+        return None
+    reading = sum(prices[kind] * size for kind, size in work.decode_bytes.items())
+    return 1 / (reading + calibration.decode_s_per_layer * work.layers + calibration.kv_s_per_byte * cached)
 
 
 def _prefill_tps(work: Work, calibration: Calibration) -> float | None:

@@ -32,6 +32,7 @@ from promptai.engine.flags import EngineFlags
 from promptai.engine.launch import RunningEngine, free_port
 from promptai.engine.locate import EngineBinary
 from promptai.engine.logged import failure_lines, run_logged
+from promptai.engine.scoring import force_token
 from promptai.errors import EngineProtocolError
 
 #: Below the share that q2_K keeps of an 8 B model (71 %, llama.cpp's tools/perplexity/README.md) something is wrong.
@@ -43,8 +44,8 @@ _CONTEXT = 2048
 #: The second half of each chunk is scored, without its last token.
 _CHUNK_TOKENS, _CHUNKS = 512, 2
 _SCORED = _CHUNK_TOKENS - 1 - _CHUNK_TOKENS // 2
-#: Larger than any real logit: the forced token wins whatever the model thinks.
-_FORCE = 1000.0
+#: What stands for the log-probability of a model that computes none: as unlikely as can be.
+_NO_NUMBER = -1000.0
 
 
 class Text(NamedTuple):
@@ -193,28 +194,16 @@ async def score(
 
 
 async def _position(client: EngineClient, prompt: list[int], token: int) -> Position | None:
-    """
-    Force ``token``: reported are its raw probability, and beside it the raw first choice (tried: b1, b11549).
-
-    ``engine.scoring`` does the same, and says more about it; the first choice is not its business.
-    """
-    body = {
-        "prompt": prompt,
-        "n_predict": 1,
-        "temperature": 0,
-        "n_probs": 1,
-        "logit_bias": [[token, _FORCE]],
-        "cache_prompt": True,
-    }
+    """What is thought of ``token``, and the raw first choice, which stands beside it (tried: b1, b11549)."""
     try:
-        reported = (await client.complete(body)).completion_probabilities
+        reported = await force_token(client, prompt, token)
     except EngineProtocolError as error:
         if "got `null`" in error.message:  # how JSON writes NaN
-            return Position(-_FORCE, -1)
+            return Position(_NO_NUMBER, -1)
         raise
-    if not reported or reported[0].id != token or not reported[0].top_logprobs:
+    if reported is None or reported.id != token or not reported.top_logprobs:
         return None
-    return Position(reported[0].logprob, reported[0].top_logprobs[0].id)
+    return Position(reported.logprob, reported.top_logprobs[0].id)
 
 
 def ask_perplexity(

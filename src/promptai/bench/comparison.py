@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 import numpy as np
 
-from promptai.bench.statistics import MIN_FOR_INTERVAL, Metric, _t975
+from promptai.bench.statistics import MIN_FOR_INTERVAL, Metric, t975
 from promptai.engine.choice import Comparison, MeasuredEngine, Round
 from promptai.engine.client import EngineClient
 from promptai.engine.flags import EngineFlags
@@ -77,7 +77,7 @@ def ratio(ours: Sequence[float], base: Sequence[float]) -> Metric:
     n, mean = logs.size, float(logs.mean())
     if n < MIN_FOR_INTERVAL:
         return Metric(math.exp(mean), "1", n)
-    half = _t975(n - 1) * float(logs.std(ddof=1)) / math.sqrt(n)
+    half = t975(n - 1) * float(logs.std(ddof=1)) / math.sqrt(n)
     return Metric(math.exp(mean), "1", n, (math.exp(mean - half), math.exp(mean + half)))
 
 

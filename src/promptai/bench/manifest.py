@@ -39,7 +39,7 @@ class ModelFacts(msgspec.Struct, frozen=True):
     The model file, by its own header and hash.
 
     Attributes:
-        path: As given, for resuming.
+        path: Absolute, for resuming from anywhere.
         synthetic: Random weights: its accuracy means nothing.
     """
 

@@ -28,7 +28,7 @@ from promptai.bench.workload import EDGE_50, Conversation, Workload, load_bundle
 from promptai.device.cpu import CpuFacts, default_threads
 from promptai.engine.flags import EngineFlags
 from promptai.engine.locate import EngineBinary, missing_features
-from promptai.errors import SettingsError, WorkloadError
+from promptai.errors import ModelError, SettingsError, WorkloadError
 from promptai.models.gguf import GgufHeader, read_header
 from promptai.models.hub import fetch_dataset_file
 from promptai.models.synth import BORROWED_TOKENS
@@ -109,6 +109,11 @@ def describe_targets(
             found.append(describe_url(source, name))
             continue
         header = headers[source]
+        if header.split is not None:
+            raise ModelError(
+                f"{source} is part {header.split[0] + 1} of {header.split[1]}: its size and checksum say too little",
+                hint="join the parts first: llama-gguf-split --merge FIRST-PART WHOLE.gguf",
+            )
         context = _context(header, conversations, protocol, wishes.context)
         check_fits(header, context * wishes.slots, available_bytes, cache_type=wishes.cache_type)
         flags = EngineFlags(

@@ -195,7 +195,7 @@ def _ratio_interval(num: Floats, den: Floats, clusters: NDArray[np.intp]) -> tup
     nums, dens = num.sum() - np.bincount(clusters, num, count), den.sum() - np.bincount(clusters, den, count)
     if count < MIN_FOR_INTERVAL or nums.min() <= 0 or dens.min() <= 0:
         return None
-    value, factor = num.sum() / den.sum(), math.exp(_t975(count - 1) * _jackknife_error(np.log(nums / dens)))
+    value, factor = num.sum() / den.sum(), math.exp(t975(count - 1) * _jackknife_error(np.log(nums / dens)))
     return float(value / factor), float(value * factor)
 
 
@@ -214,7 +214,7 @@ def _percentile(values: Floats, clusters: NDArray[np.intp], percent: int) -> Met
     if count * min(share, 1 - share) < _MIN_BEYOND:
         return Metric(value, "s", n)
     below, sizes = np.bincount(clusters, values <= value, count), np.bincount(clusters, minlength=count)
-    half = _t975(count - 1) * _jackknife_error((below.sum() - below) / (n - sizes))
+    half = t975(count - 1) * _jackknife_error((below.sum() - below) / (n - sizes))
     low, high = np.quantile(values, [max(0.0, share - half), min(1.0, share + half)])
     return Metric(value, "s", n, (float(low), float(high)))
 
@@ -225,7 +225,7 @@ def _jackknife_error(without_one: Floats) -> float:
     return math.sqrt((count - 1) / count * float(((without_one - without_one.mean()) ** 2).sum()))
 
 
-def _t975(freedom: int) -> float:
+def t975(freedom: int) -> float:
     """The 97.5 % point of Student's t from 4 degrees of freedom on: Abramowitz and Stegun, 26.7.5, within 0.0008."""
     z, v = 1.959963985, freedom
     return (

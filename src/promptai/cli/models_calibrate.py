@@ -6,12 +6,12 @@ from pathlib import Path
 import click
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from promptai.advisor.calibrate import calibrate as measure
 from promptai.advisor.calibrate import save
-from promptai.advisor.calibration import PROBES, Calibration
+from promptai.advisor.calibration import Calibration
 from promptai.device.cpu import default_threads, read_cpu
 from promptai.engine.locate import locate
 from promptai.settings import cache_directory, load_settings
@@ -28,22 +28,23 @@ Example:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def calibrate(*, engine_path: Path | None, threads: int | None, as_json: bool) -> None:
     """
-    Measure five small models of random weights and remember what a byte costs here.
+    Measure five small models of random weights, twice each, and remember what a byte costs here.
 
-    Takes about a minute on a PC and a few on a board, and up to 0.4 GB of disk while it runs.
+    Takes about two minutes on a PC and some more on a board, and up to 0.4 GB of disk while it runs.
     Leave the machine alone meanwhile.
     """
     settings, console = load_settings(), Console(stderr=as_json)
     named = engine_path or (Path(settings.engine.path) if settings.engine.path else None)
     binary, cpu = locate(named, cache=cache_directory() / "engines"), read_cpu()
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn(), TextColumn("left"))
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("calibrating", total=len(PROBES))
+        task = progress.add_task("calibrating", total=None)
 
-        def observe(number: int, name: str) -> None:
-            progress.update(task, completed=number, description=f"probe {number + 1} of {len(PROBES)}: {name}")
+        def observe(done: int, total: int, name: str) -> None:
+            line = f"probe {done + 1} of {total}: {name}"
+            progress.update(task, completed=done, total=total, description=line)
             if not console.is_terminal:
-                console.print(f"probe {number + 1} of {len(PROBES)}: {name}", highlight=False)
+                console.print(line, highlight=False)
 
         calibration = asyncio.run(
             measure(

@@ -65,7 +65,7 @@ def list_models(*, fits: bool, only_here: bool, context: int, as_json: bool) -> 
     List models: those on this machine, and those of the catalogue.
 
     Rates are forecasts once this machine's engine is calibrated (promptai models calibrate);
-    before that they are what memory bandwidth allows at most.
+    before that they are what memory bandwidth, read at that moment, would allow.
     """
     settings = load_settings()
     here = _here(settings)
@@ -164,8 +164,8 @@ def _explain(lines: list[Line], here: Here, context: int, console: Console) -> N
         console.print(f"no rate where the calibration does not know the weights: {', '.join(unknown)}", highlight=False)
     if here.calibration is None:
         console.print(
-            f"decode is what {here.read_bytes_per_s / 1e9:.1f} GB/s of memory bandwidth allow at most, no forecast; "
-            "for one: promptai models calibrate",
+            f"decode is what {here.read_bytes_per_s / 1e9:.1f} GB/s, as memory was read just now, would allow; engines "
+            "stay below it on an idle machine; for a forecast: promptai models calibrate",
             highlight=False,
             soft_wrap=True,
         )

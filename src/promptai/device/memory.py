@@ -70,7 +70,7 @@ def read_memory(root: Path = _HERE) -> MemoryFacts:
 
     Raises:
         OSError: There is no /proc/meminfo.
-        ValueError: It does not say how much memory there is.
+        ValueError: It does not say how much memory there is, or is left.
     """
     meminfo = (root / "proc/meminfo").read_bytes()
     total, available, free, swap_total, swap_free = (
@@ -78,11 +78,14 @@ def read_memory(root: Path = _HERE) -> MemoryFacts:
     )
     if total is None:
         raise ValueError("/proc/meminfo has no MemTotal")
+    # MemFree is what is left of the truth on kernels before 3.14: too little, never too much.
+    left = free if available is None else available
+    if left is None:
+        raise ValueError("/proc/meminfo has neither MemAvailable nor MemFree")
     limit, used = _tightest_limit(root, total)
     return MemoryFacts(
         total_bytes=total,
-        # MemFree is what is left of the truth on kernels before 3.14: too little, never too much.
-        available_bytes=(free or 0) if available is None else available,
+        available_bytes=left,
         swap_total_bytes=swap_total or 0,
         swap_used_bytes=0 if swap_total is None or swap_free is None else swap_total - swap_free,
         limit_bytes=limit,

@@ -247,7 +247,8 @@ def _wheel() -> EngineBinary | None:
         release = version("xllamacpp")
     except PackageNotFoundError:
         return None
-    command = (sys.executable, "-m", "promptai.engine.embedded")
+    # A file called signal.py in the user's folder must not become the engine's standard library.
+    command = (sys.executable, "-P", "-m", "promptai.engine.embedded")
     said = output_of([*command, "--probe"])
     features = parse_features(said.text)
     trouble = None
@@ -257,13 +258,21 @@ def _wheel() -> EngineBinary | None:
 
 
 def output_of(command: list[str]) -> Output:
-    """Run a command that prints and ends."""
+    """Run a command that prints and ends; what it leaves running when it does not is ended with it."""
     try:
-        done = subprocess.run(  # noqa: S603  the user's own engine
-            command, check=False, capture_output=True, stdin=subprocess.DEVNULL, timeout=_PROBE_TIMEOUT_S
+        process = subprocess.Popen(  # noqa: S603  the user's own engine
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # a wrapper script's llama-server is in its group too
         )
     except OSError as error:
         return Output("", None, f"it cannot be run: {error.strerror}")
-    except subprocess.TimeoutExpired:
-        return Output("", None, f"it did not end within {_PROBE_TIMEOUT_S:.0f} s of its start")
-    return Output((done.stdout + done.stderr).decode("utf-8", "replace"), done.returncode)
+    with process:
+        try:
+            said, complained = process.communicate(timeout=_PROBE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return Output("", None, f"it did not end within {_PROBE_TIMEOUT_S:.0f} s of its start")
+    return Output((said + complained).decode("utf-8", "replace"), process.returncode)

@@ -37,7 +37,7 @@ async def continuation_logprobs(
     found = []
     for position, target in enumerate(continuation):
         prompt = [*context, *continuation[:position]]
-        reported = await _ask(client, prompt, target, n_probs=1)
+        reported = await force_token(client, prompt, target, n_probs=1)
         if reported is not None and reported.id != target:
             raise _unable(client)
         found.append(await _from_all(client, prompt, target) if reported is None else reported.logprob)
@@ -53,7 +53,7 @@ async def _from_all(client: EngineClient, prompt: list[int], target: int) -> flo
     """
     try:
         letter = (await client.tokenize("a"))[-1]
-        reported = await _ask(client, prompt, letter, n_probs=await client.vocabulary() or 1)
+        reported = await force_token(client, prompt, letter, n_probs=await client.vocabulary() or 1)
     except (EngineProtocolError, EngineRefusedError):
         raise _unable(client) from None
     for candidate in reported.top_logprobs if reported is not None else ():
@@ -69,10 +69,19 @@ def _unable(client: EngineClient) -> EngineProtocolError:
     )
 
 
-async def _ask(client: EngineClient, prompt: list[int], forced: int, *, n_probs: int) -> TokenProbability | None:
+async def force_token(
+    client: EngineClient, prompt: Sequence[int], forced: int, *, n_probs: int = 1
+) -> TokenProbability | None:
+    """
+    Let one token follow ``prompt``, whatever the model thinks, and read off what it thinks.
+
+    Returns:
+        The forced token's raw probability, and beside it the ``n_probs`` likeliest ones; ``None`` in the
+        middle of a character, where llama-server reports nothing.
+    """
     answer = await client.complete(
         {
-            "prompt": prompt,
+            "prompt": list(prompt),
             "n_predict": 1,
             "temperature": 0,
             "n_probs": n_probs,

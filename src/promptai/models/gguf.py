@@ -24,6 +24,8 @@ from promptai.errors import ModelFormatError, ModelNotFoundError
 from promptai.models.ggufbytes import Contents, Damaged, Forward, Reader
 
 _MAX_PARTS = 1000
+#: A state of fixed size instead of keys and values, in some or all layers (llama.cpp's src/llama-arch.cpp).
+_RECURRENT = ("ssm.state_size", "wkv.head_size", "shortconv.l_cache")
 
 
 class GgufHeader(Contents, frozen=True, kw_only=True):
@@ -105,13 +107,16 @@ class GgufHeader(Contents, frozen=True, kw_only=True):
 
         Keys and values each hold ``kv heads x head length`` numbers a layer; f16
         takes 2 bytes each. ``None`` when the header lacks the shape, and for
-        architectures whose cache is not of this form (recurrent ones).
+        architectures whose cache is not of this form (recurrent ones that do not list
+        their layers' heads).
         """
         layers, width = self._integer("block_count"), self._integer("embedding_length")
         heads = self._integers("attention.head_count")
         kv_heads = self._integers("attention.head_count_kv") or heads
         if not layers or not width or not heads or max(heads) <= 0 or min(kv_heads) < 0:
             return None
+        if len(kv_heads) == 1 and any(self._integers(key) for key in _RECURRENT):
+            return None  # only some layers keep keys and values, and which ones is the loader's knowledge
         key = self._integer("attention.key_length") or width // max(heads)
         value = self._integer("attention.value_length") or width // max(heads)
         total_heads = kv_heads[0] * layers if len(kv_heads) == 1 else sum(kv_heads)
