@@ -74,6 +74,18 @@ def test_a_probability_of_nothing_is_no_crash() -> None:
     assert perplexity([Position(-1e9, 1)]) == math.inf
 
 
+@pytest.mark.parametrize("broken", [Position(-1000.0, -1), Position(-3.4e38, 3)], ids=["nan", "impossible"])
+def test_no_difference_is_made_up_where_a_model_computes_no_number(broken: Position) -> None:
+    """One such place is enough: what stands for it is no measurement, and no mean of it is."""
+    good = [Position(-1.0, 1), Position(-2.0, 2), Position(-3.0, 3)]
+
+    found = compare(good, [*good[:2], broken])
+
+    assert (found.positions, found.result_perplexity) == (3, math.inf)
+    assert found.source_perplexity == pytest.approx(math.exp(2))
+    assert (found.difference, found.difference_ci95) == (None, None)
+
+
 def test_the_texts_are_answers_after_their_openings() -> None:
     """Sixteen, the same on every machine."""
     found = texts()
@@ -125,6 +137,7 @@ def test_eight_bits_say_the_same_as_sixteen_and_a_damaged_file_does_not(half: Pa
 
     assert good.positions > 200
     assert good.share >= 0.99
+    assert good.difference is not None
     assert abs(good.difference) < 0.01
     assert sum(done) == 3 * good.positions
     assert good.source_perplexity < 4
@@ -156,15 +169,17 @@ SECOND = (
     "Mean PPL(Q)                   : 40.000000 ± 1.6\\nMean PPL(base)                : 15.0 ± 1.2\\n"
     "Same top p: 98.039 ± 0.615 %\\n"
 )
+#: What it prints instead of an estimate when that is NaN.
+UNEXPECTED = "Unexpected negative standard deviation of log(prob)"
 
 
-def fake_perplexity(folder: Path, *, second: str = SECOND, code: int = 0) -> Path:
+def fake_perplexity(folder: Path, *, first: str = FIRST, second: str = SECOND, code: int = 0) -> Path:
     """A program that prints what the real one did, and notes how it was called."""
     path = folder / "llama-perplexity"
     path.write_text(
         f'#!/bin/sh\nprintf "%s " "$@" "${{LLAMA_ARG_CTX_SIZE-unset}}" >> {folder}/called\n'
         f'case "$*" in *--kl-divergence) printf "{second.replace("%", "%%")}"; exit {code};; esac\n'
-        f'printf "{FIRST}"\n'
+        f'printf "{first}"\n'
     )
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
@@ -206,9 +221,30 @@ def test_llama_perplexity_is_believed_in_what_it_measured_itself(
 @pytest.mark.real
 @pytest.mark.parametrize(
     ("second", "code", "words"),
-    [("nothing", 0, "did not print what"), ("error: no memory", 1, "exit code 1: error: no memory")],
+    [
+        ("nothing", 0, "did not print what"),
+        ("error: no memory", 1, "exit code 1: error: no memory"),
+        ("Mean PPL(Q)  : nan ± nan\\nSame top p: 0.196 ± 0.2 %", 0, "found no perplexity of the result"),
+    ],
 )
 def test_a_program_that_says_something_else_gives_no_number(tmp_path: Path, second: str, code: int, words: str) -> None:
     """An unknown agreement is not 0."""
     with pytest.raises(EngineProtocolError, match=words):
         by_perplexity(tmp_path, fake_perplexity(tmp_path, second=second, code=code))
+
+
+@pytest.mark.real
+def test_a_result_that_never_agrees_is_doubted(tmp_path: Path) -> None:
+    """Nought is what was measured here, and not that nothing was."""
+    found = by_perplexity(tmp_path, fake_perplexity(tmp_path, second=SECOND.replace("98.039", " 0.000")))
+
+    assert (found.agreed, found.share, found.doubtful) == (0, 0.0, True)
+
+
+@pytest.mark.real
+def test_a_source_that_computes_no_numbers_is_named(tmp_path: Path) -> None:
+    """llama-perplexity ends well all the same."""
+    first = FIRST.replace("Final estimate: PPL = 20.0000 +/- 1.5", UNEXPECTED)
+
+    with pytest.raises(EngineProtocolError, match="found no perplexity of the source"):
+        by_perplexity(tmp_path, fake_perplexity(tmp_path, first=first))

@@ -1,5 +1,6 @@
 import asyncio
 import math
+import os
 from pathlib import Path
 from random import Random
 
@@ -7,7 +8,7 @@ import pytest
 
 from promptai.bench.comparison import Contest, compare, first_is_faster, rank, ratio, round_seconds, turns
 from promptai.engine.choice import Comparison, MeasuredEngine, Round
-from promptai.engine.locate import EngineBinary
+from promptai.engine.locate import EngineBinary, fingerprint_of
 from support_fake_engine import write_fake_engine
 
 
@@ -76,6 +77,22 @@ def test_engines_of_known_speed_are_measured_in_turns(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.real
+def test_an_engine_that_is_built_anew_meanwhile_is_not_what_was_measured(tmp_path: Path) -> None:
+    """So that the comparison does not count for it."""
+    engines = [fake(tmp_path / name, prefill=4000, decode=400) for name in ("a", "b")]
+    before = fingerprint_of(engines[0])
+
+    class Building(Watched):
+        def share(self, share: float, detail: str) -> None:
+            super().share(share, detail)
+            os.utime(engines[0].command[0], (1, 1))
+
+    outcome = asyncio.run(compare(engines, contest(tmp_path, repeats=1), Building(), cpu="cpu", log=tmp_path / "log"))
+
+    assert before == outcome.comparison.engines[0].fingerprint != fingerprint_of(engines[0])
+
+
 @pytest.mark.parametrize(
     ("engines", "repeats", "expected"),
     [(2, 3, [[0, 1], [1, 0], [0, 1]]), (3, 2, [[0, 1, 2], [2, 1, 0]]), (2, 1, [[0, 1]])],
@@ -122,6 +139,9 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
         pytest.param([[1.0] * 4, [0.5] * 4], [0, 1], id="too-few-rounds"),
         pytest.param([noisy(m, 0.01, s) for s, m in enumerate((1.0, 0.7, 0.4))], [2, 1, 0], id="all-backwards"),
         pytest.param([noisy(m, 0.01, s) for s, m in enumerate((0.7, 1.0, 0.7))], [0, 2, 1], id="a-tie-stays"),
+        pytest.param(
+            [noisy(1.0, 0.01, 0), noisy(0.95, 0.2, 1), noisy(0.9, 0.01, 2)], [1, 2, 0], id="two-ties-hide-no-loser"
+        ),
         pytest.param([], [], id="nobody"),
     ],
 )

@@ -1,6 +1,7 @@
 """``promptai models quantize`` as a user meets it."""
 
 import json
+import math
 import signal
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 from promptai.bench.agreement import Agreement
 from promptai.cli import models_quantize
 from promptai.cli.models_quantize import quantize_model
-from promptai.errors import EngineProtocolError, ModelError, ModelTooLargeError, SettingsError
+from promptai.errors import EngineProtocolError, LibraryError, ModelError, ModelTooLargeError, SettingsError
 from promptai.models.gguf import read_header
 from promptai.models.shape import Shape
 from promptai.models.synth import write_synthetic
@@ -97,6 +98,25 @@ def test_it_is_refused_before_anything_is_written(
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("here.gguf", "precious")]
 
 
+def test_a_folder_that_takes_no_files_is_told_in_one_line(half: Path) -> None:
+    """Not in a traceback."""
+    with pytest.raises(LibraryError, match=r"/proc/new\.gguf: "):
+        printed(half, "-o", "/proc/new.gguf")
+
+
+def test_a_checkpoint_that_one_stands_in_is_called_what_its_folder_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dot is no name; the result lies in there."""
+    folder = tmp_path / "edge-1b"
+    folder.mkdir()
+    (folder / "edge-1b-q4_0.gguf").write_text("precious")
+    monkeypatch.chdir(folder)
+
+    with pytest.raises(SettingsError, match=r"^edge-1b-q4_0\.gguf is there already"):
+        printed(".")
+
+
 def test_a_result_is_replaced_when_that_is_wanted(half: Path, tmp_path: Path) -> None:
     """The name without its type, then the new type, is where it goes."""
     (tmp_path / "tiny-q4_0.gguf").write_text("old")
@@ -109,7 +129,9 @@ def test_a_result_is_replaced_when_that_is_wanted(half: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "error", [ModelTooLargeError("needs 30 GiB"), EngineProtocolError("did not report")], ids=["memory", "engine"]
+    "error",
+    [ModelTooLargeError("needs 30 GiB"), EngineProtocolError("did not report"), OSError(28, "No space left on device")],
+    ids=["memory", "engine", "disk"],
 )
 def test_a_check_that_cannot_be_made_does_not_cost_the_result(
     half: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -135,6 +157,14 @@ def test_little_agreement_is_doubted_aloud(half: Path, monkeypatch: pytest.Monke
     assert "200 of 500, 40.0 % (95 %: 36.0–44.0), by engine" in text
     assert "perplexity there: 5.00 → 50.0; log-likelihood -2.300 nats a token (95 %: -2.500 to -2.100)" in text
     assert "doubt" in text
+
+
+def test_a_model_that_computes_no_numbers_gets_no_made_up_ones(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its perplexity is infinite; there is no difference to tell."""
+    broken = Agreement("engine", 500, 0, 0.0, (0.0, 0.01), 5.0, math.inf, None, None)
+    monkeypatch.setattr(models_quantize, "_check", lambda *_: broken)
+
+    assert "perplexity there: 5.00 → inf; log-likelihood beyond all numbers\n" in printed(half)
 
 
 @pytest.mark.real

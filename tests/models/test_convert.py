@@ -17,6 +17,7 @@ from promptai.models.convert import (
     origin_of,
     read_checkpoint,
 )
+from promptai.models.library import Library
 from support_quantize import Quiet
 
 #: Stands for llama.cpp's: writes the environment that it sees and the model's size.
@@ -88,6 +89,15 @@ def test_its_checksum_is_that_of_its_weights_in_order(folder: Path) -> None:
     assert two.sha256 == hashlib.sha256(b"first, twelve bytes").hexdigest()
 
 
+def test_the_folder_that_one_stands_in_has_a_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dot is none, neither in the result nor in front of a progress bar."""
+    monkeypatch.chdir(folder)
+    watch = Quiet()
+
+    assert origin_of(read_checkpoint(Path(), trust_code=False), watch).name == "edge-1b"
+    assert watch.begun == [("hashing edge-1b", 12)]
+
+
 def test_the_16_bit_file_is_there_while_it_is_needed(tmp_path: Path, folder: Path) -> None:
     """Nothing is fetched meanwhile, and nothing stays."""
     target, watch = tmp_path / "out" / "new.gguf", Quiet()
@@ -100,6 +110,22 @@ def test_the_16_bit_file_is_there_while_it_is_needed(tmp_path: Path, folder: Pat
 
     assert list(target.parent.iterdir()) == []
     assert (watch.begun, watch.done) == ([("converting edge-1b", 12)], 12)
+
+
+def test_two_at_once_do_not_convert_into_the_same_file(tmp_path: Path, folder: Path) -> None:
+    """The second is told so; nor does it delete what the first has made, or whoever cleans the library."""
+    checkpoint, target = read_checkpoint(folder, trust_code=False), tmp_path / "out" / "new.gguf"
+
+    with converted_checkpoint(
+        checkpoint, target, converter=converter(tmp_path), watch=Quiet(), cache=tmp_path
+    ) as middle:
+        with (
+            pytest.raises(ModelError, match="is being written by another process"),
+            converted_checkpoint(checkpoint, target, converter=converter(tmp_path), watch=Quiet(), cache=tmp_path),
+        ):
+            pytest.fail("it is not its turn")
+        assert Library(tmp_path).clean() == (0, [middle])
+        assert middle.read_text() == "1twelve bytes"
 
 
 @pytest.mark.parametrize(

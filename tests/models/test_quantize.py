@@ -1,3 +1,4 @@
+import fcntl
 import re
 import shutil
 from collections import namedtuple
@@ -15,6 +16,7 @@ from promptai.models.quantize import (
     TYPES,
     Origin,
     Tool,
+    being_written,
     check_source,
     expected_bytes,
     find_program,
@@ -43,7 +45,9 @@ def half_synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("value", "kind"), [(float("nan"), "q4_0"), (float("inf"), "q8_0"), (1e6, "f16")], ids=["nan", "inf", "too-large"]
+    ("value", "kind"),
+    [(float("nan"), "q4_0"), (float("inf"), "q8_0"), (1e6, "f16"), (-1e6, "q4_0"), (1e7, "q8_0")],
+    ids=["nan", "inf", "too-large", "too-large-for-a-scale-of-4-bits", "too-large-for-a-scale-of-8-bits"],
 )
 def test_numbers_that_the_type_cannot_hold_are_refused(tmp_path: Path, value: float, kind: str) -> None:
     """A model that answers nonsense is worse than none."""
@@ -137,6 +141,29 @@ def test_what_would_be_spoilt_is_refused_before_anything_is_written(
     assert before == sorted(tmp_path.iterdir())
 
 
+def test_a_table_of_integers_is_not_taken_for_quantised_weights(tmp_path: Path) -> None:
+    """DeepSeek V4 has one, of experts by token; llama.cpp leaves it alone."""
+    source = tmp_path / "source.gguf"
+    tensors = [tensor("a.weight", (32, 2), TYPE_F32), tensor("blk.0.ffn_gate_tid2eid.weight", (6, 4), 26, 256)]
+    source.write_bytes(gguf_of([], tensors) + bytes(256) + bytes(range(96)))
+
+    done = quantize(source, tmp_path / "new.gguf", "q4_0", tool=None, watch=Quiet(), threads=1)
+
+    assert [found.quantization for found in done.result.tensors] == ["Q4_0", "I32"]
+    assert bytes(range(96)) in (tmp_path / "new.gguf").read_bytes()
+
+
+def test_a_source_is_not_emptied_because_it_has_the_name_of_an_unfinished_result(half: Path, tmp_path: Path) -> None:
+    """A download that was whole but for its name, say."""
+    source = tmp_path / "new.gguf.part"
+    shutil.copyfile(half, source)
+
+    with pytest.raises(ModelError, match="would replace its own source"):
+        quantize(source, tmp_path / "new.gguf", "q4_0", tool=None, watch=Quiet(), threads=1)
+
+    assert source.read_bytes() == half.read_bytes()
+
+
 def test_a_source_is_not_replaced_by_its_own_result(half: Path, tmp_path: Path) -> None:
     """Also under another name."""
     source = tmp_path / "source.gguf"
@@ -223,6 +250,41 @@ def test_two_at_once_do_not_write_the_same_file(half: Path, tmp_path: Path) -> N
     assert read_header(target).quantization == "Q8_0"
 
 
+def test_a_result_that_another_process_finishes_in_this_moment_stays_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was opened as half a file is a whole one by the time it is locked."""
+    target, part = tmp_path / "new.gguf", tmp_path / "new.gguf.part"
+
+    def finished_before(_lock: object, _operation: int) -> None:
+        part.write_text("whole")
+        part.replace(target)
+
+    monkeypatch.setattr(fcntl, "flock", finished_before)
+
+    with pytest.raises(ModelError, match="is being written by another process"), being_written(target):
+        pytest.fail("it is not ours")
+
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("new.gguf", "whole")]
+
+
+def test_what_the_next_process_begins_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may begin as soon as ours has its name."""
+    replace = Path.replace
+
+    def and_the_next_begins(path: Path, target: Path) -> Path:
+        done = replace(path, target)
+        path.write_text("the next")
+        return done
+
+    monkeypatch.setattr(Path, "replace", and_the_next_begins)
+
+    with being_written(tmp_path / "new.gguf") as part:
+        part.write_text("whole")
+
+    assert (part.read_text(), (tmp_path / "new.gguf").read_text()) == ("the next", "whole")
+
+
 def program(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("#!/bin/sh\n")
@@ -249,6 +311,8 @@ def test_the_tool_beside_a_named_engine_comes_first_then_what_was_built_then_the
     beside = program(tmp_path / "own" / name)
     assert find_program(name, engines, beside=tmp_path / "own" / "llama-server") == beside
     assert find_program(name, engines, beside=tmp_path / "llama-server") == built
+    monkeypatch.chdir(beside.parent)  # a name without a folder would be run from the PATH
+    assert find_program(name, engines, beside=Path("llama-server")) == beside
 
 
 def test_every_type_is_either_offered_or_llama_quantizes(half: Path) -> None:

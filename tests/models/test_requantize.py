@@ -47,6 +47,10 @@ def numbers_of(path: Path, found: Tensor, header: GgufHeader) -> "np.ndarray[tup
         ("blk.0.ffn_gate_inp.weight", (256, 8), "F32"),
         ("blk.0.ssm_conv1d.weight", (4, 256), "F32"),
         ("position_embd.weight", (256, 512), "F32"),
+        ("blk.0.time_mix_v1.weight", (32, 256), "F32"),
+        ("blk.0.time_mix_decay_w2.weight", (32, 256), "F32"),
+        ("blk.0.time_mix_value.weight", (256, 256), "Q4_0"),
+        ("blk.0.time_mix_gate.weight", (256, 256), "Q4_0"),
         ("w.weight", (256, 1, 1), "F32"),
     ],
 )

@@ -44,7 +44,7 @@ _CONTEXT = 2048
 #: The second half of each chunk is scored, without its last token.
 _CHUNK_TOKENS, _CHUNKS = 512, 2
 _SCORED = _CHUNK_TOKENS - 1 - _CHUNK_TOKENS // 2
-#: What stands for the log-probability of a model that computes none: as unlikely as can be.
+#: What stands for the log-probability of a model that computes none; it gets into no figure.
 _NO_NUMBER = -1000.0
 
 
@@ -77,8 +77,9 @@ class Agreement(msgspec.Struct, frozen=True):
         positions: Places that were compared; ``agreed``: where both choose the same token.
         share: ``agreed`` of ``positions``, with its 95 % interval (Wilson's).
         source_perplexity, result_perplexity: On the same tokens.
-        difference: Mean log-probability of the text's tokens, result less source, in nats a token.
-        difference_ci95: Its 95 % interval; ``None`` where the positions are not known one by one.
+        difference: Mean log-probability of the text's tokens, result less source, in nats a token; ``None`` where
+            a perplexity is infinite.
+        difference_ci95: Its 95 % interval; ``None`` where the positions are not known one by one, or it is not known.
     """
 
     by: str
@@ -88,7 +89,7 @@ class Agreement(msgspec.Struct, frozen=True):
     share_ci95: tuple[float, float]
     source_perplexity: float
     result_perplexity: float
-    difference: float
+    difference: float | None
     difference_ci95: tuple[float, float] | None
 
     @property
@@ -114,16 +115,17 @@ def compare(source: Sequence[Position | None], result: Sequence[Position | None]
     differences = [new.logprob - old.logprob for old, new in pairs]
     agreed = sum(old.top == new.top >= 0 for old, new in pairs)
     mean, reach = fmean(differences), _Z95 * stdev(differences) / math.sqrt(n)
+    perplexities = perplexity([old for old, _ in pairs]), perplexity([new for _, new in pairs])
+    known = math.inf not in perplexities
     return Agreement(
         "engine",
         n,
         agreed,
         agreed / n,
         wilson(agreed, n),
-        perplexity([old for old, _ in pairs]),
-        perplexity([new for _, new in pairs]),
-        mean,
-        (mean - reach, mean + reach),
+        *perplexities,
+        mean if known else None,
+        (mean - reach, mean + reach) if known else None,
     )
 
 
@@ -136,7 +138,9 @@ def wilson(count: int, n: int) -> tuple[float, float]:
 
 
 def perplexity(positions: Sequence[Position]) -> float:
-    """Exponential of the mean negative log-probability; infinite when that is beyond all numbers."""
+    """Exponential of the mean negative log-probability; infinite when that, or one of them, is beyond all numbers."""
+    if any(position.top < 0 for position in positions):
+        return math.inf
     try:
         return math.exp(-fmean(position.logprob for position in positions))
     except OverflowError:
@@ -231,8 +235,8 @@ def ask_perplexity(
     size = ("-c", str(_CHUNK_TOKENS), "-b", str(_CHUNK_TOKENS), "-t", str(threads), "--chunks", str(_CHUNKS))
     first = _run(program, ["-m", str(source), "-f", str(corpus), *size, *kept], folder, "source", progress)
     second = _run(program, ["-m", str(result), *size, *kept, "--kl-divergence"], folder, "result", progress)
-    source_perplexity = _number(r"Final estimate: PPL = ", first)
-    result_perplexity = _number(r"Mean PPL\(Q\) *: *", second)
+    source_perplexity = _perplexity(r"(?:Final estimate: PPL = |Unexpected )", first, "source")
+    result_perplexity = _perplexity(r"Mean PPL\(Q\) *: *", second, "result")
     n = _CHUNKS * _SCORED
     agreed = round(n * _number(r"Same top p *: *", second) / 100)
     return Agreement(
@@ -272,9 +276,19 @@ def _run(
     return text
 
 
+def _perplexity(before: str, text: str, what: str) -> float:
+    """What stands there; where it is NaN, llama-perplexity may speak of a negative standard deviation instead."""
+    if re.search(before + r"(?:-?nan|inf|negative standard deviation)", text) is not None:
+        raise EngineProtocolError(
+            f"llama-perplexity found no perplexity of the {what}: it computes no numbers",
+            hint="the type is too coarse for this model, or the source is damaged",
+        )
+    return _number(before, text)
+
+
 def _number(before: str, text: str) -> float:
     match = re.search(before + r"(\d+(?:\.\d+)?)", text)
-    if match is None or float(match[1]) <= 0:
+    if match is None:
         raise EngineProtocolError(
             "llama-perplexity did not print what was expected of it", hint="use a newer one: promptai engine build"
         )

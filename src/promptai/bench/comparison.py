@@ -85,15 +85,16 @@ def rank(seconds: Sequence[Sequence[float]]) -> list[int]:
     """
     Put engines in order by the seconds that they took in each round. Pure.
 
+    Nothing stands before what is surely faster, even where noise tells neither from a third.
+
     Args:
         seconds: Of each engine, in the usual order; it stays where noise does not tell two apart.
     """
-    order: list[int] = []
-    for number in range(len(seconds)):
-        place = len(order)
-        while place and _faster(seconds[number], seconds[order[place - 1]]):
-            place -= 1
-        order.insert(place, number)
+    left, order = list(range(len(seconds))), []
+    while left:
+        # One at least: who is faster has the smaller mean of the logarithms, so that nobody wins in a circle.
+        order.append(next(i for i in left if not any(_faster(seconds[other], seconds[i]) for other in left)))
+        left.remove(order[-1])
     return order
 
 
@@ -122,6 +123,8 @@ async def compare(engines: Sequence[EngineBinary], contest: Contest, watch: Watc
     """
     rounds: dict[int, list[Round]] = {number: [] for number in range(len(engines))}
     failed: dict[str, str] = {}
+    # Before, not after: one that is built anew meanwhile is not what was measured.
+    fingerprints = [fingerprint_of(engine) or "" for engine in engines]
     for number, order in enumerate(turns(len(engines), contest.repeats)):
         for place, who in enumerate(order):
             done = number * len(order) + place
@@ -137,6 +140,7 @@ async def compare(engines: Sequence[EngineBinary], contest: Contest, watch: Watc
                 del rounds[who]
     playing = sorted(rounds)
     took = [[round_seconds(r, contest.prompt_tokens, contest.tokens) for r in rounds[who]] for who in playing]
+    ranked = [playing[place] for place in rank(took)]
     return Outcome(
         Comparison(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -145,7 +149,9 @@ async def compare(engines: Sequence[EngineBinary], contest: Contest, watch: Watc
             model=contest.model.stem,
             prompt_tokens=contest.prompt_tokens,
             generated_tokens=contest.tokens,
-            engines=[_measured(engines[playing[place]], rounds[playing[place]]) for place in rank(took)],
+            engines=[
+                MeasuredEngine(engines[who].name, engines[who].label, fingerprints[who], rounds[who]) for who in ranked
+            ],
         ),
         failed,
     )
@@ -154,10 +160,6 @@ async def compare(engines: Sequence[EngineBinary], contest: Contest, watch: Watc
 def _faster(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     interval = ratio(ours, theirs).ci95
     return interval is not None and interval[1] < 1
-
-
-def _measured(engine: EngineBinary, rounds: list[Round]) -> MeasuredEngine:
-    return MeasuredEngine(engine.name, engine.label, fingerprint_of(engine) or "", rounds)
 
 
 async def _play(binary: EngineBinary, contest: Contest, log: Path) -> Round:

@@ -27,7 +27,7 @@ from promptai.errors import PromptAIError, SettingsError
 from promptai.models.bundled import NAME, bundled_model
 from promptai.models.convert import converted_checkpoint, find_converter, origin_of, read_checkpoint
 from promptai.models.gguf import GgufHeader
-from promptai.models.library import Library, resolve
+from promptai.models.library import Library, disk_errors, resolve
 from promptai.models.quantize import TYPES, Origin, Quantized, Run, Tool, find_program, quantize
 from promptai.report import format as fmt
 from promptai.settings import cache_directory, load_settings, models_directory
@@ -109,11 +109,13 @@ def quantize_model(
     console = Console(stderr=True, highlight=False)
     settings = load_settings()
     path = bundled_model() if source == NAME else resolve(source, Library(models_directory(settings)))
-    target = output or Path(f"{_TYPE_IN_NAME.sub('', path.name.removesuffix('.gguf'))}-{kind}.gguf")
+    target = output or Path(f"{_TYPE_IN_NAME.sub('', path.absolute().name.removesuffix('.gguf'))}-{kind}.gguf")
     if target.exists() and not force:
         raise SettingsError(f"{target} is there already", hint="give another name with -o, or --force")
     folder = next(parent for parent in target.absolute().parents if parent.is_dir())
-    with tempfile.TemporaryDirectory(prefix=".promptai-", dir=folder) as scratch:
+    with disk_errors(target):
+        made = tempfile.TemporaryDirectory(prefix=".promptai-", dir=folder)
+    with made as scratch:
         wanted = Wanted(
             source=path,
             target=target,
@@ -174,7 +176,7 @@ def _check(done: Quantized, wanted: Wanted, console: Console) -> Agreement | str
                     ),
                 )
         return _check_with_engine(done, wanted, console)
-    except PromptAIError as error:
+    except (PromptAIError, OSError) as error:
         return str(error)
 
 
@@ -252,9 +254,10 @@ def _print_agreement(found: Agreement | str, console: Console) -> None:
     )
     reach = found.difference_ci95
     interval = f" (95 %: {reach[0]:+.3f} to {reach[1]:+.3f})" if reach is not None else ""
+    change = f"{found.difference:+.3f} nats a token{interval}" if found.difference is not None else "beyond all numbers"
     console.print(
         f"  perplexity there: {fmt.number(found.source_perplexity)} → {fmt.number(found.result_perplexity)}; "
-        f"log-likelihood {found.difference:+.3f} nats a token{interval}",
+        f"log-likelihood {change}",
         soft_wrap=True,
     )
     if found.doubtful:

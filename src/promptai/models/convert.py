@@ -22,7 +22,7 @@ import msgspec
 
 from promptai.errors import ModelError, ModelFormatError, ModelNotFoundError
 from promptai.models.library import PART, Watch, disk_errors, hash_into
-from promptai.models.quantize import Origin, Run, check_space
+from promptai.models.quantize import Origin, Run, check_space, held
 
 NAME = "convert_hf_to_gguf.py"
 #: What it imports, as far as most architectures need it.
@@ -38,6 +38,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
     A directory with a model as it was trained.
 
     Attributes:
+        folder: From the root, for ``.`` is no name.
         weights: Its safetensors files, by name.
         bytes: Size of all of them.
     """
@@ -80,7 +81,7 @@ def read_checkpoint(folder: Path, *, trust_code: bool) -> Checkpoint:
             f"{folder} brings code that converting it may run ({', '.join(code[:3])})",
             hint="read it; then delete it, or allow it with --trust-code",
         )
-    return Checkpoint(folder, weights, sum(path.stat().st_size for path in weights))
+    return Checkpoint(folder.absolute(), weights, sum(path.stat().st_size for path in weights))
 
 
 def find_converter(engines: Path, cache: Path, run: Run) -> Converter:
@@ -107,7 +108,7 @@ def origin_of(checkpoint: Checkpoint, watch: Watch) -> Origin:
     for path in checkpoint.weights:
         with disk_errors(path), path.open("rb") as file:
             hash_into(digest, file, watch)
-    return Origin(checkpoint.folder.absolute().name, digest.hexdigest())
+    return Origin(checkpoint.folder.name, digest.hexdigest())
 
 
 @contextlib.contextmanager
@@ -121,16 +122,13 @@ def converted_checkpoint(
         cache: Where the virtual environment for the converter belongs, for the advice when something is missing.
 
     Raises:
-        ModelError: There is no space for it, or the converter failed: with what it said.
+        ModelError: There is no space for it, another process writes it, or the converter failed: with what it said.
     """
     check_space(target, checkpoint.bytes)
     middle = target.with_name(f"{target.name}.16bit{PART}")
-    try:
-        with disk_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
+    with held(middle, target):
         _convert(checkpoint, middle, converter, watch, cache)
         yield middle
-    finally:
         middle.unlink(missing_ok=True)
 
 
@@ -146,7 +144,7 @@ def _convert(checkpoint: Checkpoint, part: Path, converter: Converter, watch: Wa
 
     watch.begin(f"converting {checkpoint.folder.name}", checkpoint.bytes)
     command = [*_OFFLINE, str(converter.python), str(converter.script), "--outfile", str(part)]
-    code = converter.run([*command, str(checkpoint.folder.absolute())], seen=words.append, tick=tick)
+    code = converter.run([*command, str(checkpoint.folder)], seen=words.append, tick=tick)
     if code == 0:
         return
     missing = next((line for line in words if "ModuleNotFoundError" in line or "ImportError" in line), None)

@@ -117,7 +117,8 @@ def find_program(name: str, engines: Path, *, beside: Path | None = None) -> Pat
     """
     built = [path for path in engines.glob(f"*/bin/{name}") if (path.parents[1] / "engine.json").is_file()]
     built.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    named = [beside.with_name(name)] if beside is not None else []
+    # A name without a folder would be looked for on the PATH when it is run.
+    named = [beside.absolute().with_name(name)] if beside is not None else []
     found = next((path for path in (*named, *built) if os.access(path, os.X_OK)), None)
     on_path = shutil.which(name)
     return found or (Path(on_path) if on_path is not None else None)
@@ -135,7 +136,7 @@ def check_source(header: GgufHeader, kind: str) -> None:
             f"{header.path} is part {header.split[0] + 1} of {header.split[1]}",
             hint="join the parts first: llama-gguf-split --merge FIRST-PART WHOLE.gguf",
         )
-    types = {tensor.quantization for tensor in header.tensors if len(tensor.shape) > 1}
+    types = {tensor.quantization for tensor in header.tensors if converted(tensor)}
     already = sorted(types - _SOURCES.keys())
     if already:
         raise ModelError(
@@ -191,7 +192,7 @@ def quantize(
             f"{kind} needs llama.cpp's llama-quantize, and there is none on this machine",
             hint=f"promptai engine build; without it there are {', '.join(OFFERED)}",
         )
-    if target.exists() and target.samefile(source):
+    if any(path.exists() and path.samefile(source) for path in (target, _part(target))):
         raise ModelError(f"{target} would replace its own source", hint="choose another name with -o")
     check_space(target, expected_bytes(header, kind))
     with being_written(target) as part:
@@ -246,23 +247,45 @@ def being_written(target: Path) -> Iterator[Path]:
     Raises:
         ModelError: Another process writes it right now, or the disk refuses.
     """
-    part = target.with_name(target.name + PART)
+    part = _part(target)
+    with held(part, target):
+        yield part
+        with disk_errors(target), part.open("rb") as written:
+            os.fsync(written.fileno())
+            part.replace(target)
+
+
+@contextlib.contextmanager
+def held(part: Path, target: Path) -> Iterator[None]:
+    """
+    Have a file for ourselves and empty, on the way to ``target``; an error or Ctrl-C in the block deletes it.
+
+    Raises:
+        ModelError: Another process has it, or the disk refuses.
+    """
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = part.open("ab")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ModelError(f"{target} is being written by another process", hint="wait for it") from None
+        with disk_errors(target):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Whoever had it may have renamed or deleted it; then what we locked is not what that name means now.
+                ours = part.exists() and os.path.samestat(os.fstat(lock.fileno()), part.stat())
+            except BlockingIOError:
+                ours = False
+        if not ours:
+            raise ModelError(f"{target} is being written by another process", hint="wait for it")
         try:
             lock.truncate(0)
-            yield part
-            with disk_errors(target), part.open("rb") as written:
-                os.fsync(written.fileno())
-                part.replace(target)
-        finally:
+            yield
+        except BaseException:
             part.unlink(missing_ok=True)
+            raise
+
+
+def _part(target: Path) -> Path:
+    return target.with_name(target.name + PART)
 
 
 def _hashed(source: Path, watch: Watch) -> str:

@@ -31,13 +31,16 @@ _BLOCK = 32
 #: A piece: 4 MB as f32, and a few times that while it is converted.
 _PIECE_WEIGHTS = 1 << 20
 _U32, _STRING = 4, 8
+#: The largest weight that a type holds: F16's largest number, times the levels of which that is the scale.
+_LARGEST = {"F16": 65504.0, "Q4_0": 8 * 65504.0, "Q8_0": 127 * 65504.0}
 #: Parts of names that llama.cpp leaves alone: small, and worth their bits.
 _KEPT = (
     *("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj"),
     *("ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight"),
-    *("time_mix_first.weight", "time_mix_w", "time_mix_v", "time_mix_a", "time_mix_g", "time_mix_decay_w"),
-    *("time_mix_lerp_fused.weight", "attn_rel_b.weight", ".position_embd", "sam.pos_embd", "sam.neck.", "sam.net_"),
-    *(".rel_pos", ".patch_embd", ".patch_merger", "a.rvq.codebook", "mm.a.code_embd"),
+    *(f"time_mix_{one}.weight" for one in ("first", "w0", "w1", "w2", "v0", "v1", "v2", "a0", "a1", "a2", "g1", "g2")),
+    *("time_mix_decay_w1.weight", "time_mix_decay_w2.weight", "time_mix_lerp_fused.weight", "attn_rel_b.weight"),
+    *(".position_embd", "sam.pos_embd", "sam.neck.", "sam.net_", ".rel_pos", ".patch_embd", ".patch_merger"),
+    *("a.rvq.codebook", "mm.a.code_embd"),
 )
 _KEPT_WHOLE = frozenset(("position_embd.weight", "token_types.weight"))
 
@@ -87,7 +90,7 @@ def rewrite(
         advance: Told how many more bytes of the source's tensors are done.
 
     Raises:
-        ModelError: A weight is no finite number.
+        ModelError: A weight is no finite number, or larger than the type can hold.
         OSError: The disk refuses.
     """
     tied = all(tensor.name != "output.weight" for tensor in header.tensors)
@@ -151,8 +154,9 @@ def _pieces(old: BinaryIO, tensor: Tensor, wanted: str, path: str, advance: Call
         else:
             numbers = _numbers(data, tensor.quantization)
             with np.errstate(all="ignore"):
+                fits = bool((np.abs(numbers) <= _LARGEST[wanted]).all())  # NaN does not
                 new = gguf.quants.quantize(numbers.reshape(1, -1), gguf.GGMLQuantizationType[wanted])
-            if not np.isfinite(numbers).all() or (wanted == "F16" and not np.isfinite(new).all()):
+            if not fits:
                 raise ModelError(
                     f"{path} holds numbers in {tensor.name!r:.80} that {wanted} cannot",
                     hint="fetch it again, or check it against its SHA-256",
