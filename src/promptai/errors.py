@@ -110,12 +110,16 @@ class EngineRefusedError(EngineError):
     Attributes:
         status: The HTTP status; ``None`` when the error came inside a stream.
         kind: The ``type`` of the error envelope, e.g. ``exceed_context_size_error``.
+        body: What it sent, as far as it was kept.
     """
 
-    def __init__(self, message: str, *, status: int | None, kind: str | None, hint: str = "") -> None:
+    def __init__(
+        self, message: str, *, status: int | None, kind: str | None, hint: str = "", body: bytes = b""
+    ) -> None:
         super().__init__(message, hint=hint)
         self.status = status
         self.kind = kind
+        self.body = body
 
 
 class EngineProtocolError(EngineError):

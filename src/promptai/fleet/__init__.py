@@ -1,0 +1,1 @@
+"""Which replicas exist: a list, this machine's own engines, pretended ones."""

@@ -1,0 +1,23 @@
+"""Where replicas come from, as the registry sees it."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from promptai.fleet.replica import Replica
+
+
+class Source(Protocol):
+    """
+    One origin of replicas.
+
+    Attributes:
+        name: What the registry keeps its replicas under.
+    """
+
+    name: str
+
+    async def run(self, publish: Callable[[Sequence[Replica]], None]) -> None:
+        """Publish all of its replicas whenever one changes, until cancelled; ends what it started."""
+
+    def wake(self, replica_id: str) -> None:
+        """A cold replica of this source is wanted: begin to start it, if that has not begun; returns at once."""

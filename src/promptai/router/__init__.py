@@ -1,0 +1,1 @@
+"""Which model, which replica, when; and what to do when one fails."""
