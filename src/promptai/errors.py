@@ -22,10 +22,15 @@ not in this tree is a bug of ours and may show a traceback.
     │   └── EngineProtocolError
     ├── WorkloadError              5
     ├── RunError                   6
-    └── HubError                   7
-        ├── HubNotFoundError
-        ├── HubGatedError
-        └── HubUnreachableError
+    ├── HubError                   7
+    │   ├── HubNotFoundError
+    │   ├── HubGatedError
+    │   └── HubUnreachableError
+    └── RoutingError               8
+        ├── SaturatedError
+        ├── NoCapacityError
+        ├── RequestRefusedError
+        └── BrokenOffError
     interrupted (Ctrl-C)         130   by convention, 128 + SIGINT
 
 Exceptions of libraries are translated where the library is called, never here.
@@ -154,3 +159,56 @@ class HubGatedError(HubError):
 
 class HubUnreachableError(HubError):
     """A server cannot be reached, is overloaded, or broke off; trying again may help."""
+
+
+class RoutingError(PromptAIError):
+    """The gateway has no replica for a request, or lost the one that it had."""
+
+    exit_code = 8
+
+
+class SaturatedError(RoutingError):
+    """
+    As many requests wait already as may wait, or one has waited for as long as it may.
+
+    Attributes:
+        retry_after_s: When the queue will have moved, as it looks now.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
+
+
+class NoCapacityError(RoutingError):
+    """
+    No replica that could serve a model is there.
+
+    Attributes:
+        retry_after_s: When one may be back; ``None`` where nothing speaks for that.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
+
+
+class RequestRefusedError(RoutingError):
+    """
+    A request cannot be served as it is, wherever it goes.
+
+    Attributes:
+        status: What HTTP calls it; ``code`` and ``param`` as in OpenAI's errors.
+    """
+
+    def __init__(
+        self, message: str, *, status: int = 400, code: str | None = None, param: str | None = None, hint: str = ""
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
+        self.code = code
+        self.param = param
+
+
+class BrokenOffError(RoutingError):
+    """An answer that had begun cannot be finished anywhere."""

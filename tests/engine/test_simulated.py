@@ -198,13 +198,13 @@ def test_while_it_loads_it_refuses_and_then_it_is_ready() -> None:
     ("path", "body"),
     [
         ("/v1/chat/completions", b"{nope"),
-        ("/v1/chat/completions", b'{"messages": [{"role": "tool", "content": "x"}]}'),
+        ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": 5}]}'),
         ("/v1/chat/completions", b'{"messages": "x"}'),
         ("/completion", b'{"prompt": [1.5]}'),
         ("/tokenize", b"{}"),
         ("/tokenize", b'{"content": "\xff"}'),
     ],
-    ids=["no-json", "role", "text", "fraction", "empty", "not-utf-8"],
+    ids=["no-json", "number", "text", "fraction", "empty", "not-utf-8"],
 )
 def test_a_request_that_is_none_is_refused_as_llama_server_does(path: str, body: bytes) -> None:
     """400, with the kind that clients look for."""

@@ -203,6 +203,36 @@ def test_who_leaves_frees_the_slot_and_only_what_was_computed_is_remembered() ->
     assert scheduler.idle
 
 
+def test_whoever_wants_one_slot_waits_for_it_and_lets_others_pass() -> None:
+    """In order of arrival among those that want the same; a number that no slot has is none."""
+    scheduler = Scheduler(msgspec.structs.replace(CONFIG, slots=2))
+    first, pinned, again, free = (
+        Request([n] * 10, max_tokens=2, use_cache=True, id_slot=slot) for n, slot in enumerate((0, 0, 0, 9))
+    )
+
+    play(scheduler, first, pinned, again, free)
+
+    assert [one.slot for one in (first, pinned, again, free)] == [0, 0, 0, 1]
+    assert first.t_start == free.t_start == 100.0
+    assert first.t_last == pinned.t_start
+    assert pinned.t_last == again.t_start
+
+
+def test_a_step_tells_who_got_a_slot_and_whose_prompt_it_computed() -> None:
+    """Which is what progress is made of."""
+    scheduler = Scheduler(msgspec.structs.replace(CONFIG, slots=2, batch=100))
+    one, two = request(150, 1), request(80, 1, first=5000)
+    scheduler.add(one)
+    scheduler.add(two)
+
+    found = []
+    for _ in range(3):
+        scheduler.step(0.0)
+        found.append((scheduler.started, scheduler.prompted))
+
+    assert found == [([one, two], [one]), ([], [one, two]), ([], [two])]
+
+
 def test_an_empty_prompt_takes_nothing_from_the_cache() -> None:
     """No account says that less than nothing was cached."""
     asked = Request([], max_tokens=1, use_cache=True)

@@ -21,7 +21,7 @@ def test_every_metric_is_within_2_percent_of_the_truth_and_every_count_exact(cas
 
 def test_a_wrong_count_is_an_error_and_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check can fail: an engine that miscounts its prompt is found out."""
-    monkeypatch.setattr("promptai.engine.simulated.tokenize", lambda text: [0] * (len(text) // 3))
+    monkeypatch.setattr("promptai.engine.simulated_api.tokenize", lambda text: [0] * (len(text) // 3))
 
     with pytest.raises(PromptAIError, match="token counts are"):
         asyncio.run(selftest((Case(20, 2000, 2000, 2),)))

@@ -24,38 +24,22 @@ Examples:
 @click.option("--slots", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--context", type=click.IntRange(min=16), default=8192, show_default=True, help="Tokens of a slot.")
 @click.option(
+    "--batch", type=click.IntRange(min=1), default=512, show_default=True, help="Most prompt tokens of a step."
+)
+@click.option(
     "--answer-tokens",
     type=click.IntRange(min=1),
     help="Mean length of an answer.  [default: the request's cap]",
 )
+@click.option("--model", default="simulated", show_default=True, help="The name it answers to.")
 @click.option("--load-s", type=float, default=0.0, show_default=True, help="Seconds of pretended loading.")
 @click.option("--time-scale", type=_RATE, default=1.0, show_default=True, help="10: ten times as fast.")
 @click.option("--fault", "kind", type=click.Choice(["refuse", "stall", "cut", "malformed", "error", "die"]))
 @click.option("--after-tokens", type=click.IntRange(min=0), default=0, help="Tokens sent before the fault.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="0 takes a free one.")
-def simulate(
-    *,
-    prefill_tps: float,
-    decode_tps: float,
-    slots: int,
-    context: int,
-    answer_tokens: int | None,
-    load_s: float,
-    time_scale: float,
-    kind: str | None,
-    after_tokens: int,
-    port: int,
-) -> None:
+def simulate(*, kind: str | None, after_tokens: int, port: int, **fields: object) -> None:
     """Run a pretended llama-server with chosen rates, until Ctrl-C."""
-    config = SimulationConfig(
-        prefill_tps=prefill_tps,
-        decode_tps=decode_tps,
-        slots=slots,
-        context=context,
-        answer_tokens=answer_tokens,
-        load_s=load_s,
-        time_scale=time_scale,
-    )
+    config = msgspec.convert(fields, SimulationConfig)
     fault = msgspec.convert({"kind": kind, "after_tokens": after_tokens}, Fault) if kind else None
     asyncio.run(_simulate(config, fault, port))
 

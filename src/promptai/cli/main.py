@@ -23,6 +23,9 @@ _VERBS = {
     "report": ("promptai.cli.report:report", "Write the report of a run again; measures nothing."),
     "engine": ("promptai.cli.engine:engine", "Engines: list, build, compare, choose or simulate them."),
     "models": ("promptai.cli.models:models", "Model files: find, fetch, check, quantise and imitate them."),
+    "keys": ("promptai.cli.keys:keys", "API keys of the gateway: add, list, revoke."),
+    "serve": ("promptai.cli.serve:serve", "Serve models over an OpenAI-compatible API, on one board or several."),
+    "chat": ("promptai.cli.chat:chat", "Talk to a gateway or any OpenAI-compatible server."),
     "doctor": ("promptai.cli.doctor:doctor", "Check this machine; --selftest measures the measuring."),
 }
 

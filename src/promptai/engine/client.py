@@ -18,7 +18,7 @@ chunks. Bodies, lines and events have a largest size.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
 import aiohttp
@@ -42,6 +42,8 @@ _MAX_REASON_BYTES = 64 * 1024
 #: thought, and roles, progress and accounts come in chunks of their own.
 _CHUNKS_PER_TOKEN, _CHUNKS_BESIDE = 4, 256
 _DONE = "[DONE]"
+#: What a PromptAI gateway adds to an answer: headers, and events that tell its stage.
+_OURS, _STATUS = "x-promptai-", "promptai.status"
 
 
 class Arrival(msgspec.Struct, frozen=True):
@@ -133,12 +135,23 @@ class EngineClient:
         """``POST /completion`` without streaming."""
         return await self._post("/completion", {**body, "stream": False}, Completion)
 
-    async def stream_chat(self, body: dict[str, Any]) -> AsyncGenerator[Arrival, None]:
+    async def stream_chat(
+        self,
+        body: dict[str, Any],
+        *,
+        headers: Mapping[str, str] | None = None,
+        beside: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    ) -> AsyncGenerator[Arrival, None]:
         """
         ``POST /v1/chat/completions`` with streaming: the chunks as they arrive.
 
         Keep-alive comments are skipped. Ends after ``[DONE]``. Whoever may leave early
         wraps it in ``contextlib.aclosing``: closing it is what frees the engine's slot.
+
+        Args:
+            headers: Further ones of the request.
+            beside: Told what a PromptAI gateway says beside the answer: of its way in the head, by the
+                names of the headers, and of its stage in events (``x-promptai-status: 1`` asks for them).
 
         Raises:
             EngineRefusedError: An error instead of, or in the middle of, the answer.
@@ -147,16 +160,21 @@ class EngineClient:
                 a word, or no end.
         """
         payload = msgspec.json.encode({**body, "stream": True, "stream_options": {"include_usage": True}})
-        answer = _Answer(self.base_url, body.get("max_tokens"))
+        answer = _Answer(self.base_url, body.get("max_tokens"), beside)
         silent_at = time.monotonic() + self._silence_s
         try:
             async with asyncio.timeout(self._silence_s):
                 response = await self._open().post(
-                    f"{self.base_url}/v1/chat/completions", data=payload, headers={"Content-Type": "application/json"}
+                    f"{self.base_url}/v1/chat/completions",
+                    data=payload,
+                    headers={"Content-Type": "application/json", **(headers or {})},
                 )
             async with response:
                 if response.status != 200:
                     raise self._refused(response.status, await _reason(response))
+                beside(
+                    {name.lower(): text for name, text in response.headers.items() if name.lower().startswith(_OURS)}
+                )
                 while not answer.done:
                     async with asyncio.timeout(silent_at - time.monotonic()):
                         data = await response.content.readany()
@@ -239,8 +257,9 @@ class _Answer:
         done: Whether ``[DONE]`` has come.
     """
 
-    def __init__(self, url: str, max_tokens: int | None) -> None:
+    def __init__(self, url: str, max_tokens: int | None, beside: Callable[[Mapping[str, Any]], None]) -> None:
         self.chunks = 0
+        self._beside = beside
         self.done = False
         self._url = url
         self._max_tokens = max_tokens if max_tokens is not None and max_tokens > 0 else None
@@ -256,6 +275,9 @@ class _Answer:
                 self.done = True
                 return
             if event.comment:
+                continue
+            if event.event == _STATUS:
+                self._beside(_object(event.data))
                 continue
             chunk = self._chunk(event)
             self.chunks += 1
@@ -286,6 +308,13 @@ class _Answer:
         return EngineRefusedError(
             f"{self._url} broke off with an error: {error.message[:300]}", status=None, kind=error.type
         )
+
+
+def _object(data: str) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(data, type=dict[str, Any])
+    except MALFORMED:
+        return {}
 
 
 async def _read(response: aiohttp.ClientResponse, data: bytearray, most: int) -> None:

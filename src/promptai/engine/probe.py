@@ -2,9 +2,10 @@
 
 A forecast is only as good as what it was calibrated with, so the same engine, flags and
 client as in a benchmark are used, on prompts of random tokens of known number, and the
-median of a few tries counts.
+median of a few tries counts; ``probe_depths`` says why its least does.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -34,7 +35,6 @@ class Probed(msgspec.Struct, frozen=True, kw_only=True):
 
     decode_s: float
     prefill_s: float
-    deep_decode_s: float | None
     loaded: ProcessMemory
     peak: ProcessMemory
 
@@ -47,13 +47,12 @@ async def probe(
     prompt_tokens: int,
     answer_tokens: int,
     tries: int,
-    deep_tokens: int | None = None,
 ) -> Probed:
     """
     Start an engine, time it, stop it.
 
     Args:
-        prompt_tokens: Tokens before the answer; ``deep_tokens`` of one further prompt.
+        prompt_tokens: Tokens before the answer.
 
     Raises:
         EngineError: It cannot be started, died, or tells no timings.
@@ -65,26 +64,57 @@ async def probe(
             loaded = _memory(tree, engine)
             await _play(client, generator, prompt_tokens, 2)  # pages the weights in
             timings = [await _play(client, generator, prompt_tokens, answer_tokens) for _ in range(tries)]
-            deep = [await _play(client, generator, deep_tokens, answer_tokens) for _ in range(2 if deep_tokens else 0)]
             peak = _memory(tree, engine)
         finally:
             tree.close()
     return Probed(
         decode_s=median(map(_decode_s, timings)),
         prefill_s=median(t.prompt_ms / t.prompt_n / 1000 for t in timings),
-        deep_decode_s=median(map(_decode_s, deep)) if deep else None,
         loaded=loaded,
         peak=peak,
     )
+
+
+async def probe_depths(
+    binary: EngineBinary, flags: EngineFlags, *, log: Path, depths: Sequence[int], answer_tokens: int, tries: int
+) -> dict[int, float]:
+    """
+    Start an engine, time its decoding at several depths, stop it.
+
+    Each depth goes on from the one before, whose tokens the engine still has, so that the tries cost next to nothing.
+    The least of the tries counts: whatever else runs only ever adds, and these are for differences between depths.
+
+    Args:
+        depths: Tokens before the answer, rising.
+
+    Returns:
+        Seconds a token by depth.
+
+    Raises:
+        EngineError: It cannot be started, died, or tells no timings.
+    """
+    generator = Random(0)  # noqa: S311  the same prompts every time
+    prompt = [generator.randint(_FIRST_TOKEN, _LAST_TOKEN) for _ in range(max(depths))]
+    found = {}
+    async with RunningEngine(binary, flags, log=log) as engine, EngineClient(engine.base_url) as client:
+        for depth in depths:
+            await _ask(client, prompt[:depth], 2, cached=True)
+            timings = [await _ask(client, prompt[:depth], answer_tokens, cached=True) for _ in range(tries)]
+            found[depth] = min(map(_decode_s, timings))
+    return found
 
 
 def _decode_s(timings: Timings) -> float:
     return timings.predicted_ms / (timings.predicted_n - 1) / 1000
 
 
-async def _play(client: EngineClient, generator: Random, prompt_tokens: int | None, answer_tokens: int) -> Timings:
-    prompt = [generator.randint(_FIRST_TOKEN, _LAST_TOKEN) for _ in range(prompt_tokens or 1)]
-    body = {"n_predict": answer_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+async def _play(client: EngineClient, generator: Random, prompt_tokens: int, answer_tokens: int) -> Timings:
+    prompt = [generator.randint(_FIRST_TOKEN, _LAST_TOKEN) for _ in range(prompt_tokens)]
+    return await _ask(client, prompt, answer_tokens, cached=False)
+
+
+async def _ask(client: EngineClient, prompt: list[int], answer_tokens: int, *, cached: bool) -> Timings:
+    body = {"n_predict": answer_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": cached}
     timings = (await client.complete({"prompt": prompt, **body})).timings
     if timings is None or timings.predicted_n < 2 or not timings.prompt_n:
         raise EngineProtocolError(f"{client.base_url} does not tell its timings", hint="use another llama-server")

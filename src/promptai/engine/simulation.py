@@ -9,8 +9,8 @@ steps take exactly as long as the configured rates say.
     queued --a slot is free--> prefill --prompt computed--> decode --end--> gone
                                   (first token)     (one token a step)
 
-Pure: no clock, no sockets, no randomness. ``engine.simulated`` gives it time
-and a network. The text is a chain of hashes of all that stands before it, so
+Pure: no clock, no sockets, no randomness. ``engine.simulator`` gives it time and
+``engine.simulated`` a network. The text is a chain of hashes of all that stands before it, so
 that it is the same in every process, and the same when it is continued from
 any point.
 """
@@ -18,12 +18,12 @@ any point.
 import re
 import zlib
 from collections import deque
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 from promptai.wire.llamaserver import Timings
-from promptai.wire.openai import Message
 
 #: At most six characters, with the white space before them; template marks are one token each.
 _PIECE = re.compile(r"<\|[a-z]+\|>|\s?[^\s<]{1,6}|\s|<")
@@ -47,6 +47,7 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         batch: Most prompt tokens of one step, so that decoding streams are not held up longer.
         context: Tokens of context of one slot.
         answer_tokens: Mean length of an answer; ``None``: it goes on to ``max_tokens``.
+        host_cache: Tokens of conversations that are kept when they leave their slot (``--cache-ram``).
         load_s: Seconds after the start during which it says that it is loading.
         time_scale: 10 makes everything ten times as fast, rates and loading alike.
         model: The name it answers to.
@@ -59,6 +60,7 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     batch: int = 512
     context: int = 8192
     answer_tokens: int | None = None
+    host_cache: int = 0
     load_s: float = 0.0
     time_scale: float = 1.0
     model: str = "simulated"
@@ -69,13 +71,34 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
                 raise ValueError(f"{name} must be above 0")
 
 
-class Request:
-    """One prompt on its way; ``max_tokens`` bounds its answer."""
+class Spoken(Protocol):
+    """A message of a conversation, in whichever form."""
 
-    def __init__(self, prompt: list[int], *, max_tokens: int, use_cache: bool) -> None:
+    @property
+    def role(self) -> str:
+        """Who speaks."""
+
+    @property
+    def content(self) -> str:
+        """What is said."""
+
+
+class Request:
+    """
+    One prompt on its way.
+
+    Attributes:
+        max_tokens: Bounds its answer.
+        id_slot: The slot that it waits for; the first that is free where there is none of that number.
+        slot: The one that it got.
+    """
+
+    def __init__(self, prompt: list[int], *, max_tokens: int, use_cache: bool, id_slot: int = -1) -> None:
         self.prompt = prompt
         self.max_tokens = max_tokens
         self.use_cache = use_cache
+        self.id_slot = id_slot
+        self.slot = -1
         self.cached = 0
         self.prefilled = 0
         self.generated: list[int] = []
@@ -120,6 +143,7 @@ class Emission(NamedTuple):
     request: Request
     text: str
     last: bool
+    token: int
 
 
 class Slot:
@@ -131,21 +155,26 @@ class Slot:
 
     def shared_prefix(self, prompt: list[int]) -> int:
         """Tokens at the start of ``prompt`` that the cache holds already."""
-        shared = 0
-        for held, wanted in zip(self.cache, prompt, strict=False):
-            if held != wanted:
-                break
-            shared += 1
-        return shared
+        return shared_prefix(self.cache, prompt)
 
 
 class Scheduler:
-    """Continuous batching over slots; ``step`` is the whole of it."""
+    """
+    Continuous batching over slots; ``step`` is the whole of it.
+
+    Attributes:
+        started: Requests that got a slot at the beginning of the last step.
+        kept: Conversations that left their slot, the one that was there first first.
+        prompted: Requests of whose prompts the last step computed a part.
+    """
 
     def __init__(self, config: SimulationConfig) -> None:
         self.config = config
         self.slots = [Slot() for _ in range(config.slots)]
         self.queue: deque[Request] = deque()
+        self.kept: deque[list[int]] = deque()
+        self.started: list[Request] = []
+        self.prompted: list[Request] = []
 
     @property
     def idle(self) -> bool:
@@ -175,12 +204,14 @@ class Scheduler:
         busy = [slot.request for slot in self.slots if slot.request is not None]
         decoding = [request for request in busy if request.t_first is not None]
         room, prompt_tokens = self.config.batch, 0
+        self.prompted = []
         for request in busy:
-            if request.t_first is None:
-                take = min(room, len(request.prompt) - request.prefilled)
+            take = min(room, len(request.prompt) - request.prefilled) if request.t_first is None else 0
+            if take:
                 request.prefilled += take
                 room -= take
                 prompt_tokens += take
+                self.prompted.append(request)
         duration = prompt_tokens / self.config.prefill_tps
         if decoding:
             duration += (1 + self.config.decode_slowdown * (len(decoding) - 1)) / self.config.decode_tps
@@ -188,30 +219,69 @@ class Scheduler:
         ready = decoding + [r for r in busy if r.t_first is None and r.prefilled == len(r.prompt)]
         done = now + duration
         texts = [(r, r.emit(done, self.config.answer_tokens)) for r in ready]
-        emissions = [Emission(r, text, r.finish_reason is not None) for r, text in texts]
+        emissions = [Emission(r, text, r.finish_reason is not None, r.generated[-1]) for r, text in texts]
         for slot in self.slots:
             if slot.request is not None and slot.request.finish_reason is not None:
                 self._release(slot)
         return duration, emissions
 
     def _assign(self, now: float) -> None:
-        while self.queue:
-            free = [slot for slot in self.slots if slot.request is None]
-            if not free:
-                return
+        self.started = []
+        free = [slot for slot in self.slots if slot.request is None]
+        passed: list[Request] = []
+        while self.queue and free:
             request = self.queue.popleft()
-            slot = max(free, key=lambda s: s.shared_prefix(request.prompt))
+            open_to_it = free
+            if 0 <= request.id_slot < len(self.slots):
+                open_to_it = [slot for slot in free if slot is self.slots[request.id_slot]]
+            if not open_to_it:
+                passed.append(request)
+                continue
+            slot = max(open_to_it, key=lambda s: s.shared_prefix(request.prompt))
+            free.remove(slot)
+            self._recall(slot, request.prompt)
             # As llama-server: the last prompt token is always computed, for its logits.
             limit = max(0, len(request.prompt) - 1)
             request.cached = min(slot.shared_prefix(request.prompt), limit) if request.use_cache else 0
             request.prefilled = request.cached
             request.t_start = now
+            request.slot = self.slots.index(slot)
             slot.request = request
+            self.started.append(request)
+        self.queue.extendleft(reversed(passed))
+
+    def _recall(self, slot: Slot, prompt: list[int]) -> None:
+        """Swap a slot's conversation for a kept one that the prompt has more in common with."""
+        if not self.config.host_cache:
+            return
+        # As llama-server: one of which less than a quarter would stay is not taken, for the rest of it would be gone.
+        likely = [kept for kept in self.kept if shared_prefix(kept, prompt) >= len(kept) / 4]
+        best = max(likely, key=lambda kept: shared_prefix(kept, prompt), default=[])
+        left = slot.cache
+        if shared_prefix(best, prompt) > slot.shared_prefix(prompt):
+            self.kept.remove(best)
+            slot.cache = best
+        elif slot.shared_prefix(prompt) == len(left):
+            return  # it goes on with what is there
+        if left:
+            self.kept.append(left)
+        while sum(map(len, self.kept)) > self.config.host_cache:
+            self.kept.popleft()
 
     def _release(self, slot: Slot) -> None:
         if slot.request is not None:
             slot.cache = slot.request.prompt[: slot.request.prefilled] + slot.request.generated
             slot.request = None
+
+
+def shared_prefix(held: list[int], wanted: list[int]) -> int:
+    """Tokens that both begin with."""
+    shared = 0
+    for one, other in zip(held, wanted, strict=False):
+        if one != other:
+            break
+        shared += 1
+    return shared
 
 
 def fold(state: int, tokens: list[int]) -> int:
@@ -231,8 +301,9 @@ def tokenize(text: str) -> list[int]:
     return [piece_id(piece) for piece in _PIECE.findall(text)]
 
 
-def render(messages: list[Message]) -> str:
+def render(conversation: Iterable[Spoken]) -> str:
     """The prompt of a conversation; a trailing assistant message is left open, to be continued."""
+    messages = list(conversation)
     parts = [f"<|{message.role}|>{message.content}<|end|>" for message in messages]
     if messages and messages[-1].role == "assistant":
         return "".join(parts).removesuffix("<|end|>")

@@ -45,9 +45,11 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         id: Unique in the fleet, and the same in every gateway that sees it: rendezvous hashing uses it.
         url: Scheme, host and port; empty while it is cold.
-        model: The name it answers to.
+        model: The name it answers to; empty while it has never answered.
         slots: Streams at once.
         context: Tokens of context of one slot; ``None`` where it does not tell.
+        host_cache_tokens: What its prompt cache beside the slots holds (``--cache-ram``); 0: it has none;
+            ``None``: not known, and llama-server's default is large.
         state: Whether it takes requests; ``reason`` says why not.
         dialect: ``llama-server``, ``promptai`` (another gateway) or ``openai`` (anything else).
         rates: What is expected of it.
@@ -62,6 +64,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     slots: int = 1
     context: int | None = None
+    host_cache_tokens: int | None = None
     state: State = State.READY
     reason: str = ""
     dialect: str = "llama-server"
@@ -99,4 +102,4 @@ class Snapshot(msgspec.Struct, frozen=True):
     @property
     def models(self) -> tuple[str, ...]:
         """Names of all models, each once, in the fleet's order."""
-        return tuple(dict.fromkeys(replica.model for replica in self.replicas))
+        return tuple(dict.fromkeys(replica.model for replica in self.replicas if replica.model))

@@ -12,9 +12,14 @@ class Source(Protocol):
 
     Attributes:
         name: What the registry keeps its replicas under.
+        configuration: What it was made from; an equal one goes on when settings are read again.
+        sole: Whether another of its name may begin only when this one has ended, because they would
+            compete for something: the memory of this machine.
     """
 
     name: str
+    configuration: object
+    sole: bool
 
     async def run(self, publish: Callable[[Sequence[Replica]], None]) -> None:
         """Publish all of its replicas whenever one changes, until cancelled; ends what it started."""

@@ -1,0 +1,123 @@
+"""``promptai keys``: who may use the gateway.
+
+The gateway need not run, and one that does learns of a change within a second.
+"""
+
+import os
+
+import click
+import msgspec
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from promptai.errors import SettingsError
+from promptai.gateway.keys import Key, KeyStore, Scope
+from promptai.gateway.limits import Limits
+from promptai.settings import keys_path, load_settings
+
+_AT_LEAST_ONE = click.IntRange(min=1)
+
+
+@click.group()
+def keys() -> None:
+    """
+    API keys of the gateway: add, list, revoke.
+
+    Bound to loopback the gateway is open as long as there is no key. Bound wider it demands one.
+    """
+
+
+@keys.command(
+    epilog="\b\nExamples:\n  promptai keys add laptop\n  promptai keys add prometheus --scope metrics\n"
+    "  promptai keys add ci --models tinyllama-1.1b --rpm 30 --concurrent 1"
+)
+@click.argument("name")
+@click.option(
+    "--scope",
+    "scopes",
+    type=click.Choice(["infer", "admin", "metrics"]),
+    multiple=True,
+    default=("infer",),
+    show_default=True,
+    help="What it opens; may be repeated. admin opens everything.",
+)
+@click.option("--models", metavar="A,B", help="The only models that it may use.")
+@click.option("--rpm", type=_AT_LEAST_ONE, help="Requests a minute.")
+@click.option("--tpm", type=_AT_LEAST_ONE, help="Tokens a minute, of prompts and answers.")
+@click.option("--concurrent", type=_AT_LEAST_ONE, help="Requests at once.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def add(
+    *,
+    name: str,
+    scopes: tuple[Scope, ...],
+    models: str | None,
+    rpm: int | None,
+    tpm: int | None,
+    concurrent: int | None,
+    as_json: bool,
+) -> None:
+    """Make a key for NAME and print it, this once."""
+    limits = Limits(requests_per_min=rpm, tokens_per_min=tpm, concurrent=concurrent, models=_models(models))
+    key, secret = _store().add(name, scopes=scopes, limits=limits)
+    if as_json:
+        click.echo(msgspec.json.encode(_shown(key) | {"key": secret}))
+        return
+    click.echo(secret)
+    click.echo(f"key {key.id} for {key.name}; it cannot be shown again", err=True)
+
+
+@keys.command(name="list", epilog="\b\nExample:\n  promptai keys list --json")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_keys(*, as_json: bool) -> None:
+    """List all keys, without their secrets."""
+    store = _store()
+    if as_json:
+        click.echo(msgspec.json.encode([_shown(key) for key in store.list()]))
+        return
+    if not store.list():
+        click.echo(f"{store.path}: no keys; promptai keys add NAME makes one")
+        return
+    table = Table("id", "name", "begins with", "opens", "limits", "created")
+    for key in store.list():
+        opens = "revoked" if key.revoked else ", ".join(key.scopes)
+        table.add_row(key.id, escape(key.name), key.prefix, opens, escape(_words(key.limits)), key.created[:10])
+    Console(highlight=False).print(table)
+
+
+@keys.command(epilog="\b\nExample:\n  promptai keys revoke 5f0c2a91")
+@click.argument("key_id", metavar="ID")
+def revoke(*, key_id: str) -> None:
+    """Let a key open nothing any more; running gateways follow within a second."""
+    key = _store().revoke(key_id)
+    click.echo(f"key {key.id} for {key.name} is revoked")
+
+
+def _store() -> KeyStore:
+    return KeyStore(keys_path(os.environ, load_settings()))
+
+
+def _models(option: str | None) -> tuple[str, ...] | None:
+    if option is None:
+        return None
+    names = tuple(dict.fromkeys(name.strip() for name in option.split(",") if name.strip()))
+    if not names:
+        raise SettingsError("--models names no model", hint="leave it out to allow all of them")
+    return names
+
+
+def _shown(key: Key) -> dict[str, object]:
+    """A key for a program that lists keys: all but the digest."""
+    facts: dict[str, object] = msgspec.to_builtins(key)
+    del facts["sha256"]
+    return facts
+
+
+def _words(limits: Limits) -> str:
+    words = [
+        None if limits.requests_per_min is None else f"{limits.requests_per_min} requests/min",
+        None if limits.tokens_per_min is None else f"{limits.tokens_per_min} tokens/min",
+        None if limits.concurrent is None else f"{limits.concurrent} at once",
+        None if limits.models is None else "only " + ", ".join(limits.models),
+    ]
+    return "; ".join(word for word in words if word)

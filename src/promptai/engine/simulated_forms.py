@@ -1,0 +1,289 @@
+"""What the pretended engine reads and says: requests and the three forms of an answer.
+
+The forms are those that llama-server b11549 was seen to send, their oddities included:
+a chat's progress chunks look like its first chunk, those of ``/completion`` claim a token 0
+that nobody generated, and a native stream ends without ``[DONE]``. Values only: neither time
+nor sockets.
+"""
+
+import zlib
+from typing import Any, Protocol
+
+import msgspec
+
+from promptai.engine.simulation import Emission, Request
+
+_DIMENSIONS = 8
+_DONE = b"data: [DONE]\n\n"
+
+
+class Part(msgspec.Struct):
+    """A piece of a message; only text is understood."""
+
+    text: str
+    type: str = "text"
+
+
+class Turn(msgspec.Struct):
+    """One message of a request, in any of OpenAI's forms."""
+
+    role: str
+    said: str | list[Part] | None = msgspec.field(default=None, name="content")
+
+    @property
+    def content(self) -> str:
+        """Its text: parts are joined by line feeds, as llama-server does it."""
+        return "\n".join(part.text for part in self.said) if isinstance(self.said, list) else self.said or ""
+
+
+class StreamOptions(msgspec.Struct):
+    """What a chat's stream is to end with."""
+
+    include_usage: bool = False
+
+
+class _Common(msgspec.Struct, kw_only=True):
+    stream: bool = False
+    cache_prompt: bool = True
+    id_slot: int = -1
+    return_progress: bool = False
+
+
+class TemplateBody(msgspec.Struct):
+    """``POST /apply-template``."""
+
+    messages: list[Turn]
+
+
+class ChatBody(_Common, kw_only=True):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[Turn]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+
+class TextBody(_Common, kw_only=True):
+    """``POST /v1/completions``."""
+
+    prompt: str | list[int]
+    max_tokens: int | None = None
+
+
+class NativeBody(_Common, kw_only=True):
+    """``POST /completion``."""
+
+    prompt: str | list[int]
+    n_predict: int = 128
+    return_tokens: bool = False
+
+
+class ContentBody(msgspec.Struct):
+    """``POST /tokenize``; there are no special tokens to add."""
+
+    content: str
+
+
+class EmbeddingsBody(msgspec.Struct):
+    """``POST /v1/embeddings``."""
+
+    input: str | list[str | int | list[int]]
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """How far the prompt of a request is."""
+
+    total: int
+    cache: int
+    processed: int
+    time_ms: int
+
+
+class Form(Protocol):
+    """
+    How an answer is written down.
+
+    Attributes:
+        done: What stands at the end of a stream.
+    """
+
+    done: bytes
+
+    def begin(self) -> dict[str, Any] | None:
+        """What comes before the first token."""
+
+    def progress(self, request: Request, progress: Progress) -> dict[str, Any]:
+        """A part of the prompt has been computed."""
+
+    def token(self, request: Request, emission: Emission, number: int) -> dict[str, Any]:
+        """A token; ``number`` counts from 1."""
+
+    def end(self, request: Request) -> list[dict[str, Any]]:
+        """What comes after the last token."""
+
+    def whole(self, request: Request, text: str) -> dict[str, Any]:
+        """All of it at once."""
+
+
+class ChatForm:
+    """OpenAI's chat completions, with llama-server's additions."""
+
+    done = _DONE
+
+    def __init__(self, number: int, model: str, body: ChatBody) -> None:
+        self._head = {"id": f"sim-{number}", "created": 0, "model": model}
+        self._usage = body.stream_options is not None and body.stream_options.include_usage
+        self._logprobs = body.logprobs is True and body.top_logprobs != 0
+
+    def begin(self) -> dict[str, Any]:
+        """The role."""
+        return self._chunk({"role": "assistant", "content": None})
+
+    def progress(self, request: Request, progress: Progress) -> dict[str, Any]:  # noqa: ARG002  others need it
+        """The role, again and again."""
+        return {**self.begin(), "prompt_progress": msgspec.to_builtins(progress)}
+
+    def token(self, request: Request, emission: Emission, number: int) -> dict[str, Any]:  # noqa: ARG002  see above
+        """One delta; with its id where probabilities are wanted."""
+        chunk = self._chunk({"content": emission.text})
+        if self._logprobs:
+            token = {
+                "id": emission.token,
+                "token": emission.text,
+                "bytes": list(emission.text.encode()),
+                "logprob": 0.0,
+            }
+            chunk["choices"][0]["logprobs"] = {"content": [{**token, "top_logprobs": [token]}]}
+        return chunk
+
+    def end(self, request: Request) -> list[dict[str, Any]]:
+        """Why it ended; the account stands there, or in a chunk of its own beside usage."""
+        last = self._chunk({}, request.finish_reason)
+        if not self._usage:
+            return [{**last, "timings": msgspec.to_builtins(request.timings)}]
+        return [last, {**last, "choices": [], **_account(request)}]
+
+    def whole(self, request: Request, text: str) -> dict[str, Any]:
+        """One message."""
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": request.finish_reason}
+        return {**self._head, "object": "chat.completion", "choices": [choice], **_account(request)}
+
+    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+
+
+class TextForm:
+    """OpenAI's text completions."""
+
+    done = _DONE
+
+    def __init__(self, number: int, model: str) -> None:
+        self._head = {"id": f"sim-{number}", "object": "text_completion", "created": 0, "model": model}
+
+    def begin(self) -> None:
+        """Nothing."""
+
+    def progress(self, request: Request, progress: Progress) -> dict[str, Any]:  # noqa: ARG002  others need it
+        """A chunk without text."""
+        return {**self._chunk(""), "prompt_progress": msgspec.to_builtins(progress)}
+
+    def token(self, request: Request, emission: Emission, number: int) -> dict[str, Any]:  # noqa: ARG002  see above
+        """One piece of text."""
+        return self._chunk(emission.text)
+
+    def end(self, request: Request) -> list[dict[str, Any]]:
+        """Why it ended, and the account."""
+        return [{**self._chunk("", request.finish_reason), **_account(request)}]
+
+    def whole(self, request: Request, text: str) -> dict[str, Any]:
+        """One text."""
+        return {**self._chunk(text, request.finish_reason), **_account(request)}
+
+    def _chunk(self, text: str, finish_reason: str | None = None) -> dict[str, Any]:
+        choice = {"text": text, "index": 0, "logprobs": None, "finish_reason": finish_reason}
+        return {**self._head, "choices": [choice]}
+
+
+class NativeForm:
+    """llama-server's own ``/completion``."""
+
+    done = b""
+
+    def __init__(self, model: str, *, return_tokens: bool) -> None:
+        self._model = model
+        self._return_tokens = return_tokens
+
+    def begin(self) -> None:
+        """Nothing."""
+
+    def progress(self, request: Request, progress: Progress) -> dict[str, Any]:
+        """A chunk without text, with a token that is none."""
+        return {**_native(request, "", [0], 0), "prompt_progress": msgspec.to_builtins(progress)}
+
+    def token(self, request: Request, emission: Emission, number: int) -> dict[str, Any]:
+        """A token with its id, asked for or not."""
+        return _native(request, emission.text, [emission.token], number)
+
+    def end(self, request: Request) -> list[dict[str, Any]]:
+        """The account."""
+        return [self._last(request, "", [])]
+
+    def whole(self, request: Request, text: str) -> dict[str, Any]:
+        """Text and account; ids where they are asked for."""
+        return self._last(request, text, request.generated if self._return_tokens else [])
+
+    def _last(self, request: Request, text: str, tokens: list[int]) -> dict[str, Any]:
+        return {
+            **_native(request, text, tokens, len(request.generated)),
+            "id_slot": request.slot,
+            "stop": True,
+            "model": self._model,
+            "truncated": False,
+            "stop_type": "limit" if request.finish_reason == "length" else "eos",
+            "stopping_word": "",
+            "tokens_cached": len(request.prompt) + len(request.generated),
+            "timings": msgspec.to_builtins(request.timings),
+        }
+
+
+def _native(request: Request, text: str, tokens: list[int], predicted: int) -> dict[str, Any]:
+    return {
+        "index": 0,
+        "content": text,
+        "tokens": tokens,
+        "stop": False,
+        "id_slot": -1,
+        "tokens_predicted": predicted,
+        "tokens_evaluated": len(request.prompt),
+    }
+
+
+def _account(request: Request) -> dict[str, Any]:
+    timings = request.timings
+    return {
+        "usage": {
+            "prompt_tokens": len(request.prompt),
+            "completion_tokens": timings.predicted_n,
+            "total_tokens": len(request.prompt) + timings.predicted_n,
+            "prompt_tokens_details": {"cached_tokens": request.cached},
+        },
+        "timings": msgspec.to_builtins(timings),
+    }
+
+
+def embedding(tokens: list[int]) -> list[float]:
+    """A small vector of length 1 that depends on these tokens alone."""
+    data = b"".join(token.to_bytes(8, "big", signed=True) for token in tokens)
+    numbers = [zlib.crc32(data, number + 1) / 2**31 - 1 for number in range(_DIMENSIONS)]
+    length = sum(number * number for number in numbers) ** 0.5 or 1.0
+    return [number / length for number in numbers]
+
+
+def event(body: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"

@@ -1,0 +1,153 @@
+"""Real engines for ``fleet.local``: one llama-server process for each model.
+
+``engine.launch`` starts and stops one; what is added here is what a server that runs for months
+needs beside that. Stopping takes seconds for an engine that does not want to end, and happens in
+a thread, so that no stream of another engine stands still meanwhile; and it happens to its end,
+however often whoever waits for it is cancelled, so that no process is left over. Ports are not
+given twice while an engine that got one has not yet bound it. Logs do not fill an SD card.
+"""
+
+import asyncio
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+from promptai.device.process import ProcessTree
+from promptai.engine.flags import EngineFlags
+from promptai.engine.launch import RunningEngine, free_port
+from promptai.engine.locate import EngineBinary
+from promptai.errors import EngineDiedError
+from promptai.fleet.local import LocalModel
+
+#: An engine writes some hundred bytes for each request.
+_LOG_BYTES = 8_000_000
+
+
+class EngineLauncher:
+    """
+    Starts ``binary`` with what ``flags_for`` says of a model and a port.
+
+    Args:
+        logs: Directory with one log for each model, and the one before it once it has become large.
+    """
+
+    def __init__(self, binary: EngineBinary, flags_for: Callable[[LocalModel, int], EngineFlags], logs: Path) -> None:
+        self._binary = binary
+        self._flags_for = flags_for
+        self._logs = logs
+        self._ports: set[int] = set()
+
+    def start(self, model: LocalModel) -> "LaunchedEngine":
+        """
+        An engine that begins when its block is entered.
+
+        Raises:
+            PromptAIError: Its flags cannot be made.
+            OSError: Its log cannot be kept.
+        """
+        port = free_port()
+        while port in self._ports:
+            port = free_port()
+        flags = self._flags_for(model, port)
+        return LaunchedEngine(RunningEngine(self._binary, flags, log=self._log_of(model)), self._ports)
+
+    def _log_of(self, model: LocalModel) -> Path:
+        self._logs.mkdir(parents=True, exist_ok=True)
+        log = self._logs / f"{re.sub(r'[^A-Za-z0-9._-]', '_', model.name)}.log"
+        if log.exists() and log.stat().st_size > _LOG_BYTES:
+            log.replace(log.with_suffix(".log.old"))
+        return log
+
+
+class LaunchedEngine:
+    """One engine with what is known of its process."""
+
+    def __init__(self, engine: RunningEngine, ports: set[int]) -> None:
+        self._engine = engine
+        self._ports = ports
+        self._tree: ProcessTree | None = None
+
+    @property
+    def base_url(self) -> str:
+        """Where its API is."""
+        return self._engine.base_url
+
+    @property
+    def pid(self) -> int | None:
+        """Its process, as soon as there is one."""
+        return self._engine.pid
+
+    def resident_bytes(self) -> int | None:
+        """What its processes hold in memory, mapped weights included."""
+        if self._tree is None and self.pid is not None:
+            self._tree = ProcessTree(self.pid)
+        reading = self._tree.read() if self._tree is not None else None
+        if reading is None:
+            return None
+        parts = (reading.memory.anon_bytes, reading.memory.file_bytes)
+        return sum(part for part in parts if part is not None) if any(parts) else None
+
+    async def death(self) -> EngineDiedError | None:
+        """Why it is gone; ``None`` while it lives."""
+        return await asyncio.to_thread(self._engine.death) if self._ended() else None
+
+    async def __aenter__(self) -> Self:
+        """
+        Start it and wait until it answers.
+
+        Raises:
+            EngineStartError: It ended, or did not answer in time.
+        """
+        self._ports.add(self._engine.flags.port)
+        starting = asyncio.ensure_future(self._engine.__aenter__())
+        try:
+            await asyncio.wait([starting])
+        except asyncio.CancelledError:
+            # Cancelling ``starting`` would end the process on this loop, for seconds. Once it has
+            # ended, ``starting`` notices and has nothing left to stop.
+            await self._end(starting)
+            raise
+        try:
+            starting.result()
+        except BaseException:
+            self._let_go()
+            raise
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        """End it."""
+        await self._end()
+
+    async def _end(self, starting: "asyncio.Future[RunningEngine] | None" = None) -> None:
+        """Stop it, and be told of cancellation only when it is gone."""
+        # No task: when a loop closes it cancels every task, and would not wait for this one.
+        ending: list[asyncio.Future[Any]] = [asyncio.get_running_loop().run_in_executor(None, self._engine.stop)]
+        if starting is not None:
+            ending.append(starting)
+        cancelled: asyncio.CancelledError | None = None
+        while not all(future.done() for future in ending):
+            try:
+                await asyncio.wait(ending)
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if starting is not None and not starting.cancelled():
+            starting.exception()  # it was stopped: nothing to tell
+        self._let_go()
+        if cancelled is not None:
+            raise cancelled
+
+    def _let_go(self) -> None:
+        self._ports.discard(self._engine.flags.port)
+        if self._tree is not None:
+            self._tree.close()
+
+    def _ended(self) -> bool:
+        """Whether its process has ended, without waiting and without reaping it: that is ``RunningEngine``'s."""
+        if self.pid is None:
+            return False
+        try:
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:
+            return True

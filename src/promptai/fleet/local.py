@@ -1,0 +1,380 @@
+"""The engines of this machine: started when somebody asks, ended when they are in the way.
+
+Several models are wanted and memory holds few. Whoever starts one process for each request that
+arrives has the same model in memory five times; whoever evicts by count or by age stops the one
+that is just answering. Here every model has one replica and one life:
+
+    COLD ──wake──▶ (queue) ──▶ LOADING ──▶ READY ──evicted, idle too long──▶ STOPPING ──▶ COLD
+      ▲                           │          │
+      └── rest is over ── DOWN ◀──┴──fails───┘ dies
+
+Loads that have room begin at once; those that need memory of others queue, first come, first
+served. What is evicted is decided by ``fleet.placement`` and published in the same step, without
+an ``await`` between: no request can be routed to an engine that was just found idle. An engine
+that has become ready for somebody counts as busy until it has been used, for some seconds, or
+the next in the queue would take it from those who waited for it.
+
+Requests do not own a load: when the one that caused it is gone, it goes on.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Protocol, Self
+
+import msgspec
+
+from promptai.errors import EngineDiedError, PromptAIError
+from promptai.fleet import placement
+from promptai.fleet.replica import Rates, Replica, State
+
+_LOG = logging.getLogger("promptai.fleet")
+_POLL_S, _DEATH_POLL_S, _PROGRESS_S = 0.25, 0.2, 0.5
+_FIRST_REST_S, _LONGEST_REST_S = 5.0, 120.0
+#: An engine that dies sooner than this was never well: the next start waits longer.
+_STEADY_S = 60.0
+#: How long a new engine is kept for those who waited for it.
+_SETTLE_S = 5.0
+
+
+class LocalModel(msgspec.Struct, frozen=True, kw_only=True):
+    """
+    One model that this machine can serve.
+
+    Attributes:
+        needed_bytes: Memory that its engine takes: weights, KV cache, buffers.
+        context: Tokens of context of one slot.
+        load_s: Seconds that loading takes, until it has been seen; ``None``: not known.
+        pinned: It is always there: started first, never evicted, never idle for too long.
+        ttl_s: How long it may be idle; ``None``: for ever.
+        preload: It is started at once, if it has room without evicting another.
+    """
+
+    name: str
+    path: Path
+    needed_bytes: int
+    slots: int = 1
+    context: int | None = None
+    rates: Rates = Rates()
+    load_s: float | None = None
+    capability: float | None = None
+    accuracy: float | None = None
+    pinned: bool = False
+    ttl_s: float | None = None
+    preload: bool = False
+
+
+class LocalEngine(Protocol):
+    """An engine of this machine: ready inside its block, and gone after it, whatever interrupts."""
+
+    @property
+    def base_url(self) -> str:
+        """Where its API is, inside the block."""
+
+    @property
+    def pid(self) -> int | None:
+        """Its process, as soon as there is one."""
+
+    def resident_bytes(self) -> int | None:
+        """What it holds in memory, already while it loads; ``None`` where nobody knows."""
+
+    async def death(self) -> EngineDiedError | None:
+        """Why it is gone; ``None``, at once, while it lives."""
+
+    async def __aenter__(self) -> Self:
+        """Start it; raises ``PromptAIError`` or ``OSError`` when that fails."""
+
+    async def __aexit__(self, *_exc: object) -> None:
+        """End it."""
+
+
+class Launcher(Protocol):
+    """Makes engines; the real one is ``fleet.launcher``."""
+
+    def start(self, model: LocalModel) -> LocalEngine:
+        """An engine that begins when its block is entered."""
+
+
+class _Phase(Enum):
+    COLD = State.COLD
+    LOADING = State.LOADING
+    READY = State.READY
+    STOPPING = State.DRAINING
+    RESTING = State.DOWN
+
+
+class _Entry:
+    """One model and where in its life it stands."""
+
+    def __init__(self, model: LocalModel, replica_id: str) -> None:
+        self.model = model
+        self.id = replica_id
+        self.load_s = model.load_s
+        self.strikes = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """As if it had never run."""
+        self.phase = _Phase.COLD
+        self.reason = self.unfit = self.url = ""
+        self.engine: LocalEngine | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.stop = asyncio.Event()
+        self.demanded = False
+        self.automatic = self.model.preload or self.model.pinned
+        self.progress: float | None = None
+        self.measured_at = self.used_at = self.ready_at = self.rest_until = 0.0
+        self.used = False
+        self.waiting_since: float | None = None
+
+    def replica(self, *, yielding: bool) -> Replica:
+        """As the fleet sees it."""
+        model, state, reason = self.model, self.phase.value, self.reason
+        if self.phase is _Phase.COLD and self.unfit:
+            state, reason = State.DOWN, self.unfit
+        if self.phase is _Phase.READY and yielding:
+            state, reason = State.DRAINING, "makes room for another model"
+        return Replica(
+            id=self.id,
+            url=self.url,
+            model=model.name,
+            slots=model.slots,
+            context=model.context,
+            state=state,
+            reason=reason,
+            rates=model.rates,
+            progress=self.progress,
+            load_s=self.load_s,
+            capability=model.capability,
+            accuracy=model.accuracy,
+        )
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing of its last engine is left."""
+        return self.task is None or self.task.done()
+
+    def measure(self, now: float) -> None:
+        """Look how far it has loaded; what was once resident and then dropped counts as loaded."""
+        if self.engine is None or now - self.measured_at < _PROGRESS_S:
+            return
+        self.measured_at = now
+        resident = self.engine.resident_bytes()
+        if resident is not None and self.model.needed_bytes > 0:
+            share = round(min(0.99, resident / self.model.needed_bytes), 2)
+            self.progress = max(share, self.progress or 0.0)
+
+
+class LocalSource:
+    """
+    Publishes one replica for each model, and starts and ends their engines.
+
+    Args:
+        budget_bytes: What all engines of this machine together may take now, those that run included.
+        busy: How many requests are in flight on a replica; the router's own count.
+        patience_s: A load that waits this long for busy engines lets them take nothing new, so that
+            a model with steady traffic does not keep all others out.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[LocalModel],
+        launcher: Launcher,
+        budget_bytes: Callable[[], int],
+        busy: Callable[[str], int],
+        *,
+        name: str = "local",
+        patience_s: float = 60.0,
+    ) -> None:
+        self.name = name
+        self.configuration: object = (tuple(models), patience_s)
+        self.sole = True
+        self._launcher = launcher
+        self._budget_bytes = budget_bytes
+        self._busy = busy
+        self._patience_s = patience_s
+        self._entries = {f"{name}/{model.name}": _Entry(model, f"{name}/{model.name}") for model in models}
+        self._queue: list[_Entry] = []
+        self._yielding: frozenset[str] = frozenset()
+        self._changed = asyncio.Event()
+        self._publish_to: Callable[[Sequence[Replica]], None] | None = None
+
+    async def run(self, publish: Callable[[Sequence[Replica]], None]) -> None:
+        """Start what is pinned and preloaded, then what is asked for; cancelled, every engine ends."""
+        self._publish_to = publish
+        for entry in self._entries.values():
+            entry.restart()
+            entry.demanded = entry in self._queue
+        try:
+            async with asyncio.TaskGroup() as group:
+                while True:
+                    self._changed.clear()
+                    self._step(group)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_POLL_S):
+                            await self._changed.wait()
+        finally:
+            self._publish_to = None
+
+    def wake(self, replica_id: str) -> None:
+        """Begin to load a cold replica, once, however often this is called."""
+        entry = self._entries.get(replica_id)
+        if entry is not None and entry.phase in {_Phase.COLD, _Phase.STOPPING} and not entry.unfit:
+            entry.demanded = True
+            if entry not in self._queue:
+                self._queue.append(entry)
+                self._changed.set()
+
+    def touch(self, replica_id: str) -> None:
+        """A replica was used just now."""
+        entry = self._entries.get(replica_id)
+        if entry is not None:
+            entry.used_at, entry.used = asyncio.get_running_loop().time(), True
+
+    def _step(self, group: asyncio.TaskGroup) -> None:
+        """Everything that is decided, from the counts of this moment; publishes it before anything else runs."""
+        now, budget = asyncio.get_running_loop().time(), self._budget_bytes()
+        for entry in self._entries.values():
+            if entry.phase is _Phase.READY and self._busy(entry.id):
+                entry.used_at, entry.used = now, True
+            elif entry.phase is _Phase.LOADING:
+                entry.measure(now)
+            elif entry.phase is _Phase.RESTING and now >= entry.rest_until and entry.ended:
+                entry.phase = _Phase.COLD
+                entry.automatic = entry.model.preload or entry.model.pinned
+        running = self._running(now)
+        for entry in self._entries.values():
+            others = [engine for engine in running if engine.id != entry.id]
+            entry.unfit = placement.never(entry.model.needed_bytes, others, budget)
+        for replica_id in placement.expired(running, now):
+            self._stop(self._entries[replica_id], "was idle for too long")
+        self._queue_automatic()
+        self._serve_queue(now, budget, group)
+        self._publish()
+
+    def _running(self, now: float) -> list[placement.Engine]:
+        """What holds memory and is not already being stopped."""
+        return [
+            placement.Engine(
+                id=entry.id,
+                model=entry.model.name,
+                needed_bytes=entry.model.needed_bytes,
+                busy=entry.phase is _Phase.LOADING
+                or self._busy(entry.id) > 0
+                or (not entry.used and now < entry.ready_at + _SETTLE_S),
+                pinned=entry.model.pinned,
+                idle_since=entry.used_at,
+                load_s=entry.load_s,
+                ttl_s=entry.model.ttl_s,
+            )
+            for entry in self._entries.values()
+            if entry.phase in {_Phase.LOADING, _Phase.READY}
+        ]
+
+    def _queue_automatic(self) -> None:
+        """Put what should run anyway before what was asked for, pinned ones first."""
+        wanted = [
+            entry
+            for entry in self._entries.values()
+            if entry.automatic and entry.phase is _Phase.COLD and not entry.unfit and entry not in self._queue
+        ]
+        self._queue[:0] = sorted(wanted, key=lambda entry: not entry.model.pinned)
+
+    def _serve_queue(self, now: float, budget: int, group: asyncio.TaskGroup) -> None:
+        """Begin the loads that can begin, in order; what comes after one that must wait waits too."""
+        self._yielding = frozenset()
+        while self._queue:
+            entry = self._queue[0]
+            if entry.phase is _Phase.STOPPING:
+                return
+            placed = placement.plan(entry.model.needed_bytes, self._running(now), budget)
+            undemanded = not (entry.demanded or entry.model.pinned)
+            if placed.fits and not (placed.evict and undemanded):
+                for replica_id in placed.evict:
+                    self._stop(self._entries[replica_id], f"makes room for {entry.model.name}")
+                self._load(entry, group)
+            elif placed.waits_for and not undemanded:
+                entry.reason = placed.reason
+                entry.waiting_since = now if entry.waiting_since is None else entry.waiting_since
+                if now - entry.waiting_since >= self._patience_s:
+                    self._yielding = frozenset(placed.waits_for)
+                return
+            elif undemanded:
+                entry.reason = "was not started by itself: there is no room now"
+            self._queue.pop(0)
+            entry.demanded = entry.automatic = False
+            entry.waiting_since = None
+
+    def _load(self, entry: _Entry, group: asyncio.TaskGroup) -> None:
+        ending = [
+            other.task for other in self._entries.values() if other.phase is _Phase.STOPPING and other.task is not None
+        ]
+        entry.phase, entry.reason, entry.progress, entry.used = _Phase.LOADING, "", None, False
+        entry.stop.clear()
+        entry.task = group.create_task(self._live(entry, ending))
+
+    def _stop(self, entry: _Entry, reason: str) -> None:
+        entry.phase, entry.reason = _Phase.STOPPING, reason
+        entry.stop.set()
+
+    async def _live(self, entry: _Entry, ending: Sequence[asyncio.Task[None]]) -> None:
+        """One engine from its start to its end; it begins when those that end have given their memory back."""
+        try:
+            if ending:
+                await asyncio.wait(ending)
+            began = asyncio.get_running_loop().time()
+            entry.engine = self._launcher.start(entry.model)
+            async with entry.engine as engine:
+                self._ready(entry, engine, began)
+                await self._until_end(entry, engine)
+            entry.phase, entry.reason, entry.strikes = _Phase.COLD, "", 0
+        except (PromptAIError, OSError) as error:
+            self._failed(entry, error)
+        finally:
+            entry.engine, entry.url, entry.progress = None, "", None
+            self._changed.set()
+
+    def _ready(self, entry: _Entry, engine: LocalEngine, began: float) -> None:
+        now = asyncio.get_running_loop().time()
+        entry.phase, entry.url, entry.progress = _Phase.READY, engine.base_url, None
+        entry.load_s = now - began
+        entry.ready_at = entry.used_at = now
+        self._changed.set()
+        self._publish()
+
+    async def _until_end(self, entry: _Entry, engine: LocalEngine) -> None:
+        """
+        Wait until it is to be stopped.
+
+        Raises:
+            EngineDiedError: It has ended by itself.
+        """
+        while not entry.stop.is_set():
+            death = await engine.death()
+            if death is not None:
+                self._failed(entry, death)
+                self._publish()
+                raise death
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_DEATH_POLL_S):
+                    await entry.stop.wait()
+
+    def _failed(self, entry: _Entry, error: Exception) -> None:
+        """Let it rest: not at all after the first death of one that was well, else twice as long as last time."""
+        if entry.phase is _Phase.RESTING:
+            return
+        now = asyncio.get_running_loop().time()
+        died = entry.phase is _Phase.READY
+        entry.strikes = 1 if died and now - entry.ready_at >= _STEADY_S else entry.strikes + 1
+        doublings = entry.strikes - (2 if died else 1)
+        rest_s = 0.0 if doublings < 0 else min(_LONGEST_REST_S, _FIRST_REST_S * 2.0 ** min(doublings, 10))
+        entry.phase, entry.rest_until = _Phase.RESTING, now + rest_s
+        entry.reason, entry.url = " ".join(str(error).split()), ""
+        _LOG.warning("%s: %s", entry.id, entry.reason)
+
+    def _publish(self) -> None:
+        if self._publish_to is not None:
+            self._publish_to([entry.replica(yielding=entry.id in self._yielding) for entry in self._entries.values()])

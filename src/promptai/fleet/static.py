@@ -1,0 +1,326 @@
+"""Replicas from a list of addresses: engines that somebody else starts and stops.
+
+Asking must never change anything. A health check that runs a prompt takes a board's only slot
+for a minute, and reading the metrics of a server that manages several models has been seen to
+load one. So there are only four questions, all ``GET``: ``/health`` every two seconds, and after
+a target has become ready ``/props``, ``/v1/models`` and, where no llama-server answers,
+``/api/fleet``. How many requests are in flight is not asked: such a number is old when it comes.
+
+Each target is asked by a task of its own, so that a dead board, which costs a whole time limit,
+delays no other one. Another gateway (dialect ``promptai``) is one replica for each model that
+it serves; what it tells is in ``FleetAnswer``.
+"""
+
+import asyncio
+import re
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+import msgspec
+
+from promptai.engine.upstream import Upstream
+from promptai.errors import EngineDiedError, EngineError, SettingsError
+from promptai.fleet.replica import Rates, Replica, State
+from promptai.wire.llamaserver import Props
+from promptai.wire.malformed import MALFORMED
+from promptai.wire.openai import ModelList
+
+T = TypeVar("T")
+
+#: While a target is down the pause doubles up to this.
+_LONGEST_PAUSE_S = 15.0
+_LIMIT_S = 3.0
+#: Servers without a health check; whether they are well shows when they are asked for their models.
+_NO_HEALTH_CHECK = frozenset({404, 405, 501})
+#: How long the first publication waits for slow targets: it takes over from a source that was replaced.
+_FIRST_ROUND_S = 1.0
+
+
+class Target(msgspec.Struct, frozen=True):
+    """
+    One address, and what settings say of it; that goes before what it says itself.
+
+    Attributes:
+        url: Scheme, host and port; a ``/v1`` at the end is left out.
+        name: What its replica is called; ``None``: host and port.
+        model: The model it is asked for; ``None``: the one it serves.
+        slots: Streams at once; ``None``: as it tells, 1 where it does not.
+    """
+
+    url: str
+    name: str | None = None
+    model: str | None = None
+    slots: int | None = None
+    rates: Rates = Rates()
+    capability: float | None = None
+
+    @property
+    def base_url(self) -> str:
+        """Where its API is."""
+        return self.url.rstrip("/").removesuffix("/v1")
+
+    @property
+    def replica_id(self) -> str:
+        """
+        Its name in the fleet.
+
+        Raises:
+            SettingsError: The URL has no host, or a port that is none.
+        """
+        try:
+            parts = urlsplit(self.base_url)
+            port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+            host = parts.netloc.rpartition("@")[2].removesuffix(f":{port}")
+        except (ValueError, KeyError):
+            host, port = "", 0
+        if not host:
+            raise SettingsError(f"{self.url!r} is no address of an engine", hint="write it as http://host:port")
+        return self.name or f"{host}:{port}"
+
+
+class FleetModel(msgspec.Struct, frozen=True):
+    """
+    One model of another gateway.
+
+    Attributes:
+        slots: Of its ready replicas together; 0 while none is ready.
+        context: Tokens of context of one slot.
+        capability: What ``auto`` orders models by.
+    """
+
+    id: str
+    slots: int = 1
+    context: int | None = None
+    capability: float | None = None
+
+
+class FleetAnswer(msgspec.Struct, frozen=True):
+    """
+    What is read of ``GET /api/fleet``: ``{"gateway": "promptai", "models": [{"id": …, "slots": …}]}``.
+
+    A gateway tells of its own engines here, never of those behind another gateway: two that know
+    each other would count each other's slots for ever.
+    """
+
+    gateway: str
+    models: list[FleetModel] = []
+
+
+class _Props(Props, frozen=True):
+    """``role`` is ``router`` at a llama-server that manages several models: its other fields are dummies."""
+
+    role: str | None = None
+
+
+class _Facts(msgspec.Struct, frozen=True):
+    """What a target tells of one model."""
+
+    model: str
+    slots: int
+    context: int | None
+    dialect: str
+    suffix: str = ""
+    capability: float | None = None
+
+
+class _Unusable(Exception):  # noqa: N818  never leaves this module
+    """Why a target cannot be used, and what state that is."""
+
+    def __init__(self, state: State, reason: str) -> None:
+        super().__init__(reason)
+        self.state = state
+        self.reason = reason
+
+
+class StaticSource:
+    """
+    Publishes what a list of targets answers.
+
+    Args:
+        period_s: Pause between two questions to a target that is not down.
+    """
+
+    def __init__(
+        self, targets: Sequence[Target], upstream: Upstream, *, name: str = "static", period_s: float = 2.0
+    ) -> None:
+        self.name = name
+        self.configuration: object = (tuple(targets), period_s)
+        self.sole = False
+        self._period_s = period_s
+        self._probes = [_Probe(target, upstream) for target in targets]
+
+    async def run(self, publish: Callable[[Sequence[Replica]], None]) -> None:
+        """Ask every target again and again; publish when an answer differs."""
+        asked: set[int] = set()
+        loop = asyncio.get_running_loop()
+        open_at = loop.time() + _FIRST_ROUND_S
+
+        def tell() -> None:
+            if len(asked) == len(self._probes) or loop.time() >= open_at:
+                publish([replica for probe in self._probes for replica in probe.replicas])
+
+        async def follow(number: int, probe: _Probe) -> None:
+            pause_s = self._period_s
+            while True:
+                well = await probe.ask()
+                asked.add(number)
+                tell()
+                await asyncio.sleep(pause_s)
+                pause_s = self._period_s if well else min(2 * pause_s, max(_LONGEST_PAUSE_S, self._period_s))
+
+        async with asyncio.TaskGroup() as group:
+            for number, probe in enumerate(self._probes):
+                group.create_task(follow(number, probe))
+            await asyncio.sleep(_FIRST_ROUND_S)
+            tell()
+            await loop.create_future()
+
+    def wake(self, replica_id: str) -> None:
+        """Nothing: whoever runs these engines starts them."""
+
+
+class _Probe:
+    """One target and what it answered last."""
+
+    def __init__(self, target: Target, upstream: Upstream) -> None:
+        self._target = target
+        self._upstream = upstream
+        self._url = target.base_url
+        self._id = target.replica_id
+        self._facts: tuple[_Facts, ...] = (
+            _Facts(model=target.model or "", slots=target.slots or 1, context=None, dialect="llama-server"),
+        )
+        self._learned = False
+        self._late = 0
+        self.replicas = self._as_replicas(State.DOWN, "was not asked yet")
+
+    async def ask(self) -> bool:
+        """Ask it now; False when it is down."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            await self._check_health()
+            if not self._learned or self._facts[0].dialect == "promptai":
+                self._facts = await self._learn()
+                self._learned = True
+        except EngineDiedError:
+            # A board that computes with all cores may miss one time limit; nobody refuses a connection by mistake.
+            self._late += 1
+            if self._learned and self._late == 1 and loop.time() - began >= _LIMIT_S:
+                return True
+            return self._failed(State.DOWN, "does not answer")
+        except EngineError as error:
+            return self._failed(State.DOWN, error.message)
+        except _Unusable as unusable:
+            return self._failed(unusable.state, unusable.reason)
+        self._late = 0
+        self.replicas = self._as_replicas(State.READY, "")
+        return True
+
+    def _failed(self, state: State, reason: str) -> bool:
+        self._learned = False
+        self.replicas = self._as_replicas(state, reason)
+        return state is State.LOADING
+
+    def _as_replicas(self, state: State, reason: str) -> tuple[Replica, ...]:
+        target = self._target
+        return tuple(
+            Replica(
+                id=f"{self._id}{facts.suffix}",
+                url=self._url,
+                model=facts.model,
+                slots=max(1, target.slots or facts.slots),
+                context=facts.context,
+                state=state if facts.slots or state is not State.READY else State.DOWN,
+                reason=reason if facts.slots or state is not State.READY else "has no engine that is ready",
+                dialect=facts.dialect,
+                rates=target.rates,
+                capability=facts.capability if target.capability is None else target.capability,
+            )
+            for facts in self._facts
+        )
+
+    async def _check_health(self) -> None:
+        """
+        Ask whether it is well.
+
+        Raises:
+            _Unusable: It loads its model, or answers something else.
+        """
+        reply = await self._upstream.get(self._url, "/health", limit_s=_LIMIT_S)
+        if reply.status == 503:
+            raise _Unusable(State.LOADING, "loading its model")
+        if reply.status != 200 and reply.status not in _NO_HEALTH_CHECK:
+            raise _Unusable(State.DOWN, _refusal(reply.status, "/health"))
+        if reply.status != 200 and self._learned:
+            await self._listed()
+
+    async def _learn(self) -> tuple[_Facts, ...]:
+        """
+        Ask what it is and what it serves; at least one thing.
+
+        Raises:
+            _Unusable: It does not serve what it should, or does not say which of many.
+        """
+        target = self._target
+        props = await self._json("/props", _Props)
+        if props is not None and _is_engine(props):
+            listed = [] if target.model or props.model_alias else await self._listed()
+            said = target.model or props.model_alias or next(iter(listed), None) or props.model_path or ""
+            context = props.default_generation_settings.n_ctx
+            return (_Facts(_stem(said), max(1, props.total_slots), context, "llama-server"),)
+        fleet = await self._json("/api/fleet", FleetAnswer)
+        if fleet is not None and fleet.gateway == "promptai":
+            served = [model for model in fleet.models if target.model in {None, model.id}]
+            if not served:
+                raise _Unusable(State.DOWN, f"does not serve {target.model}" if target.model else "serves no model")
+            return tuple(
+                _Facts(model.id, max(0, model.slots), model.context, "promptai", f"/{model.id}", model.capability)
+                for model in served
+            )
+        models = [target.model] if target.model else await self._listed()
+        if len(models) != 1:
+            which = f"serves {len(models)} models; settings must say which" if models else "serves no model"
+            raise _Unusable(State.DOWN, which)
+        return (_Facts(models[0], 1, None, "openai"),)
+
+    async def _listed(self) -> list[str]:
+        """The models that it lists; raises ``_Unusable`` when it does not."""
+        reply = await self._upstream.get(self._url, "/v1/models", limit_s=_LIMIT_S)
+        if reply.status != 200:
+            raise _Unusable(State.DOWN, _refusal(reply.status, "/v1/models"))
+        models = _decoded(reply.body, ModelList)
+        if models is None:
+            raise _Unusable(State.DOWN, "answers no list of models at /v1/models")
+        return [entry.id for entry in models.data or ()]
+
+    async def _json(self, path: str, kind: type[T]) -> T | None:
+        """What it answers there; ``None`` where it has nothing of that kind."""
+        reply = await self._upstream.get(self._url, path, limit_s=_LIMIT_S)
+        if reply.status == 401:
+            raise _Unusable(State.DOWN, _refusal(reply.status, path))
+        return _decoded(reply.body, kind) if reply.status == 200 else None
+
+
+def _decoded(body: bytes, kind: type[T]) -> T | None:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except MALFORMED:
+        return None
+
+
+def _is_engine(props: _Props) -> bool:
+    """Whether a llama-server with one model said this; others answer anything with HTTP 200."""
+    known = (props.build_info, props.model_path, props.default_generation_settings.n_ctx)
+    return props.role != "router" and known != (None, None, None)
+
+
+def _refusal(status: int, path: str) -> str:
+    key = ": is its API key right?" if status in {401, 403} else ""
+    return f"HTTP {status} at {path}{key}"
+
+
+def _stem(name: str) -> str:
+    """A model's name; of a path its file's, without the ending."""
+    return re.split(r"[/\\]", name)[-1].removesuffix(".gguf") if name.endswith(".gguf") else name

@@ -1,0 +1,73 @@
+"""What is kept of a request that has ended: counts, times, and one line of a log.
+
+What was asked and answered is in neither.
+"""
+
+import logging
+
+from promptai.gateway.desk import Ticket
+from promptai.gateway.metrics import Metrics, Outcome
+
+_log = logging.getLogger("promptai.access")
+
+
+def outcome_of(ticket: Ticket, status: int, arrived: float) -> Outcome:
+    """
+    How a request went.
+
+    Args:
+        status: HTTP status; 499 where the client went away.
+        arrived: The loop's time at which it came.
+    """
+    grant, timings = ticket.flight.grant, ticket.flight.timings
+    found = Outcome(model=ticket.model, replica=grant.replica.id if grant is not None else "", status=status)
+    if grant is None:
+        return found
+    cached = timings.cache_n if timings is not None else None
+    computed = timings.prompt_n if timings is not None else 0
+    decoded = timings.predicted_n - 1 if timings is not None else 0
+    return Outcome(
+        model=found.model,
+        replica=found.replica,
+        status=status,
+        prompt_tokens=computed + (cached or 0) if timings is not None else None,
+        cached_tokens=cached,
+        generated_tokens=timings.predicted_n if timings is not None else grant.generated,
+        ttft_s=grant.first_at - arrived if grant.first_at is not None else None,
+        queue_s=grant.queued_s,
+        decode_s_per_token=timings.predicted_ms / 1000 / decoded if timings is not None and decoded > 0 else None,
+        saved_s=cached * timings.prompt_ms / computed / 1000 if timings is not None and cached and computed else None,
+    )
+
+
+def account(metrics: Metrics, ticket: Ticket, outcome: Outcome) -> None:
+    """Count a request."""
+    metrics.observe_request(outcome)
+    for reason in ticket.flight.retries:
+        metrics.observe_retry(reason)
+    for how in ticket.flight.continuations:
+        metrics.observe_continuation(how)
+
+
+def write_line(name: str, key: str, path: str, outcome: Outcome, total_s: float) -> None:
+    """One line of the access log."""
+    if not _log.isEnabledFor(logging.INFO):
+        return
+    _log.info(
+        "%s %s %s model=%s replica=%s status=%d queue=%s ttft=%s total=%s tokens=%s cached=%s",
+        name,
+        key,
+        path,
+        outcome.model,
+        outcome.replica or "-",
+        outcome.status,
+        _seconds(outcome.queue_s),
+        _seconds(outcome.ttft_s),
+        _seconds(total_s),
+        "-" if outcome.generated_tokens is None else outcome.generated_tokens,
+        "-" if outcome.cached_tokens is None else outcome.cached_tokens,
+    )
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}s"

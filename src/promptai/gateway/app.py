@@ -1,0 +1,267 @@
+"""The gateway as an HTTP application: routes, and what every request has in common.
+
+    envelope ─▶ guard ─▶ handler ─▶ desk ─▶ flight ─▶ relay
+    (errors)    (keys)   (here)     (which   (router) (writes)
+                                     model)
+
+It listens nowhere: ``cli.serve`` and tests do that. One event loop, one process: a gateway that
+relays a few hundred streams is idle most of the time, and what it knows of the fleet is then in
+one place.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from promptai.engine.upstream import Upstream
+from promptai.errors import PromptAIError
+from promptai.fleet.replica import Replica
+from promptai.gateway import openapi
+from promptai.gateway.accounting import account, outcome_of, write_line
+from promptai.gateway.auth import CALLER, Caller, Guard
+from promptai.gateway.body import read_json
+from promptai.gateway.desk import Desk, Serving, Ticket
+from promptai.gateway.envelope import ApiError, envelope, request_id, stamp
+from promptai.gateway.metrics import Metrics, Now, ReplicaNow
+from promptai.gateway.relay import Rhythm, answer, as_api_error, stream
+from promptai.gateway.views import fleet_view, models_view, queue_view
+from promptai.router.dispatch import Dispatcher
+from promptai.router.selection import resolve
+
+_log = logging.getLogger("promptai.gateway")
+
+T = TypeVar("T")
+
+_CLIENT_GONE = 499
+_RETRY_WHEN_DRAINING_S = 10.0
+
+
+class GatewayLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """
+    What one request may be.
+
+    Attributes:
+        body_bytes: Largest body.
+        body_s: Longest time for it to arrive.
+    """
+
+    body_bytes: int = 16 * 1024 * 1024
+    body_s: float = 30.0
+
+
+class Gateway:
+    """
+    One front door.
+
+    Args:
+        dispatcher: Who is where.
+        upstream: How engines are reached.
+        guard: Who may come in.
+    """
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        upstream: Upstream,
+        guard: Guard,
+        *,
+        serving: Serving | None = None,
+        rhythm: Rhythm | None = None,
+        limits: GatewayLimits | None = None,
+    ) -> None:
+        self.desk = Desk(dispatcher, upstream, serving)
+        self.metrics = Metrics(self._now)
+        self.draining = False
+        self._dispatcher = dispatcher
+        self._guard = guard
+        self._rhythm = rhythm or Rhythm()
+        self._limits = limits or GatewayLimits()
+        self._open = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        dispatcher.accounts.fleet.subscribe(lambda snapshot: self._members(snapshot.replicas))
+        self._members(dispatcher.accounts.fleet.snapshot.replicas)
+
+    def application(self) -> web.Application:
+        """The application; to be run with ``envelope.Runner`` and ``handler_cancellation``."""
+        app = web.Application(middlewares=[envelope, self._guard.middleware], client_max_size=self._limits.body_bytes)
+        app.on_response_prepare.append(stamp)
+        app.on_response_prepare.append(self._guard.allow_origin)
+        app.add_routes(
+            [
+                web.post("/v1/chat/completions", self._infer),
+                web.post("/v1/completions", self._infer),
+                web.post("/v1/embeddings", self._infer),
+                web.get("/v1/models", self._models),
+                web.get("/v1/models/{model:.+}", self._model),
+                web.get("/api/fleet", self._fleet),
+                web.get("/api/queue", self._queue),
+                web.post("/api/decide", self._decide),
+                web.get("/healthz", _healthy),
+                web.get("/readyz", self._ready),
+                web.get("/metrics", self._metrics_page),
+                web.get("/openapi.json", _openapi),
+                web.get("/docs", _docs),
+                web.get("/", _docs),
+            ]
+        )
+        return app
+
+    async def drain(self, limit_s: float) -> None:
+        """Take nothing new, and let what is under way end; returns when it has, or after ``limit_s``."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._idle.wait()
+        except TimeoutError:
+            _log.warning("%d requests were still under way after %g s", self._open, limit_s)
+
+    @property
+    def under_way(self) -> int:
+        """Requests that have been accepted and not answered in full."""
+        return self._open
+
+    async def _infer(self, request: web.Request) -> web.StreamResponse:
+        if self.draining:
+            raise ApiError(503, "the gateway is shutting down", code="draining", retry_after_s=_RETRY_WHEN_DRAINING_S)
+        body = await read_json(request, limit_bytes=self._limits.body_bytes, limit_s=self._limits.body_s)
+        caller: Caller = request[CALLER]
+        arrived = asyncio.get_running_loop().time()
+        ticket = _refusals(lambda: self.desk.accept(request.path, body, request.headers, caller))
+        self._open += 1
+        self._idle.clear()
+        status = _CLIENT_GONE
+        try:
+            if ticket.request.stream and request.path != "/v1/embeddings":
+                response = await stream(request, ticket, self._rhythm)
+            else:
+                response = await answer(ticket)
+            status = response.status
+            return response
+        except ApiError as error:
+            status = error.status
+            raise
+        finally:
+            self._ended(request, caller, ticket, status, arrived)
+
+    def _ended(self, request: web.Request, caller: Caller, ticket: Ticket, status: int, arrived: float) -> None:
+        self._open -= 1
+        if not self._open:
+            self._idle.set()
+        outcome = outcome_of(ticket, status, arrived)
+        account(self.metrics, ticket, outcome)
+        self._guard.charge(caller, (outcome.prompt_tokens or 0) + (outcome.generated_tokens or 0))
+        total_s = asyncio.get_running_loop().time() - arrived
+        write_line(request_id(request), caller.key_id, request.path, outcome, total_s)
+
+    def _now(self) -> Now:
+        accounts, snapshot = self._dispatcher.accounts, self._dispatcher.accounts.fleet.snapshot
+        now = accounts.now()
+        return Now(
+            queued={model: len(self._dispatcher.waiting(model)) for model in snapshot.models},
+            replicas=tuple(
+                ReplicaNow(
+                    replica=replica.id,
+                    model=replica.model,
+                    slots=replica.slots,
+                    busy=accounts.running(replica.id),
+                    up=replica.state.value == "ready",
+                    breaker=accounts.breaker(replica.id).state(now).value,
+                )
+                for replica in snapshot.replicas
+            ),
+        )
+
+    def _members(self, replicas: Iterable[Replica]) -> None:
+        self.metrics.set_fleet((replica.id, replica.model) for replica in replicas)
+
+    async def _models(self, request: web.Request) -> web.Response:
+        caller: Caller = request[CALLER]
+        return json(models_view(self._dispatcher, self.desk.serving.names, caller.limits.allow))
+
+    async def _model(self, request: web.Request) -> web.Response:
+        caller: Caller = request[CALLER]
+        view = models_view(self._dispatcher, self.desk.serving.names, caller.limits.allow)
+        name = request.match_info["model"]
+        found = next((entry for entry in view["data"] if entry["id"] == name), None)
+        if found is None:
+            unknown = resolve(name, self._dispatcher.accounts.fleet.snapshot.models, self.desk.serving.names)
+            raise ApiError(
+                404,
+                getattr(unknown, "message", "there is no such model"),
+                code="model_not_found",
+                param="model",
+                hint=getattr(unknown, "hint", ""),
+            )
+        return json(found)
+
+    async def _fleet(self, _request: web.Request) -> web.Response:
+        return json(fleet_view(self._dispatcher, self.desk.serving.names))
+
+    async def _queue(self, _request: web.Request) -> web.Response:
+        return json(queue_view(self._dispatcher))
+
+    async def _decide(self, request: web.Request) -> web.Response:
+        body = await read_json(request, limit_bytes=self._limits.body_bytes, limit_s=self._limits.body_s)
+        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+        caller: Caller = request[CALLER]
+        ticket, choice = _refusals(lambda: self.desk.decide(path, body, request.headers, caller))
+        found: dict[str, Any] = {
+            "model": ticket.model,
+            "why": ticket.why,
+            "prompt_tokens_estimated": round(ticket.flight.job.tokens),
+            "replica": None,
+        }
+        if choice is not None:
+            load, expected = choice.load, choice.estimate
+            found |= {
+                "replica": load.replica.id,
+                "now": choice.now,
+                "reason": choice.reason,
+                "cached_tokens": round(load.cached),
+                "wait_s": round(expected.wait_s, 3),
+                "ttft_s": round(expected.ttft_s, 3),
+                "cost_s": round(expected.cost_s, 3),
+                "rates": self._dispatcher.accounts.book.source(load.replica),
+            }
+        return json(found)
+
+    async def _ready(self, _request: web.Request) -> web.Response:
+        snapshot = self._dispatcher.accounts.fleet.snapshot
+        usable = [replica for replica in snapshot.replicas if replica.usable]
+        if self.draining or not usable:
+            why = "the gateway is shutting down" if self.draining else "no replica can serve"
+            raise ApiError(503, why, code="not_ready", retry_after_s=2.0)
+        return json({"status": "ready", "replicas": len(usable)})
+
+    async def _metrics_page(self, _request: web.Request) -> web.Response:
+        data, kind = self.metrics.render()
+        return web.Response(body=data, headers={"Content-Type": kind})
+
+
+async def _healthy(_request: web.Request) -> web.Response:
+    return json({"status": "ok"})
+
+
+async def _openapi(_request: web.Request) -> web.Response:
+    return web.Response(body=openapi.document_json(), content_type="application/json")
+
+
+async def _docs(_request: web.Request) -> web.Response:
+    return web.Response(text=openapi.page(), content_type="text/html")
+
+
+def json(value: Any) -> web.Response:
+    """A JSON answer."""
+    return web.Response(body=msgspec.json.encode(value), content_type="application/json")
+
+
+def _refusals(call: Callable[[], T]) -> T:
+    try:
+        return call()
+    except PromptAIError as error:
+        raise as_api_error(error) from None

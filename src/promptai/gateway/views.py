@@ -1,0 +1,121 @@
+"""What the gateway shows of itself: models, fleet and queue, as plain values."""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from promptai.fleet.replica import Replica, State
+from promptai.router.dispatch import Dispatcher
+from promptai.router.selection import Names
+
+
+def models_view(dispatcher: Dispatcher, names: Names, allowed: Callable[[str], bool]) -> dict[str, Any]:
+    """``GET /v1/models``: everything that a request may call a model, ``auto`` and aliases among them."""
+    snapshot = dispatcher.accounts.fleet.snapshot
+    entries = []
+    for model in snapshot.models:
+        replicas = snapshot.of(model)
+        entries.append({"id": model, "replicas": len(replicas), "context": _context(replicas)})
+    entries += [{"id": alias, "alias_of": found.model} for alias, found in names.aliases.items()]
+    if len(snapshot.models) > 1:
+        entries.append({"id": "auto"})
+    return {
+        "object": "list",
+        "data": [
+            {"object": "model", "created": 0, "owned_by": "promptai", **entry}
+            for entry in entries
+            if allowed(str(entry["id"]))
+        ],
+    }
+
+
+def fleet_view(dispatcher: Dispatcher, names: Names) -> dict[str, Any]:
+    """``GET /api/fleet``: all replicas and what is known of them; another gateway reads ``models``."""
+    accounts = dispatcher.accounts
+    snapshot = accounts.fleet.snapshot
+    return {
+        "gateway": "promptai",
+        "version": snapshot.version,
+        "strategy": dispatcher.strategy.name,
+        "models": [_model(model, snapshot.of(model)) for model in snapshot.models],
+        "aliases": {alias: found.model for alias, found in names.aliases.items()},
+        "replicas": [_replica(dispatcher, replica) for replica in snapshot.replicas],
+    }
+
+
+def queue_view(dispatcher: Dispatcher) -> dict[str, Any]:
+    """``GET /api/queue``: who waits for what, and who is in which slot; keys by their ids, nobody's words."""
+    accounts = dispatcher.accounts
+    now, snapshot = accounts.now(), accounts.fleet.snapshot
+    waiting = []
+    for model in snapshot.models:
+        for place, waiter in enumerate(dispatcher.waiting(model)):
+            choice = waiter.choice
+            waiting.append(
+                {
+                    "model": model,
+                    "place": place,
+                    "key": waiter.job.key,
+                    "waited_s": round(now - waiter.since, 1),
+                    "prompt_tokens": round(waiter.job.tokens),
+                    "for": choice.load.replica.id if choice is not None else None,
+                    "left_s": round(choice.estimate.wait_s, 1) if choice is not None else None,
+                }
+            )
+    running = [
+        {
+            "model": grant.job.model,
+            "replica": grant.replica.id,
+            "slot": grant.slot,
+            "key": grant.job.key,
+            "since_s": round(now - grant.started, 1),
+            "generated_tokens": grant.generated,
+            "stage": "decode" if grant.first_at is not None else "prefill",
+        }
+        for replica in snapshot.replicas
+        for grant in accounts.grants(replica.id)
+    ]
+    return {"waiting": waiting, "running": running, "bound": dispatcher.limits.queue}
+
+
+def _model(model: str, replicas: tuple[Replica, ...]) -> dict[str, Any]:
+    ready = [replica for replica in replicas if replica.state is State.READY]
+    return {
+        "id": model,
+        "slots": sum(replica.slots for replica in ready),
+        "context": _context(replicas),
+        "capability": max((r.capability for r in replicas if r.capability is not None), default=None),
+    }
+
+
+def _replica(dispatcher: Dispatcher, replica: Replica) -> dict[str, Any]:
+    accounts = dispatcher.accounts
+    book, now = accounts.book, accounts.now()
+    step = book.decode_step_s(replica, 1)
+    return {
+        "id": replica.id,
+        "url": replica.url,
+        "model": replica.model,
+        "dialect": replica.dialect,
+        "state": replica.state.value,
+        "reason": replica.reason,
+        "progress": replica.progress,
+        "slots": replica.slots,
+        "busy": accounts.running(replica.id),
+        "context": replica.context,
+        "capability": replica.capability,
+        "rates": {
+            "source": book.source(replica),
+            "prefill_tps": book.prefill_tps(replica),
+            "decode_tps": 1 / step if step else None,
+            "cache_trust": round(book.trust(replica.id), 3),
+        },
+        "breaker": accounts.breaker(replica.id).state(now).value,
+        "cached_chars": accounts.index.chars(replica.id),
+        "expected": msgspec.to_builtins(replica.rates),
+    }
+
+
+def _context(replicas: tuple[Replica, ...]) -> int | None:
+    return max((replica.context for replica in replicas if replica.context is not None), default=None)

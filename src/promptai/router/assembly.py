@@ -1,0 +1,96 @@
+"""Make one answer of a stream's chunks, as if it had never been streamed.
+
+llama-server notices that its client has gone only when it writes; an answer in one piece is
+written at its end, so that a board computes for minutes for nobody (tried with b11549). So the
+gateway always has answers streamed to it, and puts them together for those who want one piece.
+What chunks may hold is merged by what it is, not by name: texts are joined, lists are
+appended, and whatever else there is stands as it came last. Pure.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+_OBJECTS = {"chat.completion.chunk": "chat.completion"}
+
+
+class Assembly:
+    """One answer in the making."""
+
+    def __init__(self, *, chat: bool, begun: str = "") -> None:
+        self._chat = chat
+        self._begun = begun
+        self._head: dict[str, Any] = {}
+        self._choices: dict[int, dict[str, Any]] = {}
+        self._usage: dict[str, Any] | None = None
+
+    def add(self, chunks: Iterable[bytes]) -> None:
+        """Take chunks as they came."""
+        for data in chunks:
+            chunk = msgspec.json.decode(data, type=dict[str, Any])
+            for choice in chunk.pop("choices", None) or ():
+                self._merge_choice(choice)
+            usage = chunk.pop("usage", None)
+            if isinstance(usage, dict):
+                self._usage = usage if self._usage is None else _both(self._usage, usage)
+            self._head.update(chunk)
+
+    def answer(self) -> bytes:
+        """The answer as JSON."""
+        kind = self._head.get("object")
+        usage = {} if self._usage is None else {"usage": self._usage}
+        choices = [self._choices[index] for index in sorted(self._choices)]
+        return msgspec.json.encode({**self._head, "object": _OBJECTS.get(str(kind), kind), "choices": choices, **usage})
+
+    def _merge_choice(self, choice: dict[str, Any]) -> None:
+        index = choice.get("index", 0)
+        into = self._choices.get(index)
+        if into is None:
+            # What the request began itself (assistant prefill) is a part of an answer in one piece, not of a stream.
+            empty = {"message": {"role": "assistant", "content": self._begun}} if self._chat else {"text": ""}
+            into = self._choices[index] = {"index": index, **empty, "finish_reason": None}
+        for name, value in choice.items():
+            if name == "delta":
+                _merge(into["message"], value or {})
+            elif name == "text":
+                into["text"] += value or ""
+            elif name == "logprobs" and isinstance(value, dict):
+                _merge(into.setdefault("logprobs", {}), value)
+            elif value is not None and name != "index":
+                into[name] = value
+
+
+def _merge(into: dict[str, Any], more: dict[str, Any]) -> None:
+    for name, value in more.items():
+        there = into.get(name)
+        if value is None:
+            into.setdefault(name, None)
+        elif name == "tool_calls" and isinstance(value, list):
+            _merge_calls(into.setdefault(name, []), value)
+        elif (isinstance(there, str) and isinstance(value, str) and name != "role") or (
+            isinstance(there, list) and isinstance(value, list)
+        ):
+            into[name] = there + value
+        else:
+            into[name] = value
+
+
+def _merge_calls(into: list[dict[str, Any]], more: list[dict[str, Any]]) -> None:
+    """Tool calls come in pieces, by index: id and name once, arguments in parts."""
+    for piece in more:
+        index = piece.get("index", 0)
+        while len(into) <= index:
+            into.append({"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
+        call, function = into[index], piece.get("function") or {}
+        call["id"] = piece.get("id") or call["id"]
+        call["type"] = piece.get("type") or call["type"]
+        call["function"]["name"] += function.get("name") or ""
+        call["function"]["arguments"] += function.get("arguments") or ""
+
+
+def _both(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The usage of two alternatives of one prompt."""
+    generated = one.get("completion_tokens", 0) + other.get("completion_tokens", 0)
+    total = other.get("prompt_tokens", 0) + generated
+    return {**other, "completion_tokens": generated, "total_tokens": total}

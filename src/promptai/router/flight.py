@@ -1,0 +1,364 @@
+"""One request's way through the fleet: wait, be sent, fail, be sent again, go on, arrive.
+
+A board that dies takes its requests along, and whoever asked gets half an answer. Here a request
+outlives its board: before the first byte it is sent to another one as it was; after it, the answer
+goes on elsewhere from what has been sent already (``continuation``). A silence counts as a death
+once it is longer than everything that the board has to compute could explain.
+
+A request that its engine refuses (400 to 499) is not sent again: the next one would refuse it too.
+Nothing is sent again that could not be: a part of a tool call, or of one of several answers, ends
+in an error that says so.
+"""
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any, Literal
+
+import msgspec
+
+from promptai.engine.upstream import Reply, Upstream
+from promptai.errors import (
+    BrokenOffError,
+    EngineDiedError,
+    EngineError,
+    EngineProtocolError,
+    EngineRefusedError,
+)
+from promptai.router.assembly import Assembly
+from promptai.router.continuation import Said, as_chat, continued_body, obstacle, usage_chunk
+from promptai.router.dispatch import Dispatcher, Waiter
+from promptai.router.grant import Grant, Job, Outcome
+from promptai.router.prefix import chain
+from promptai.router.reading import head_of, outcome_of_reply, read_chunk, reason_of, refused, rehead, stops
+from promptai.wire.llamaserver import Timings
+from promptai.wire.malformed import MALFORMED
+from promptai.wire.passing import NativeChunk, PassingChunk, PassingRequest, answered
+from promptai.wire.sse import SseEvent
+
+_DONE = "[DONE]"
+_QUICK_S = 30.0
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """
+    What is to be done.
+
+    Attributes:
+        path: Of the engine's API.
+        body: As it came, after names were resolved; goes to the engine with a few fields of ours.
+        request: What was read of it.
+        text: The prompt as one text.
+        attempts: How often it may be sent, whatever happens.
+        stall_s: Silence beyond what computing explains.
+    """
+
+    path: str
+    body: dict[str, Any]
+    request: PassingRequest
+    text: str
+    attempts: int = 4
+    stall_s: float = 15.0
+
+    @property
+    def chat(self) -> bool:
+        """Whether it is a chat."""
+        return self.request.messages is not None
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True):
+    """
+    Where a request is, for whoever waits.
+
+    Attributes:
+        stage: ``queued``, ``loading``, ``prefill`` or ``decode``.
+        place: How many are before it in the queue.
+        share: Of loading or prefill that is done, 0 to 1.
+        left_s: Seconds to the first token, as it looks.
+    """
+
+    stage: str
+    place: int | None = None
+    share: float | None = None
+    left_s: float | None = None
+
+
+class Flight:
+    """
+    One request under way.
+
+    Attributes:
+        grant: The slot that it has, or had last.
+        retries: Why it was sent again from the start, each time.
+        continuations: How its answer went on elsewhere, each time: by ``ids`` that the engine told, or by ``text``.
+        timings: The engine's account, once it has come.
+    """
+
+    def __init__(self, order: Order, job: Job, dispatcher: Dispatcher, upstream: Upstream) -> None:
+        self.order = order
+        self.job = job
+        self.grant: Grant | None = None
+        self.retries: list[str] = []
+        self.continuations: list[Literal["ids", "text"]] = []
+        self.timings: Timings | None = None
+        self.said = Said()
+        self._dispatcher = dispatcher
+        self._accounts = dispatcher.accounts
+        self._upstream = upstream
+        self._waiter: Waiter | None = None
+        self._sent = 0
+
+    def stage(self) -> Stage:
+        """Where it is now."""
+        if self._waiter is not None:
+            choice, place = self._waiter.choice, self._dispatcher.place(self._waiter)
+            left = choice.estimate.ttft_s if choice is not None else None
+            replica = choice.load.replica if choice is not None else None
+            if replica is not None and replica.state.value in {"cold", "loading"}:
+                return Stage(stage="loading", place=place, share=replica.progress, left_s=left)
+            return Stage(stage="queued", place=place, left_s=left)
+        grant = self.grant
+        if grant is None or grant.first_at is not None:
+            return Stage(stage="decode" if grant is not None else "queued")
+        now, tps = self._accounts.now(), self._accounts.book.prefill_tps(grant.replica)
+        left = grant.prefill_left(now, tps or 0.0)
+        return Stage(stage="prefill", share=grant.prefill_share(now, tps or 0.0), left_s=left / tps if tps else None)
+
+    async def events(self) -> AsyncGenerator[list[bytes], None]:
+        """
+        The answer's chunks as they come, as JSON; ``[DONE]`` is not among them.
+
+        Raises:
+            SaturatedError, NoCapacityError: There is no slot for it.
+            EngineRefusedError: Its engine refuses it.
+            EngineError: It was sent as often as it may be, and failed each time.
+            BrokenOffError: A part of it has been sent, and it cannot go on.
+        """
+        while True:
+            async with self._slot() as grant:
+                try:
+                    async with aclosing(self._attempt(grant)) as chunks:
+                        async for some in chunks:
+                            yield some
+                    return
+                except (EngineDiedError, EngineProtocolError, EngineRefusedError) as error:
+                    if self._failed(grant, error):
+                        return
+
+    async def whole(self) -> Reply:
+        """The answer in one piece; raises as ``events`` does."""
+        if not self._streamable():
+            return await self._asked()
+        request, body = self.order.request, self.order.body
+        assembly = Assembly(chat=self.order.chat, begun=_begun(request))
+        options = {**(request.stream_options or {}), "include_usage": True}
+        self.order = msgspec.structs.replace(
+            self.order,
+            request=msgspec.structs.replace(request, stream=True, stream_options=options),
+            body={**body, "stream": True, "stream_options": options},
+        )
+        async with aclosing(self.events()) as events:
+            async for chunks in events:
+                assembly.add(chunks)
+        return Reply(200, assembly.answer(), "application/json")
+
+    def _streamable(self) -> bool:
+        """Whether an answer can be had as a stream: llama-server does not stream tools with ``logprobs``."""
+        request, replicas = self.order.request, self._accounts.fleet.snapshot.of(self.job.model)
+        known = all(replica.dialect in {"llama-server", "promptai"} for replica in replicas)
+        return request.input is None and known and not (request.tools and self.order.body.get("logprobs"))
+
+    async def _asked(self) -> Reply:
+        """Ask for the answer in one piece; an engine's refusal is an answer."""
+        while True:
+            async with self._slot() as grant:
+                self._sends(grant)
+                try:
+                    reply = await self._upstream.ask(
+                        grant.replica.url, self.order.path, self._body(grant), limit_s=self._limit_s(grant)
+                    )
+                    if reply.status >= 500 or reply.status == 429:
+                        raise refused(grant.replica.id, reply)
+                except (EngineDiedError, EngineRefusedError) as error:
+                    self._failed(grant, error)
+                    continue
+                grant.outcome = outcome_of_reply(reply, chain(self.order.text))
+                return reply
+
+    def _slot(self) -> Any:
+        return self._dispatcher.grant(self.job, entered=self._entered)
+
+    def _entered(self, waiter: Waiter) -> None:
+        self._waiter = waiter
+
+    def _sends(self, grant: Grant) -> None:
+        self.grant, self._waiter = grant, None
+        self._sent += 1
+
+    async def _attempt(self, grant: Grant) -> AsyncGenerator[list[bytes], None]:
+        self._sends(grant)
+        stream = self._go_on(grant) if self.said.anything else self._begin(grant)
+        async with aclosing(stream) as chunks:
+            async for some in chunks:
+                yield some
+
+    async def _begin(self, grant: Grant) -> AsyncGenerator[list[bytes], None]:
+        """Send it as it is."""
+        async with aclosing(
+            self._upstream.stream(grant.replica.url, self.order.path, self._body(grant), silence_s=self._silence(grant))
+        ) as pieces:
+            async for piece in pieces:
+                out = [data for event in piece.events if (data := self._take(grant, event)) is not None]
+                if out:
+                    yield out
+        grant.outcome = self._ended(grant)
+
+    def _ended(self, grant: Grant) -> Outcome:
+        text = self.said.text
+        held = chain(self.order.text + (answered(text) if self.order.chat else text))
+        limit = self.order.request.limit
+        return Outcome(answer=held, timings=self.timings, capped=limit is not None and grant.generated >= limit)
+
+    def _take(self, grant: Grant, event: SseEvent) -> bytes | None:
+        """Note what an event says; its data, if it is the client's."""
+        if event.comment or event.data == _DONE:
+            return None
+        chunk = read_chunk(event, PassingChunk, grant.replica.id)
+        if chunk.timings is not None:
+            self.timings = chunk.timings
+        progress = chunk.prompt_progress
+        if progress is not None:
+            grant.progress(progress.processed, progress.cache, progress.total, self._accounts.now())
+            if not self.order.request.return_progress:
+                return None
+        text = self.said.add(chunk)
+        if text or self.said.beyond_text:
+            self._accounts.token(grant)
+        if not self.said.head:
+            self.said.head = head_of(event.data)
+        elif self.retries:
+            # What an engine sent before its first token, and died, has been passed on: one answer has one id.
+            return rehead(event.data, self.said.head) if self.said.anything else None
+        return event.data.encode()
+
+    async def _go_on(self, grant: Grant) -> AsyncGenerator[list[bytes], None]:
+        """Continue the answer from what has been sent."""
+        prompt, said = await self._ids(grant)
+        self.continuations.append("text" if self.said.ids is None else "ids")
+        self.said.ids = list(said)
+        body = continued_body(self.order.body, prompt, said, self.order.request.limit)
+        payload = msgspec.json.encode(self._pinned(grant, body))
+        last: NativeChunk | None = None
+        async with aclosing(
+            self._upstream.stream(grant.replica.url, "/completion", payload, silence_s=self._silence(grant), ends=stops)
+        ) as pieces:
+            async for piece in pieces:
+                out: list[bytes] = []
+                for event in piece.events:
+                    chunk = self._native(grant, event)
+                    if chunk is not None:
+                        last = chunk if chunk.stop else last
+                        out += as_chat(chunk, self.said.head, chat=self.order.chat)
+                if out:
+                    yield out
+        self.said.finished = True
+        if self.order.request.include_usage and last is not None:
+            done = len(said) + (last.timings.predicted_n if last.timings is not None else 0)
+            yield [usage_chunk(self.said.head, prompt_tokens=len(prompt), completion_tokens=done, timings=last.timings)]
+        grant.outcome = self._ended(grant)
+
+    def _native(self, grant: Grant, event: SseEvent) -> NativeChunk | None:
+        if event.comment or event.data == _DONE:
+            return None
+        chunk = read_chunk(event, NativeChunk, grant.replica.id)
+        if chunk.prompt_progress is not None:
+            p = chunk.prompt_progress
+            grant.progress(p.processed, p.cache, p.total, self._accounts.now())
+            return None
+        if chunk.timings is not None:
+            self.timings = chunk.timings
+        self.said.add_native(chunk)
+        if chunk.content:
+            self._accounts.token(grant)
+        return chunk
+
+    async def _ids(self, grant: Grant) -> tuple[list[int], list[int]]:
+        """Token ids of the prompt as the engine renders it, and of what has been sent."""
+        request = self.order.request
+        if request.messages is not None:
+            kept = {k: v for k, v in self.order.body.items() if k not in {"stream", "stream_options"}}
+            rendered = await self._quick(grant, "/apply-template", kept)
+            prompt = await self._tokenize(grant, str(rendered.get("prompt", "")), special=True)
+        elif isinstance(request.prompt, str):
+            prompt = await self._tokenize(grant, request.prompt, special=True)
+        else:
+            prompt = [int(token) for token in request.prompt or ()]
+        said = self.said.ids
+        return prompt, await self._tokenize(grant, self.said.text, special=False) if said is None else said
+
+    async def _tokenize(self, grant: Grant, text: str, *, special: bool) -> list[int]:
+        body = {"content": text, "add_special": special, "parse_special": special}
+        found = await self._quick(grant, "/tokenize", body)
+        return [int(token) for token in found.get("tokens", ())]
+
+    async def _quick(self, grant: Grant, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        # These wait behind whatever the engine computes: its loop takes them between two batches.
+        limit = self._accounts.silence_s(grant, _QUICK_S)
+        reply = await self._upstream.ask(grant.replica.url, path, msgspec.json.encode(body), limit_s=limit)
+        if reply.status != 200:
+            raise refused(grant.replica.id, reply)
+        try:
+            return msgspec.json.decode(reply.body, type=dict[str, Any])
+        except MALFORMED as error:
+            raise EngineProtocolError(f"{grant.replica.id} answered something else at {path}: {error}") from None
+
+    def _failed(self, grant: Grant, error: EngineError) -> bool:
+        """Decide what follows: True when the answer is whole all the same; raises when nothing can follow."""
+        refusal = error.status if isinstance(error, EngineRefusedError) else None
+        if refusal is not None and 400 <= refusal < 500 and refusal != 429:
+            grant.outcome = Outcome()
+            raise error
+        self._accounts.failed(grant, weight=3 if isinstance(error, EngineDiedError) and not grant.first_at else 1)
+        if self.said.finished:
+            return True
+        why = obstacle(self.order.request, self.said) if self.said.anything else None
+        if self.said.anything and grant.replica.dialect != "llama-server":
+            why = why or f"a server of the dialect {grant.replica.dialect} cannot go on"
+        if why is not None or self._sent >= self.order.attempts:
+            if self.said.anything:
+                raise BrokenOffError(
+                    f"{grant.replica.id} failed in the middle of the answer: {error.message}",
+                    hint=why or f"{self._sent} replicas failed one after another",
+                ) from None
+            raise error
+        if not self.said.anything:
+            self.retries.append(reason_of(error))
+        self.job = msgspec.structs.replace(self.job, refused=self.job.refused | {grant.replica.id}, again=True)
+        return False
+
+    def _body(self, grant: Grant) -> bytes:
+        body = {**self.order.body, "model": grant.replica.model}
+        if self.order.request.stream and grant.replica.dialect == "llama-server":
+            # Not only to tell how far it is: an engine that writes nothing does not notice that its client has gone.
+            body["return_progress"] = True
+        return msgspec.json.encode(self._pinned(grant, body))
+
+    def _pinned(self, grant: Grant, body: dict[str, Any]) -> dict[str, Any]:
+        """Without a prompt cache, a slot of the engine's own choosing might be the one that somebody comes back to."""
+        replica = grant.replica
+        pinned = replica.dialect == "llama-server" and replica.slots > 1 and replica.host_cache_tokens == 0
+        return {**body, "id_slot": grant.slot} if pinned and (self.order.request.n or 1) == 1 else body
+
+    def _silence(self, grant: Grant) -> Callable[[], float]:
+        return lambda: self._accounts.silence_s(grant, self.order.stall_s)
+
+    def _limit_s(self, grant: Grant) -> float:
+        step = self._accounts.book.decode_step_s(grant.replica, grant.replica.slots) or 2.0
+        tokens = self.order.request.limit or grant.replica.context or 4096
+        return self._accounts.silence_s(grant, self.order.stall_s) + 4.0 * tokens * step
+
+
+def _begun(request: PassingRequest) -> str:
+    """What the answer of a chat begins with because the request wrote it (assistant prefill)."""
+    last = request.messages[-1] if request.messages else {}
+    content = last.get("content") if last.get("role") == "assistant" else None
+    return content if isinstance(content, str) else ""

@@ -1,0 +1,84 @@
+"""Read what an engine sends as far as a flight must understand it. Pure."""
+
+from typing import Any, TypeVar
+
+import msgspec
+
+from promptai.engine.upstream import Reply
+from promptai.errors import EngineError, EngineProtocolError, EngineRefusedError
+from promptai.router.grant import Outcome
+from promptai.router.prefix import Chain
+from promptai.wire.malformed import MALFORMED
+from promptai.wire.openai import ErrorBody, error_in
+from promptai.wire.passing import NativeChunk, PassingChunk, PassingReply
+from promptai.wire.sse import SseEvent
+
+AnyChunk = TypeVar("AnyChunk", PassingChunk, NativeChunk)
+_OWN_OF_CHUNK = frozenset(("choices", "usage", "timings", "prompt_progress"))
+
+
+def read_chunk(event: SseEvent, kind: type[AnyChunk], replica_id: str) -> AnyChunk:
+    """
+    One chunk of a stream.
+
+    Raises:
+        EngineProtocolError: It is none.
+        EngineRefusedError: It is an error in place of one.
+    """
+    try:
+        chunk = msgspec.json.decode(event.data, type=kind)
+    except MALFORMED as error:
+        raise EngineProtocolError(f"{replica_id} sent a malformed chunk: {error}") from None
+    if event.event == "error" or chunk.error is not None:
+        data = event.data.encode()
+        found = error_in(data) or ErrorBody(event.data[:200])
+        status = found.code if isinstance(found.code, int) and 400 <= found.code < 600 else 500
+        raise EngineRefusedError(f"{replica_id} broke off: {found.message}", status=status, kind=found.type, body=data)
+    return chunk
+
+
+def refused(replica_id: str, reply: Reply) -> EngineRefusedError:
+    """An answer with a status that is none of success, as an error."""
+    found = error_in(reply.body) or ErrorBody(reply.body[:200].decode("utf-8", "replace"))
+    return EngineRefusedError(
+        f"{replica_id} answered HTTP {reply.status}: {found.message}",
+        status=reply.status,
+        kind=found.type,
+        body=reply.body,
+    )
+
+
+def reason_of(error: EngineError) -> str:
+    """What went wrong with an engine, in one word."""
+    if isinstance(error, EngineRefusedError):
+        return "busy" if error.status in {429, 503} else "refused"
+    return "protocol" if isinstance(error, EngineProtocolError) else "died"
+
+
+def stops(event: SseEvent) -> bool:
+    """Whether an event ends a native stream; in a string its quotes would be escaped."""
+    return '"stop":true' in event.data
+
+
+def head_of(data: str) -> dict[str, Any]:
+    """What all chunks of one answer have in common."""
+    chunk = msgspec.json.decode(data, type=dict[str, Any])
+    return {name: value for name, value in chunk.items() if name not in _OWN_OF_CHUNK}
+
+
+def rehead(data: str, head: dict[str, Any]) -> bytes:
+    """A chunk of one answer as one of another."""
+    chunk = msgspec.json.decode(data, type=dict[str, Any])
+    return msgspec.json.encode({**chunk, **head})
+
+
+def outcome_of_reply(reply: Reply, held: Chain) -> Outcome:
+    """How a request ended that was answered in one piece; a refusal says nothing but that its engine lives."""
+    try:
+        found = msgspec.json.decode(reply.body, type=PassingReply)
+    except MALFORMED:
+        return Outcome()
+    if reply.status != 200 or found.timings is None:
+        return Outcome()
+    capped = any(choice.finish_reason == "length" for choice in found.choices or ())
+    return Outcome(answer=held, timings=found.timings, capped=capped)

@@ -1,0 +1,106 @@
+"""``promptai keys``, as a person runs it."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from promptai.gateway.keys import KeyStore
+from promptai.settings import keys_path
+from support_cli import promptai
+
+pytestmark = pytest.mark.real
+
+
+def keys(tmp_path: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """The command with a configuration directory of the test's own."""
+    return promptai("keys", *arguments, cwd=tmp_path, XDG_CONFIG_HOME=str(tmp_path))
+
+
+def listed(tmp_path: Path) -> list[dict[str, Any]]:
+    done = keys(tmp_path, "list", "--json")
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("add",), "Missing argument 'NAME'"),
+        (("add", "a", "--scope", "root"), "'root' is not one of"),
+        (("add", "a", "--rpm", "0"), "0 is not in the range"),
+        (("add", "a", "--models", " , "), "--models names no model"),
+        (("add", "a\nb"), "1 to 64 printable characters"),
+        (("revoke", "12345678"), "there is no key 12345678 (promptai keys list shows their ids)"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_bad_input_is_one_line_and_changes_nothing(tmp_path: Path, arguments: tuple[str, ...], word: str) -> None:
+    done = keys(tmp_path, *arguments)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert word in done.stderr
+    assert not (tmp_path / "promptai" / "keys.json").exists()
+
+
+def test_a_broken_file_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    path.write_text("{")
+    path.chmod(0o600)
+
+    done = promptai("keys", "list", cwd=tmp_path, PROMPTAI_KEYS=str(path))
+
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert f"keys in {path} cannot be read" in done.stderr
+
+
+def test_the_secret_alone_is_on_stdout_and_works_until_it_is_revoked(tmp_path: Path) -> None:
+    added = keys(tmp_path, "add", "laptop", "--models", "tiny, small", "--rpm", "30", "--tpm", "9000")
+    secret = added.stdout.strip()
+    store = KeyStore(keys_path({"XDG_CONFIG_HOME": str(tmp_path)}))
+
+    key = store.find(secret)
+    assert key is not None
+    assert secret not in added.stderr
+    assert key.id in added.stderr
+    revoked = keys(tmp_path, "revoke", key.id)
+    assert revoked.stdout == f"key {key.id} for laptop is revoked\n"
+    store.reload()
+    assert store.find(secret) is None
+
+
+def test_the_list_for_programs_has_everything_but_secrets_and_digests(tmp_path: Path) -> None:
+    added = json.loads(
+        keys(
+            tmp_path, "add", "a", "--scope", "admin", "--scope", "metrics", "--concurrent", "2", "--tpm", "5", "--json"
+        ).stdout
+    )
+
+    secret = added.pop("key")
+    assert listed(tmp_path) == [added]
+    assert (added["scopes"], added["revoked"], added["prefix"]) == (["admin", "metrics"], False, secret[:7])
+    limits = {"requests_per_min": None, "tokens_per_min": 5, "concurrent": 2, "models": None}
+    assert (added["limits"], "sha256" in added) == (limits, False)
+
+
+def test_the_list_for_people_shows_names_as_they_are(tmp_path: Path) -> None:
+    keys(tmp_path, "add", "[red]alert[/red]", "--models", "tiny", "--rpm", "3")
+    keys(tmp_path, "revoke", listed(tmp_path)[0]["id"])
+    shown = keys(tmp_path, "list").stdout
+
+    assert "[red]alert[/red]" in shown
+    assert "revoked" in shown
+    assert "3 requests/min; only tiny" in shown
+
+
+def test_without_keys_the_list_says_how_to_make_one(tmp_path: Path) -> None:
+    done = keys(tmp_path, "list")
+
+    assert (done.returncode, done.stdout) == (
+        0,
+        f"{tmp_path}/promptai/keys.json: no keys; promptai keys add NAME makes one\n",
+    )
+    assert listed(tmp_path) == []

@@ -1,0 +1,352 @@
+"""The gateway's way to engines, over real sockets: what hostile servers do to it, and what good ones bring."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from promptai.engine.simulated import Fault, SimulatedEngine
+from promptai.engine.simulated_upstream import SimulatedUpstream
+from promptai.engine.simulation import SimulationConfig
+from promptai.engine.simulator import Simulator
+from promptai.engine.upstream import HttpUpstream, Piece, Upstream
+from promptai.errors import EngineDiedError, EngineError, EngineProtocolError, EngineRefusedError
+from promptai.wire.sse import MAX_EVENT_BYTES, SseEvent
+from support_engine import (
+    DONE,
+    END,
+    HELLO,
+    STREAM_HEAD,
+    Answer,
+    answer,
+    chunked,
+    content,
+    raw_server,
+    repeating,
+    silent_after,
+    until,
+)
+from support_simulator import CHAT, NATIVE, TALK, TEXT, chunks, ends, listen_into, open_stream, text
+
+FAST = SimulationConfig(prefill_tps=1e6, decode_tps=1e5)
+#: Ten milliseconds a token, one millisecond a prompt token.
+SLOW = SimulationConfig(prefill_tps=1e3, decode_tps=100.0, batch=8)
+REFUSAL = b'{"error": {"code": 503, "message": "Loading model", "type": "unavailable_error", "src": "x"}}'
+
+Use = Callable[[HttpUpstream, str], Awaitable[Any]]
+
+
+async def stream(upstream: HttpUpstream, url: str, silence_s: float = 0.2) -> list[Piece]:
+    """Everything that one stream brings."""
+    return [piece async for piece in upstream.stream(url, CHAT, b"{}", silence_s=lambda: silence_s)]
+
+
+def against(*answers: bytes | Answer, use: Use = stream) -> Any:
+    """What comes out of a server that gives these answers."""
+
+    async def play() -> Any:
+        async with raw_server(*answers) as server, HttpUpstream() as upstream:
+            return await use(upstream, server.url)
+
+    return asyncio.run(play())
+
+
+def with_engine(use: Use, config: SimulationConfig = FAST, fault: Fault | None = None) -> Any:
+    """What comes out of a pretended engine behind a socket."""
+
+    async def play() -> Any:
+        async with asyncio.timeout(20), SimulatedEngine(config, fault=fault) as engine, HttpUpstream() as upstream:
+            return await use(upstream, engine.base_url)
+
+    return asyncio.run(play())
+
+
+def events(pieces: list[Piece]) -> list[SseEvent]:
+    """All events, comments too."""
+    return [event for piece in pieces for event in piece.events]
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind", "words"),
+    [
+        pytest.param(silent_after(b""), EngineDiedError, "silent for 0.2 s before it began", id="slow-headers"),
+        pytest.param(silent_after(STREAM_HEAD), EngineDiedError, "0.2 s in the middle", id="headers-only"),
+        pytest.param(silent_after(HELLO), EngineDiedError, "silent for 0.2 s in the middle", id="silence"),
+        pytest.param(b"", EngineDiedError, "no connection", id="nothing"),
+        pytest.param(b"SSH-2.0-OpenSSH\r\n", EngineDiedError, "no connection", id="not-http"),
+        pytest.param(HELLO, EngineDiedError, "broke off in the middle of an answer", id="cut"),
+        pytest.param(HELLO + b"0\r\n\r\n", EngineDiedError, "broke off in the middle of an answer", id="no-done"),
+        pytest.param(HELLO + b"zz\r\n", EngineDiedError, "Invalid character", id="broken-chunking"),
+        pytest.param(STREAM_HEAD + chunked(b"data: \xff\n\n"), EngineProtocolError, "broken event", id="not-utf-8"),
+        pytest.param(
+            STREAM_HEAD + chunked(b"data: " + bytes(MAX_EVENT_BYTES)), EngineProtocolError, "more than", id="endless"
+        ),
+        pytest.param(answer("200 OK", b'{"choices": []}'), EngineProtocolError, "answered at once", id="no-stream"),
+        pytest.param(answer("503 Busy", REFUSAL), EngineRefusedError, "HTTP 503: Loading model", id="refusal"),
+        pytest.param(answer("200 OK", REFUSAL), EngineRefusedError, "HTTP 200: Loading model", id="disguised"),
+        pytest.param(answer("502 Bad", b"<html>"), EngineRefusedError, "HTTP 502: <html>", id="no-envelope"),
+    ],
+)
+def test_what_is_no_answer_is_named(reply: bytes | Answer, kind: type[EngineError], words: str) -> None:
+    """Nothing of aiohttp gets through."""
+    with pytest.raises(kind, match=words):
+        against(reply)
+
+
+def test_a_refusal_is_handed_on_as_it_came() -> None:
+    """With the fields that nobody knows here; of one without end, the beginning."""
+    with pytest.raises(EngineRefusedError) as caught:
+        against(answer("503 Busy", REFUSAL))
+    assert (caught.value.status, caught.value.kind, caught.value.body) == (503, "unavailable_error", REFUSAL)
+
+    with pytest.raises(EngineRefusedError) as caught:
+        against(repeating(b"HTTP/1.1 500 Oops\r\n\r\n", b"x" * 32_768))
+    assert caught.value.body == b"x" * 65_536
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [repeating(b"HTTP/1.1 500 Oops\r\n\r\n", b"x"), silent_after(b"HTTP/1.1 500 Oops\r\n\r\n")],
+    ids=["slowly", "without-saying-why"],
+)
+def test_a_refusal_that_does_not_end_is_a_refusal(reply: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its status is known."""
+    monkeypatch.setattr("promptai.engine.upstream._REASON_S", 0.1)
+
+    with pytest.raises(EngineRefusedError, match="HTTP 500"):
+        against(reply)
+
+
+@pytest.mark.parametrize("way", ["stream", "ask", "get"])
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://", "nonsense"])
+def test_where_nobody_listens_there_is_no_connection(url: str, way: str) -> None:
+    """Nor where there is no address."""
+
+    async def play() -> None:
+        async with HttpUpstream() as upstream:
+            if way == "stream":
+                await stream(upstream, url)
+            elif way == "ask":
+                await upstream.ask(url, CHAT, b"{}", limit_s=1.0)
+            else:
+                await upstream.get(url, "/health", limit_s=1.0)
+
+    with pytest.raises(EngineDiedError, match=f"no connection to {url}"):
+        asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("reply", "error", "words"),
+    [
+        (silent_after(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"), EngineDiedError, "silent for 0.2 s"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", EngineDiedError, "no connection"),
+        (answer("200 OK", b"x" * 1001), EngineProtocolError, "more than 1000 bytes"),
+    ],
+    ids=["silence", "cut", "huge"],
+)
+def test_a_whole_answer_that_does_not_come_is_named(
+    reply: bytes | Answer, error: type[EngineError], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would keep somebody waiting, or fill the memory."""
+    monkeypatch.setattr("promptai.engine.upstream._MAX_BODY_BYTES", 1000)
+
+    with pytest.raises(error, match=words):
+        against(reply, use=lambda upstream, url: upstream.ask(url, CHAT, b"{}", limit_s=0.2))
+
+
+def test_comments_keep_a_stream_alive_and_are_handed_on() -> None:
+    """Bytes are a sign of life, whatever they say; what they are worth is decided elsewhere."""
+
+    async def pings(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(STREAM_HEAD)
+        for _ in range(6):
+            await asyncio.sleep(0.05)
+            writer.write(chunked(b": ping\n\n"))
+        writer.write(END)
+
+    found = events(against(pings))
+
+    assert [event.comment for event in found] == [True] * 6 + [False]
+
+
+def test_how_long_to_wait_is_asked_again_whenever_something_came() -> None:
+    """Patient with a prompt, less so between tokens."""
+    patience = iter([5.0, 5.0, 0.1])
+
+    async def use(upstream: HttpUpstream, url: str) -> None:
+        async for _ in upstream.stream(url, CHAT, b"{}", silence_s=lambda: next(patience)):
+            pass
+
+    with pytest.raises(EngineDiedError, match=r"silent for 0.1 s in the middle"):
+        against(silent_after(HELLO), use=use)
+
+
+def test_pieces_are_handed_on_as_they_arrive_and_end_with_done() -> None:
+    """What comes after it, or does not come, is nobody's business."""
+
+    async def slowly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        whole = content("grüße") + content("b") + DONE + b"data: late\n\n"
+        writer.write(STREAM_HEAD)
+        for byte in whole:
+            writer.write(chunked(bytes([byte])))
+        await writer.drain()
+        await reader.read()
+
+    pieces = against(slowly)
+
+    assert text(pieces) == "grüßeb"
+    assert events(pieces)[-1].data == "[DONE]"
+    assert [piece.t for piece in pieces] == sorted(piece.t for piece in pieces)
+
+
+def test_a_key_goes_to_its_own_engine_only() -> None:
+    """And the body goes as it is."""
+
+    async def play() -> list[bytes]:
+        async with raw_server(HELLO + END) as one, raw_server(HELLO + END) as two:
+            async with HttpUpstream({one.url: "secret"}) as upstream:
+                for server in (one, two):
+                    async for _ in upstream.stream(server.url, CHAT, b'{"a":  1}', silence_s=lambda: 5.0):
+                        pass
+            return [*one.requests, *two.requests]
+
+    with_key, without = asyncio.run(play())
+
+    assert b"\r\nAuthorization: Bearer secret\r\n" in with_key
+    assert b"\r\nAccept: text/event-stream\r\n" in with_key
+    assert b"authorization" not in without.lower()
+    assert with_key.endswith(b'\r\n\r\n{"a":  1}')
+
+
+def test_outside_its_block_it_is_a_mistake() -> None:
+    """Not an engine's."""
+    with pytest.raises(RuntimeError, match="outside its async with block"):
+        asyncio.run(HttpUpstream().get("http://127.0.0.1:1", "/", limit_s=1.0))
+
+
+@pytest.mark.parametrize("pieces", [1, 12], ids=["prefill", "decode"])
+def test_closing_a_stream_frees_the_slot_at_once(pieces: int) -> None:
+    """The engine sees that the connection has gone."""
+
+    async def use(upstream: HttpUpstream, url: str) -> float:
+        async def idle() -> bool:
+            return b"true" not in (await upstream.get(url, "/slots", limit_s=5.0)).body
+
+        words = [{"role": "user", "content": "x " * 1000}] if pieces == 1 else TALK
+        reading = open_stream(upstream, url=url, return_progress=True, messages=words)
+        async with contextlib.aclosing(reading):
+            for _ in range(pieces):
+                await anext(reading)
+            assert not await idle()
+        began = time.monotonic()
+        await until(idle)
+        return time.monotonic() - began
+
+    assert with_engine(use, SLOW) < 1.0
+
+
+def test_cancelling_whoever_waits_for_headers_frees_the_place_in_the_queue() -> None:
+    """It is not answered yet, and will not be."""
+
+    async def use(upstream: HttpUpstream, url: str) -> bytes:
+        async def waiting(count: int) -> bool:
+            return b"deferred %d\n" % count in (await upstream.get(url, "/metrics", limit_s=5.0)).body
+
+        tasks = [asyncio.create_task(listen_into([], open_stream(upstream, url=url))) for _ in range(2)]
+        await until(lambda: waiting(1))
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await until(lambda: waiting(0))
+        return (await upstream.get(url, "/metrics", limit_s=5.0)).body
+
+    assert b"deferred 0\n" in with_engine(use, SLOW)
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT, NATIVE])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        None,
+        Fault(kind="refuse"),
+        Fault(kind="stall", after_tokens=2),
+        Fault(kind="cut", after_tokens=2),
+        Fault(kind="malformed", after_tokens=2),
+        Fault(kind="error", after_tokens=2),
+    ],
+    ids=["well", "refuse", "stall", "cut", "malformed", "error"],
+)
+def test_over_http_and_in_process_the_same_comes(path: str, fault: Fault | None) -> None:
+    """The same events, and the same error where there is one."""
+
+    async def use(upstream: Upstream, url: str) -> tuple[list[SseEvent], Any]:
+        body = {"prompt": [1, 2, 3], "max_tokens": 5, "n_predict": 5, "return_progress": True}
+        found: list[Piece] = []
+        data = msgspec.json.encode({"stream": True, **body} | ({"messages": TALK} if path == CHAT else {}))
+        try:
+            await listen_into(found, upstream.stream(url, path, data, silence_s=lambda: 0.2, ends=ends(path)))
+        except EngineError as error:
+            return events(found), (type(error), getattr(error, "body", b""))
+        return events(found), None
+
+    async def in_process() -> tuple[list[SseEvent], Any]:
+        async with SimulatedUpstream({"http://a": Simulator(FAST, fault=fault)}) as upstream:
+            return await use(upstream, "http://a")
+
+    over_http, in_this = with_engine(use, FAST, fault), asyncio.run(in_process())
+
+    assert len(over_http[0]) == len(in_this[0])
+    assert over_http[1] == in_this[1]
+    for one, other in zip(over_http[0], in_this[0], strict=True):
+        assert _timeless(one) == _timeless(other)
+
+
+def _timeless(event: SseEvent) -> Any:
+    try:
+        body = msgspec.json.decode(event.data)
+    except msgspec.DecodeError:
+        return event.data
+    timed = {name: sorted(body[name]) for name in ("timings", "prompt_progress") if name in body}
+    return body | timed
+
+
+def test_any_status_of_a_whole_answer_is_an_answer() -> None:
+    """With the kind that the server gives it."""
+
+    async def use(upstream: HttpUpstream, url: str) -> list[Any]:
+        return [
+            await upstream.get(url, "/v1/nothing", limit_s=5.0),
+            await upstream.ask(url, CHAT, b"{nope", limit_s=5.0),
+            await upstream.get(url, "/health", limit_s=5.0),
+            await upstream.ask(url, CHAT, msgspec.json.encode({"messages": TALK, "max_tokens": 2}), limit_s=5.0),
+        ]
+
+    missing, broken, healthy, answered = with_engine(use)
+
+    assert (missing.status, msgspec.json.decode(missing.body)["error"]["type"]) == (404, "not_found_error")
+    assert (broken.status, msgspec.json.decode(broken.body)["error"]["type"]) == (400, "invalid_request_error")
+    assert (healthy.status, healthy.body, healthy.content_type) == (200, b'{"status":"ok"}', "application/json")
+    assert len(msgspec.json.decode(answered.body)["choices"][0]["message"]["content"].split()) == 2
+
+
+def test_a_stream_of_many_is_whole() -> None:
+    """Eight at a time, each its own."""
+
+    async def use(upstream: HttpUpstream, url: str) -> list[str]:
+        async def one(number: int) -> str:
+            found: list[Piece] = []
+            said = [{"role": "user", "content": f"mast {number % 4}"}]
+            await listen_into(found, open_stream(upstream, url=url, messages=said, max_tokens=30))
+            assert len(chunks(found)) == 32
+            return text(found)
+
+        return list(await asyncio.gather(*map(one, range(8))))
+
+    found = with_engine(use, msgspec.structs.replace(FAST, slots=3))
+
+    assert found[:4] == found[4:]
+    assert len(set(found)) == 4

@@ -1,0 +1,185 @@
+import asyncio
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from promptai.engine.client import EngineClient
+from promptai.engine.flags import EngineFlags
+from promptai.engine.launch import port_taken
+from promptai.engine.locate import EngineBinary
+from promptai.errors import EngineStartError
+from promptai.fleet.launcher import EngineLauncher, LaunchedEngine
+from promptai.fleet.local import LocalModel, LocalSource
+from promptai.fleet.registry import Registry
+from promptai.fleet.replica import State
+from promptai.models.bundled import bundled_model
+from support_engine import alive, until
+
+EMBEDDED = EngineBinary("embedded", (sys.executable, "-m", "promptai.engine.embedded"), None, None)
+DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+
+
+def flags_for(model: LocalModel, port: int) -> EngineFlags:
+    """One thread, little context."""
+    return EngineFlags(model=str(model.path), port=port, threads=1, context=512)
+
+
+def launcher_of(folder: Path, *command: str) -> EngineLauncher:
+    """The real one; without a command with the embedded engine."""
+    binary = EngineBinary("settings", command, None, None) if command else EMBEDDED
+    return EngineLauncher(binary, flags_for, folder / "logs")
+
+
+def tiny(name: str = "tiny") -> LocalModel:
+    """The bundled model under another name."""
+    return LocalModel(name=name, path=bundled_model(), needed_bytes=200_000_000)
+
+
+async def hold(engine: LaunchedEngine) -> None:
+    """Start it and stay."""
+    async with engine:
+        await asyncio.get_running_loop().create_future()
+
+
+def test_no_two_engines_get_one_port_and_logs_are_called_after_models(tmp_path: Path) -> None:
+    """A log that has become large is put aside."""
+    launcher = launcher_of(tmp_path, "/bin/true")
+    engines = [launcher.start(tiny("org/yi")) for _ in range(3)]
+    log = tmp_path / "logs" / "org_yi.log"
+    with log.open("wb") as sink:
+        sink.truncate(9_000_000)
+    launcher.start(tiny("org/yi"))
+
+    assert all(engine.base_url.startswith("http://127.0.0.1:") for engine in engines)
+    assert [engine.pid for engine in engines] == [None] * 3
+    assert not log.exists()
+    assert log.with_suffix(".log.old").stat().st_size == 9_000_000
+
+
+def test_before_it_is_started_nothing_is_known_of_it(tmp_path: Path) -> None:
+    engine = launcher_of(tmp_path, "/bin/true").start(tiny())
+
+    assert engine.resident_bytes() is None
+    assert asyncio.run(engine.death()) is None
+
+
+@pytest.mark.real
+def test_a_start_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+    engine = launcher_of(tmp_path, sys.executable, "-c", "import sys; sys.exit('boom')").start(tiny())
+
+    with pytest.raises(EngineStartError, match="boom"):
+        asyncio.run(hold(engine))
+
+    assert not alive(engine.pid)
+
+
+@pytest.mark.real
+def test_a_start_that_is_cancelled_ends_the_engine_without_holding_up_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even one that does not care for being asked, and however often it is cancelled."""
+    monkeypatch.setattr("promptai.engine.launch._STOP_S", 1.2)
+    engine = launcher_of(tmp_path, sys.executable, "-c", DEAF).start(tiny())
+    log = tmp_path / "logs" / "tiny.log"
+
+    async def deaf() -> bool:
+        return log.exists() and "deaf" in log.read_text()
+
+    async def play() -> float:
+        task = asyncio.create_task(hold(engine))
+        await until(deaf)
+        assert (engine.resident_bytes() or 0) > 1_000_000
+        gaps, last = [0.0], time.monotonic()
+        task.cancel()
+        while not task.done():
+            await asyncio.sleep(0.02)
+            gaps.append(time.monotonic() - last)
+            last = time.monotonic()
+            task.cancel()
+        assert task.cancelled()
+        assert not alive(engine.pid)
+        return max(gaps)
+
+    assert asyncio.run(play()) < 0.9
+
+
+@pytest.mark.real
+def test_a_loop_that_ends_leaves_no_engine(tmp_path: Path) -> None:
+    """Nobody waited for the task that held it."""
+    engine = launcher_of(tmp_path).start(tiny())
+    tasks: list[asyncio.Task[None]] = []
+
+    async def listening() -> bool:
+        return port_taken(int(engine.base_url.rpartition(":")[2]))
+
+    async def play() -> None:
+        tasks.append(asyncio.create_task(hold(engine)))
+        await until(listening)
+
+    asyncio.run(play())
+
+    assert not alive(engine.pid)
+
+
+@pytest.mark.real
+def test_a_machine_serves_evicts_and_notices_the_death_of_real_engines(tmp_path: Path) -> None:
+    """Memory for one: the second takes the place of the first, is killed, and is missed within a second."""
+    models = (tiny("a"), tiny("b"))
+    source = LocalSource(models, launcher_of(tmp_path), lambda: 300_000_000, lambda _: 0)
+    registry = Registry([source])
+    pids: list[int] = []
+
+    def state(replica_id: str) -> State | None:
+        found = registry.snapshot.find(replica_id)
+        return found.state if found is not None else None
+
+    async def serve(replica_id: str) -> None:
+        registry.wake(replica_id)
+
+        async def ready() -> bool:
+            return state(replica_id) is State.READY
+
+        await until(ready)
+        replica = registry.snapshot.find(replica_id)
+        assert replica is not None
+        async with EngineClient(replica.url) as client:
+            assert await client.healthy()
+        source.touch(replica_id)
+        engine = source._entries[replica_id].engine
+        assert engine is not None
+        assert engine.pid is not None
+        assert (engine.resident_bytes() or 0) > 20_000_000
+        pids.append(engine.pid)
+
+    async def play() -> None:
+        running = asyncio.create_task(registry.run())
+        await asyncio.sleep(0.1)
+        await serve("local/a")
+        await serve("local/b")
+        assert state("local/a") is State.COLD
+        assert not alive(pids[0])
+        seen: list[tuple[float, State]] = []
+        registry.subscribe(lambda snapshot: seen.append((time.monotonic(), snapshot.replicas[1].state)))
+        killed = time.monotonic()
+        os.kill(pids[1], signal.SIGKILL)
+
+        async def cold() -> bool:
+            return state("local/b") is State.COLD
+
+        await until(cold)
+        assert seen[0][1] is State.DOWN
+        assert seen[0][0] - killed < 1.0
+        replica = registry.snapshot.find("local/b")
+        assert replica is not None
+        assert "killed by signal 9" in replica.reason
+        await serve("local/b")
+        running.cancel()
+        await asyncio.wait([running])
+
+    asyncio.run(play())
+
+    assert [alive(pid) for pid in pids] == [False] * 3

@@ -1,0 +1,284 @@
+import asyncio
+
+from promptai.fleet.replica import State
+from support_fleet import GB, FakeLauncher, House, model, play
+
+
+def test_a_model_that_can_never_fit_is_down_with_the_numbers_before_anybody_asks() -> None:
+    """And cold again when the budget has grown."""
+    house = House(model("large", 9), model("small", 1))
+
+    async def test() -> None:
+        house.wake("large")
+        await asyncio.sleep(1)
+        assert (house.state("large"), house.state("small")) == (State.DOWN, State.COLD)
+        assert "needs 9.0 GB of memory and all engines together may take 4.0 GB" in house.reason("large")
+        house.budget = 10 * GB
+        await asyncio.sleep(1)
+        assert (house.state("large"), house.reason("large")) == (State.COLD, "")
+        await house.use("large")
+
+    play(house, test)
+    assert house.launcher.starts == ["large"]
+
+
+def test_a_herd_that_asks_for_a_cold_model_loads_it_once() -> None:
+    """With progress that grows, never says it is done before it is, and comes twice a second."""
+    house = House(model("yi", slots=2, context=2048, load_s=30.0))
+
+    async def test() -> None:
+        for _ in range(50):
+            house.wake("yi")
+        await asyncio.sleep(0.1)
+        for _ in range(50):
+            house.wake("yi")
+        await asyncio.sleep(9.8)
+        assert house.state("yi") is State.LOADING
+        progress = [found[0].progress for _, found in house.watch.seen if found[0].progress is not None]
+        assert progress == sorted(progress)
+        assert len(set(progress)) >= 18
+        assert progress[-1] == 0.99
+        await asyncio.sleep(0.5)
+        ready = house.watch.now("local/yi")
+        assert (ready.state, ready.url, ready.progress, ready.load_s) == (State.READY, "http://yi", None, 10.0)
+        house.wake("yi")
+        house.wake("nobody")
+        await asyncio.sleep(60)
+
+    play(house, test)
+    assert house.launcher.starts == ["yi"]
+
+
+def test_loads_that_have_room_run_together() -> None:
+    house = House(model("a"), model("b"))
+
+    async def test() -> None:
+        house.wake("a")
+        house.wake("b")
+        await asyncio.sleep(10.5)
+        assert (house.state("a"), house.state("b")) == (State.READY, State.READY)
+
+    play(house, test)
+
+
+def test_an_idle_engine_makes_room_and_the_next_begins_when_it_has_gone() -> None:
+    """Two models are never in memory together that have no room together."""
+    house = House(model("a", 3), model("b", 3))
+
+    async def test() -> None:
+        await house.use("a")
+        house.wake("b")
+        await asyncio.sleep(0.1)
+        assert (house.state("a"), house.reason("a")) == (State.DRAINING, "makes room for b")
+        assert len(house.launcher.alive) == 1
+        await asyncio.sleep(12)
+        assert (house.state("a"), house.state("b")) == (State.COLD, State.READY)
+        assert house.watch.now("local/a").url == ""
+
+    play(house, test)
+    assert [(what, name) for _, what, name in house.launcher.log][:3] == [("start", "a"), ("stop", "a"), ("start", "b")]
+
+
+def test_an_engine_is_published_as_draining_in_the_step_that_found_it_idle() -> None:
+    """A request that is routed at any other moment finds it busy or not at all."""
+    house = House(model("a", 3), model("b", 3))
+
+    async def test() -> None:
+        await house.use("a")
+
+        def route_at_once(replica_id: str) -> int:
+            # Between the count and the publication no other task may run.
+            asyncio.get_running_loop().call_soon(route, replica_id)
+            return 0
+
+        def route(replica_id: str) -> None:
+            if house.watch.now(replica_id).state is State.READY:
+                routed.append(house.launcher.engine(replica_id.removeprefix("local/")).model.name)
+            elif len(house.launcher.alive) == 1:
+                refused.append(replica_id)
+
+        routed: list[str] = []
+        refused: list[str] = []
+        house.source._busy = route_at_once
+        house.wake("b")
+        await asyncio.sleep(0.1)
+        assert routed == []
+        assert "local/a" in refused
+
+    play(house, test)
+
+
+def test_a_busy_engine_is_never_evicted_and_loads_queue_in_the_order_of_asking() -> None:
+    """What waits says for whom."""
+    house = House(model("a", 3), model("b", 3), model("c", 1))
+
+    async def test() -> None:
+        await house.use("a")
+        house.in_flight["local/a"] = 1
+        house.wake("b")
+        await asyncio.sleep(1)
+        house.wake("c")
+        await asyncio.sleep(40)
+        assert (house.state("a"), house.state("b"), house.state("c")) == (State.READY, State.COLD, State.COLD)
+        assert house.reason("b") == "waits until a may be stopped"
+        house.in_flight["local/a"] = 0
+        await asyncio.sleep(20)
+        assert (house.state("a"), house.state("b"), house.state("c")) == (State.COLD, State.READY, State.READY)
+
+    play(house, test)
+    assert house.launcher.starts == ["a", "b", "c"]
+
+
+def test_a_load_that_waits_too_long_lets_the_busy_engine_take_nothing_new() -> None:
+    """It finishes what it has; and takes on again when the room came from elsewhere."""
+    house = House(model("a", 3), model("b", 3))
+
+    async def test() -> None:
+        await house.use("a")
+        house.in_flight["local/a"] = 1
+        house.wake("b")
+        await asyncio.sleep(59)
+        assert house.state("a") is State.READY
+        await asyncio.sleep(2)
+        assert (house.state("a"), len(house.launcher.alive)) == (State.DRAINING, 1)
+        house.budget = 6 * GB
+        await asyncio.sleep(11)
+        assert (house.state("a"), house.state("b")) == (State.READY, State.READY)
+
+    play(house, test)
+
+
+def test_who_waited_for_a_model_gets_it_before_it_is_evicted_again() -> None:
+    """Two models that displace each other: each is used once before the other comes."""
+    house = House(model("a", 3), model("b", 3))
+
+    async def test() -> None:
+        house.wake("a")
+        house.wake("b")
+        await asyncio.sleep(10.5)
+        assert house.state("a") is State.READY
+        house.source.touch("local/a")
+        await asyncio.sleep(0.5)
+        assert house.state("a") is State.DRAINING
+        house.wake("a")
+        await asyncio.sleep(11)
+        assert house.state("b") is State.READY
+        await asyncio.sleep(5)  # those who asked for b have left
+        assert house.state("b") is State.DRAINING
+        await asyncio.sleep(11)
+        assert house.state("a") is State.READY
+
+    play(house, test)
+
+
+def test_the_least_recently_used_of_equals_makes_room() -> None:
+    house = House(model("a", 2), model("b", 2), model("c", 2))
+
+    async def test() -> None:
+        await house.use("a")
+        await house.use("b")
+        house.source.touch("local/a")
+        house.source.touch("local/nobody")
+        await house.use("c")
+        assert (house.state("a"), house.state("b")) == (State.READY, State.COLD)
+
+    play(house, test)
+
+
+def test_a_pinned_model_starts_at_once_and_stays() -> None:
+    """A model that has no room beside it says so."""
+    house = House(model("other", 3), model("kept", 2, pinned=True, ttl_s=5.0), model("small", 1))
+
+    async def test() -> None:
+        await asyncio.sleep(0.1)
+        assert house.state("kept") is State.LOADING
+        await asyncio.sleep(100)
+        house.wake("other")
+        await asyncio.sleep(30)
+        assert (house.state("kept"), house.state("other"), house.state("small")) == (
+            State.READY,
+            State.DOWN,
+            State.COLD,
+        )
+        assert "beside kept (pinned, 2.0 GB)" in house.reason("other")
+
+    play(house, test)
+    assert house.launcher.starts == ["kept"]
+
+
+def test_preloading_fills_the_memory_and_evicts_nothing() -> None:
+    """Pinned ones come first; what has no room waits until it is asked for."""
+    house = House(model("a", 2, preload=True), model("b", 2, preload=True), model("kept", 1, pinned=True))
+
+    async def test() -> None:
+        await asyncio.sleep(60)
+        assert (house.state("a"), house.state("b"), house.state("kept")) == (State.READY, State.COLD, State.READY)
+        assert house.reason("b") == "was not started by itself: there is no room now"
+        await house.use("b")
+        assert house.state("a") is State.COLD
+        await asyncio.sleep(60)
+        assert house.state("a") is State.COLD
+
+    play(house, test)
+    assert house.launcher.starts == ["kept", "a", "b"]
+
+
+def test_an_engine_that_is_idle_too_long_is_stopped() -> None:
+    """Counted from its last use, and from the end of a long answer."""
+    house = House(model("yi", ttl_s=60.0), model("other"))
+
+    async def test() -> None:
+        await house.use("yi")
+        await house.use("other")
+        house.in_flight["local/yi"] = 1
+        await asyncio.sleep(300)
+        house.in_flight["local/yi"] = 0
+        await asyncio.sleep(59)
+        assert house.state("yi") is State.READY
+        await asyncio.sleep(2.5)
+        assert (house.state("yi"), house.state("other")) == (State.COLD, State.READY)
+        await house.use("yi")
+
+    play(house, test)
+    assert house.watch.states("local/yi")[:5] == [
+        State.COLD,
+        State.LOADING,
+        State.READY,
+        State.DRAINING,
+        State.COLD,
+    ]
+
+
+def test_a_wish_for_an_engine_that_is_just_being_stopped_is_kept() -> None:
+    house = House(model("yi", ttl_s=5.0), launcher=FakeLauncher(stop_s=3.0))
+
+    async def test() -> None:
+        await house.use("yi")
+        await asyncio.sleep(5.5)
+        assert house.state("yi") is State.DRAINING
+        house.wake("yi")
+        await asyncio.sleep(14)
+        assert house.state("yi") is State.READY
+
+    play(house, test)
+
+
+def test_the_same_models_are_the_same_configuration() -> None:
+    one, two, other = House(model("a")), House(model("a")), House(model("a", ttl_s=9.0))
+
+    assert one.source.configuration == two.source.configuration
+    assert one.source.configuration != other.source.configuration
+    assert one.source.sole
+
+
+def test_what_was_asked_for_before_it_ran_is_not_forgotten() -> None:
+    """It waits for what is preloaded, and then takes its place."""
+    house = House(model("pre", 3, preload=True), model("asked", 3))
+    house.wake("asked")
+
+    async def test() -> None:
+        await asyncio.sleep(30)
+        assert (house.state("pre"), house.state("asked")) == (State.COLD, State.READY)
+
+    play(house, test)
+    assert house.launcher.starts == ["pre", "asked"]

@@ -1,0 +1,121 @@
+import asyncio
+
+from promptai.fleet.replica import State
+from support_clock import run_virtually
+from support_fleet import FakeLauncher, House, model, play
+
+
+def test_a_failed_start_is_down_with_the_engines_own_words_and_rests_twice_as_long_each_time() -> None:
+    """Asking meanwhile starts nothing; asking after it tries again."""
+    house = House(model("yi"), launcher=FakeLauncher(load_s=1, broken=["yi"]))
+
+    async def test() -> None:
+        for rest_s in (5, 10, 20, 40, 80, 120, 120):
+            house.wake("yi")
+            await asyncio.sleep(1.1)
+            assert (house.state("yi"), house.reason("yi")) == (State.DOWN, "the file is damaged (fetch it again)")
+            house.wake("yi")
+            await asyncio.sleep(rest_s - 0.5)
+            assert house.state("yi") is State.DOWN
+            await asyncio.sleep(0.8)
+            assert house.state("yi") is State.COLD
+        house.launcher.broken.clear()
+        await house.use("yi")
+
+    play(house, test)
+    assert house.launcher.starts == ["yi"] * 8
+
+
+def test_cancelling_while_a_model_loads_stops_its_engine() -> None:
+    house = House(model("yi"))
+
+    async def test() -> None:
+        house.wake("yi")
+        await asyncio.sleep(3)
+        assert len(house.launcher.alive) == 1
+
+    play(house, test)
+    assert house.watch.states("local/yi") == [State.COLD, State.LOADING]
+
+
+def test_an_error_in_the_budget_ends_the_source_and_every_engine() -> None:
+    """The registry starts it again."""
+    house = House(model("yi"))
+
+    async def main() -> None:
+        house.wake("yi")
+        task = asyncio.create_task(house.source.run(house.watch))
+        await asyncio.sleep(11)
+        assert house.state("yi") is State.READY
+        house.source._budget_bytes = lambda: 1 // 0
+        await asyncio.wait([task])
+        failed = task.exception()
+        assert isinstance(failed, ExceptionGroup)
+        assert isinstance(failed.exceptions[0], ZeroDivisionError)
+        assert house.launcher.alive == []
+
+    run_virtually(main())
+
+
+def test_an_engine_that_dies_is_noticed_and_cold_until_it_is_asked_for() -> None:
+    house = House(model("yi"))
+
+    async def test() -> None:
+        await house.use("yi")
+        await asyncio.sleep(100)
+        house.launcher.engine("yi").kill()
+        await asyncio.sleep(0.25)
+        assert house.state("yi") is State.DOWN
+        await asyncio.sleep(0.5)
+        assert house.state("yi") is State.COLD
+        assert house.reason("yi") == "the engine of yi died: killed by signal 9 (smaller model)"
+        assert house.watch.states("local/yi")[-2:] == [State.DOWN, State.COLD]
+        assert house.watch.now("local/yi").url == ""
+        await asyncio.sleep(100)
+        await house.use("yi")
+        assert house.reason("yi") == ""
+
+    play(house, test)
+    assert house.launcher.starts == ["yi", "yi"]
+
+
+def test_a_pinned_engine_that_dies_starts_again_at_once_and_later_when_it_keeps_dying() -> None:
+    house = House(model("yi", pinned=True), model("pre", preload=True), launcher=FakeLauncher(load_s=1))
+
+    async def test() -> None:
+        await asyncio.sleep(100)
+        house.launcher.engine("yi").kill()
+        house.launcher.engine("pre").kill()
+        await asyncio.sleep(0.75)
+        assert (house.state("yi"), house.state("pre")) == (State.LOADING, State.LOADING)
+        for rest_s in (5, 10):
+            await asyncio.sleep(2)
+            house.launcher.engine("yi").kill()
+            await asyncio.sleep(rest_s - 0.5)
+            assert house.state("yi") is State.DOWN
+            await asyncio.sleep(1.2)
+            assert house.state("yi") is State.LOADING
+        await asyncio.sleep(100)
+        house.launcher.engine("yi").kill()
+        await asyncio.sleep(0.75)
+        assert house.state("yi") is State.LOADING
+
+    play(house, test)
+
+
+def test_a_preloaded_model_that_comes_back_evicts_nobody() -> None:
+    """Others took its place while it rested."""
+    house = House(
+        model("pre", 2, preload=True), model("x", 2), model("y", 2), launcher=FakeLauncher(load_s=1, broken=["pre"])
+    )
+
+    async def test() -> None:
+        await asyncio.sleep(1.5)
+        house.launcher.broken.clear()
+        await house.use("x")
+        await house.use("y")
+        await asyncio.sleep(20)
+        assert (house.state("pre"), house.state("x"), house.state("y")) == (State.COLD, State.READY, State.READY)
+        await house.use("pre")
+
+    play(house, test)

@@ -1,0 +1,281 @@
+import asyncio
+import itertools
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from promptai.errors import SettingsError
+from promptai.fleet.replica import Rates, Replica, State
+from promptai.fleet.static import StaticSource, Target
+from support_clock import run_virtually
+from support_fleet import FakeUpstream, Host, Watch, beside, llama_server
+
+PI = "http://pi-1:8080"
+PROMPTAI = {"/health": (200, {}), "/api/fleet": (200, {"gateway": "promptai", "models": []})}
+
+
+def play(
+    targets: list[Target],
+    hosts: dict[str, Host],
+    test: Callable[[Watch, FakeUpstream], Coroutine[Any, Any, None]],
+) -> None:
+    """Run a source while a test plays."""
+    watch, upstream = Watch(), FakeUpstream(hosts)
+
+    async def main() -> None:
+        await beside(StaticSource(targets, upstream).run(watch), lambda: test(watch, upstream))
+
+    run_virtually(main())
+
+
+def found(hosts: dict[str, Host], *targets: Target) -> list[Replica]:
+    """What a source publishes after five seconds."""
+    published: list[Replica] = []
+
+    async def test(watch: Watch, _upstream: FakeUpstream) -> None:
+        await asyncio.sleep(5)
+        published.extend(watch.seen[-1][1])
+
+    play(list(targets) or [Target(url) for url in hosts], hosts, test)
+    return published
+
+
+def test_a_dead_target_is_down_with_a_reason_and_asked_less_and_less_often() -> None:
+    """Up to every 15 seconds."""
+    hosts = {PI: Host(dead=True)}
+
+    async def test(watch: Watch, upstream: FakeUpstream) -> None:
+        await asyncio.sleep(100)
+        assert (watch.now("pi-1:8080").state, watch.now("pi-1:8080").reason) == (State.DOWN, "does not answer")
+        times = [at for at, _, _ in upstream.asked]
+        pauses = [after - before for before, after in itertools.pairwise(times)]
+        assert pauses[:6] == [2.0, 4.0, 8.0, 15.0, 15.0, 15.0]
+
+    play([Target(PI)], hosts, test)
+
+
+def test_a_dead_or_slow_target_delays_no_other() -> None:
+    """Neither the first answer nor the ones after it."""
+    hosts = {"http://slow:1": Host(slow_s=60), "http://dead:2": Host(dead=True), "http://well:3": llama_server()}
+
+    async def test(watch: Watch, upstream: FakeUpstream) -> None:
+        await asyncio.sleep(1.1)
+        assert watch.now("well:3").state is State.READY
+        assert watch.now("slow:1").reason == "was not asked yet"
+        await asyncio.sleep(20)
+        assert watch.now("slow:1").reason == "does not answer"
+        health = [at for at, url, path in upstream.asked if (url, path) == ("http://well:3", "/health")]
+        assert health == [2.0 * n for n in range(11)]
+
+    play([Target(url) for url in hosts], hosts, test)
+
+
+@pytest.mark.parametrize("status", [500, 401, 302])
+def test_an_odd_answer_at_health_is_down_and_named(status: int) -> None:
+    [replica] = found({PI: Host({"/health": (status, {})})})
+
+    assert (replica.state, replica.model) == (State.DOWN, "")
+    assert replica.reason.startswith(f"HTTP {status} at /health")
+
+
+def test_a_llama_server_tells_its_slots_context_and_model() -> None:
+    """And is asked nothing that could wake or load a model."""
+    hosts = {PI: llama_server("yi", slots=4, context=2048)}
+
+    async def test(watch: Watch, upstream: FakeUpstream) -> None:
+        await asyncio.sleep(9)
+        expected = Replica(id="pi-1:8080", url=PI, model="yi", slots=4, context=2048)
+        assert watch.now("pi-1:8080") == expected
+        assert upstream.paths(PI) == ["/health", "/props", *["/health"] * 4]
+        assert len(watch.seen) >= 1
+
+    play([Target(f"{PI}/v1/")], hosts, test)
+
+
+def test_a_target_that_loads_is_loading_until_it_is_ready() -> None:
+    hosts = {PI: Host({"/health": (503, {"error": {"message": "Loading model"}})})}
+
+    async def test(watch: Watch, upstream: FakeUpstream) -> None:
+        await asyncio.sleep(11)
+        assert (watch.now("pi-1:8080").state, watch.now("pi-1:8080").reason) == (State.LOADING, "loading its model")
+        assert set(upstream.paths(PI)) == {"/health"}
+        hosts[PI] = llama_server()
+        await asyncio.sleep(2)
+        assert watch.states("pi-1:8080") == [State.LOADING, State.READY]
+
+    play([Target(PI)], hosts, test)
+
+
+def test_a_target_that_was_down_is_asked_again_what_it_is() -> None:
+    """It may have come back with another model."""
+    hosts = {PI: llama_server("yi")}
+
+    async def test(watch: Watch, upstream: FakeUpstream) -> None:
+        await asyncio.sleep(1)
+        hosts[PI].dead = True
+        await asyncio.sleep(2)
+        assert (watch.now("pi-1:8080").state, watch.now("pi-1:8080").model) == (State.DOWN, "yi")
+        hosts[PI] = llama_server("qwen", slots=1)
+        await asyncio.sleep(5)
+        assert (watch.now("pi-1:8080").model, watch.now("pi-1:8080").slots) == ("qwen", 1)
+        assert upstream.paths(PI).count("/props") == 2
+
+    play([Target(PI)], hosts, test)
+
+
+def test_a_busy_board_may_be_late_once_before_it_is_down() -> None:
+    hosts = {PI: llama_server()}
+
+    async def test(watch: Watch, _upstream: FakeUpstream) -> None:
+        await asyncio.sleep(1)
+        hosts[PI].slow_s = 60
+        await asyncio.sleep(4.5)
+        hosts[PI].slow_s = 0
+        await asyncio.sleep(4.5)
+        assert watch.states("pi-1:8080") == [State.READY]
+        hosts[PI].slow_s = 60
+        await asyncio.sleep(12)
+        assert watch.states("pi-1:8080") == [State.READY, State.DOWN]
+
+    play([Target(PI)], hosts, test)
+
+
+def test_settings_go_before_what_a_target_tells() -> None:
+    rates = Rates(prefill_tps=30.0, source="settings")
+    target = Target(PI, name="kitchen", model="coder", slots=1, rates=rates, capability=1.5)
+
+    [replica] = found({PI: llama_server()}, target)
+
+    assert (replica.id, replica.model, replica.slots, replica.rates) == ("kitchen", "coder", 1, rates)
+    assert (replica.capability, replica.context) == (1.5, 4096)
+
+
+def test_a_model_without_an_alias_is_called_as_it_is_listed_or_like_its_file() -> None:
+    named = llama_server()
+    named.answers["/props"] = (200, {"total_slots": 1, "model_path": "/models/yi-1.5b.Q4_0.gguf"})
+    named.answers["/v1/models"] = (200, {"data": [{"id": "/models/listed-0.5.gguf"}]})
+    unlisted = Host({**named.answers, "/v1/models": (200, {"data": []})})
+
+    replicas = found({"http://a:1": named, "http://b:1": unlisted})
+
+    assert [replica.model for replica in replicas] == ["listed-0.5", "yi-1.5b.Q4_0"]
+    assert [replica.context for replica in replicas] == [None, None]
+
+
+def test_any_other_server_is_taken_for_one_stream_unless_settings_say_more() -> None:
+    """Also where there is no health check, and where unknown addresses answer 200."""
+    models = (200, {"data": [{"id": "phi"}]})
+    bare = Host({"/v1/models": models})
+    chatty = Host({path: (200, {"error": "unexpected endpoint"}) for path in ("/health", "/props", "/api/fleet")})
+    chatty.answers["/v1/models"] = models
+
+    replicas = found(
+        {"http://bare:1": bare, "http://chatty:1": chatty}, Target("http://bare:1", slots=3), Target("http://chatty:1")
+    )
+
+    assert [(r.dialect, r.model, r.slots, r.state) for r in replicas] == [
+        ("openai", "phi", 3, State.READY),
+        ("openai", "phi", 1, State.READY),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answers", "reason"),
+    [
+        ({"/v1/models": (200, {"data": [{"id": "a"}, {"id": "b"}]})}, "serves 2 models; settings must say which"),
+        ({"/v1/models": (200, {"data": None})}, "serves no model"),
+        ({"/v1/models": (401, {})}, "HTTP 401 at /v1/models: is its API key right?"),
+        ({"/props": (401, {})}, "HTTP 401 at /props: is its API key right?"),
+        ({"/v1/models": (200, b"<html>\xff")}, "answers no list of models at /v1/models"),
+        (
+            {
+                "/props": (200, {"role": "router", "model_alias": "llama-server", "model_path": "none"}),
+                "/v1/models": (200, {"data": [{"id": "a"}, {"id": "b"}, {"id": "c"}]}),
+            },
+            "serves 3 models; settings must say which",
+        ),
+        ({"/props": (200, {"total_slots": "many"})}, "HTTP 404 at /v1/models"),
+        (PROMPTAI, "serves no model"),
+    ],
+)
+def test_what_cannot_be_used_says_why(answers: dict[str, tuple[int, object]], reason: str) -> None:
+    [replica] = found({PI: Host({"/health": (200, {}), **answers})})
+
+    assert (replica.state, replica.reason) == (State.DOWN, reason)
+
+
+def test_a_server_without_health_check_that_stops_listing_its_models_is_down() -> None:
+    hosts = {PI: Host({"/v1/models": (200, {"data": [{"id": "phi"}]})})}
+
+    async def test(watch: Watch, _upstream: FakeUpstream) -> None:
+        await asyncio.sleep(1)
+        hosts[PI].answers = {"/v1/models": (500, {})}
+        await asyncio.sleep(2)
+        assert watch.now("pi-1:8080").reason == "HTTP 500 at /v1/models"
+
+    play([Target(PI)], hosts, test)
+
+
+def test_another_gateway_is_a_replica_for_each_model_and_follows_what_it_tells() -> None:
+    """Its slots change when its boards do; a model without a ready engine is down."""
+    served = [{"id": "yi", "slots": 6, "context": 2048, "capability": 1.5, "more": 1}, {"id": "qwen", "slots": 0}]
+    hosts = {PI: Host({**PROMPTAI, "/api/fleet": (200, {"gateway": "promptai", "models": served})})}
+
+    async def test(watch: Watch, _upstream: FakeUpstream) -> None:
+        await asyncio.sleep(1)
+        yi, qwen = watch.now("pi-1:8080/yi"), watch.now("pi-1:8080/qwen")
+        assert (yi.dialect, yi.url, yi.slots, yi.context, yi.capability) == ("promptai", PI, 6, 2048, 1.5)
+        assert (yi.state, qwen.state, qwen.reason) == (State.READY, State.DOWN, "has no engine that is ready")
+        served[1]["slots"] = 2
+        await asyncio.sleep(2)
+        assert (watch.now("pi-1:8080/qwen").state, watch.now("pi-1:8080/qwen").slots) == (State.READY, 2)
+        hosts[PI].dead = True
+        await asyncio.sleep(2)
+        assert {replica.state for replica in watch.seen[-1][1]} == {State.DOWN}
+        assert len(watch.seen[-1][1]) == 2
+
+    play([Target(PI)], hosts, test)
+
+
+def test_of_another_gateway_only_the_named_model_is_taken() -> None:
+    served = [{"id": "yi", "slots": 6}, {"id": "qwen", "slots": 1}]
+    host = Host({**PROMPTAI, "/api/fleet": (200, {"gateway": "promptai", "models": served})})
+
+    assert [replica.id for replica in found({PI: host}, Target(PI, model="qwen", name="far"))] == ["far/qwen"]
+    assert found({PI: host}, Target(PI, model="phi"))[0].reason == "does not serve phi"
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("http://pi-1", "pi-1:80"),
+        ("https://pi-1/v1", "pi-1:443"),
+        ("http://[::1]:8080", "[::1]:8080"),
+        ("http://user:pass@pi-1:8080/", "pi-1:8080"),
+    ],
+)
+def test_a_replica_is_called_by_host_and_port(url: str, name: str) -> None:
+    assert Target(url).replica_id == name
+
+
+@pytest.mark.parametrize("url", ["pi-1:8080", "http://", "http://pi:port", "ftp://pi", ""])
+def test_an_address_that_is_none_is_refused_at_once(url: str) -> None:
+    with pytest.raises(SettingsError, match="is no address of an engine"):
+        StaticSource([Target(url)], FakeUpstream({}))
+
+
+def test_the_same_list_is_the_same_configuration() -> None:
+    """A reload leaves it alone then."""
+    one, two = (StaticSource([Target(PI)], FakeUpstream({})) for _ in range(2))
+
+    assert one.configuration == two.configuration
+    assert one.configuration != StaticSource([Target(PI, slots=2)], FakeUpstream({})).configuration
+
+
+def test_a_list_without_targets_publishes_nothing_and_goes_on() -> None:
+    async def test(watch: Watch, _upstream: FakeUpstream) -> None:
+        await asyncio.sleep(5)
+        assert watch.seen == [(1.0, ())]
+
+    play([], {}, test)

@@ -1,0 +1,284 @@
+from collections.abc import Mapping
+
+import pytest
+
+from promptai.fleet.replica import Replica, State
+from promptai.router.selection import (
+    Alias,
+    Auto,
+    AutoChoice,
+    ContextFits,
+    ContextTooLong,
+    ModelUnknown,
+    Names,
+    Wanted,
+    check_context,
+    choose_auto,
+    parse_budget,
+    resolve,
+)
+
+MODELS = ("llama-3.2-1b", "phi-3.5-mini", "yi-coder-1.5b")
+NAMES = Names(
+    aliases={
+        "fast": Alias("llama-3.2-1b"),
+        "phi:fast": Alias("phi-3.5-mini", {"max_tokens": 200, "temperature": 0.2}),
+        "gpt-4o-mini": Alias("phi:fast", {"temperature": 0.7}),
+        "best": Alias("auto", {"temperature": 0.0}),
+        "gone": Alias("phi-3-mini"),
+        "round": Alias("about"),
+        "about": Alias("round"),
+    }
+)
+
+
+def unknown(name: str | None, models: tuple[str, ...] = MODELS, names: Names = NAMES) -> ModelUnknown:
+    """The refusal of that name."""
+    found = resolve(name, models, names)
+    assert isinstance(found, ModelUnknown)
+    return found
+
+
+def wanted(name: str | None, models: tuple[str, ...] = MODELS, names: Names = NAMES) -> Wanted:
+    """What that name stands for."""
+    found = resolve(name, models, names)
+    assert isinstance(found, Wanted)
+    return found
+
+
+def test_an_unknown_name_is_answered_with_those_near_to_it() -> None:
+    refused = unknown("Phi-3.5")
+
+    assert refused.near[0] == "phi-3.5-mini"
+    assert refused.message == "no model is called 'Phi-3.5'"
+    assert refused.hint.startswith("did you mean phi-3.5-mini")
+
+
+def test_an_unknown_name_that_is_like_none_is_answered_with_what_there_is() -> None:
+    refused = unknown("zzz", names=Names())
+
+    assert refused.near == ()
+    assert refused.hint == "known: llama-3.2-1b, phi-3.5-mini, yi-coder-1.5b"
+    assert unknown("zzz", tuple(f"m{number}" for number in range(20)), Names()).hint.endswith("m7 and 12 more")
+
+
+def test_a_name_from_outside_is_escaped_and_cut() -> None:
+    refused = unknown("\n\x1b[31m" + "x" * 100_000)
+
+    assert refused.message.startswith(r"no model is called '\n\x1b[31mxxx")
+    assert len(refused.message) < 130
+
+
+@pytest.mark.parametrize("name", [None, "", "default"])
+def test_no_name_is_refused_where_there_are_several_models(name: str | None) -> None:
+    assert unknown(name).message == "the request names no model"
+    assert unknown(name, models=(), names=Names()).message == "no model is served"
+
+
+def test_an_alias_or_default_of_a_model_that_is_not_served_says_so() -> None:
+    assert unknown("gone").message == "'gone' stands for 'phi-3-mini', which is not served"
+    assert unknown("gone").hint.startswith("did you mean phi-3.5-mini")
+    assert unknown(None, names=Names(default="big")).message == "'default' stands for 'big', which is not served"
+
+
+def test_an_alias_that_leads_nowhere_is_not_offered_in_its_own_place() -> None:
+    assert unknown("gone").known == (*MODELS, "fast", "phi:fast", "gpt-4o-mini", "best", "round", "about")
+
+
+def test_aliases_that_go_in_circles_lead_nowhere() -> None:
+    assert unknown("round").name == "round"
+
+
+@pytest.mark.parametrize("name", [None, "", "default"])
+def test_a_single_model_needs_no_name(name: str | None) -> None:
+    assert wanted(name, ("only",)) == Wanted(name="default", model="only")
+    assert wanted(name, names=Names(default="phi-3.5-mini")).model == "phi-3.5-mini"
+    assert wanted(name, names=Names(aliases={"default": Alias("phi-3.5-mini")})).model == "phi-3.5-mini"
+
+
+def test_a_name_is_itself_or_an_alias() -> None:
+    assert wanted("phi-3.5-mini") == Wanted(name="phi-3.5-mini", model="phi-3.5-mini")
+    assert wanted("fast") == Wanted(name="fast", model="llama-3.2-1b")
+
+
+def test_an_alias_of_an_alias_has_the_params_of_both_and_the_outer_ones_win() -> None:
+    found = wanted("gpt-4o-mini")
+
+    assert found == Wanted(name="gpt-4o-mini", model="phi-3.5-mini", params={"max_tokens": 200, "temperature": 0.7})
+
+
+def test_an_alias_may_give_params_to_the_model_of_its_own_name() -> None:
+    names = Names(aliases={"phi-3.5-mini": Alias("phi-3.5-mini", {"temperature": 0.1})})
+
+    assert wanted("phi-3.5-mini", names=names).params == {"temperature": 0.1}
+
+
+def test_auto_is_a_name_and_may_have_aliases() -> None:
+    assert wanted("auto").auto
+    assert wanted("best") == Wanted(name="best", model="auto", params={"temperature": 0.0})
+    assert not wanted("fast").auto
+
+
+def test_what_a_request_sets_wins_over_its_alias() -> None:
+    filled = wanted("phi:fast").filled
+
+    assert filled({"temperature": 1.0, "n": 1}) == {"temperature": 1.0, "n": 1, "max_tokens": 200}
+    assert filled({"temperature": None}) == {"temperature": 0.2, "max_tokens": 200}
+    assert filled({"max_completion_tokens": 50}) == {"max_completion_tokens": 50, "temperature": 0.2}
+
+
+def replica(model: str, context: int | None, state: State = State.READY) -> Replica:
+    """A replica of that model and context."""
+    return Replica(id=f"{model}-{context}", url="", model=model, context=context, state=state)
+
+
+FLEET = (replica("small", 2048), replica("small", 4096, State.DOWN), replica("large", 16384), replica("mute", None))
+
+
+def check(
+    model: str, prompt: int, limit: int | None = None, fallbacks: Mapping[str, str] | None = None
+) -> ContextFits | ContextTooLong:
+    """The verdict on a prompt of so many tokens."""
+    return check_context(model, prompt, max_tokens=limit, replicas=FLEET, fallbacks=fallbacks or {})
+
+
+def test_a_prompt_that_is_too_long_is_refused_with_the_numbers() -> None:
+    refused = check("small", 5000)
+
+    assert refused == ContextTooLong(prompt_tokens=5000, contexts={"small": 4096})
+    assert refused.message == "the prompt has 5000 tokens; small holds 4096, the answer included"
+
+
+def test_a_prompt_that_no_fallback_holds_is_refused_with_all_numbers() -> None:
+    refused = check("small", 20000, fallbacks={"small": "large", "large": "small"})
+
+    assert refused == ContextTooLong(prompt_tokens=20000, contexts={"small": 4096, "large": 16384})
+
+
+def test_a_fallback_that_is_not_served_is_no_help() -> None:
+    assert check("small", 5000, fallbacks={"small": "huge"}) == ContextTooLong(
+        prompt_tokens=5000, contexts={"small": 4096}
+    )
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_too_long() -> None:
+    assert isinstance(check("small", 4096), ContextTooLong)
+    assert check("small", 4095) == ContextFits(model="small", room_tokens=1)
+
+
+def test_an_answer_that_may_not_fit_is_fine() -> None:
+    """The engine ends it with ``length`` when the context is full."""
+    assert check("small", 4000, 96) == ContextFits(model="small", room_tokens=96)
+    assert check("small", 4000, 97) == ContextFits(model="small", room_tokens=96, cut=True)
+
+
+def test_a_prompt_that_is_too_long_goes_to_the_fallback() -> None:
+    assert check("small", 5000, fallbacks={"small": "large"}) == ContextFits(
+        model="large", room_tokens=11384, reason="small holds 4096 tokens, the prompt has 5000"
+    )
+
+
+def test_an_engine_that_does_not_tell_its_context_may_hold_anything() -> None:
+    assert check("mute", 10**6) == ContextFits(model="mute", room_tokens=None)
+
+
+LLAMA = Auto(model="llama-3.2-1b", capability=1.2, finish_s=4.0)
+YI = Auto(model="yi-coder-1.5b", capability=1.5, finish_s=7.9)
+PHI = Auto(model="phi-3.5-mini", capability=3.8, finish_s=24.1)
+NEW = Auto(model="new-7b", capability=7.0)
+TINY = Auto(model="tiny", capability=0.1)
+
+
+def test_no_model_that_holds_the_prompt_is_no_choice() -> None:
+    short = Auto(model="short", finish_s=1.0, fits_context=False)
+
+    assert choose_auto([short], 10.0, 200) == AutoChoice(model=None, reason="auto: no model holds the prompt")
+    assert choose_auto([], 10.0, 200) == AutoChoice(model=None, reason="auto: no model")
+
+
+def test_when_nothing_is_in_time_the_fastest_is_taken_and_says_by_how_much_it_misses() -> None:
+    assert choose_auto([PHI, YI], 5.0, 200) == AutoChoice(
+        model="yi-coder-1.5b", reason="auto: yi-coder-1.5b, predicted 7.9 s of 5 s, 2.9 s too long, but the fastest"
+    )
+
+
+def test_a_smaller_model_of_unknown_speed_is_tried_when_nothing_known_is_in_time() -> None:
+    assert choose_auto([PHI, TINY, NEW, YI], 5.0, 200) == AutoChoice(
+        model="tiny",
+        reason="auto: tiny, whose speed is unknown; the fastest known is yi-coder-1.5b, predicted 7.9 s of 5 s",
+    )
+
+
+@pytest.mark.parametrize("new", [NEW, Auto(model="new"), Auto(model="yi2", capability=1.5)])
+def test_a_model_of_unknown_speed_that_is_no_smaller_is_not_tried(new: Auto) -> None:
+    assert choose_auto([YI, new], 5.0, 200).model == "yi-coder-1.5b"
+    assert choose_auto([new, Auto(model="known", finish_s=9.0)], 5.0, 200).model == "known"
+
+
+def test_when_no_speed_is_known_the_smallest_is_taken() -> None:
+    assert choose_auto([NEW, TINY], 10.0, None) == AutoChoice(
+        model="tiny", reason="auto: tiny, whose speed is unknown, as is that of every other; wanted 10 s"
+    )
+
+
+def test_the_most_capable_model_in_time_is_taken() -> None:
+    assert choose_auto([LLAMA, YI, PHI], 10.0, None) == AutoChoice(
+        model="yi-coder-1.5b",
+        reason="auto: yi-coder-1.5b, predicted 7.9 s of 10 s; phi-3.5-mini would take 24.1 s",
+    )
+
+
+def test_a_model_that_needs_all_of_the_budget_is_in_time() -> None:
+    assert choose_auto([LLAMA, YI], 7.9, None).model == "yi-coder-1.5b"
+
+
+def test_a_model_of_unknown_speed_is_passed_over_by_name_when_another_is_in_time() -> None:
+    assert choose_auto([NEW, LLAMA, PHI, YI], 10.0, 200).reason == (
+        "auto: yi-coder-1.5b, predicted 7.9 s of 10 s for 200 tokens; the speed of new-7b is unknown; "
+        "phi-3.5-mini would take 24.1 s"
+    )
+
+
+def test_a_model_that_does_not_hold_the_prompt_is_not_taken() -> None:
+    short = Auto(model="short-70b", capability=70.0, finish_s=1.0, fits_context=False)
+
+    assert choose_auto([short, LLAMA], 10.0, 200).model == "llama-3.2-1b"
+
+
+def test_without_a_budget_thirty_seconds_are_aimed_at() -> None:
+    assert choose_auto([LLAMA, YI, PHI], None, None) == AutoChoice(
+        model="phi-3.5-mini", reason="auto: phi-3.5-mini, predicted 24.1 s of 30 s (no budget given)"
+    )
+    slow = Auto(model="slow", capability=9.0, finish_s=31.0)
+    assert choose_auto([slow, Auto(model="slower", capability=9.0, finish_s=35.0)], None, None).model == "slow"
+
+
+def test_accuracy_counts_when_all_have_it() -> None:
+    accurate = Auto(model="accurate", capability=1.0, accuracy=0.7, finish_s=5.0)
+    large = Auto(model="large", capability=3.0, accuracy=0.6, finish_s=5.0)
+    unmeasured = Auto(model="unmeasured", capability=2.0, finish_s=5.0)
+
+    assert choose_auto([large, accurate], 10.0, None).model == "accurate"
+    assert choose_auto([large, accurate, unmeasured], 10.0, None).model == "large"
+
+
+def test_of_equally_capable_models_the_faster_is_taken() -> None:
+    fast, slow = Auto(model="fast", finish_s=3.0), Auto(model="slow", finish_s=5.0)
+
+    assert choose_auto([slow, fast], 10.0, None) == AutoChoice(model="fast", reason="auto: fast, predicted 3 s of 10 s")
+
+
+@pytest.mark.parametrize("text", ["", "soon", "0", "0s", "-5s", "1e3", "10 h", "nan", "inf", "9" * 400, "1.s", "٣s"])
+def test_a_budget_that_is_no_time_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(ValueError, match="a budget is a time above 0 such as 10s, 1500ms or 2m, not '") as refusal:
+        parse_budget(text)
+
+    assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 160
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("10s", 10.0), ("1500ms", 1.5), ("2m", 120.0), ("10", 10.0), (" 2.5 s ", 2.5)]
+)
+def test_a_budget_is_a_number_and_a_unit(text: str, seconds: float) -> None:
+    assert parse_budget(text) == seconds

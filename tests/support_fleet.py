@@ -1,0 +1,241 @@
+"""What the tests of the fleet share: servers and engines that are values, and a watcher of what is published."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from promptai.engine.upstream import Piece, Reply
+from promptai.errors import EngineDiedError, EngineStartError
+from promptai.fleet.local import LocalModel, LocalSource
+from promptai.fleet.replica import Replica, State
+from support_clock import run_virtually
+
+GB = 1_000_000_000
+
+
+@dataclass
+class Host:
+    """A server: what it answers to ``GET``, by path; without a word for a path, 404."""
+
+    answers: dict[str, tuple[int, object]] = field(default_factory=dict)
+    dead: bool = False
+    slow_s: float = 0.0
+
+
+def llama_server(model: str = "yi", *, slots: int = 2, context: int = 4096) -> Host:
+    """As llama-server answers."""
+    return Host(
+        {
+            "/health": (200, {"status": "ok"}),
+            "/props": (
+                200,
+                {
+                    "total_slots": slots,
+                    "default_generation_settings": {"n_ctx": context},
+                    "model_alias": model,
+                    "model_path": f"/models/{model}.gguf",
+                    "build_info": "b11549",
+                },
+            ),
+            "/v1/models": (200, {"data": [{"id": model}]}),
+        }
+    )
+
+
+class FakeUpstream:
+    """Reaches hosts by their URL; keeps what was asked, and does not run anything."""
+
+    def __init__(self, hosts: dict[str, Host]) -> None:
+        self.hosts = hosts
+        self.asked: list[tuple[float, str, str]] = []
+
+    def paths(self, url: str) -> list[str]:
+        """What one host was asked, in order."""
+        return [path for _, asked, path in self.asked if asked == url]
+
+    async def get(self, url: str, path: str, *, limit_s: float) -> Reply:
+        """Answer as the host does."""
+        self.asked.append((asyncio.get_running_loop().time(), url, path))
+        host = self.hosts[url]
+        if host.dead:
+            raise EngineDiedError(f"{url} does not answer")
+        await asyncio.sleep(min(host.slow_s, limit_s))
+        if host.slow_s >= limit_s:
+            raise EngineDiedError(f"{url} does not answer")
+        status, body = host.answers.get(path, (404, {"error": "not found"}))
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return Reply(status, raw, "application/json")
+
+    async def ask(self, url: str, path: str, body: bytes, *, limit_s: float) -> Reply:
+        """Never."""
+        raise AssertionError(f"{url}{path} was asked to work: {body!r} {limit_s}")
+
+    async def stream(self, url: str, path: str, body: bytes, **_settings: Any) -> AsyncGenerator[Piece, None]:
+        """Never."""
+        raise AssertionError(f"{url}{path} was asked to work: {body!r}")
+        yield
+
+
+class Watch:
+    """A subscriber that keeps every publication with its time."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, tuple[Replica, ...]]] = []
+
+    def __call__(self, replicas: Sequence[Replica]) -> None:
+        """Take one publication."""
+        self.seen.append((asyncio.get_running_loop().time(), tuple(replicas)))
+
+    def now(self, replica_id: str) -> Replica:
+        """A replica as it was published last."""
+        return next(replica for replica in self.seen[-1][1] if replica.id == replica_id)
+
+    def states(self, replica_id: str) -> list[State]:
+        """The states it went through, each change once."""
+        states: list[State] = []
+        for _, replicas in self.seen:
+            for replica in replicas:
+                if replica.id == replica_id and states[-1:] != [replica.state]:
+                    states.append(replica.state)
+        return states
+
+
+class FakeEngine:
+    """An engine that loads in virtual time and dies on command."""
+
+    def __init__(self, launcher: "FakeLauncher", model: LocalModel) -> None:
+        self._launcher = launcher
+        self.model = model
+        self.killed: EngineDiedError | None = None
+        self.pid: int | None = None
+        self._began = 0.0
+
+    @property
+    def base_url(self) -> str:
+        """One for each model."""
+        return f"http://{self.model.name}"
+
+    def resident_bytes(self) -> int | None:
+        """What it has read so far; 10 % is there from the start."""
+        elapsed = asyncio.get_running_loop().time() - self._began
+        return int(self.model.needed_bytes * (0.1 + elapsed / self._launcher.load_s))
+
+    async def death(self) -> EngineDiedError | None:
+        """As ``kill`` said."""
+        return self.killed
+
+    def kill(self) -> None:
+        """Let it have died."""
+        self.killed = EngineDiedError(f"the engine of {self.model.name} died: killed by signal 9", hint="smaller model")
+
+    async def __aenter__(self) -> Self:
+        self._began = asyncio.get_running_loop().time()
+        assert self.model.name not in [engine.model.name for engine in self._launcher.alive]
+        self._launcher.log.append((self._began, "start", self.model.name))
+        self._launcher.alive.append(self)
+        try:
+            await asyncio.sleep(self._launcher.load_s)
+            if self.model.name in self._launcher.broken:
+                raise EngineStartError("the file is damaged", hint="fetch it again")
+        except BaseException:
+            self._launcher.alive.remove(self)
+            raise
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        try:
+            await asyncio.sleep(0.2 if self.killed else self._launcher.stop_s)
+        finally:
+            self._launcher.alive.remove(self)
+            self._launcher.log.append((asyncio.get_running_loop().time(), "stop", self.model.name))
+
+
+class FakeLauncher:
+    """Starts engines that are none; ``alive`` are those that hold memory."""
+
+    def __init__(self, *, load_s: float = 10.0, stop_s: float = 1.0, broken: Sequence[str] = ()) -> None:
+        self.load_s = load_s
+        self.stop_s = stop_s
+        self.broken = set(broken)
+        self.alive: list[FakeEngine] = []
+        self.log: list[tuple[float, str, str]] = []
+
+    def start(self, model: LocalModel) -> FakeEngine:
+        """One that begins when it is entered."""
+        return FakeEngine(self, model)
+
+    @property
+    def starts(self) -> list[str]:
+        """Names in the order of their starts."""
+        return [name for _, what, name in self.log if what == "start"]
+
+    def engine(self, name: str) -> FakeEngine:
+        """The one of that model."""
+        return next(engine for engine in self.alive if engine.model.name == name)
+
+
+class House:
+    """A local source on virtual time, with a budget and counts that the test sets."""
+
+    def __init__(self, *models: LocalModel, launcher: FakeLauncher | None = None, budget: int = 4 * GB) -> None:
+        self.launcher = launcher or FakeLauncher()
+        self.budget = budget
+        self.in_flight: dict[str, int] = {}
+        self.watch = Watch()
+        self.source = LocalSource(
+            models, self.launcher, lambda: self.budget, lambda replica_id: self.in_flight.get(replica_id, 0)
+        )
+
+    def state(self, name: str) -> State:
+        """Of one model, as it was published last."""
+        return self.watch.now(f"local/{name}").state
+
+    def reason(self, name: str) -> str:
+        """Of one model, as it was published last."""
+        return self.watch.now(f"local/{name}").reason
+
+    def wake(self, name: str) -> None:
+        """Ask for one model."""
+        self.source.wake(f"local/{name}")
+
+    async def use(self, name: str) -> None:
+        """Wake a model, wait until it is ready and let somebody have used it."""
+        self.wake(name)
+        async with asyncio.timeout(1000):
+            while self.state(name) is not State.READY:  # noqa: ASYNC110  virtual time
+                await asyncio.sleep(0.1)
+        self.source.touch(f"local/{name}")
+
+
+def model(name: str, needed: float = 1.0, **settings: Any) -> LocalModel:
+    """A local model that needs so many GB."""
+    return LocalModel(name=name, path=Path(f"/models/{name}.gguf"), needed_bytes=int(needed * GB), **settings)
+
+
+async def beside(work: Coroutine[Any, Any, None], play: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run ``work`` while ``play`` plays, then cancel it and wait for its end."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.sleep(0)
+        await play()
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+    if not task.cancelled():
+        task.result()
+
+
+def play(house: House, test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a house on virtual time while a test plays; whatever happened, no engine is left."""
+
+    async def main() -> None:
+        try:
+            await beside(house.source.run(house.watch), test)
+        finally:
+            left = [engine.model.name for engine in house.launcher.alive]
+        assert left == []
+
+    run_virtually(main())

@@ -1,0 +1,135 @@
+"""A gateway's inside with pretended engines: on virtual time, an afternoon of four boards takes a second."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from promptai.engine.simulated_upstream import SimulatedUpstream
+from promptai.engine.simulation import SimulationConfig
+from promptai.engine.simulator import Simulator
+from promptai.fleet.registry import Registry
+from promptai.fleet.replica import Rates, Replica
+from promptai.fleet.simulated import SimulatedSource
+from promptai.gateway.auth import Caller
+from promptai.gateway.desk import Desk, Serving, Ticket
+from promptai.router.accounts import Accounts
+from promptai.router.dispatch import Dispatcher, Limits
+from promptai.router.policy import STRATEGIES
+from promptai.router.rates import RateBook
+
+
+class World:
+    """
+    Some simulated engines and everything up to the gateway's door.
+
+    Attributes:
+        engines: By their URL, ``sim://NAME``.
+    """
+
+    def __init__(
+        self,
+        configs: Mapping[str, SimulationConfig],
+        *,
+        strategy: str = "affinity",
+        limits: Limits | None = None,
+        serving: Serving | None = None,
+        known_rates: bool = True,
+    ) -> None:
+        self.engines = {f"sim://{name}": Simulator(config) for name, config in configs.items()}
+        self.source = SimulatedSource(
+            [
+                Replica(
+                    id=name,
+                    url=f"sim://{name}",
+                    model=config.model,
+                    slots=config.slots,
+                    context=config.context,
+                    host_cache_tokens=config.host_cache,
+                    rates=Rates(
+                        prefill_tps=config.prefill_tps,
+                        decode_tps=config.decode_tps,
+                        decode_slowdown=config.decode_slowdown,
+                        source="settings",
+                    )
+                    if known_rates
+                    else Rates(),
+                )
+                for name, config in configs.items()
+            ]
+        )
+        self.registry = Registry([self.source])
+        self.upstream = SimulatedUpstream(self.engines)
+        self.accounts = Accounts(self.registry, RateBook())
+        self.dispatcher = Dispatcher(self.accounts, STRATEGIES[strategy](), limits)
+        self.desk = Desk(self.dispatcher, self.upstream, serving)
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncGenerator["World", None]:
+        """Run the engines and the registry."""
+        async with self.upstream:
+            registry = asyncio.create_task(self.registry.run())
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            try:
+                yield self
+            finally:
+                registry.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await registry
+
+    def kill(self, name: str) -> None:
+        """End an engine as ``kill -9`` would; the registry is not told."""
+        self.upstream.kill(f"sim://{name}")
+
+    def ticket(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        headers: Mapping[str, str] | None = None,
+        key: str = "local",
+        **fields: Any,
+    ) -> Ticket:
+        """A chat that has been accepted."""
+        body = {"model": "default", "messages": [dict(message) for message in messages], "stream": True, **fields}
+        return self.desk.accept("/v1/chat/completions", body, headers or {}, Caller(key_id=key))
+
+
+class Heard(msgspec.Struct):
+    """
+    What a client got.
+
+    Attributes:
+        first_s: Until the first text; ``total_s`` until the end.
+    """
+
+    text: str = ""
+    chunks: list[dict[str, Any]] = []
+    first_s: float | None = None
+    total_s: float | None = None
+
+    @property
+    def finish_reason(self) -> str | None:
+        """How it ended."""
+        reasons = [c["finish_reason"] for chunk in self.chunks for c in chunk["choices"] if c.get("finish_reason")]
+        return reasons[-1] if reasons else None
+
+
+async def listen(ticket: Ticket) -> Heard:
+    """Read an answer to its end."""
+    loop = asyncio.get_running_loop()
+    start, heard = loop.time(), Heard()
+    async with contextlib.aclosing(ticket.flight.events()) as events:
+        async for some in events:
+            for data in some:
+                chunk = msgspec.json.decode(data, type=dict[str, Any])
+                heard.chunks.append(chunk)
+                for choice in chunk.get("choices") or ():
+                    text = (choice.get("delta") or {}).get("content")
+                    if text:
+                        heard.text += text
+                        heard.first_s = heard.first_s if heard.first_s is not None else loop.time() - start
+    heard.total_s = loop.time() - start
+    return heard
