@@ -77,6 +77,13 @@ class Registry:
                 feed.source.wake(replica_id)
                 return
 
+    def touch(self, replica_id: str) -> None:
+        """A replica is being used: what is ended because nobody needs it looks at that."""
+        for feed in self._feeds:
+            if any(replica.id == replica_id for replica in feed.replicas):
+                feed.source.touch(replica_id)
+                return
+
     def replace(self, sources: Sequence[Source]) -> None:
         """
         Let these be the sources from now on.

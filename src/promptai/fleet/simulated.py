@@ -36,6 +36,9 @@ class SimulatedSource:
         finally:
             self._publish = None
 
+    def touch(self, replica_id: str) -> None:
+        """Nothing here ends for want of use."""
+
     def wake(self, replica_id: str) -> None:
         """Nothing: they do not sleep."""
 

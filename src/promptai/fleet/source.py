@@ -26,3 +26,6 @@ class Source(Protocol):
 
     def wake(self, replica_id: str) -> None:
         """A cold replica of this source is wanted: begin to start it, if that has not begun; returns at once."""
+
+    def touch(self, replica_id: str) -> None:
+        """A replica of this source has been given a request, or has finished one."""

@@ -176,6 +176,9 @@ class StaticSource:
             tell()
             await loop.create_future()
 
+    def touch(self, replica_id: str) -> None:
+        """Nothing here ends for want of use."""
+
     def wake(self, replica_id: str) -> None:
         """Nothing: whoever runs these engines starts them."""
 

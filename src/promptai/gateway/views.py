@@ -31,14 +31,19 @@ def models_view(dispatcher: Dispatcher, names: Names, allowed: Callable[[str], b
 
 
 def fleet_view(dispatcher: Dispatcher, names: Names) -> dict[str, Any]:
-    """``GET /api/fleet``: all replicas and what is known of them; another gateway reads ``models``."""
+    """
+    ``GET /api/fleet``: all replicas and what is known of them.
+
+    Another gateway reads ``models``; what is behind a third one is not counted there, or two gateways
+    that know each other would count each other's slots for ever.
+    """
     accounts = dispatcher.accounts
     snapshot = accounts.fleet.snapshot
     return {
         "gateway": "promptai",
         "version": snapshot.version,
         "strategy": dispatcher.strategy.name,
-        "models": [_model(model, snapshot.of(model)) for model in snapshot.models],
+        "models": [_model(model, own) for model in snapshot.models if (own := _own(snapshot.of(model)))],
         "aliases": {alias: found.model for alias, found in names.aliases.items()},
         "replicas": [_replica(dispatcher, replica) for replica in snapshot.replicas],
     }
@@ -77,6 +82,10 @@ def queue_view(dispatcher: Dispatcher) -> dict[str, Any]:
         for grant in accounts.grants(replica.id)
     ]
     return {"waiting": waiting, "running": running, "bound": dispatcher.limits.queue}
+
+
+def _own(replicas: tuple[Replica, ...]) -> tuple[Replica, ...]:
+    return tuple(replica for replica in replicas if replica.dialect != "promptai")
 
 
 def _model(model: str, replicas: tuple[Replica, ...]) -> dict[str, Any]:

@@ -38,6 +38,12 @@ class Fleet(Protocol):
     def wake(self, replica_id: str) -> None:
         """A cold replica is wanted."""
 
+    def touch(self, replica_id: str) -> None:
+        """A replica is used."""
+
+    def forget(self, replica_id: str) -> None:
+        """A replica that drains has nothing left to do."""
+
 
 class Accounts:
     """
@@ -92,6 +98,16 @@ class Accounts:
         # Who has failed it is only asked again when nobody else is left.
         return [replica for replica in usable if replica.id not in job.refused] or usable
 
+    def comes_back(self, model: str) -> bool:
+        """Whether a replica of a model is only busy with making room: it will be cold then, and can be woken."""
+        return any(replica.state is State.DRAINING for replica in self.fleet.snapshot.of(model))
+
+    def forget_idle(self) -> None:
+        """Replicas that are being removed go as soon as they have answered."""
+        for replica in self.fleet.snapshot.replicas:
+            if replica.state is State.DRAINING and not self.running(replica.id):
+                self.fleet.forget(replica.id)
+
     def load(self, replica: Replica, job: Job, reserved: Mapping[str, Sequence[Work]]) -> Load:
         """A replica as this request sees it; ``reserved``: who waits for which replica before it."""
         now = self.now()
@@ -143,6 +159,7 @@ class Accounts:
         for other in beside:
             other.alone = False
         beside.append(grant)
+        self.fleet.touch(replica.id)
         breaker = self.breaker(replica.id)
         if breaker.state(now) is BreakerState.TRIAL:
             self.breakers[replica.id] = breaker.took_trial(now)
@@ -153,6 +170,7 @@ class Accounts:
         now = self.now()
         grants = self._grants.get(grant.replica.id, [])
         grants.remove(grant)
+        self.fleet.touch(grant.replica.id)
         if not grants:
             del self._grants[grant.replica.id]
         integral = self._integral(grant.replica.id)

@@ -63,17 +63,18 @@ class Assembly:
 
 def _merge(into: dict[str, Any], more: dict[str, Any]) -> None:
     for name, value in more.items():
-        there = into.get(name)
         if value is None:
             into.setdefault(name, None)
         elif name == "tool_calls" and isinstance(value, list):
             _merge_calls(into.setdefault(name, []), value)
-        elif (isinstance(there, str) and isinstance(value, str) and name != "role") or (
-            isinstance(there, list) and isinstance(value, list)
-        ):
-            into[name] = there + value
         else:
-            into[name] = value
+            into[name] = _joined(into.get(name), value) if name != "role" else value
+
+
+def _joined(one: Any, other: Any) -> Any:
+    both_text = isinstance(one, str) and isinstance(other, str)
+    both_lists = isinstance(one, list) and isinstance(other, list)
+    return one + other if both_text or both_lists else other
 
 
 def _merge_calls(into: list[dict[str, Any]], more: list[dict[str, Any]]) -> None:

@@ -144,10 +144,17 @@ class Dispatcher:
             timings = grant.outcome.timings if grant.outcome is not None else None
             generated = timings.predicted_n if timings is not None else grant.generated
             self._queue(grant.job.model).settle(grant.job.key, generated - self.accounts.expected(grant.job))
+        if self._known(grant.replica.id) is not State.READY:
+            self.accounts.forget_idle()
         self._pump(grant.job.model)
+
+    def _known(self, replica_id: str) -> State | None:
+        replica = self.accounts.fleet.snapshot.find(replica_id)
+        return replica.state if replica is not None else None
 
     def _changed(self, _snapshot: Snapshot) -> None:
         self.accounts.changed()
+        self.accounts.forget_idle()
         for model in list(self._queues):
             self._pump(model)
 
@@ -155,7 +162,7 @@ class Dispatcher:
         now = self._now()
         queue = self._queue(job.model)
         waiter = Waiter(job, now)
-        if not job.again and not self.accounts.candidates(job):
+        if not job.again and not self.accounts.candidates(job) and not self.accounts.comes_back(job.model):
             raise self._no_capacity(job.model)
         cost = job.tokens + self.accounts.expected(job)
         queue.push(waiter, key=job.key, cost=cost, batch=job.batch, first=job.again, now=now)
@@ -225,7 +232,8 @@ class Dispatcher:
     def _mind_outage(self, model: str, now: float) -> None:
         """Nobody waits for ever for replicas that do not come back."""
         queue = self._queue(model)
-        if not len(queue) or any(waiter.choice is not None for waiter in queue.ordered(now)[:_LOOK]):
+        hope = any(waiter.choice is not None for waiter in queue.ordered(now)[:_LOOK])
+        if not len(queue) or hope or self.accounts.comes_back(model):
             self._dead_since.pop(model, None)
             return
         since = self._dead_since.setdefault(model, now)
