@@ -44,24 +44,25 @@ def _commands(prefix: str, group: click.Group, parent: click.Context) -> Iterato
 
 def settings_page() -> str:
     """Every key of promptai.toml, with its default and its documentation."""
-    parts = ["# Settings: promptai.toml\n\nGenerated from the code by `make docs`. Every key is optional.\n"]
+    parts = ["# Settings: promptai.toml\n\nGenerated from the code by `make docs`. Every section is optional.\n"]
     parts.append("| section | key | type | default | meaning |\n|---|---|---|---|---|")
-    for title, struct in (
-        ("(top)", settings.Settings),
-        ("[engine]", settings.EngineSettings),
-        ("[bench]", settings.BenchSettings),
-    ):
+    sections = {"fleet": "[[fleet]]", "serve": "[[serve]]", "aliases": "[aliases.NAME]"}
+    structs: dict[str, type[msgspec.Struct]] = {"(top)": settings.Settings}
+    structs |= {sections.get(name, f"[{name}]"): struct for name, struct in settings.SECTIONS.items()}
+    for title, struct in structs.items():
         meanings = _attributes(struct)
         for field in msgspec.structs.fields(struct):
-            if title == "(top)" and field.encode_name in ("engine", "bench"):
+            if title == "(top)" and field.encode_name in settings.SECTIONS:
                 continue
-            kind = getattr(field.type, "__name__", str(field.type)).replace("typing.", "").replace("|", "or")
-            default = "absent" if field.default is None else f"`{field.default!r}`"
+            kind = str(field.type) if hasattr(field.type, "__args__") else getattr(field.type, "__name__", "")
+            kind = kind.replace("typing.", "").replace("|", "or")
+            default = _default(field)
             parts.append(f"| {title} | `{field.encode_name}` | {kind} | {default} | {meanings[field.encode_name]} |")
     parts.append(
         "\nEnvironment: `PROMPTAI_CONFIG` names the file, `PROMPTAI_ENGINE` a llama-server, `PROMPTAI_RUNS` the "
         "directory of runs, `PROMPTAI_MODELS` that of models, `PROMPTAI_API_KEY` the key of a server that demands "
-        "one. Options beat the environment, which beats the file. Unknown keys are refused.\n"
+        "one, `PROMPTAI_KEYS` the file with the gateway's own keys. Options beat the environment, which beats the "
+        "file. Unknown keys are refused.\n"
     )
     return "\n".join(parts)
 
@@ -110,6 +111,13 @@ def _exit_codes() -> str:
         rows.append(f"| {error.exit_code} | {error.__name__} | {first} |")
     rows.append("| 130 | | interrupted with Ctrl-C |")
     return "\n".join(rows) + "\n"
+
+
+def _default(field: msgspec.structs.FieldInfo) -> str:
+    if field.required:
+        return "must be given"
+    value = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
+    return "absent" if value is None or value in ({}, ()) else f"`{value!r}`"
 
 
 def _attributes(struct: type) -> dict[str, str]:

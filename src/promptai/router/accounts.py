@@ -85,6 +85,8 @@ class Accounts:
             integral = self._integral(grant.replica.id)
             integral.add(1, now)
             grant.streams_before = integral.at(now)
+            if self.breaker(grant.replica.id).state(now) is BreakerState.TRIAL:
+                self.breakers.pop(grant.replica.id)  # it works; nobody need wait until this answer has ended
         grant.token(now, count)
 
     def candidates(self, job: Job) -> list[Replica]:
@@ -99,8 +101,17 @@ class Accounts:
         return [replica for replica in usable if replica.id not in job.refused] or usable
 
     def comes_back(self, model: str) -> bool:
-        """Whether a replica of a model is only busy with making room: it will be cold then, and can be woken."""
-        return any(replica.state is State.DRAINING for replica in self.fleet.snapshot.of(model))
+        """
+        Whether a replica of a model may soon take requests again.
+
+        One that drains makes room, and will be cold then, and can be woken; one on trial shows what it is worth.
+        """
+        now = self.now()
+        return any(
+            replica.state is State.DRAINING
+            or (replica.usable and self.breaker(replica.id).state(now) is BreakerState.TRIAL)
+            for replica in self.fleet.snapshot.of(model)
+        )
 
     def forget_idle(self) -> None:
         """Replicas that are being removed go as soon as they have answered."""

@@ -202,13 +202,15 @@ class Returns:
     def answered(self, held: Chain, now: float) -> None:
         """A conversation has been answered; ``held`` is all of it."""
         if len(held.links) > 1:
-            self._answered[_mark(held)] = now
+            mark = _mark(held)
+            self._answered.pop(mark, None)  # so that the order stays that of the answers
+            self._answered[mark] = now
         patience = _GAPS * self.gap_s
         while self._answered:
-            mark, since = next(iter(self._answered.items()))
+            oldest, since = next(iter(self._answered.items()))
             if now - since < patience and len(self._answered) <= _REMEMBERED:
                 return
-            del self._answered[mark]
+            del self._answered[oldest]
             self._learn(back=0.0, gap_s=0.0)
 
     def asked(self, prompt: Chain, now: float) -> None:
