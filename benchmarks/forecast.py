@@ -1,4 +1,4 @@
-"""Forecast against measurement: does calibrating five small models tell what large ones do?
+"""Forecast against measurement: does calibrating small models tell what large ones do?
 
 Run with ``make bench-models``; about nine minutes on two cores, with 6 GB of disk and 7 GB of
 memory free; leave the machine alone meanwhile. Calibrates this machine's engine anew, then writes catalogue

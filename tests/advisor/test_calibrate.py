@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from promptai.advisor import calibrate as module
+from promptai.advisor.attention import ATTENTION_PROBES
 from promptai.advisor.calibrate import calibrate, load, save
 from promptai.advisor.calibration import PROBES
 from promptai.engine.locate import locate
@@ -51,7 +52,9 @@ def test_the_real_engine_is_calibrated_and_no_probe_file_stays(tmp_path: Path, m
         for probe in PROBES
     ]
     monkeypatch.setattr(module, "PROBES", small)
-    monkeypatch.setattr(module, "_DEEP_TOKENS", 600)
+    # Heads of 64, which the small ones have too.
+    monkeypatch.setattr(module, "ATTENTION_PROBES", ATTENTION_PROBES[:2])
+    monkeypatch.setattr(module, "_DEPTHS", (8, 776))
     monkeypatch.setattr(module, "_ANSWER_TOKENS", 4)
     told: list[str] = []
 
@@ -59,9 +62,11 @@ def test_the_real_engine_is_calibrated_and_no_probe_file_stays(tmp_path: Path, m
         calibrate(locate(), cpu="a processor", threads=1, cache=tmp_path, observe=lambda *said: told.append(said[2]))
     )
 
-    assert told == [probe.name for probe in (*PROBES, *reversed(PROBES))]
+    there = [*(probe.name for probe in PROBES), *(probe.name for probe in ATTENTION_PROBES[:2])]
+    assert told == [*there, *reversed(there)]
     assert list(tmp_path.iterdir()) == []
     assert found.decode_s_per_byte.keys() == {"Q4_0", "Q4_K", "Q6_K", "Q8_0"}
+    assert found.attention.by_head.keys() == {"64"}
     assert sum(found.prefill_s_per_weight.values()) > 0
     # An interpreter, the wheel and its buffers: tens of megabytes.
     assert 5e6 < found.base_anon_bytes < 200e6

@@ -4,6 +4,7 @@ from random import Random
 
 import pytest
 
+from promptai.advisor.attention import ATTENTION_PROBES, AttentionPrice, AttentionPrices, AttentionReading
 from promptai.advisor.calibration import PROBES, Calibration, Reading, buffer_bytes, fit
 from promptai.advisor.forecast import forecast
 from promptai.advisor.work import Work, work_of_shape
@@ -12,14 +13,21 @@ from promptai.models.shape import Shape
 BYTE_S = {"Q4_0": 40e-12, "Q4_K": 55e-12, "Q6_K": 70e-12, "Q8_0": 30e-12}
 WEIGHT_S = {"Q4_0": 6e-12, "Q4_K": 7e-12, "Q6_K": 7e-12, "Q8_0": 5e-12}
 COPIED = {"Q4_0": 1.0, "Q4_K": 1.0, "Q6_K": 0.0, "Q8_0": 0.0}
-LAYER_S, KV_S, BASE_BYTES = 30e-6, 100e-12, 24_000_000
+LAYER_S, BASE_BYTES = 30e-6, 24_000_000
+#: Short heads are dear, as on real machines.
+ATTENTION = AttentionPrices(
+    by_head={
+        str(length): AttentionPrice(query_s=10e-9 / length, kv_s=50e-9 / length) for length in (64, 80, 96, 128, 256)
+    },
+    step=256,
+)
 
 LLAMA_32_3B = Shape(28, 3072, 24, 8, 8192, 128_256, tied=True)
 
 
 def decode_s(work: Work, depth: int) -> float:
-    kv = (work.kv_bytes(depth) or 0) * KV_S
-    return sum(BYTE_S[kind] * size for kind, size in work.decode_bytes.items()) + work.layers * LAYER_S + kv
+    attention_s = ATTENTION.seconds(work, depth) or 0
+    return sum(BYTE_S[kind] * size for kind, size in work.decode_bytes.items()) + work.layers * LAYER_S + attention_s
 
 
 def readings(noise: float = 0.0) -> list[Reading]:
@@ -35,8 +43,6 @@ def readings(noise: float = 0.0) -> list[Reading]:
                 work=work,
                 decode_s=decode_s(work, 512) * (1 + noise * generator.random()),
                 depth=512,
-                deep_decode_s=decode_s(work, 2304) * (1 + noise * generator.random()) if probe.deep else None,
-                deep_depth=2304,
                 prefill_s=sum(WEIGHT_S[kind] * count for kind, count in work.prefill_weights.items()),
                 context=2048,
                 anon_loaded_bytes=loaded,
@@ -47,13 +53,26 @@ def readings(noise: float = 0.0) -> list[Reading]:
     return found
 
 
+def attended(noise: float = 0.0) -> list[AttentionReading]:
+    generator = Random(2)
+    found = []
+    for probe in ATTENTION_PROBES:
+        work = work_of_shape(probe.shape, "q4_0")
+        times = {depth: decode_s(work, depth) * (1 + noise * generator.random()) for depth in (264, 488, 1288)}
+        found.append(AttentionReading(work=work, decode_s=times))
+    return found
+
+
 def solved(noise: float = 0.0) -> Calibration:
-    return fit(readings(noise), engine="an engine", cpu="a processor", threads=2, created="2026-11-21T00:00:00+00:00")
+    created = "2026-11-21T00:00:00+00:00"
+    return fit(readings(noise), attended(noise), engine="an engine", cpu="a processor", threads=2, created=created)
 
 
-def test_without_a_deep_reading_there_is_no_price_of_the_cache() -> None:
-    with pytest.raises(ValueError, match="long context"):
-        fit([r for r in readings() if r.deep_decode_s is None], engine="", cpu="", threads=1, created="")
+def test_probes_with_heads_whose_attention_was_not_measured_are_refused() -> None:
+    others = [reading for reading in attended() if reading.work.attention and reading.work.attention.head != "128"]
+
+    with pytest.raises(ValueError, match="heads of a length"):
+        fit(readings(), others, engine="", cpu="", threads=1, created="")
 
 
 def test_the_probes_tell_every_price_apart() -> None:
@@ -61,7 +80,11 @@ def test_the_probes_tell_every_price_apart() -> None:
 
     assert found.decode_s_per_byte == pytest.approx(BYTE_S, rel=0.01)
     assert found.decode_s_per_layer == pytest.approx(LAYER_S, rel=0.01)
-    assert found.kv_s_per_byte == pytest.approx(KV_S, rel=0.01)
+    assert found.attention.step == 256
+    assert found.attention.by_head.keys() == ATTENTION.by_head.keys()
+    for length, price in found.attention.by_head.items():
+        assert price.query_s == pytest.approx(ATTENTION.by_head[length].query_s, rel=0.01)
+        assert price.kv_s == pytest.approx(ATTENTION.by_head[length].kv_s, rel=0.01)
     assert found.prefill_s_per_weight == pytest.approx(WEIGHT_S, rel=0.01)
     assert found.copied_share == COPIED
     assert found.base_anon_bytes == pytest.approx(BASE_BYTES, rel=0.01)
@@ -74,7 +97,7 @@ def test_no_price_is_negative_however_noisy_the_machine() -> None:
 
     assert min(found.decode_s_per_byte.values()) >= 0
     assert found.decode_s_per_layer >= 0
-    assert found.kv_s_per_byte >= 0
+    assert min(min(price.query_s, price.kv_s) for price in found.attention.by_head.values()) >= 0
 
 
 @pytest.mark.parametrize("quant", ["q4_0", "q4_k_m", "q8_0"])

@@ -19,6 +19,34 @@ def test_weights_that_were_never_measured_have_no_rate_and_are_named() -> None:
     assert (found.decode_tps, found.prefill_tps, found.unknown) == (None, None, ("Q6_K",))
 
 
+def test_a_head_length_that_was_never_measured_has_no_decode_rate_and_is_named() -> None:
+    other = work_of_shape(Shape(2, 512, 4, 2, 1024, 3000, head_length=112), "q4_0")
+
+    found = forecast(other, CALIBRATION, context=1024, depth=0)
+
+    assert (found.decode_tps, found.unknown) == (None, ("heads of 112",))
+    assert found.prefill_tps is not None
+    assert found.anon_bytes is not None
+
+
+def test_attention_of_unknown_form_has_no_decode_rate() -> None:
+    found = forecast(msgspec.structs.replace(WORK, attention=None), CALIBRATION, context=1024, depth=0)
+
+    assert found.decode_tps is None
+
+
+def test_more_query_heads_on_as_many_kv_heads_take_longer_at_a_depth() -> None:
+    many = work_of_shape(Shape(2, 512, 8, 2, 1024, 3000, head_length=128), "q4_0")
+    same_weights = msgspec.structs.replace(many, decode_bytes=WORK.decode_bytes)
+
+    few_s, many_s = (
+        1 / (forecast(work, CALIBRATION, context=2048, depth=1000).decode_tps or 0) for work in (WORK, same_weights)
+    )
+
+    assert many.kv_bytes(1000) == WORK.kv_bytes(1000)
+    assert many_s - few_s == pytest.approx(2 * 1000 * (8 - 4) * 128 * 1e-9)
+
+
 def test_a_cache_of_unknown_form_makes_memory_unknown_and_not_small() -> None:
     found = forecast(msgspec.structs.replace(WORK, kv_bytes_per_token=None), CALIBRATION, context=1024, depth=0)
 
@@ -44,9 +72,7 @@ def test_what_the_engine_copies_is_resident_twice_and_needed_once() -> None:
 
 
 def test_a_longer_context_takes_more_memory_and_a_deeper_one_more_time() -> None:
-    priced = msgspec.structs.replace(CALIBRATION, kv_s_per_byte=1e-9)
-
-    near, far = (forecast(WORK, priced, context=4096, depth=depth) for depth in (10, 4000))
+    near, far = (forecast(WORK, CALIBRATION, context=4096, depth=depth) for depth in (10, 4000))
 
     assert near.anon_bytes == far.anon_bytes
     assert (near.decode_tps or 0) > (far.decode_tps or 0)

@@ -2,14 +2,27 @@ from pathlib import Path
 
 import pytest
 
-from promptai.advisor.work import work_of_file, work_of_shape
+from promptai.advisor.work import Attention, work_of_file, work_of_shape
 from promptai.models.gguf import read_header
 from promptai.models.shape import Shape
 from promptai.models.synth import write_synthetic
 from promptai.models.tensors import QUANTS, Quant
+from support_gguf import Store, gguf, llama
 
 SHAPE = Shape(2, 512, 4, 2, 1024, 3000)
 TIED = Shape(2, 512, 4, 2, 1024, 3000, tied=True)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Writes bytes to a file."""
+
+    def write(data: bytes) -> Path:
+        path = tmp_path / "model.gguf"
+        path.write_bytes(data)
+        return path
+
+    return write
 
 
 def test_the_embedding_is_looked_up_and_not_read_unless_it_is_the_output_too() -> None:
@@ -36,8 +49,51 @@ def test_a_file_and_its_shape_are_the_same_work(tmp_path: Path, quant: Quant) ->
     from_file, from_shape = work_of_file(read_header(path)), work_of_shape(TIED, quant)
 
     assert from_file.file_bytes > from_shape.file_bytes
-    for name in ("decode_bytes", "prefill_weights", "layers", "width", "ffn", "vocabulary", "kv_bytes_per_token"):
+    for name in (
+        "decode_bytes",
+        "prefill_weights",
+        "layers",
+        "width",
+        "ffn",
+        "vocabulary",
+        "kv_bytes_per_token",
+        "attention",
+    ):
         assert getattr(from_file, name) == getattr(from_shape, name), name
+
+
+def test_attention_is_as_wide_as_the_heads_of_all_layers() -> None:
+    wide = Shape(3, 512, 4, 2, 1024, 3000, head_length=256)
+
+    assert work_of_shape(wide, "q4_0").attention == Attention(head="256", query_width=3 * 4 * 256, kv_width=3 * 2 * 256)
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        pytest.param(llama(), ("16", 4 * 4 * 16, 4 * 4 * 16), id="as-many-kv-heads-as-heads"),
+        pytest.param(llama(attention__head_count_kv=1), ("16", 4 * 4 * 16, 4 * 16), id="one-kv-head"),
+        pytest.param(llama(attention__head_count_kv=[2, 0, 1, 2]), ("16", 3 * 4 * 16, 5 * 16), id="layers-without"),
+        pytest.param(
+            llama(attention__head_count=[4, 0, 2, 4], attention__head_count_kv=[2, 0, 1, 2]),
+            ("16", 10 * 16, 5 * 16),
+            id="by-layer",
+        ),
+        pytest.param(
+            llama(attention__head_count_kv=2, attention__key_length=24, attention__value_length=8),
+            ("24/8", 4 * 4 * 24, 4 * 2 * 24),
+            id="values-of-another-length",
+        ),
+        pytest.param(llama(attention__head_count=0), None, id="none"),
+        pytest.param(llama(ssm__state_size=128), None, id="recurrent"),
+    ],
+)
+def test_a_file_tells_its_attention_by_layer(
+    store: Store, entries: list[bytes], expected: tuple[str, int, int] | None
+) -> None:
+    found = work_of_file(read_header(store(gguf(entries)))).attention
+
+    assert (found and (found.head, found.query_width, found.kv_width)) == expected
 
 
 def test_keys_and_values_of_every_layer_take_two_bytes_a_number() -> None:

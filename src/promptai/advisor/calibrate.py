@@ -8,26 +8,34 @@ threads, and is looked up by these; nothing is measured behind anybody's back.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
 
+from promptai.advisor.attention import ATTENTION_PROBES, AttentionProbe, AttentionReading
 from promptai.advisor.calibration import PROBES, SCHEMA, Calibration, Probe, Reading, fit
 from promptai.advisor.work import work_of_file
 from promptai.engine.flags import EngineFlags
 from promptai.engine.launch import free_port
 from promptai.engine.locate import EngineBinary
-from promptai.engine.probe import probe
+from promptai.engine.probe import probe, probe_depths
 from promptai.errors import EngineError
 from promptai.models.gguf import read_header
 from promptai.models.library import disk_errors, write_json
+from promptai.models.shape import Shape
 from promptai.models.synth import write_synthetic
+from promptai.models.tensors import Quant
 from promptai.wire.malformed import MALFORMED
 
 _CONTEXT = 2560
-_PROMPT_TOKENS, _DEEP_TOKENS, _ANSWER_TOKENS, _TRIES = 512, 2304, 24, 3
+_PROMPT_TOKENS, _ANSWER_TOKENS, _TRIES = 512, 24, 3
+#: Next to nothing; behind the start and before the end of a step of 256 (``attention.CELLS``), which cost the same
+#: where an engine rounds up; and so much that the cache is read from memory, as between the weights of a real model.
+_DEPTHS = (8, 264, 488, 1288)
+_DEPTH_ANSWER_TOKENS, _DEPTH_TRIES = 12, 4
 
 
 async def calibrate(
@@ -43,36 +51,34 @@ async def calibrate(
 
     Raises:
         ModelError: A probe file cannot be written.
-        EngineError: The engine cannot be run, or its memory cannot be read.
+        EngineError: The engine cannot be run, its memory cannot be read, or the readings make no sense.
     """
-    readings = []
-    order = (*PROBES, *reversed(PROBES))
+    readings, attended = [], []
+    there: tuple[Probe | AttentionProbe, ...] = (*PROBES, *ATTENTION_PROBES)
+    order = (*there, *reversed(there))
     for done, chosen in enumerate(order):
         observe(done, len(order), chosen.name)
-        readings.append(await _run(binary, chosen, threads, cache))
+        if isinstance(chosen, Probe):
+            readings.append(await _run(binary, chosen, threads, cache))
+        else:
+            attended.append(await _attend(binary, chosen, threads, cache))
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    return fit(readings, engine=binary.label, cpu=cpu, threads=threads, created=created)
+    try:
+        return fit(readings, attended, engine=binary.label, cpu=cpu, threads=threads, created=created)
+    except ValueError:
+        raise EngineError(
+            "too much else ran meanwhile: more context did not cost more time",
+            hint="calibrate again on a quiet machine",
+        ) from None
 
 
 async def _run(binary: EngineBinary, chosen: Probe, threads: int, cache: Path) -> Reading:
-    path = cache / "probe.gguf"
-    log = cache / "probe.log"
-    try:
-        write_synthetic(path, chosen.shape, name="probe", quant=chosen.quant)
+    with _written(cache, chosen.shape, chosen.quant) as (path, log):
         flags = EngineFlags(model=str(path), port=free_port(), threads=threads, context=_CONTEXT)
         seen = await probe(
-            binary,
-            flags,
-            log=log,
-            prompt_tokens=_PROMPT_TOKENS,
-            answer_tokens=_ANSWER_TOKENS,
-            tries=_TRIES,
-            deep_tokens=_DEEP_TOKENS if chosen.deep else None,
+            binary, flags, log=log, prompt_tokens=_PROMPT_TOKENS, answer_tokens=_ANSWER_TOKENS, tries=_TRIES
         )
         work = work_of_file(read_header(path))
-    finally:
-        path.unlink(missing_ok=True)
-        log.unlink(missing_ok=True)
     loaded, peak, mapped = seen.loaded.anon_bytes, seen.peak.anon_bytes, seen.loaded.file_bytes
     if loaded is None or peak is None or mapped is None:
         raise EngineError("the kernel does not tell the engine's memory", hint="is /proc restricted here?")
@@ -85,9 +91,27 @@ async def _run(binary: EngineBinary, chosen: Probe, threads: int, cache: Path) -
         anon_loaded_bytes=loaded,
         anon_peak_bytes=peak,
         file_mapped_bytes=mapped,
-        deep_decode_s=seen.deep_decode_s,
-        deep_depth=_DEEP_TOKENS if seen.deep_decode_s is not None else 0,
     )
+
+
+async def _attend(binary: EngineBinary, chosen: AttentionProbe, threads: int, cache: Path) -> AttentionReading:
+    with _written(cache, chosen.shape, "q4_0") as (path, log):
+        flags = EngineFlags(model=str(path), port=free_port(), threads=threads, context=_CONTEXT)
+        found = await probe_depths(
+            binary, flags, log=log, depths=_DEPTHS, answer_tokens=_DEPTH_ANSWER_TOKENS, tries=_DEPTH_TRIES
+        )
+        return AttentionReading(work=work_of_file(read_header(path)), decode_s=found)
+
+
+@contextmanager
+def _written(cache: Path, shape: Shape, quant: Quant) -> Iterator[tuple[Path, Path]]:
+    """A probe's file and where its engine may log, as long as they are needed."""
+    path, log = cache / "probe.gguf", cache / "probe.log"
+    try:
+        yield write_synthetic(path, shape, name="probe", quant=quant), log
+    finally:
+        path.unlink(missing_ok=True)
+        log.unlink(missing_ok=True)
 
 
 def save(folder: Path, calibration: Calibration) -> None:

@@ -8,47 +8,43 @@ and the prices are solved for. Measuring is in ``engine.probe``; here is the alg
 
 Decoding one token takes
 
-    sum over types (bytes of the type x seconds a byte) + layers x seconds a layer + KV bytes x seconds a byte
+    sum over types (bytes of the type x seconds a byte) + layers x seconds a layer + attention
 
 and the engine's anonymous memory after loading is
 
     base + KV cache + sum over types (bytes of the type x share of them that the engine copies)
 
 since llama.cpp rearranges the weights of some types for its fastest kernels and keeps both copies.
+What attention costs is in ``advisor.attention``.
 """
 
 from collections.abc import Sequence
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
+from promptai.advisor.attention import AttentionPrices, AttentionReading, fit_attention
+from promptai.advisor.solve import prices
 from promptai.advisor.work import Work
 from promptai.models.shape import Shape
 from promptai.models.tensors import Quant
 
-SCHEMA = 1
+SCHEMA = 2
 _FEW_TOKENS = 2100  # promptai-tiny's vocabulary and a little: the output matrix hardly counts
 
 
 class Probe(msgspec.Struct, frozen=True):
-    """
-    One model to run.
-
-    Attributes:
-        deep: Also measure with a long context, for the price of the KV cache.
-    """
+    """One model to run."""
 
     name: str
     shape: Shape
     quant: Quant
-    deep: bool = False
 
 
 #: Each adds what the others cannot tell. Larger than any processor's cache but the last, which is all layers.
 PROBES = (
     Probe("q8_0", Shape(4, 2048, 16, 4, 8192, _FEW_TOKENS), "q8_0"),
-    Probe("q4_0", Shape(8, 2048, 16, 16, 8192, _FEW_TOKENS), "q4_0", deep=True),
+    Probe("q4_0", Shape(8, 2048, 16, 16, 8192, _FEW_TOKENS), "q4_0"),
     Probe("q4_k_m", Shape(8, 2048, 16, 4, 8192, _FEW_TOKENS), "q4_k_m"),
     Probe("large vocabulary", Shape(1, 2048, 16, 4, 8192, 150_000, tied=True), "q4_0"),
     Probe("many layers", Shape(40, 512, 8, 2, 1024, _FEW_TOKENS), "q8_0"),
@@ -61,7 +57,6 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         decode_s: Seconds a token with ``depth`` tokens before it.
-        deep_decode_s: The same with ``deep_depth`` tokens; ``None`` where it was not asked.
         prefill_s: Seconds a prompt token.
         context: Tokens of context that the engine had.
         anon_loaded_bytes: Anonymous memory of the engine after loading; ``anon_peak_bytes`` after a prompt.
@@ -76,8 +71,6 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     anon_loaded_bytes: int
     anon_peak_bytes: int
     file_mapped_bytes: int
-    deep_decode_s: float | None = None
-    deep_depth: int = 0
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,7 +81,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
         engine, cpu, threads: What it holds for.
         decode_s_per_byte: By ggml type.
         decode_s_per_layer: What a layer costs beside its bytes.
-        kv_s_per_byte: Reading the KV cache.
+        attention: What the tokens before it add.
         prefill_s_per_weight: Of one prompt token, by ggml type.
         copied_share: By ggml type: the share of its bytes that exist twice in memory.
         base_anon_bytes, base_file_bytes: The engine without a model.
@@ -101,7 +94,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     decode_s_per_byte: dict[str, float]
     decode_s_per_layer: float
-    kv_s_per_byte: float
+    attention: AttentionPrices
     prefill_s_per_weight: dict[str, float]
     copied_share: dict[str, float]
     base_anon_bytes: int
@@ -111,20 +104,28 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     schema: int = SCHEMA
 
 
-def fit(readings: Sequence[Reading], *, engine: str, cpu: str, threads: int, created: str) -> Calibration:
+def fit(
+    readings: Sequence[Reading],
+    attended: Sequence[AttentionReading],
+    *,
+    engine: str,
+    cpu: str,
+    threads: int,
+    created: str,
+) -> Calibration:
     """
     Solve for the prices.
 
     Raises:
-        ValueError: No reading has a deep measurement, or the form of a probe's cache is not known.
+        ValueError: The form of a probe's cache is not known, or its head length not among those ``attended``.
     """
-    kv_s = _kv_price(readings)
+    attention = fit_attention(attended)
     types = sorted({kind for reading in readings for kind in reading.work.decode_bytes})
-    decode = _prices(
+    decode = prices(
         [[*(r.work.decode_bytes.get(kind, 0) for kind in types), r.work.layers] for r in readings],
-        [r.decode_s - kv_s * _kv_bytes(r, r.depth) for r in readings],
+        [r.decode_s - _attention_s(r, attention) for r in readings],
     )
-    memory = _prices(
+    memory = prices(
         [[*(r.work.decode_bytes.get(kind, 0) for kind in types), 1] for r in readings],
         [r.anon_loaded_bytes - _kv_bytes(r, r.context) for r in readings],
     )
@@ -135,7 +136,7 @@ def fit(readings: Sequence[Reading], *, engine: str, cpu: str, threads: int, cre
         threads=threads,
         decode_s_per_byte=dict(zip(types, decode[:-1], strict=True)),
         decode_s_per_layer=decode[-1],
-        kv_s_per_byte=kv_s,
+        attention=attention,
         prefill_s_per_weight=_prefill_prices(readings),
         # Either the engine copies a type or it does not; what lies between is noise of the other terms.
         copied_share={kind: float(round(min(share, 1.0))) for kind, share in zip(types, memory[:-1], strict=True)},
@@ -164,14 +165,14 @@ def _prefill_prices(readings: Sequence[Reading]) -> dict[str, float]:
     readings = [reading for reading in readings if reading.work.layers > 1]
     kinds = sorted({kind for reading in readings for kind in reading.work.prefill_weights})
     groups = sorted({_group(kind) for kind in kinds})
-    prices = _prices(
+    solved = prices(
         [
             [sum(n for kind, n in r.work.prefill_weights.items() if _group(kind) == group) for group in groups]
             for r in readings
         ],
         [r.prefill_s for r in readings],
     )
-    by_group = dict(zip(groups, prices, strict=True))
+    by_group = dict(zip(groups, solved, strict=True))
     return {kind: by_group[_group(kind)] for kind in kinds}
 
 
@@ -186,35 +187,8 @@ def _kv_bytes(reading: Reading, tokens: int) -> int:
     return found
 
 
-def _kv_price(readings: Sequence[Reading]) -> float:
-    prices = [
-        (r.deep_decode_s - r.decode_s) / (_kv_bytes(r, r.deep_depth) - _kv_bytes(r, r.depth))
-        for r in readings
-        if r.deep_decode_s is not None
-    ]
-    if not prices:
-        raise ValueError("a calibration needs a reading with a long context")
-    return max(0.0, float(np.median(prices)))
-
-
-def _prices(rows: Sequence[Sequence[float]], seen: Sequence[float]) -> list[float]:
-    """
-    Least squares with relative errors and without negative prices.
-
-    A price that comes out negative is noise around nothing: it becomes 0 and the others are solved again.
-    """
-    matrix = np.array(rows, dtype=np.float64)
-    values = np.array(seen, dtype=np.float64)
-    scale = np.abs(matrix).max(axis=0)
-    scale[scale == 0] = 1.0
-    weighted = matrix / scale / np.abs(values)[:, None]
-    signs: NDArray[np.float64] = np.sign(values)
-    active = list(range(matrix.shape[1]))
-    found = np.zeros(matrix.shape[1])
-    while active:
-        solution = np.linalg.lstsq(weighted[:, active], signs, rcond=None)[0]
-        if (solution >= 0).all():
-            found[active] = solution
-            break
-        active.pop(int(solution.argmin()))
-    return [float(value) for value in found / scale]
+def _attention_s(reading: Reading, attention: AttentionPrices) -> float:
+    found = attention.seconds(reading.work, reading.depth)
+    if found is None:
+        raise ValueError("a probe needs heads of a length whose attention was measured")
+    return found

@@ -3,7 +3,7 @@
 Downloading two gigabytes over a slow link to learn that a model makes half a token a
 second is what this saves. Without a calibration there is still a bound: no engine
 decodes faster than memory can be read. A figure that would rest on a type of weights
-that was never measured is ``None``, with the type named. Pure.
+or a length of heads that was never measured is ``None``, with what is missing named. Pure.
 
 Not forecast: heat, swapping, and what other programs take.
 """
@@ -22,7 +22,7 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
         decode_tps: Tokens a second of one stream, with ``depth`` tokens before it; ``prefill_tps`` of a prompt.
         anon_bytes: Memory that the kernel cannot drop: KV cache, buffers, rearranged weights.
         file_bytes: Mapped files; of these ``spare_bytes`` exist a second time and can be dropped.
-        unknown: Types of weights that were never measured; they are why a rate is ``None``.
+        unknown: Types of weights, and a length of heads, that were never measured; they are why a rate is ``None``.
     """
 
     decode_tps: float | None
@@ -52,7 +52,6 @@ def forecast(work: Work, calibration: Calibration, *, context: int, depth: int) 
         context: Tokens of context that the engine is started with: they take memory.
         depth: Tokens that stand before the one being generated: they take time.
     """
-    unknown = tuple(sorted(work.decode_bytes.keys() - calibration.decode_s_per_byte.keys()))
     copied = sum(calibration.copied_share.get(kind, 0.0) * size for kind, size in work.decode_bytes.items())
     kv = work.kv_bytes(context)
     return Forecast(
@@ -64,7 +63,7 @@ def forecast(work: Work, calibration: Calibration, *, context: int, depth: int) 
         file_bytes=work.file_bytes + calibration.base_file_bytes,
         spare_bytes=round(copied),
         depth=depth,
-        unknown=unknown,
+        unknown=_unknown(work, calibration),
     )
 
 
@@ -74,13 +73,19 @@ def decode_bound_tps(work: Work, read_bytes_per_s: float) -> float | None:
     return read_bytes_per_s / size if size else None
 
 
+def _unknown(work: Work, calibration: Calibration) -> tuple[str, ...]:
+    types = sorted(work.decode_bytes.keys() - calibration.decode_s_per_byte.keys())
+    head = work.attention.head if work.attention is not None else None
+    return (*types, *(() if head is None or head in calibration.attention.by_head else (f"heads of {head}",)))
+
+
 def _decode_tps(work: Work, calibration: Calibration, depth: int) -> float | None:
-    """``None`` where a type of weights, or the form of the cache, is not known."""
-    prices, cached = calibration.decode_s_per_byte, work.kv_bytes(depth)
-    if not work.decode_bytes or work.decode_bytes.keys() - prices.keys() or cached is None:
+    """``None`` where a type of weights, or what attention costs, is not known."""
+    prices, attention_s = calibration.decode_s_per_byte, calibration.attention.seconds(work, depth)
+    if not work.decode_bytes or work.decode_bytes.keys() - prices.keys() or attention_s is None:
         return None
     reading = sum(prices[kind] * size for kind, size in work.decode_bytes.items())
-    return 1 / (reading + calibration.decode_s_per_layer * work.layers + calibration.kv_s_per_byte * cached)
+    return 1 / (reading + calibration.decode_s_per_layer * work.layers + attention_s)
 
 
 def _prefill_tps(work: Work, calibration: Calibration) -> float | None:

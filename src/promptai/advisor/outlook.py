@@ -20,7 +20,7 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
         calibrated: Forecasts; otherwise ``memory_bytes`` is a lower and ``decode_tps`` an upper bound.
         memory_bytes: Weights, KV cache of ``context`` tokens and buffers; ``None`` for a cache of unknown form.
         fits: Whether that is available now.
-        unknown: Types of weights that the calibration does not know.
+        unknown: Types of weights, and a length of heads, that the calibration does not know.
     """
 
     file_bytes: int

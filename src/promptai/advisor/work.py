@@ -22,6 +22,20 @@ _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 _WINDOW_PATTERN = {"gemma2": 2, "gemma3": 6}
 
 
+class Attention(msgspec.Struct, frozen=True, kw_only=True):
+    """
+    What is compared for each token that stands before the one being decoded.
+
+    Attributes:
+        head: Length of a head; ``192/128`` where keys and values differ.
+        query_width, kv_width: Heads, and KV heads, times that length (of a key), summed over the layers.
+    """
+
+    head: str
+    query_width: int
+    kv_width: int
+
+
 class Work(msgspec.Struct, frozen=True, kw_only=True):
     """
     One model as a load.
@@ -33,6 +47,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
             matrix, and the last layer behind its attention: llama.cpp computes these for a prompt's last token only.
         layers, width, ffn, vocabulary: As in its shape.
         kv_bytes_per_token: Of f16 cache, all layers; ``None`` where the file does not tell.
+        attention: ``None`` where the file does not tell.
         window: Tokens that sliding-window layers look back, and the share of the layers that do.
     """
 
@@ -44,15 +59,19 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     ffn: int
     vocabulary: int
     kv_bytes_per_token: int | None
+    attention: Attention | None
     window: tuple[int, float] | None = None
 
     def kv_bytes(self, context: int) -> int | None:
         """Bytes of KV cache that ``context`` tokens take; windows hold what they look back and one batch of 512."""
-        if self.kv_bytes_per_token is None or self.window is None:
-            return None if self.kv_bytes_per_token is None else self.kv_bytes_per_token * context
+        return None if self.kv_bytes_per_token is None else round(self.kv_bytes_per_token * self.seen(context))
+
+    def seen(self, tokens: int) -> float:
+        """Of so many tokens, those in the cache of a layer: the mean over the layers."""
+        if self.window is None:
+            return tokens
         length, share = self.window
-        seen = (1 - share) * context + share * min(context, length + 512)
-        return round(self.kv_bytes_per_token * seen)
+        return (1 - share) * tokens + share * min(tokens, length + 512)
 
 
 class _Tensor(Protocol):
@@ -80,6 +99,11 @@ def work_of_shape(shape: Shape, quant: Quant) -> Work:
         ffn=shape.ffn,
         vocabulary=shape.vocabulary,
         kv_bytes_per_token=2 * 2 * shape.head * shape.kv_heads * shape.layers,
+        attention=Attention(
+            head=str(shape.head),
+            query_width=shape.head * shape.heads * shape.layers,
+            kv_width=shape.head * shape.kv_heads * shape.layers,
+        ),
         window=_window(shape.architecture, shape.sliding_window),
     )
 
@@ -98,8 +122,18 @@ def work_of_file(header: GgufHeader) -> Work:
         ffn=_number(header, f"{name}.feed_forward_length"),
         vocabulary=rows,
         kv_bytes_per_token=header.kv_bytes_per_token(),
+        attention=_attention(header),
         window=_window(name, header.sliding_window),
     )
+
+
+def _attention(header: GgufHeader) -> Attention | None:
+    heads = header.heads
+    if heads is None:
+        return None
+    key, value = heads.key_length, heads.value_length
+    head = str(key) if key == value else f"{key}/{value}"
+    return Attention(head=head, query_width=heads.query_heads * key, kv_width=heads.kv_heads * key)
 
 
 def _matrices(tensors: Iterable[_Tensor]) -> tuple[dict[str, int], dict[str, int]]:

@@ -28,9 +28,9 @@ Example:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def calibrate(*, engine_path: Path | None, threads: int | None, as_json: bool) -> None:
     """
-    Measure five small models of random weights, twice each, and remember what a byte costs here.
+    Measure twenty small models of random weights, twice each, and remember what a byte and a token cost here.
 
-    Takes about two minutes on a PC and some more on a board, and up to 0.4 GB of disk while it runs.
+    Takes about three minutes on a PC and some more on a board, and up to 0.4 GB of disk while it runs.
     Leave the machine alone meanwhile.
     """
     settings, console = load_settings(), Console(stderr=as_json)

@@ -161,7 +161,7 @@ def _explain(lines: list[Line], here: Here, context: int, console: Console) -> N
     )
     unknown = sorted({kind for line in lines if line.outlook for kind in line.outlook.unknown})
     if unknown:
-        console.print(f"no rate where the calibration does not know the weights: {', '.join(unknown)}", highlight=False)
+        console.print(f"no rate for what the calibration does not know: {', '.join(unknown)}", highlight=False)
     if here.calibration is None:
         console.print(
             f"decode is what {here.read_bytes_per_s / 1e9:.1f} GB/s, as memory was read just now, would allow; engines "

@@ -17,6 +17,7 @@ asks ``part_names``.
 import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -26,6 +27,15 @@ from promptai.models.ggufbytes import Contents, Damaged, Forward, Reader
 _MAX_PARTS = 1000
 #: A state of fixed size instead of keys and values, in some or all layers (llama.cpp's src/llama-arch.cpp).
 _RECURRENT = ("ssm.state_size", "wkv.head_size", "shortconv.l_cache")
+
+
+class Heads(NamedTuple):
+    """Attention heads, summed over the layers, and how many numbers a key and a value of one have."""
+
+    query_heads: int
+    kv_heads: int
+    key_length: int
+    value_length: int
 
 
 class GgufHeader(Contents, frozen=True, kw_only=True):
@@ -110,17 +120,31 @@ class GgufHeader(Contents, frozen=True, kw_only=True):
         architectures whose cache is not of this form (recurrent ones that do not list
         their layers' heads).
         """
+        heads = self.heads
+        if heads is None:
+            return None
+        return round(heads.kv_heads * (heads.key_length + heads.value_length) * bytes_per_value)
+
+    @property
+    def heads(self) -> Heads | None:
+        """The attention heads of all layers; ``None`` when the header lacks them, or some layers are recurrent."""
         layers, width = self._integer("block_count"), self._integer("embedding_length")
         heads = self._integers("attention.head_count")
         kv_heads = self._integers("attention.head_count_kv") or heads
-        if not layers or not width or not heads or max(heads) <= 0 or min(kv_heads) < 0:
+        if not layers or not width or not heads or max(heads) <= 0 or min(*heads, *kv_heads) < 0:
             return None
         if len(kv_heads) == 1 and any(self._integers(key) for key in _RECURRENT):
             return None  # only some layers keep keys and values, and which ones is the loader's knowledge
-        key = self._integer("attention.key_length") or width // max(heads)
-        value = self._integer("attention.value_length") or width // max(heads)
-        total_heads = kv_heads[0] * layers if len(kv_heads) == 1 else sum(kv_heads)
-        return round(total_heads * (key + value) * bytes_per_value)
+        if len(heads) > 1:
+            asking = sum(heads)
+        else:  # a layer without KV heads attends to nothing
+            asking = heads[0] * (layers if len(kv_heads) == 1 else sum(kept > 0 for kept in kv_heads))
+        return Heads(
+            query_heads=asking,
+            kv_heads=kv_heads[0] * layers if len(kv_heads) == 1 else sum(kv_heads),
+            key_length=self._integer("attention.key_length") or width // max(heads),
+            value_length=self._integer("attention.value_length") or width // max(heads),
+        )
 
     def _text(self, key: str) -> str | None:
         value = self.metadata.get(key)
