@@ -5,12 +5,19 @@ import pytest
 from promptai.errors import SettingsError
 from promptai.settings import (
     CONFIG_NAME,
+    AliasEntry,
     EngineSettings,
+    FleetEntry,
+    GatewaySettings,
+    ServeEntry,
     Settings,
+    board_key,
     cache_directory,
+    keys_path,
     load_secrets,
     load_settings,
     models_directory,
+    settings_file,
 )
 
 
@@ -41,6 +48,21 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         pytest.param("[engine]\nthreads = -1", "engine.threads must be above 0, not -1", "settings.md", id="negative"),
         pytest.param("[bench]\ntimeout_s = 0.0", "bench.timeout_s must be above 0", "settings.md", id="zero-seconds"),
         pytest.param("[bench]\ntimeout_s = nan", "bench.timeout_s must be above 0", "settings.md", id="not-a-number"),
+        pytest.param("[gateway]\nprot = 1", "unknown field `prot`", "did you mean port?", id="misspelt-gateway-key"),
+        pytest.param(
+            "[[fleet]]\nurl = 'http://a'\napi_key = 'x'",
+            "unknown field `api_key`",
+            "did you mean api_key_env?",
+            id="a-key-in-the-file",
+        ),
+        pytest.param("[[serve]]\nmodel = 'a'\npined = true", "`pined`", "did you mean pinned?", id="misspelt-in-list"),
+        pytest.param("[aliases.x]\nmodle = 'a'", "`modle`", "did you mean model?", id="misspelt-in-alias"),
+        pytest.param("[[fleet]]\nslots = 2", "missing required field `url`", "settings.md", id="board-without-url"),
+        pytest.param("[fleet]\nurl = 'a'", "Expected `array`, got `object`", "settings.md", id="list-without-list"),
+        pytest.param("[gateway]\nstrategy = 'random'", "Invalid enum value 'random'", "settings.md", id="strategy"),
+        pytest.param("[gateway]\nport = 70000", "gateway.port must be between 0 and 65535", "settings.md", id="port"),
+        pytest.param("[gateway]\ndrain_s = -1", "gateway.drain_s must not be below 0", "settings.md", id="drain"),
+        pytest.param("[gateway]\nping_s = nan", "gateway.ping_s must not be below 0", "settings.md", id="ping"),
         pytest.param("[engine", "Expected ']'", "settings.md", id="not-toml"),
         pytest.param("runs = '\udcff'", "utf-8", "settings.md", id="not-utf-8"),
     ],
@@ -62,6 +84,7 @@ def test_a_mistake_is_refused_with_file_reason_and_remedy(here: Path, text: str,
     [
         *("engine.slots", "engine.batch", "engine.threads", "engine.context"),
         *("bench.max_tokens", "bench.repeats", "bench.timeout_s"),
+        *("gateway.wait_s", "gateway.stall_s", "gateway.attempts", "gateway.body_mib", "gateway.memory_mib"),
     ],
 )
 def test_what_is_counted_must_be_above_zero(here: Path, setting: str) -> None:
@@ -119,6 +142,79 @@ def test_an_option_beats_the_environment_and_that_the_directory(here: Path) -> N
         load_settings(None, environ).runs,
         load_settings(None, {}).runs,
     ] == ["option.toml", "environment.toml", CONFIG_NAME]
+
+
+def test_what_is_served_is_read_as_it_stands(here: Path) -> None:
+    (here / CONFIG_NAME).write_text("""
+[gateway]
+port = 9000
+cors_origins = ["https://desk.example"]
+[[fleet]]
+url = "http://pi-1:8080"
+slots = 2
+api_key_env = "PI_KEY"
+[[fleet]]
+url = "http://pi-2:8080"
+[[serve]]
+model = "tinyllama-1.1b"
+pinned = true
+ttl_s = 600
+[aliases.gpt-4o-mini]
+model = "tinyllama-1.1b"
+params = { temperature = 0.2 }
+[fallbacks]
+"tinyllama-1.1b" = "gemma-2b"
+""")
+
+    assert load_settings(environ={}) == Settings(
+        gateway=GatewaySettings(port=9000, cors_origins=("https://desk.example",)),
+        fleet=(FleetEntry("http://pi-1:8080", slots=2, api_key_env="PI_KEY"), FleetEntry("http://pi-2:8080")),
+        serve=(ServeEntry("tinyllama-1.1b", pinned=True, ttl_s=600.0),),
+        aliases={"gpt-4o-mini": AliasEntry("tinyllama-1.1b", {"temperature": 0.2})},
+        fallbacks={"tinyllama-1.1b": "gemma-2b"},
+    )
+
+
+@pytest.mark.parametrize("key", ["slots", "prefill_tps", "decode_tps", "capability"])
+def test_what_is_known_of_a_board_must_be_above_zero(here: Path, key: str) -> None:
+    (here / CONFIG_NAME).write_text(f"[[fleet]]\nurl = 'http://a'\n{key} = 0")
+
+    with pytest.raises(SettingsError, match=f"fleet.{key} must be above 0, not 0"):
+        load_settings(environ={})
+
+
+@pytest.mark.parametrize("key", ["slots", "context", "ttl_s", "capability"])
+def test_what_is_wanted_of_a_model_must_be_above_zero(here: Path, key: str) -> None:
+    (here / CONFIG_NAME).write_text(f"[[serve]]\nmodel = 'a'\n{key} = 0")
+
+    with pytest.raises(SettingsError, match=f"serve.{key} must be above 0, not 0"):
+        load_settings(environ={})
+
+
+def test_a_board_s_key_is_in_the_variable_that_is_named_for_it() -> None:
+    board = FleetEntry("http://pi-1:8080", api_key_env="PI_KEY")
+
+    assert [board_key(board, {"PI_KEY": "sesame"}), board_key(FleetEntry("http://a"), {})] == ["sesame", None]
+    for environ in ({}, {"PI_KEY": ""}):
+        with pytest.raises(SettingsError, match=r"of http://pi-1:8080 should be in \$PI_KEY, which is not set"):
+            board_key(board, environ)
+
+
+def test_keys_are_kept_where_the_environment_says_or_else_the_settings() -> None:
+    settings = Settings(gateway=GatewaySettings(keys="/etc/promptai/keys.json"))
+
+    assert keys_path({"PROMPTAI_KEYS": "/run/keys"}, settings) == Path("/run/keys")
+    assert keys_path({"XDG_CONFIG_HOME": "/home/x"}, settings) == Path("/etc/promptai/keys.json")
+    assert keys_path({"XDG_CONFIG_HOME": "/home/x"}, Settings()) == Path("/home/x/promptai/keys.json")
+
+
+def test_the_file_is_the_one_that_is_named_or_else_lies_here(here: Path) -> None:
+    assert settings_file(environ={}) is None
+    (here / CONFIG_NAME).touch()
+
+    assert settings_file(environ={}) == Path(CONFIG_NAME)
+    assert settings_file(environ={"PROMPTAI_CONFIG": "e.toml"}) == Path("e.toml")
+    assert settings_file(Path("o.toml"), {"PROMPTAI_CONFIG": "e.toml"}) == Path("o.toml")
 
 
 def test_a_secret_comes_from_the_environment_alone() -> None:

@@ -48,7 +48,7 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         slots: Conversations that one engine holds at once.
         batch: Most prompt tokens of one step; serving takes fewer where that many take longer than half a second.
         cache_type: Type of the KV cache's numbers: f16, or q8_0 for half the memory.
-        cache_ram_mib: Prompt cache beside the KV cache, in MiB; 0 turns it off.
+        cache_ram_mib: Prompt cache beside the KV cache when measuring, in MiB; 0 turns it off.
         mmap: Map the model file instead of reading it.
     """
 
@@ -107,6 +107,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         hosts: Further names under which a gateway on loopback may be called, behind a proxy for instance.
         cors_origins: Origins whose pages may use it, as ``https://host``; ``*``: all.
         default: The model of requests that name none; absent: the only one, if there is just one.
+        cache_ram_mib: Prompt cache of each engine that is started for serving, in MiB, where conversations go that
+            leave their slot; absent: a sixteenth of the memory, at most 1024; 0 turns it off.
         memory_mib: What all engines of this machine together may take, in MiB; absent: what is available, less a
             tenth of the memory.
     """
@@ -126,6 +128,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     default: str | None = None
+    cache_ram_mib: int | None = None
     memory_mib: int | None = None
 
     def __post_init__(self) -> None:

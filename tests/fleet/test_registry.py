@@ -31,8 +31,13 @@ class Told:
         self.publish: Publish = lambda _: None
         self.error: Exception | None = None
         self.woken: list[str] = []
+        self.touched: list[str] = []
         self.began: list[float] = []
         self.ended = 0
+
+    def touch(self, replica_id: str) -> None:
+        """Remember it."""
+        self.touched.append(replica_id)
 
     async def run(self, publish: Publish) -> None:
         """Publish once, if there is something, and fail if told to."""

@@ -97,7 +97,7 @@ def test_a_wrong_key_is_refused_and_neither_shown_nor_logged(store: KeyStore, ca
 @pytest.mark.parametrize(
     ("scope", "opened"),
     [
-        ("infer", {CHAT, "/v1/models", "/v1/models/a", "/api/decide"}),
+        ("infer", {CHAT, "/v1/models", "/v1/models/a", "/api/decide", "/api/fleet"}),
         ("metrics", {"/metrics"}),
         ("admin", {CHAT, "/v1/models", "/v1/models/a", "/api/decide", "/metrics", "/api/fleet", "/api/queue"}),
     ],

@@ -16,15 +16,13 @@ import msgspec
 
 from promptai.bench.manifest import EngineFacts, ModelFacts, TargetFacts
 from promptai.engine.client import EngineClient
-from promptai.engine.flags import EngineFlags
+from promptai.engine.flags import BYTES_PER_VALUE, EngineFlags
 from promptai.engine.launch import RunningEngine, free_port
 from promptai.engine.locate import EngineBinary
 from promptai.errors import EngineDiedError, EngineRefusedError, ModelError, ModelTooLargeError, SettingsError
 from promptai.models.gguf import GgufHeader, read_header
 
 _GIB = 1024**3
-#: q8_0 holds 32 numbers and an f16 scale in 34 bytes.
-_BYTES_PER_VALUE = {"f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
 
 
 class OpenTarget(msgspec.Struct, frozen=True):
@@ -148,7 +146,7 @@ def check_fits(header: GgufHeader, context: int, available_bytes: int, *, cache_
     Raises:
         ModelTooLargeError: With the numbers.
     """
-    per_token = header.kv_bytes_per_token(bytes_per_value=_BYTES_PER_VALUE[cache_type])
+    per_token = header.kv_bytes_per_token(bytes_per_value=BYTES_PER_VALUE[cache_type])
     kv_bytes = 0 if header.sliding_window else (per_token or 0) * context
     needed = header.tensor_bytes + kv_bytes
     if needed > available_bytes:

@@ -31,6 +31,13 @@ Examples:
     type=click.IntRange(min=1),
     help="Mean length of an answer.  [default: the request's cap]",
 )
+@click.option(
+    "--host-cache",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Tokens of conversations that are kept when they leave their slot.",
+)
 @click.option("--model", default="simulated", show_default=True, help="The name it answers to.")
 @click.option("--load-s", type=float, default=0.0, show_default=True, help="Seconds of pretended loading.")
 @click.option("--time-scale", type=_RATE, default=1.0, show_default=True, help="10: ten times as fast.")

@@ -61,11 +61,23 @@ class EngineClient:
         base_url: Scheme, host and port, without ``/v1``.
         api_key: Sent as a bearer token when given.
         silence_s: Longest wait for the next bytes of an answer.
+        headers: Further ones of every request.
+        beside: Told what a PromptAI gateway says beside an answer: of its way in the head, by the
+            names of the headers, and of its stage in events (``x-promptai-status: 1`` asks for them).
     """
 
-    def __init__(self, base_url: str, *, api_key: str | None = None, silence_s: float = SILENCE_S) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        silence_s: float = SILENCE_S,
+        headers: Mapping[str, str] | None = None,
+        beside: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    ) -> None:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers = {**(headers or {}), **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
+        self._beside = beside
         self._silence_s = silence_s
         self._session: aiohttp.ClientSession | None = None
 
@@ -135,23 +147,12 @@ class EngineClient:
         """``POST /completion`` without streaming."""
         return await self._post("/completion", {**body, "stream": False}, Completion)
 
-    async def stream_chat(
-        self,
-        body: dict[str, Any],
-        *,
-        headers: Mapping[str, str] | None = None,
-        beside: Callable[[Mapping[str, Any]], None] = lambda _: None,
-    ) -> AsyncGenerator[Arrival, None]:
+    async def stream_chat(self, body: dict[str, Any]) -> AsyncGenerator[Arrival, None]:
         """
         ``POST /v1/chat/completions`` with streaming: the chunks as they arrive.
 
         Keep-alive comments are skipped. Ends after ``[DONE]``. Whoever may leave early
         wraps it in ``contextlib.aclosing``: closing it is what frees the engine's slot.
-
-        Args:
-            headers: Further ones of the request.
-            beside: Told what a PromptAI gateway says beside the answer: of its way in the head, by the
-                names of the headers, and of its stage in events (``x-promptai-status: 1`` asks for them).
 
         Raises:
             EngineRefusedError: An error instead of, or in the middle of, the answer.
@@ -160,21 +161,17 @@ class EngineClient:
                 a word, or no end.
         """
         payload = msgspec.json.encode({**body, "stream": True, "stream_options": {"include_usage": True}})
-        answer = _Answer(self.base_url, body.get("max_tokens"), beside)
+        answer = _Answer(self.base_url, body.get("max_tokens"), self._beside)
         silent_at = time.monotonic() + self._silence_s
         try:
             async with asyncio.timeout(self._silence_s):
                 response = await self._open().post(
-                    f"{self.base_url}/v1/chat/completions",
-                    data=payload,
-                    headers={"Content-Type": "application/json", **(headers or {})},
+                    f"{self.base_url}/v1/chat/completions", data=payload, headers={"Content-Type": "application/json"}
                 )
             async with response:
                 if response.status != 200:
                     raise self._refused(response.status, await _reason(response))
-                beside(
-                    {name.lower(): text for name, text in response.headers.items() if name.lower().startswith(_OURS)}
-                )
+                self._beside(_ours(response.headers))
                 while not answer.done:
                     async with asyncio.timeout(silent_at - time.monotonic()):
                         data = await response.content.readany()
@@ -308,6 +305,12 @@ class _Answer:
         return EngineRefusedError(
             f"{self._url} broke off with an error: {error.message[:300]}", status=None, kind=error.type
         )
+
+
+def _ours(headers: Mapping[str, str]) -> dict[str, str]:
+    """What a gateway tells in the head of an answer."""
+    told = {name.lower(): text for name, text in headers.items()}
+    return {name: text for name, text in told.items() if name.startswith(_OURS)}
 
 
 def _object(data: str) -> dict[str, Any]:

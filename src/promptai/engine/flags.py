@@ -26,6 +26,10 @@ _NEWER = (
 )
 
 
+#: Of a KV cache, by its type; q8_0 holds 32 numbers and an f16 scale in 34 bytes.
+BYTES_PER_VALUE = {"f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
+
+
 def newer_switches(help_text: str) -> tuple[str, ...]:
     """The switches that this build needs and that others would not know, from what its ``--help`` prints."""
     known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", help_text))

@@ -47,6 +47,8 @@ class LocalModel(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         needed_bytes: Memory that its engine takes: weights, KV cache, buffers.
         context: Tokens of context of one slot.
+        cache_ram_mib: Its engine's prompt cache, which ``needed_bytes`` includes; so many conversations' tokens as
+            ``host_cache_tokens`` fit there.
         load_s: Seconds that loading takes, until it has been seen; ``None``: not known.
         pinned: It is always there: started first, never evicted, never idle for too long.
         ttl_s: How long it may be idle; ``None``: for ever.
@@ -58,6 +60,8 @@ class LocalModel(msgspec.Struct, frozen=True, kw_only=True):
     needed_bytes: int
     slots: int = 1
     context: int | None = None
+    cache_ram_mib: int = 0
+    host_cache_tokens: int = 0
     rates: Rates = Rates()
     load_s: float | None = None
     capability: float | None = None
@@ -143,6 +147,7 @@ class _Entry:
             model=model.name,
             slots=model.slots,
             context=model.context,
+            host_cache_tokens=model.host_cache_tokens,
             state=state,
             reason=reason,
             rates=model.rates,

@@ -24,10 +24,10 @@ from promptai.gateway import openapi
 from promptai.gateway.accounting import account, outcome_of, write_line
 from promptai.gateway.auth import CALLER, Caller, Guard
 from promptai.gateway.body import read_json
-from promptai.gateway.desk import Desk, Serving, Ticket
+from promptai.gateway.desk import Desk, Serving, Ticket, path_for
 from promptai.gateway.envelope import ApiError, envelope, request_id, stamp
 from promptai.gateway.metrics import Metrics, Now, ReplicaNow
-from promptai.gateway.relay import Rhythm, answer, as_api_error, stream
+from promptai.gateway.relay import Rhythm, answer, as_api_error, stream, told
 from promptai.gateway.views import fleet_view, models_view, queue_view
 from promptai.router.dispatch import Dispatcher
 from promptai.router.selection import resolve
@@ -144,6 +144,7 @@ class Gateway:
             return response
         except ApiError as error:
             status = error.status
+            error.headers = {**told(ticket), **error.headers}
             raise
         finally:
             self._ended(request, caller, ticket, status, arrived)
@@ -199,15 +200,15 @@ class Gateway:
             )
         return json(found)
 
-    async def _fleet(self, _request: web.Request) -> web.Response:
-        return json(fleet_view(self._dispatcher, self.desk.serving.names))
+    async def _fleet(self, request: web.Request) -> web.Response:
+        return json(fleet_view(self._dispatcher, self.desk.serving.names, admin=request[CALLER].admin))
 
     async def _queue(self, _request: web.Request) -> web.Response:
         return json(queue_view(self._dispatcher))
 
     async def _decide(self, request: web.Request) -> web.Response:
         body = await read_json(request, limit_bytes=self._limits.body_bytes, limit_s=self._limits.body_s)
-        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+        path = path_for(body)
         caller: Caller = request[CALLER]
         ticket, choice = _refusals(lambda: self.desk.decide(path, body, request.headers, caller))
         found: dict[str, Any] = {

@@ -84,7 +84,8 @@ def scope_of(route: str) -> Scope | None:
         return None
     if route == "/metrics":
         return "metrics"
-    if route.startswith("/v1/") or route == "/api/decide":
+    # Another gateway reads from the fleet what it may send here; what only an administrator may see is left out of it.
+    if route.startswith("/v1/") or route in {"/api/decide", "/api/fleet"}:
         return "infer"
     return "admin"
 
@@ -199,7 +200,7 @@ class Guard:
         origin = request.headers.get("Origin")
         if origin is None or request.method in {"GET", "HEAD"} or self._allows(origin):
             return
-        if urlsplit(origin).netloc.lower() != request.headers.get("Host", "").lower():
+        if _authority(origin) != request.headers.get("Host", "").lower():
             raise ApiError(
                 403,
                 "pages of that origin may not use this gateway",
@@ -235,6 +236,14 @@ def host_name(host: str) -> str:
     """The name or address in a ``Host`` header, in lower case; empty where it is not well-formed."""
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]@/?#\s]+?)\.?)(?::[0-9]*)?", host)
     return "" if match is None else (match[1] or match[2]).lower()
+
+
+def _authority(origin: str) -> str | None:
+    """Host and port of an origin; ``None`` of what is none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 def _secret_in(request: web.Request) -> str | None:

@@ -28,6 +28,7 @@ _STATUSES = {
     429: "The queue is full, or a limit of the key is reached.",
     431: "A header is too long.",
     500: "The gateway failed; its log says why.",
+    501: "The engine was started without what this needs.",
     502: "An engine failed, and no other could take over.",
     503: "Nothing is there that could answer now.",
     504: "Nothing answered in time.",
@@ -35,7 +36,7 @@ _STATUSES = {
 _ALWAYS = (400, 403, 417, 431, 500)
 _KEYED = (401, 503)
 _BODY = (408, 413)
-_INFER = (404, *_BODY, 429, 502, 504)
+_INFER = (404, *_BODY, 429, 501, 502, 504)
 
 _CHAT = {"model": "auto", "messages": [{"role": "user", "content": "Is cell 12 up?"}], "max_tokens": 64}
 
@@ -100,9 +101,9 @@ _OPERATIONS = (
     ),
     _Operation(
         "post", "/api/decide", "decide", "PromptAI", "Say where a request would go, and why, without sending it.",
-        _json("Decision"), body="ChatRequest", example=_CHAT, codes=(404, *_BODY, 429),
+        _json("Decision"), body="AnyRequest", example=_CHAT, codes=(404, *_BODY, 429),
     ),
-    _Operation("get", "/api/fleet", "get_fleet", "PromptAI", "Show all replicas.", _json("Fleet"), "admin"),
+    _Operation("get", "/api/fleet", "get_fleet", "PromptAI", "Show all replicas.", _json("Fleet")),
     _Operation("get", "/api/queue", "get_queue", "PromptAI", "Show what waits.", _json("Queue"), "admin"),
     _Operation(
         "get", "/metrics", "get_metrics", "Watching", "Metrics for Prometheus; wakes and changes nothing.",

@@ -30,12 +30,12 @@ def models_view(dispatcher: Dispatcher, names: Names, allowed: Callable[[str], b
     }
 
 
-def fleet_view(dispatcher: Dispatcher, names: Names) -> dict[str, Any]:
+def fleet_view(dispatcher: Dispatcher, names: Names, *, admin: bool) -> dict[str, Any]:
     """
     ``GET /api/fleet``: all replicas and what is known of them.
 
     Another gateway reads ``models``; what is behind a third one is not counted there, or two gateways
-    that know each other would count each other's slots for ever.
+    that know each other would count each other's slots for ever. Where replicas are is told to ``admin`` alone.
     """
     accounts = dispatcher.accounts
     snapshot = accounts.fleet.snapshot
@@ -45,7 +45,7 @@ def fleet_view(dispatcher: Dispatcher, names: Names) -> dict[str, Any]:
         "strategy": dispatcher.strategy.name,
         "models": [_model(model, own) for model in snapshot.models if (own := _own(snapshot.of(model)))],
         "aliases": {alias: found.model for alias, found in names.aliases.items()},
-        "replicas": [_replica(dispatcher, replica) for replica in snapshot.replicas],
+        "replicas": [_replica(dispatcher, replica, admin=admin) for replica in snapshot.replicas],
     }
 
 
@@ -98,13 +98,13 @@ def _model(model: str, replicas: tuple[Replica, ...]) -> dict[str, Any]:
     }
 
 
-def _replica(dispatcher: Dispatcher, replica: Replica) -> dict[str, Any]:
+def _replica(dispatcher: Dispatcher, replica: Replica, *, admin: bool) -> dict[str, Any]:
     accounts = dispatcher.accounts
     book, now = accounts.book, accounts.now()
     step = book.decode_step_s(replica, 1)
     return {
         "id": replica.id,
-        "url": replica.url,
+        "url": replica.url if admin else None,
         "model": replica.model,
         "dialect": replica.dialect,
         "state": replica.state.value,

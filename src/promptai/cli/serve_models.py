@@ -1,0 +1,269 @@
+"""Which models of this machine ``promptai serve`` offers, and what is expected of each.
+
+Expected is what was measured here (``promptai bench``), else what a calibration forecasts
+(``promptai models calibrate``), else nothing: then the gateway learns it from the first answers.
+Nothing is loaded, and of a model file only its header is read.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from promptai.advisor.calibrate import load
+from promptai.advisor.calibration import Calibration
+from promptai.advisor.outlook import Here, outlook
+from promptai.advisor.profile import Engine, Profiles
+from promptai.advisor.work import work_of_file
+from promptai.device.cpu import default_threads, read_cpu
+from promptai.device.memory import read_memory
+from promptai.engine.flags import BYTES_PER_VALUE, EngineFlags
+from promptai.engine.locate import EngineBinary, locate
+from promptai.errors import ModelError, SettingsError
+from promptai.fleet.local import LocalModel
+from promptai.fleet.replica import Rates
+from promptai.models.bundled import NAME, bundled_model
+from promptai.models.gguf import GgufHeader, join_parts, part_names, read_header
+from promptai.models.library import Kept, Library, resolve
+from promptai.settings import EngineSettings, ServeEntry, Settings, cache_directory, models_directory
+
+CONTEXT = 4096
+#: Tokens before the one that a forecast is for: the middle of a short conversation.
+_DEPTH = 512
+#: What bounds of memory leave out, as a share of them.
+_BEYOND_THE_BOUND = 0.1
+_MOST_CACHE_MIB = 1024
+_LEAST_BATCH, _USUAL_BATCH, _BATCH_S = 32, 128, 0.5
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """
+    This machine as an engine finds it; looked at once, so that a change of settings changes nothing that runs.
+
+    Attributes:
+        engine: Settings of engines, the command line's among them.
+        cache_ram_mib: Prompt cache of each engine.
+        calibration: Of this engine; ``None``: there is none.
+        profiles: Of earlier runs.
+    """
+
+    binary: EngineBinary
+    threads: int
+    engine: EngineSettings
+    cache_ram_mib: int
+    calibration: Calibration | None
+    profiles: Profiles
+
+
+def look_around(settings: Settings, note: Callable[[str], None]) -> Machine:
+    """
+    Find the engine and what is known of it.
+
+    Raises:
+        EngineError: There is none that starts.
+    """
+    cpu = read_cpu()
+    threads = settings.engine.threads or default_threads(cpu)
+    named = settings.engine.path
+    binary = locate(Path(named) if named else None, cache=cache_directory() / "engines")
+    holds_for = Engine(cpu=cpu.model_name, label=binary.label, threads=threads)
+    return Machine(
+        binary=binary,
+        threads=threads,
+        engine=settings.engine,
+        cache_ram_mib=_prompt_cache_mib(settings),
+        calibration=load(cache_directory() / "calibrations", engine=binary.label, cpu=cpu.model_name, threads=threads),
+        profiles=Profiles(Path(settings.runs), holds_for, note),
+    )
+
+
+class Chosen(msgspec.Struct, frozen=True, kw_only=True):
+    """
+    A model file that is to be served.
+
+    Attributes:
+        name: What requests call it.
+        sha256: As its sidecar says; ``None`` without one.
+        entry: What settings say of it.
+    """
+
+    path: Path
+    name: str
+    sha256: str | None
+    entry: ServeEntry
+
+
+def choose(settings: Settings, note: Callable[[str], None]) -> list[Chosen]:
+    """
+    The files that settings name; where nothing is named at all, the whole library, or the bundled model.
+
+    Raises:
+        ModelError: One that is named is not there, or may mean several.
+        SettingsError: One is named twice, or is no model.
+    """
+    library = Library(models_directory(settings))
+    if settings.serve:
+        found = [_named(entry, library) for entry in settings.serve]
+    elif settings.fleet:
+        found = []
+    else:
+        found = [_kept(kept, ServeEntry(kept.name)) for kept in library.models() if _usable(kept, note)]
+        found = found or [_bundled(ServeEntry(NAME, preload=True))]
+    return _told_apart(found)
+
+
+def describe(chosen: Chosen, machine: Machine) -> LocalModel:
+    """
+    Everything that is known of a model before it runs.
+
+    Raises:
+        ModelError: Its file cannot be used.
+    """
+    header, entry = _header(chosen.path), chosen.entry
+    slots = entry.slots or machine.engine.slots
+    wanted = entry.context or machine.engine.context or CONTEXT
+    context = min(wanted, header.context_length or wanted)
+    here = Here(
+        available_bytes=read_memory().available_for_new_process(), read_bytes_per_s=0.0, calibration=machine.calibration
+    )
+    expected = outlook(work_of_file(header), here, context=context * slots, depth=min(_DEPTH, context))
+    profile = machine.profiles.of(chosen.path, sha256=chosen.sha256)
+    rates = Rates()
+    if profile is not None:
+        rates = Rates(prefill_tps=profile.prefill_tps, decode_tps=profile.decode_tps, source="profile")
+    elif expected.calibrated and expected.decode_tps is not None:
+        rates = Rates(prefill_tps=expected.prefill_tps, decode_tps=expected.decode_tps, source="forecast")
+    bound = expected.memory_bytes or header.file_bytes
+    beyond = 0.0 if expected.calibrated and expected.memory_bytes else _BEYOND_THE_BOUND
+    return LocalModel(
+        name=chosen.name,
+        path=chosen.path,
+        needed_bytes=round(bound * (1 + beyond)) + machine.cache_ram_mib * 1024**2,
+        slots=slots,
+        context=context,
+        cache_ram_mib=machine.cache_ram_mib,
+        host_cache_tokens=_cached_tokens(header, machine),
+        rates=rates,
+        load_s=profile.load_s if profile is not None else None,
+        capability=entry.capability or round(header.parameters / 1e9, 4),
+        accuracy=profile.accuracy if profile is not None else None,
+        pinned=entry.pinned,
+        ttl_s=entry.ttl_s,
+        preload=entry.preload,
+    )
+
+
+def flags_for(machine: Machine) -> Callable[[LocalModel, int], EngineFlags]:
+    """How an engine is started for a model, on a port."""
+    engine = machine.engine
+
+    def flags(model: LocalModel, port: int) -> EngineFlags:
+        batch = batch_for(model.rates.prefill_tps, at_most=engine.batch)
+        return EngineFlags(
+            model=str(model.path),
+            port=port,
+            threads=machine.threads,
+            context=(model.context or CONTEXT) * model.slots,
+            slots=model.slots,
+            batch=batch,
+            ubatch=batch,
+            cache_type_k=engine.cache_type,
+            cache_type_v=engine.cache_type,
+            cache_ram_mib=model.cache_ram_mib,
+            mmap=engine.mmap,
+        )
+
+    return flags
+
+
+def batch_for(prefill_tps: float | None, *, at_most: int = 512) -> int:
+    """
+    Prompt tokens of one step of a serving engine: those of about half a second, a power of two.
+
+    Between two steps, and only there, an engine notices that a client has gone, and sends the
+    tokens of its other streams: a step of 512 tokens on a Pi would hold both up for ten seconds.
+    """
+    if prefill_tps is None:
+        return min(_USUAL_BATCH, at_most)
+    fitting = 1 << round(math.log2(max(1.0, _BATCH_S * prefill_tps)))
+    return min(max(fitting, _LEAST_BATCH), at_most)
+
+
+def _prompt_cache_mib(settings: Settings) -> int:
+    """As set, else a sixteenth of the memory: 512 MiB of a board with 8 GB hold some 18,000 tokens of a 1.5 B model."""
+    if settings.gateway.cache_ram_mib is not None:
+        return settings.gateway.cache_ram_mib
+    return min(_MOST_CACHE_MIB, read_memory().total_bytes // 16 // 1024**2)
+
+
+def _cached_tokens(header: GgufHeader, machine: Machine) -> int:
+    """Tokens of conversations that the prompt cache holds; none where the form of the cache is not known."""
+    per_token = header.kv_bytes_per_token(bytes_per_value=BYTES_PER_VALUE[machine.engine.cache_type])
+    return int(machine.cache_ram_mib * 1024**2 // per_token) if per_token else 0
+
+
+def _named(entry: ServeEntry, library: Library) -> Chosen:
+    if entry.model.startswith(("http://", "https://")):
+        raise SettingsError(f"{entry.model} is a server, not a model", hint="give it with --board, or as [[fleet]]")
+    kept = None if Path(entry.model).exists() else library.find(entry.model)
+    if kept is not None:
+        return _kept(kept, entry)
+    if entry.model == NAME:
+        return _bundled(entry)
+    path = resolve(entry.model, library)
+    return Chosen(path=path.absolute(), name=path.name.removesuffix(".gguf"), sha256=None, entry=entry)
+
+
+def _kept(kept: Kept, entry: ServeEntry) -> Chosen:
+    sidecar = kept.sidecar
+    return Chosen(
+        path=kept.path.absolute(),
+        name=(sidecar.catalog if sidecar is not None else None) or kept.path.stem,
+        sha256=sidecar.sha256 if sidecar is not None else None,
+        entry=entry,
+    )
+
+
+def _bundled(entry: ServeEntry) -> Chosen:
+    return Chosen(path=bundled_model(), name=NAME, sha256=None, entry=entry)
+
+
+def _usable(kept: Kept, note: Callable[[str], None]) -> bool:
+    """Whether a file of the library is a model that can be served, the first part of one included."""
+    try:
+        header = _header(kept.path)
+    except ModelError as error:
+        note(f"{kept.name} is not served: {error.message}")
+        return False
+    return header.split is None or header.split[0] == 0
+
+
+def _header(path: Path) -> GgufHeader:
+    header = read_header(path)
+    if header.split is None or header.split[0] != 0:
+        return header
+    return join_parts([header, *(read_header(path.with_name(name)) for name in part_names(path.name)[1:])])
+
+
+def _told_apart(found: Sequence[Chosen]) -> list[Chosen]:
+    """Each with a name of its own: two quantisations of one model are called by their files."""
+    paths = [chosen.path for chosen in found]
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice is not None:
+        raise SettingsError(f"{twice.name} is to be served twice", hint="name it once")
+    return [msgspec.structs.replace(chosen, name=name) for chosen, name in zip(found, _names(found), strict=True)]
+
+
+def _names(found: Sequence[Chosen]) -> Iterator[str]:
+    for chosen in found:
+        ways = (
+            lambda one: one.name,
+            lambda one: one.path.stem,
+            lambda one: f"{one.path.parent.name}/{one.path.stem}",
+        )
+        for way in ways:
+            name = way(chosen)
+            if [way(other) for other in found].count(name) == 1:
+                break
+        yield name

@@ -1,0 +1,281 @@
+"""The life of one gateway: put together, listening, read again, drained, gone.
+
+    plan ──▶ listen ──▶ engines start ──▶ serve ──(file changes, SIGHUP)──▶ plan again
+                                            │
+                          SIGTERM, SIGINT ──▶ drain ──▶ (second one, or nothing left) ──▶ engines end
+
+What a plan may change while streams go on: which models and boards there are, aliases, fallbacks, limits. Where
+it listens, who may come in and how engines are started is settled at the start.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from promptai.cli.serve_fleet import (
+    PI5,
+    Boards,
+    MemoryBudget,
+    boards,
+    limits_of,
+    serving_of,
+    simulated_source,
+    static_sources,
+)
+from promptai.cli.serve_models import Machine, choose, describe, flags_for, look_around
+from promptai.cli.serve_show import Loading
+from promptai.engine.simulated import SimulatedEngine
+from promptai.engine.upstream import HttpUpstream
+from promptai.errors import PromptAIError
+from promptai.fleet.launcher import EngineLauncher
+from promptai.fleet.local import LocalModel, LocalSource
+from promptai.fleet.registry import Registry
+from promptai.fleet.replica import Snapshot
+from promptai.fleet.source import Source
+from promptai.gateway.app import Gateway, GatewayLimits
+from promptai.gateway.auth import Guard
+from promptai.gateway.relay import Rhythm
+from promptai.gateway.server import GatewayServer
+from promptai.router.accounts import Accounts
+from promptai.router.dispatch import Dispatcher
+from promptai.router.policy import STRATEGIES
+from promptai.router.rates import RateBook
+from promptai.settings import Settings, cache_directory
+
+_log = logging.getLogger("promptai.serve")
+
+_LOOK_EVERY_S, _FILE_EVERY_S = 0.5, 2.0
+#: How long the start waits for boards to say what they serve, before it prints what it knows.
+_FIRST_LOOK_S = 0.7
+_SIGNALLED = 128
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """
+    What is to be served.
+
+    Attributes:
+        settings: With the command line's word in them.
+        models: Of this machine.
+    """
+
+    settings: Settings
+    models: tuple[LocalModel, ...] = ()
+    boards: Boards = Boards((), {})
+    machine: Machine | None = None
+
+
+def make_plan(settings: Settings, *, machine: Machine | None, simulated: bool, note: Callable[[str], None]) -> Plan:
+    """
+    Decide what is served; reads the library and headers of models, starts nothing.
+
+    Args:
+        machine: As it was looked at before; ``None``: it is looked at now, if models of it are served.
+        simulated: Pretended boards are served, so that nothing else is unless it was named.
+
+    Raises:
+        PromptAIError: Something that is named is not there, or cannot be used.
+    """
+    found = boards(settings.fleet)
+    chosen = [] if simulated and not settings.serve else choose(settings, note)
+    if chosen and machine is None:
+        machine = look_around(settings, note)
+    models = tuple(describe(one, machine) for one in chosen) if machine is not None else ()
+    return Plan(settings=settings, models=models, boards=found, machine=machine)
+
+
+class Running:
+    """
+    One gateway, from its start to its end.
+
+    Args:
+        plan: What it begins with.
+        simulated: How many pretended boards it starts beside.
+        file: Where settings are, if there are any.
+        replan: Makes another plan from the settings as they are now.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        guard: Guard,
+        *,
+        simulated: int = 0,
+        file: Callable[[], Path | None],
+        replan: Callable[[Machine | None], Plan],
+    ) -> None:
+        self.plan = plan
+        self.keys = dict(plan.boards.keys)
+        self.budget = MemoryBudget(plan.settings.gateway.memory_mib)
+        self._guard = guard
+        self._file = file
+        self._replan = replan
+        self._engines = [SimulatedEngine(PI5) for _ in range(simulated)]
+        self._signals: asyncio.Queue[int] = asyncio.Queue()
+        self._read_again = asyncio.Event()
+
+    async def run(self, started: Callable[["Running", GatewayServer], None], loading: Loading) -> int:
+        """
+        Serve until a signal ends it; the exit code.
+
+        Args:
+            started: Told when it listens and knows what it serves.
+
+        Raises:
+            SettingsError: It cannot listen there.
+        """
+        gateway_settings = self.plan.settings.gateway
+        loop = asyncio.get_running_loop()
+        async with contextlib.AsyncExitStack() as stack:
+            self._upstream = await stack.enter_async_context(HttpUpstream(self.keys))
+            for engine in self._engines:
+                await stack.enter_async_context(engine)
+            self.registry = Registry(())
+            self._accounts = Accounts(self.registry, RateBook())
+            self.registry.replace(self._sources(self.plan))
+            strategy = STRATEGIES[gateway_settings.strategy]()
+            self._dispatcher = Dispatcher(self._accounts, strategy, limits_of(self.plan.settings))
+            stack.callback(self._dispatcher.close)
+            self._gateway = Gateway(
+                self._dispatcher,
+                self._upstream,
+                self._guard,
+                serving=serving_of(self.plan.settings),
+                rhythm=Rhythm(ping_s=gateway_settings.ping_s),
+                limits=GatewayLimits(body_bytes=gateway_settings.body_mib * 1024**2),
+            )
+            self._catch_signals(loop, stack)
+            # The door closes before the engines end, and a door that cannot be had starts none.
+            tasks: list[asyncio.Task[None]] = []
+            stack.push_async_callback(_end, tasks)
+            server = GatewayServer(self._gateway, gateway_settings.host, gateway_settings.port)
+            await stack.enter_async_context(server)
+            tasks.append(asyncio.create_task(self.registry.run()))
+            await self._first_look()
+            started(self, server)
+            tasks.append(asyncio.create_task(self._mind(loading)))
+            return await self._until_end(tasks)
+
+    def _sources(self, plan: Plan) -> list[Source]:
+        sources: list[Source] = []
+        if plan.models and plan.machine is not None:
+            launcher = EngineLauncher(plan.machine.binary, flags_for(plan.machine), cache_directory() / "logs")
+            sources.append(LocalSource(plan.models, launcher, self.budget, self._accounts.running))
+        if self._engines:
+            sources.append(simulated_source(self._engines))
+        return sources + static_sources(plan.boards.targets, self._upstream)
+
+    def _catch_signals(self, loop: asyncio.AbstractEventLoop, stack: contextlib.AsyncExitStack) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._signals.put_nowait, number)
+            stack.callback(loop.remove_signal_handler, number)
+        loop.add_signal_handler(signal.SIGHUP, self._read_again.set)
+        stack.callback(loop.remove_signal_handler, signal.SIGHUP)
+
+    async def _first_look(self) -> None:
+        """Give boards a moment to say what they serve."""
+        expected = len(self.plan.models) + len(self._engines) + len(self.plan.boards.targets)
+        there = asyncio.Event()
+
+        def look(snapshot: Snapshot) -> None:
+            if len(snapshot.replicas) >= expected:
+                there.set()
+
+        leave = self.registry.subscribe(look)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FIRST_LOOK_S):
+                await there.wait()
+        leave()
+
+    async def _until_end(self, tasks: Sequence["asyncio.Task[None]"]) -> int:
+        """Wait for a signal, then for the answers that are under way, or for another signal."""
+        signalled = asyncio.ensure_future(self._signals.get())
+        await asyncio.wait([signalled, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task.done():
+                signalled.cancel()
+                task.result()  # a bug: it never ends by itself
+        limit_s = self.plan.settings.gateway.drain_s
+        if self._gateway.under_way:
+            _log.info(
+                "ending: %d under way may go on for %g s; the same signal again ends at once",
+                self._gateway.under_way,
+                limit_s,
+            )
+        again = asyncio.ensure_future(self._signals.get())
+        drained = asyncio.ensure_future(self._gateway.drain(limit_s))
+        await asyncio.wait([again, drained], return_when=asyncio.FIRST_COMPLETED)
+        drained.cancel()
+        if again.done() and not drained.done():
+            _log.info("ended at once: %d were under way", self._gateway.under_way)
+            return _SIGNALLED + again.result()
+        again.cancel()
+        return 0
+
+    async def _mind(self, loading: Loading) -> None:
+        """What needs a look now and then: loading, and the file of settings."""
+        loop = asyncio.get_running_loop()
+        seen, look_at = _identity(self._file()), loop.time() + _FILE_EVERY_S
+        while True:
+            loading.look(self.registry.snapshot, loop.time())
+            wanted = self._read_again.is_set()
+            if wanted or loop.time() >= look_at:
+                look_at, now = loop.time() + _FILE_EVERY_S, _identity(self._file())
+                if wanted or now != seen:
+                    seen = now
+                    self._read_again.clear()
+                    await self._reload()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_EVERY_S):
+                    await self._read_again.wait()
+
+    async def _reload(self) -> None:
+        """Take over what the file says now; a file that is wrong changes nothing."""
+        try:
+            plan = await asyncio.to_thread(self._replan, self.plan.machine)
+        except PromptAIError as error:
+            _log.error("settings stay as they were: %s", error)
+            return
+        waits = _settled_at_the_start(self.plan.settings, plan.settings)
+        self.keys.clear()
+        self.keys.update(plan.boards.keys)
+        self._gateway.desk.serving = serving_of(plan.settings)
+        self._dispatcher.limits = limits_of(plan.settings)
+        self.plan = msgspec.structs.replace(plan, machine=plan.machine or self.plan.machine)
+        self.registry.replace(self._sources(plan))
+        for trouble in self.registry.troubles:
+            _log.warning("%s", trouble)
+        _log.info("settings were read again%s", f"; {waits} only count from the next start" if waits else "")
+
+
+def _settled_at_the_start(before: Settings, after: Settings) -> str:
+    """Which settings have changed that nothing can be done about now."""
+    changed = [
+        f"gateway.{name}"
+        for name in ("host", "port", "strategy", "ping_s", "body_mib", "keys", "hosts", "cors_origins", "memory_mib")
+        if getattr(before.gateway, name) != getattr(after.gateway, name)
+    ]
+    changed += ["engine"] if before.engine != after.engine else []
+    return ", ".join(changed)
+
+
+def _identity(path: Path | None) -> tuple[int, ...] | None:
+    """What changes when the file does."""
+    try:
+        found = path.stat() if path is not None else None
+    except OSError:
+        return None
+    return None if found is None else (found.st_mtime_ns, found.st_ino, found.st_size)
+
+
+async def _end(tasks: Sequence["asyncio.Task[None]"]) -> None:
+    for task in reversed(tasks):
+        task.cancel()
+    for task in tasks:
+        with contextlib.suppress(asyncio.CancelledError):
+            await task

@@ -1,0 +1,209 @@
+"""``promptai chat`` in a terminal, and with something piped into it."""
+
+import contextlib
+import os
+import pty
+import re
+import select
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from promptai.cli.chat import stage_words
+from support_cli import PROMPTAI, clean_environment, promptai, simulated
+from support_gateway_process import Served, serving
+
+#: Escape sequences of a terminal: colours, and the line that shows what is waited for.
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]")
+
+
+class Terminal:
+    """A person's terminal: what is typed, and what stands there."""
+
+    def __init__(self, master: int) -> None:
+        self._master = master
+        self.shown = ""
+
+    def type(self, text: str) -> None:
+        """Press keys."""
+        os.write(self._master, text.encode())
+
+    def until(self, pattern: str, *, after: int = 0, seconds: float = 30.0) -> str:
+        """Wait until something stands there; everything up to and with it."""
+        deadline = time.monotonic() + seconds
+        while (match := re.search(pattern, self.shown[after:], re.DOTALL)) is None:
+            assert time.monotonic() < deadline, f"{pattern!r} did not appear in {self.shown!r}"
+            if select.select([self._master], [], [], 0.1)[0]:
+                with contextlib.suppress(OSError):
+                    self.shown += _ESCAPES.sub("", os.read(self._master, 65536).decode("utf-8", "replace"))
+        return self.shown[after : after + match.end()]
+
+
+@contextlib.contextmanager
+def chatting(*arguments: str, cwd: Path) -> Iterator[tuple[Terminal, "subprocess.Popen[bytes]"]]:
+    """Run ``promptai chat`` in a terminal."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [*PROMPTAI, "chat", *arguments],
+        cwd=cwd,
+        env=clean_environment() | {"TERM": "xterm", "COLUMNS": "200"},
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+        preexec_fn=_own_terminal,  # noqa: PLW1509  no threads before exec
+    )
+    os.close(slave)
+    try:
+        yield Terminal(master), process
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+
+
+def _own_terminal() -> None:
+    """So that Ctrl-C is a signal, as for a person."""
+    import fcntl  # noqa: PLC0415
+    import termios  # noqa: PLC0415
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Two boards of known speed behind a gateway."""
+    folder = tmp_path_factory.mktemp("chat")
+    with simulated("--decode-tps", "20", "--prefill-tps", "200", "--answer-tokens", "30", cwd=folder) as board:
+        (folder / "promptai.toml").write_text(
+            f"[[fleet]]\nurl = '{board}'\nname = 'shelf'\n[aliases.fast]\nmodel = 'simulated'\n"
+        )
+        with serving(cwd=folder) as served:
+            served.ready()
+            yield served
+
+
+@pytest.mark.real
+def test_a_conversation_with_its_costs_and_commands(gateway: Served, tmp_path: Path) -> None:
+    with chatting("--url", gateway.url, cwd=tmp_path) as (terminal, process):
+        terminal.until(r"simulated at http.*\n> ")
+        terminal.type("How is the mast?\n")
+        first = terminal.until(r"tokens/s, first token after [\d.]+ s, 0 of \d+ prompt tokens from the cache, by shelf")
+        begun = len(terminal.shown)
+        terminal.type("And now?\n")
+        second = terminal.until(r"\d+ of \d+ prompt tokens from the cache, by shelf", after=begun)
+        terminal.type("/model fats\n")
+        terminal.until(r"no model is called fats there \(did you mean fast\?\)")
+        terminal.type("/model fast\n")
+        terminal.until("fast, in the same conversation")
+        terminal.type("/model\n")
+        terminal.until(r"  simulated\s+\* fast")
+        terminal.type("/new\n")
+        terminal.until("a new conversation")
+        terminal.type("/nonsense\n")
+        terminal.until("there is no /nonsense.*/quit")
+        terminal.type("/quit\n")
+
+        assert process.wait(10) == 0
+
+    cached = re.search(r"(\d+) of (\d+) prompt tokens from the cache, by shelf", second)
+    assert re.search(r"(1[5-9]|2[0-5])\.\d tokens/s", first)
+    assert cached is not None
+    assert 0 < int(cached[1]) < int(cached[2])
+
+
+@pytest.mark.real
+def test_ctrl_c_stops_the_answer_and_not_the_program(gateway: Served, tmp_path: Path) -> None:
+    with chatting("--url", gateway.url, cwd=tmp_path) as (terminal, process):
+        terminal.until(r"\n> ")
+        begun = len(terminal.shown)
+        time.sleep(0.3)  # input() misses a signal of the very moment in which it begins to wait
+        terminal.type("\x03")
+        terminal.until(r"\n> ", after=begun)
+        terminal.type("Tell me everything about the uplink.\n")
+        terminal.until(r"uplink\.\r\n.*\w+ \w+ \w+", after=begun)
+        terminal.type("\x03")
+        terminal.until(r"stopped\r\n\r?\n> ", after=begun)
+        terminal.type("\x04")
+
+        assert process.wait(10) == 0
+
+
+@pytest.mark.real
+def test_what_is_piped_in_is_one_question_and_only_its_answer_comes_out(gateway: Served, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*PROMPTAI, "chat", "--url", f"{gateway.url}/v1", "--system", "Be brief."],
+        check=True,
+        cwd=tmp_path,
+        env=clean_environment(),
+        input="How is\nthe mast?\n",
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.stderr == ""
+    assert len(done.stdout.split()) > 10
+    assert done.stdout.endswith("\n")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        ((), 4, "nobody answers at {nowhere} (promptai serve starts a gateway)"),
+        (("--budget", "soon"), 2, "a budget is a time above 0 such as 10s"),
+    ],
+)
+def test_a_mistake_is_said_plainly(tmp_path: Path, arguments: tuple[str, ...], code: int, word: str) -> None:
+    nowhere = "http://127.0.0.1:9"
+
+    done = promptai("chat", "--url", nowhere, *arguments, cwd=tmp_path)
+
+    assert (done.returncode, done.stdout) == (code, "")
+    assert word.format(nowhere=nowhere) in done.stderr
+
+
+@pytest.mark.real
+def test_a_model_that_is_not_there_is_told_with_its_nearest(gateway: Served, tmp_path: Path) -> None:
+    done = promptai("chat", "simulatde", "--url", gateway.url, cwd=tmp_path)
+
+    assert done.returncode == 3
+    assert done.stderr == "promptai: error: no model is called simulatde there (did you mean simulated?)\n"
+
+
+@pytest.mark.real
+def test_a_key_that_is_missing_is_told(tmp_path: Path) -> None:
+    with serving("--simulate", "1", "--host", "0.0.0.0", cwd=tmp_path) as served:  # noqa: S104  it demands a key
+        key = served.line("API key: ").removeprefix("API key: ")
+        refused = promptai("chat", "--url", served.url, cwd=tmp_path)
+        answered = subprocess.run(
+            [*PROMPTAI, "chat", "--url", served.url],
+            check=True,
+            env=clean_environment() | {"PROMPTAI_API_KEY": key},
+            input="Hello?",
+            capture_output=True,
+            text=True,
+        )
+
+    assert refused.returncode == 4
+    assert "wants an API key (set PROMPTAI_API_KEY to one)" in refused.stderr
+    assert answered.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"stage": "queued", "place": 2, "left_s": 41.2}, "2 before you, first token in about 41 s"),
+        ({"stage": "queued", "place": 0}, "waiting"),
+        ({"stage": "loading", "percent": 40, "left_s": 7.0}, "loading the model 40 %, first token in about 7 s"),
+        ({"stage": "prefill", "percent": 12, "left_s": 0.4}, "reading the prompt 12 %"),
+        ({"stage": "decode"}, ""),
+        ({"x-promptai-replica": "pi-1"}, ""),
+        ({"stage": "loading", "percent": "many", "left_s": None}, "loading the model"),
+    ],
+)
+def test_a_stage_is_told_in_words(said: dict[str, object], words: str) -> None:
+    assert words == stage_words(said)

@@ -1,0 +1,270 @@
+"""``promptai serve`` as somebody has it who has just installed it: the real engine, the bundled model."""
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from support_cli import ONE_THREAD, alive, children_of, clean_environment, promptai, simulated, wait_for
+from support_gateway_process import QUESTION, Served, serving
+
+pytestmark = pytest.mark.real
+
+#: A board whose answer of seventy tokens takes five seconds.
+SLOW = ("--decode-tps", "14", "--slots", "2")
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The bundled model on the real engine."""
+    with serving(*ONE_THREAD, cwd=tmp_path_factory.mktemp("serve")) as served:
+        served.ready()
+        yield served
+
+
+def test_the_curl_line_works_as_it_is_printed(gateway: Served) -> None:
+    done = subprocess.run(
+        ["bash", "-c", gateway.line("curl ")], check=True, capture_output=True, text=True, env=clean_environment()
+    )
+
+    answer = json.loads(done.stdout)
+    assert answer["model"] == "promptai-tiny"
+    assert len(answer["choices"][0]["message"]["content"]) > 20
+
+
+def test_the_official_client_gets_whole_answers_and_streams(gateway: Served) -> None:
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none") as client:
+        whole = client.chat.completions.create(
+            model="promptai-tiny", messages=[{"role": "user", "content": "What is a mast?"}], max_tokens=12, seed=1
+        )
+        chunks = list(
+            client.chat.completions.create(
+                model="promptai-tiny",
+                messages=[{"role": "user", "content": "What is a mast?"}],
+                max_tokens=12,
+                seed=1,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+        )
+        listed = [model.id for model in client.models.list()]
+        with pytest.raises(openai.NotFoundError, match="did you mean promptai-tiny"):
+            client.chat.completions.create(model="promptai-tinny", messages=[{"role": "user", "content": "x"}])
+
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert whole.choices[0].message.content == streamed
+    assert len(streamed) > 5
+    assert whole.usage is not None
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert listed == ["promptai-tiny"]
+
+
+def test_the_log_has_a_line_for_each_request_and_nobodys_words(gateway: Served) -> None:
+    word = "xylophone"
+    before = len(gateway.logged)
+
+    gateway.chat(messages=[{"role": "user", "content": f"{word} mast"}])
+
+    wait_for(lambda: len(gateway.logged) > before, what="a line of the log")
+    line = gateway.logged[-1]
+    assert "model=promptai-tiny replica=local/promptai-tiny status=200" in line
+    assert word not in "\n".join(gateway.logged)
+
+
+def test_a_taken_port_is_one_line_and_starts_no_engine(gateway: Served, tmp_path: Path) -> None:
+    port = gateway.url.rpartition(":")[2]
+
+    done = promptai("serve", "--port", port, cwd=tmp_path)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"promptai: error: port {port} on 127.0.0.1 is taken by another program (choose another with --port)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "code", "word"),
+    [
+        (("absent-model",), "", 3, "there is no model absent-model"),
+        (("http://pi-1:8080",), "", 2, "is a server, not a model (give it with --board"),
+        (("--board", "pi-1"), "", 2, "'pi-1' is no address of an engine (write it as http://host:port)"),
+        (("--config", "absent.toml"), "", 2, "settings absent.toml cannot be read"),
+        ((), "[gateway]\nprot = 1", 2, "unknown field `prot` - at `$.gateway` (did you mean port?)"),
+        ((), "[gateway]\nattempts = 0", 2, "gateway.attempts must be above 0, not 0"),
+        ((), "[[fleet]]\nurl = 'http://a:1'\napi_key = 'x'", 2, "unknown field `api_key`"),
+        ((), "[[fleet]]\nurl = 'http://a:1'\napi_key_env = 'NOT_SET'", 2, "should be in $NOT_SET, which is not set"),
+        ((), "[[serve]]\nmodel = 'a.gguf'", 3, "model a.gguf does not exist"),
+        (("--host", "192.0.2.1"), "", 2, "192.0.2.1 is no address of this machine"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_mistake_is_one_line(tmp_path: Path, arguments: tuple[str, ...], settings: str, code: int, word: str) -> None:
+    (tmp_path / "promptai.toml").write_text(settings)
+
+    done = promptai("serve", "--port", "0", *arguments, cwd=tmp_path, PROMPTAI_KEYS=str(tmp_path / "keys.json"))
+
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (code, "", 1), done.stderr
+    assert word in done.stderr.replace(f"{tmp_path}/", "")
+
+
+def test_sigterm_lets_a_stream_finish_takes_nothing_new_and_ends_the_engine(tmp_path: Path) -> None:
+    with serving(*ONE_THREAD, cwd=tmp_path) as served:
+        served.ready()
+        engines = children_of(served.process.pid, "promptai.engine")
+        answer = served.stream(max_tokens=3500, ignore_eos=True)
+        answer.until_it_speaks()
+        served.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: served.get("/readyz")[0] == 503, what="the end of taking")
+        refused = served.chat()
+
+        assert answer.whole()
+        assert served.wait() == 0
+
+    assert answer.reason == "length"
+    assert (refused[0], refused[1]["error"]["code"]) == (503, "draining")
+    assert engines
+    wait_for(lambda: not any(map(alive, engines)), what="the engine's end", seconds=5)
+
+
+def test_a_second_ctrl_c_ends_at_once_and_leaves_no_engine(tmp_path: Path) -> None:
+    with serving(*ONE_THREAD, "--quiet", cwd=tmp_path) as served:
+        served.ready()
+        engines = children_of(served.process.pid, "promptai.engine")
+        answer = served.stream(max_tokens=3000, ignore_eos=True)
+        answer.until_it_speaks()
+        served.process.send_signal(signal.SIGINT)
+        wait_for(lambda: any("ending: 1 under way" in line for line in served.logged), what="draining")
+        began = time.monotonic()
+        served.process.send_signal(signal.SIGINT)
+
+        assert served.wait() == 130
+        assert time.monotonic() - began < 10
+        assert not answer.whole()
+
+    wait_for(lambda: not any(map(alive, engines)), what="the engine's end", seconds=5)
+    assert not any("/v1/chat" in line for line in served.logged)
+
+
+@pytest.mark.parametrize("how", ["SIGHUP", "file"])
+def test_settings_are_read_again_while_a_stream_goes_on(tmp_path: Path, how: str) -> None:
+    config = tmp_path / "promptai.toml"
+    with simulated(*SLOW, cwd=tmp_path) as board, serving("--board", board, cwd=tmp_path) as served:
+        served.ready()
+        answer = served.stream(max_tokens=70)
+        answer.until_it_speaks()
+        unknown = served.chat(model="short")[0]
+        if how == "SIGHUP":
+            config.write_text("[aliases.short]\nmodle = 'x'\n")
+            served.process.send_signal(signal.SIGHUP)
+            wait_for(lambda: any("settings stay as they were" in line for line in served.logged), what="a refusal")
+        config.write_text("[aliases.short]\nmodel = 'simulated'\nparams = { max_tokens = 3 }\n")
+        if how == "SIGHUP":
+            served.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: any("settings were read again" in line for line in served.logged), what="the reading")
+        known = served.get("/v1/models/short")
+
+        assert unknown == 404
+        assert (known[0], known[1]["alias_of"]) == (200, "simulated")
+        assert not answer.ended
+        assert answer.whole()
+        assert answer.reason == "length"
+        status, short = served.chat(model="short", max_tokens=None)
+        assert (status, short["usage"]["completion_tokens"]) == (200, 3)
+
+
+def test_a_removed_board_finishes_its_stream_while_another_takes_over(tmp_path: Path) -> None:
+    config = tmp_path / "promptai.toml"
+
+    def board(url: str, name: str) -> str:
+        return f"[[fleet]]\nurl = '{url}'\nname = '{name}'\n"
+
+    with simulated(*SLOW, cwd=tmp_path) as one, simulated("--model", "new", cwd=tmp_path) as two:
+        config.write_text(board(one, "one"))
+        with serving(cwd=tmp_path) as served:
+            served.ready()
+            answer = served.stream(max_tokens=70)
+            answer.until_it_speaks()
+            config.write_text(board(two, "two"))
+            wait_for(lambda: served.states() == {"one": "draining", "two": "ready"}, what="the other board")
+            assert served.chat(model="new")[0] == 200
+            assert not answer.ended
+
+            assert answer.whole()
+            assert answer.reason == "length"
+            wait_for(lambda: served.states() == {"two": "ready"}, what="the removed board's end")
+
+
+def test_a_gateway_for_other_machines_makes_a_key_and_demands_it(tmp_path: Path) -> None:
+    keys = tmp_path / "config" / "promptai" / "keys.json"
+    with serving(*ONE_THREAD, "--host", "0.0.0.0", cwd=tmp_path) as served:  # noqa: S104  what is tested
+        served.ready()
+        key = served.line("API key: ").removeprefix("API key: ")
+        curl = subprocess.run(["bash", "-c", served.line("curl ")], check=True, capture_output=True, text=True)
+
+        assert [served.chat()[0], served.chat(key="pk-wrong")[0], served.chat(key=key)[0]] == [401, 401, 200]
+        assert json.loads(curl.stdout)["model"] == "promptai-tiny"
+
+        port = served.url.rpartition(":")[2]
+        before = keys.read_bytes()
+        taken = promptai("serve", "--host", "0.0.0.0", "--port", port, cwd=tmp_path, PROMPTAI_KEYS=str(tmp_path / "k"))  # noqa: S104
+
+    assert (taken.returncode, (tmp_path / "k").exists()) == (2, False)
+    assert keys.read_bytes() == before
+    assert key not in keys.read_text()
+    assert keys.stat().st_mode & 0o777 == 0o600
+    with serving("--simulate", "1", "--host", "0.0.0.0", cwd=tmp_path) as again:  # noqa: S104
+        curl_again = again.line("curl ")
+        assert again.chat(key=key)[0] == 200
+        assert again.chat()[0] == 401
+    assert not any("API key: " in line for line in again.printed)
+    assert '-H "Authorization: Bearer $PROMPTAI_API_KEY"' in curl_again
+
+
+def test_pretended_boards_need_no_model_and_no_engine(tmp_path: Path) -> None:
+    with serving("--simulate", "4", cwd=tmp_path) as served:
+        fleet = served.get("/api/fleet")[1]
+        status, answer = served.chat(messages=QUESTION, max_tokens=3)
+
+        assert [replica["id"] for replica in fleet["replicas"]] == ["pi5-1", "pi5-2", "pi5-3", "pi5-4"]
+        assert {replica["model"] for replica in fleet["replicas"]} == {"simulated-1.5b"}
+        assert (status, answer["model"]) == (200, "simulated-1.5b")
+        assert children_of(served.process.pid, "promptai.engine") == []
+
+
+def test_models_of_the_library_load_when_they_are_asked_for(tmp_path: Path, small_model: Path) -> None:
+    for name in ("first", "second"):
+        folder = tmp_path / "models" / name
+        folder.mkdir(parents=True)
+        (folder / f"{name}.gguf").write_bytes(small_model.read_bytes())
+    with serving(*ONE_THREAD, cwd=tmp_path, PROMPTAI_MODELS=str(tmp_path / "models")) as served:
+        cold = served.states()
+        status, answer = served.chat(model="second", max_tokens=2)
+        after = served.states()
+
+    assert cold == {"local/first": "cold", "local/second": "cold"}
+    assert (status, answer["usage"]["completion_tokens"]) == (200, 2)
+    assert after == {"local/first": "cold", "local/second": "ready"}
+
+
+def test_a_model_that_is_added_lets_the_others_finish_and_come_back(tmp_path: Path, small_model: Path) -> None:
+    config = tmp_path / "promptai.toml"
+    config.write_text("[[serve]]\nmodel = 'promptai-tiny'\npreload = true\n")
+    with serving(*ONE_THREAD, cwd=tmp_path) as served:
+        served.ready()
+        answer = served.stream(model="promptai-tiny", max_tokens=3500, ignore_eos=True)
+        answer.until_it_speaks()
+        config.write_text(f"[[serve]]\nmodel = 'promptai-tiny'\n[[serve]]\nmodel = '{small_model}'\n")
+        served.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: "draining" in served.states().values(), what="draining")
+        meanwhile = served.chat(model="promptai-tiny")[0]
+
+        assert answer.whole()
+        assert answer.reason == "length"
+        assert meanwhile == 200
+        assert served.chat(model="small")[0] == 200

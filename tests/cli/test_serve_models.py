@@ -1,0 +1,140 @@
+"""What ``promptai serve`` offers of this machine, decided without starting anything."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from promptai.advisor.profile import Engine, Profiles
+from promptai.cli.serve_models import Machine, batch_for, choose, describe, flags_for
+from promptai.engine.locate import EngineBinary
+from promptai.errors import ModelNotFoundError, SettingsError
+from promptai.models.library import Library, Sidecar
+from promptai.settings import EngineSettings, FleetEntry, ServeEntry, Settings
+
+MACHINE = Machine(
+    binary=EngineBinary("PATH", ("llama-server",), "b1", None),
+    threads=4,
+    engine=EngineSettings(slots=2),
+    cache_ram_mib=100,
+    calibration=None,
+    profiles=Profiles(Path("absent"), Engine(cpu="a", label="b", threads=4), lambda _: None),
+)
+
+
+def settings(root: Path, *names: str) -> Settings:
+    """A library, and what is wanted of it."""
+    return Settings(models=str(root), serve=tuple(ServeEntry(name) for name in names))
+
+
+def keep(root: Path, folder: str, file: str, source: Path, *, catalog: str | None = None) -> None:
+    """Put a model into the library, with its sidecar if it is one of the catalogue."""
+    path = root / folder / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(source.read_bytes())
+    if catalog is not None:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        time = "2026-11-20T12:00:00+00:00"
+        sidecar = Sidecar(f"hub:{folder}", file, path.stat().st_size, digest, time, time, catalog=catalog)
+        Library(root).note(path, sidecar)
+
+
+def names(root: Path, *wanted: str) -> list[str]:
+    """What requests will call them."""
+    notes: list[str] = []
+    found = choose(settings(root, *wanted), notes.append)
+    assert notes == []
+    return [chosen.name for chosen in found]
+
+
+def test_an_empty_library_is_served_as_the_bundled_model_at_once(tmp_path: Path) -> None:
+    found = choose(settings(tmp_path), lambda _: None)
+
+    assert [(chosen.name, chosen.entry.preload) for chosen in found] == [("promptai-tiny", True)]
+
+
+def test_with_boards_only_what_is_named_is_served_here(tmp_path: Path) -> None:
+    boards = Settings(models=str(tmp_path), fleet=(FleetEntry("http://pi-1:8080"),))
+
+    assert choose(boards, lambda _: None) == []
+
+
+def test_models_are_called_as_in_the_catalogue_or_by_their_file(tmp_path: Path, small_model: Path) -> None:
+    keep(tmp_path, "a--b", "tiny-q4.gguf", small_model, catalog="tinyllama-1.1b")
+    keep(tmp_path, "c--d", "mine.gguf", small_model)
+
+    assert names(tmp_path) == ["tinyllama-1.1b", "mine"]
+    assert names(tmp_path, "mine.gguf", "TinyLlama-1.1B", str(small_model)) == ["mine", "tinyllama-1.1b", "small"]
+
+
+def test_two_files_of_one_model_are_told_apart(tmp_path: Path, small_model: Path) -> None:
+    keep(tmp_path, "a--b", "q4.gguf", small_model, catalog="tinyllama-1.1b")
+    keep(tmp_path, "a--b", "q8.gguf", small_model, catalog="tinyllama-1.1b")
+    keep(tmp_path, "c--d", "q8.gguf", small_model, catalog="gemma-2b")
+
+    assert names(tmp_path) == ["q4", "a--b/q8", "gemma-2b"]
+
+
+def test_what_cannot_be_served_is_left_out_of_the_library_and_refused_by_name(
+    tmp_path: Path, small_model: Path
+) -> None:
+    keep(tmp_path, "a--b", "good.gguf", small_model)
+    (tmp_path / "a--b" / "cut.gguf").write_bytes(small_model.read_bytes()[:2000])
+    notes: list[str] = []
+
+    found = choose(settings(tmp_path), notes.append)
+
+    assert [chosen.name for chosen in found] == ["good"]
+    assert len(notes) == 1
+    assert notes[0].startswith("a--b/cut.gguf is not served: model ")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "error", "word"),
+    [
+        (("absent",), ModelNotFoundError, "there is no model absent"),
+        (("http://a:1",), SettingsError, "http://a:1 is a server, not a model"),
+        (("promptai-tiny", "promptai-tiny"), SettingsError, "promptai-tiny.gguf is to be served twice"),
+    ],
+)
+def test_a_wrong_name_is_refused(tmp_path: Path, wanted: tuple[str, ...], error: type[Exception], word: str) -> None:
+    with pytest.raises(error, match=word):
+        choose(settings(tmp_path, *wanted), lambda _: None)
+
+
+def test_without_a_calibration_memory_is_its_bound_and_a_tenth_and_rates_are_unknown(
+    tmp_path: Path, small_model: Path
+) -> None:
+    (chosen,) = choose(settings(tmp_path, str(small_model)), lambda _: None)
+
+    model = describe(chosen, MACHINE)
+
+    kv_bytes = 2 * 2 * 4096 * (2 * 32)  # f16 keys and values of both layers: two heads of 16 each
+    least = small_model.stat().st_size + 2 * kv_bytes + 100 * 1024**2
+    assert (model.context, model.slots, model.rates.source) == (4096, 2, "unknown")
+    assert least < model.needed_bytes < least + 10_000_000
+    assert model.capability is not None
+    assert 0 < model.capability < 0.01
+
+
+def test_a_context_is_never_longer_than_the_model_s(tmp_path: Path, small_model: Path) -> None:
+    wanted = Settings(models=str(tmp_path), serve=(ServeEntry(str(small_model), context=100_000, slots=3),))
+    (chosen,) = choose(wanted, lambda _: None)
+
+    model = describe(chosen, MACHINE)
+    flags = flags_for(MACHINE)(model, 9000)
+
+    assert (model.context, flags.context, flags.slots, flags.threads) == (4096, 3 * 4096, 3, 4)
+    assert (flags.batch, flags.ubatch, flags.port) == (128, 128, 9000)
+
+
+@pytest.mark.parametrize(
+    ("prefill_tps", "batch"),
+    [(None, 128), (5.0, 32), (60.0, 32), (100.0, 64), (260.0, 128), (1000.0, 512), (50_000.0, 512)],
+)
+def test_a_batch_takes_about_half_a_second(prefill_tps: float | None, batch: int) -> None:
+    assert batch == batch_for(prefill_tps)
+
+
+def test_a_batch_is_never_larger_than_the_settings_say() -> None:
+    assert [batch_for(None, at_most=64), batch_for(9000.0, at_most=256)] == [64, 256]
