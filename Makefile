@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench bench-models docs format clean help
+.PHONY: demo test check bench bench-gateway bench-models bench-routing bench-failover docs format clean help
 
 demo: $(VENV)/.installed  ## install, then measure the bundled model and write a report (under 3 minutes)
 	$(BIN)/promptai demo
@@ -23,6 +23,15 @@ bench: $(VENV)/.dev  ## measure the measuring: accuracy and cost of the harness,
 
 bench-models: $(VENV)/.dev  ## forecasts of models against measurements, absolute figures
 	$(BIN)/python benchmarks/forecast.py
+
+bench-routing: $(VENV)/.dev  ## what routing by caches gains: simulated boards on virtual time, then over HTTP beside LiteLLM
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.routing
+
+bench-failover: $(VENV)/.dev  ## engines that die in the middle of 1000 answers, and what becomes of those
+	PYTHONPATH=tests $(BIN)/python benchmarks/nothing_lost.py
+
+bench-gateway: $(VENV)/.dev  ## what the gateway adds to each request, beside LiteLLM; absolute figures
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.gateway_cost
 
 docs: $(VENV)/.dev  ## write the reference pages from the code
 	$(BIN)/python docs/generate.py

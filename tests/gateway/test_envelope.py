@@ -203,7 +203,7 @@ def test_a_stream_that_has_begun_is_broken_off_and_gets_no_second_head(
 
 @pytest.mark.parametrize(
     ("status", "answered"),
-    [(400, 400), (401, 502), (403, 502), (404, 404), (422, 422), (429, 429), (500, 502), (501, 502), (503, 503)],
+    [(400, 400), (401, 502), (403, 502), (404, 404), (422, 422), (429, 429), (500, 502), (501, 501), (503, 503)],
 )
 def test_an_engines_status_passes_unless_it_would_blame_the_wrong_one(status: int, answered: int) -> None:
     """A key that an engine refuses is the gateway's, and the gateway itself works when an engine does not."""

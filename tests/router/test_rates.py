@@ -1,6 +1,7 @@
 from random import Random
 from typing import TypedDict, Unpack
 
+import msgspec
 import pytest
 
 from promptai.fleet.replica import Rates, Replica
@@ -276,3 +277,32 @@ def test_the_snapshot_holds_what_was_learned() -> None:
     assert learned.replicas[0].decode_step_s == {1: pytest.approx(0.1)}
     assert learned.models[0].answer_tokens == pytest.approx(105.5)
     assert RateBook().snapshot().replicas == ()
+
+
+@pytest.mark.parametrize(
+    "seen", [(), ((1, 0.1),), ((2, 0.2), (6, 0.5)), ((1, 0.1), (4, 0.3), (7, 0.4), (8, 0.6))], ids=len
+)
+def test_the_steps_of_all_streams_are_those_of_each_number_of_streams(seen: tuple[tuple[float, float], ...]) -> None:
+    book, replica = decoded(*seen), msgspec.structs.replace(PROFILED, slots=12)
+
+    assert book.decode_steps_s(replica) == [book.decode_step_s(replica, streams) for streams in range(1, 13)]
+
+
+def test_of_many_boards_the_last_ones_are_remembered() -> None:
+    book = RateBook()
+    for number in range(1100):
+        timings = Timings(prompt_n=100, prompt_ms=1000.0, predicted_n=1, predicted_ms=0.0)
+        book.observe(
+            f"pod-{number}",
+            model="m",
+            timings=timings,
+            predicted_cached=0.0,
+            mean_streams=1.0,
+            alone=True,
+            prompt_chars=0,
+            capped=True,
+        )
+
+    known = [replica.id for replica in book.snapshot().replicas]
+    assert len(known) == 1024
+    assert known[-1] == "pod-1099"

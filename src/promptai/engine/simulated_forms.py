@@ -278,7 +278,7 @@ def _account(request: Request) -> dict[str, Any]:
 
 def embedding(tokens: list[int]) -> list[float]:
     """A small vector of length 1 that depends on these tokens alone."""
-    data = b"".join(token.to_bytes(8, "big", signed=True) for token in tokens)
+    data = b"".join((token % 2**64).to_bytes(8, "big") for token in tokens)
     numbers = [zlib.crc32(data, number + 1) / 2**31 - 1 for number in range(_DIMENSIONS)]
     length = sum(number * number for number in numbers) ** 0.5 or 1.0
     return [number / length for number in numbers]

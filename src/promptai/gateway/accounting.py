@@ -58,7 +58,7 @@ def write_line(name: str, key: str, path: str, outcome: Outcome, total_s: float)
         name,
         key,
         path,
-        outcome.model,
+        outcome.model or "-",
         outcome.replica or "-",
         outcome.status,
         _seconds(outcome.queue_s),

@@ -26,11 +26,10 @@ from promptai.gateway.auth import CALLER, Caller, Guard
 from promptai.gateway.body import read_json
 from promptai.gateway.desk import Desk, Serving, Ticket, path_for
 from promptai.gateway.envelope import ApiError, envelope, request_id, stamp
-from promptai.gateway.metrics import Metrics, Now, ReplicaNow
+from promptai.gateway.metrics import Metrics, Now, Outcome, ReplicaNow
 from promptai.gateway.relay import Rhythm, answer, as_api_error, stream, told
 from promptai.gateway.views import fleet_view, models_view, queue_view
 from promptai.router.dispatch import Dispatcher
-from promptai.router.selection import resolve
 
 _log = logging.getLogger("promptai.gateway")
 
@@ -126,20 +125,25 @@ class Gateway:
         return self._open
 
     async def _infer(self, request: web.Request) -> web.StreamResponse:
-        if self.draining:
-            raise ApiError(503, "the gateway is shutting down", code="draining", retry_after_s=_RETRY_WHEN_DRAINING_S)
-        body = await read_json(request, limit_bytes=self._limits.body_bytes, limit_s=self._limits.body_s)
+        self._demand_open()
         caller: Caller = request[CALLER]
         arrived = asyncio.get_running_loop().time()
-        ticket = _refusals(lambda: self.desk.accept(request.path, body, request.headers, caller))
+        try:
+            body = await read_json(request, limit_bytes=self._limits.body_bytes, limit_s=self._limits.body_s)
+            self._demand_open()
+            arrived = asyncio.get_running_loop().time()
+            ticket = _refusals(lambda: self.desk.accept(request.path, body, request.headers, caller))
+        except ApiError as error:
+            self._refused(request, caller, error.status, arrived)
+            raise
         self._open += 1
         self._idle.clear()
         status = _CLIENT_GONE
         try:
             if ticket.request.stream and request.path != "/v1/embeddings":
-                response = await stream(request, ticket, self._rhythm)
-            else:
-                response = await answer(ticket)
+                response, status = await stream(request, ticket, self._rhythm)
+                return response
+            response = await answer(ticket)
             status = response.status
             return response
         except ApiError as error:
@@ -148,6 +152,17 @@ class Gateway:
             raise
         finally:
             self._ended(request, caller, ticket, status, arrived)
+
+    def _demand_open(self) -> None:
+        if self.draining:
+            raise ApiError(503, "the gateway is shutting down", code="draining", retry_after_s=_RETRY_WHEN_DRAINING_S)
+
+    def _refused(self, request: web.Request, caller: Caller, status: int, arrived: float) -> None:
+        outcome = Outcome(model="", replica="", status=status)
+        self.metrics.observe_request(outcome)
+        write_line(
+            request_id(request), caller.key_id, request.path, outcome, asyncio.get_running_loop().time() - arrived
+        )
 
     def _ended(self, request: web.Request, caller: Caller, ticket: Ticket, status: int, arrived: float) -> None:
         self._open -= 1
@@ -190,14 +205,7 @@ class Gateway:
         name = request.match_info["model"]
         found = next((entry for entry in view["data"] if entry["id"] == name), None)
         if found is None:
-            unknown = resolve(name, self._dispatcher.accounts.fleet.snapshot.models, self.desk.serving.names)
-            raise ApiError(
-                404,
-                getattr(unknown, "message", "there is no such model"),
-                code="model_not_found",
-                param="model",
-                hint=getattr(unknown, "hint", ""),
-            )
+            raise as_api_error(self.desk.unknown(name, caller))
         return json(found)
 
     async def _fleet(self, request: web.Request) -> web.Response:

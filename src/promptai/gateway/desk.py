@@ -5,14 +5,14 @@ sent: unknown names, prompts that no context holds, fields of the wrong kind. No
 and no field that is unknown here is dropped; aliases fill only what the request left open.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from promptai.engine.upstream import Upstream
-from promptai.errors import RequestRefusedError
-from promptai.fleet.replica import Replica
+from promptai.errors import NoCapacityError, RequestRefusedError
+from promptai.fleet.replica import Snapshot
 from promptai.gateway.auth import Caller
 from promptai.router.dispatch import Dispatcher
 from promptai.router.flight import Flight, Order
@@ -21,6 +21,7 @@ from promptai.router.policy import Choice
 from promptai.router.prefix import chain
 from promptai.router.selection import (
     Auto,
+    ContextFits,
     ContextTooLong,
     ModelUnknown,
     Names,
@@ -86,7 +87,7 @@ class Desk:
             RequestRefusedError: It cannot be served as it is.
             ApiError: The key may not use that model.
         """
-        wanted, filled, request = self._read(path, body)
+        wanted, filled, request = self._read(path, body, caller)
         caller.demand_model(wanted.name)
         text = request.text()
         job = self._job(wanted.model, request, text, headers, caller)
@@ -112,14 +113,22 @@ class Desk:
         ticket = self.accept(path, body, headers, caller)
         return ticket, self.dispatcher.preview(ticket.flight.job)
 
-    def _read(self, path: str, body: dict[str, Any]) -> tuple[Wanted, dict[str, Any], PassingRequest]:
+    def unknown(self, name: str | None, caller: Caller) -> RequestRefusedError:
+        """That there is no such model; of those that there are, it names what the caller may use."""
+        found = resolve(name, self.dispatcher.accounts.fleet.snapshot.models, self.serving.names)
+        message, hint = "there is no such model", ""
+        if isinstance(found, ModelUnknown):
+            known, near = (tuple(filter(caller.limits.allow, names)) for names in (found.known, found.near))
+            allowed = msgspec.structs.replace(found, known=known, near=near)
+            message, hint = allowed.message, allowed.hint
+        return RequestRefusedError(message, status=404, code="model_not_found", param="model", hint=hint)
+
+    def _read(self, path: str, body: dict[str, Any], caller: Caller) -> tuple[Wanted, dict[str, Any], PassingRequest]:
         request = _convert(body)
         served = self.dispatcher.accounts.fleet.snapshot.models
         wanted = resolve(request.model, served, self.serving.names)
         if isinstance(wanted, ModelUnknown):
-            raise RequestRefusedError(
-                wanted.message, status=404, code="model_not_found", param="model", hint=wanted.hint
-            )
+            raise self.unknown(request.model, caller)
         filled = wanted.filled(body)
         if filled != body:
             request = _convert(filled)
@@ -128,6 +137,7 @@ class Desk:
             raise RequestRefusedError(
                 f"the request has no {field}", code="missing_field", param=field, hint=f"{path} needs {field}"
             )
+        _demand_roles(request)
         return wanted, filled, request
 
     def _job(self, model: str, request: PassingRequest, text: str, headers: Mapping[str, str], caller: Caller) -> Job:
@@ -151,19 +161,32 @@ class Desk:
         caller: Caller,
     ) -> tuple[str, str]:
         """The model that is meant, and why."""
-        replicas = self.dispatcher.accounts.fleet.snapshot.replicas
+        snapshot = self.dispatcher.accounts.fleet.snapshot
         if wanted.auto:
-            models = [m for m in self.dispatcher.accounts.fleet.snapshot.models if caller.limits.allow(m)]
-            autos = [self._auto(model, msgspec.structs.replace(job, model=model), replicas) for model in models]
+            models = [model for model in snapshot.models if caller.limits.allow(model)]
+            if not models:
+                raise NoCapacityError("no model is served that auto could take", hint="see /v1/models")
+            autos = [self._auto(model, msgspec.structs.replace(job, model=model), snapshot) for model in models]
             chosen = choose_auto(autos, _seconds(headers, "x-promptai-budget"), request.limit)
             if chosen.model is None:
+                # Where nobody is there to ask, the dispatcher says so.
+                self._demand_somebody(autos, job)
                 raise RequestRefusedError(chosen.reason, code="context_length_exceeded", hint="shorten the prompt")
             return chosen.model, chosen.reason
-        # The estimate is some percent off; only what is surely too long is refused here, the engine counts exactly.
-        fewest = round(job.tokens * 0.75)
-        found = check_context(
-            wanted.model, fewest, max_tokens=request.limit, replicas=replicas, fallbacks=self.serving.fallbacks
-        )
+
+        def check(tokens: float) -> ContextFits | ContextTooLong:
+            return check_context(
+                wanted.model,
+                round(tokens),
+                max_tokens=request.limit,
+                replicas=snapshot.replicas,
+                fallbacks=self.serving.fallbacks,
+            )
+
+        # An engine knows no fallback, so what is probably too long goes there; but only what is surely too long is
+        # refused here: the engine counts exactly.
+        found = check(job.tokens)
+        found = found if isinstance(found, ContextFits) else check(job.fewest)
         if isinstance(found, ContextTooLong):
             raise RequestRefusedError(
                 found.message.replace("has ", "has about ", 1),
@@ -171,10 +194,19 @@ class Desk:
                 param="messages" if request.messages is not None else "prompt",
                 hint=found.hint,
             )
-        return found.model, found.reason
+        return found.model, found.reason.replace("prompt has ", "prompt has about ", 1)
 
-    def _auto(self, model: str, job: Job, replicas: tuple[Replica, ...]) -> Auto:
-        own = [replica for replica in replicas if replica.model == model]
+    def _demand_somebody(self, autos: Sequence[Auto], job: Job) -> None:
+        """Raise ``NoCapacityError`` where no model has a replica that could be asked, however short the prompt."""
+        short = msgspec.structs.replace(job, tokens=1.0, prompt=chain(""))
+        accounts = self.dispatcher.accounts
+        for auto in autos:
+            if accounts.candidates(msgspec.structs.replace(short, model=auto.model)):
+                return
+        raise self.dispatcher.no_capacity(autos[0].model)
+
+    def _auto(self, model: str, job: Job, snapshot: Snapshot) -> Auto:
+        own = snapshot.of(model)
         accounts, choice = self.dispatcher.accounts, self.dispatcher.preview(job)
         finish: float | None = None
         if choice is not None and accounts.book.source(choice.load.replica) != "unknown":
@@ -191,6 +223,11 @@ class Desk:
         )
 
 
+def path_for(body: Mapping[str, Any]) -> str:
+    """Where a request belongs that came without a path."""
+    return next((path for path, field in _PATHS.items() if field in body), "/v1/chat/completions")
+
+
 def _convert(body: dict[str, Any]) -> PassingRequest:
     try:
         return msgspec.convert(body, PassingRequest)
@@ -198,6 +235,15 @@ def _convert(body: dict[str, Any]) -> PassingRequest:
         text = str(error)
         param = text.rpartition("`$.")[2].rstrip("`").partition("[")[0] if "`$." in text else None
         raise RequestRefusedError(f"the request is wrong: {text}", code="wrong_type", param=param) from None
+
+
+def _demand_roles(request: PassingRequest) -> None:
+    """llama-server answers a message without a role with HTTP 500, as if it were broken itself."""
+    for number, message in enumerate(request.messages or ()):
+        if not isinstance(message.get("role"), str):
+            raise RequestRefusedError(
+                f"message {number} has no role", code="wrong_type", param="messages", hint="user, assistant, system"
+            )
 
 
 def _seconds(headers: Mapping[str, str], name: str) -> float | None:

@@ -136,11 +136,11 @@ def from_engine(status: int, body: bytes) -> ApiError:
     """
     What an engine answered, as the gateway passes it on.
 
-    Its 4xx and 503 keep their status. Other 5xx become 502: the gateway itself works. So do 401 and 403,
+    Its 4xx, 501 and 503 keep their status. Other 5xx become 502: the gateway itself works. So do 401 and 403,
     because the key that an engine refused is the gateway's, not the client's.
     """
     told = error_in(body)
-    passed = status == 503 or (400 <= status < 500 and status not in {401, 403, 407})
+    passed = status in {501, 503} or (400 <= status < 500 and status not in {401, 403, 407})
     answered = status if passed else 502
     if told is None or not told.message:
         return ApiError(answered, f"the engine answered HTTP {status} without a reason", src="engine")

@@ -59,13 +59,17 @@ async def answer(ticket: Ticket) -> web.Response:
     )
 
 
-async def stream(request: web.Request, ticket: Ticket, rhythm: Rhythm) -> web.StreamResponse:
+async def stream(request: web.Request, ticket: Ticket, rhythm: Rhythm) -> tuple[web.StreamResponse, int]:
     """
     Answer as an event stream.
+
+    Returns:
+        The answer, and the status that it would have if it had not begun before it failed.
 
     Raises:
         ApiError: There is no answer, and nothing has been sent yet.
     """
+    status = 200
     line = _Line(request, ticket, rhythm, asks=request.headers.get("x-promptai-status") == "1")
     async with aclosing(ticket.flight.events()) as chunks:
         try:
@@ -77,9 +81,11 @@ async def stream(request: web.Request, ticket: Ticket, rhythm: Rhythm) -> web.St
                     async for some in chunks:
                         await line.send(some)
         except PromptAIError as error:
-            await line.fail(as_api_error(error))
+            failure = as_api_error(error)
+            await line.fail(failure)
+            status = failure.status
     await line.end()
-    return line.response
+    return line.response, status
 
 
 async def _first(chunks: AsyncGenerator[list[bytes], None], line: "_Line") -> list[bytes] | None:
@@ -96,6 +102,8 @@ async def _first(chunks: AsyncGenerator[list[bytes], None], line: "_Line") -> li
             waiting.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await waiting
+        elif not waiting.cancelled():
+            waiting.exception()  # if the client left in the same moment nobody else asks for it
 
 
 class _Line:
@@ -117,16 +125,16 @@ class _Line:
         self._sent_at = asyncio.get_running_loop().time()
 
     @property
-    def interval_s(self) -> float:
-        """Until something is said to a client that waits."""
-        if self._asks:
-            return self._rhythm.status_s
-        return self._rhythm.ping_s or 3600.0
+    def interval_s(self) -> float | None:
+        """Until something is said to a client that waits; ``None``: nothing is."""
+        return self._rhythm.status_s if self._asks else self._rhythm.ping_s or None
 
     @property
-    def first_wait_s(self) -> float:
+    def first_wait_s(self) -> float | None:
         """Until that happens for the first time."""
-        return 0.0 if self._asks else min(_PATIENCE_S, self.interval_s)
+        if self._asks:
+            return 0.0
+        return None if self.interval_s is None else min(_PATIENCE_S, self.interval_s)
 
     async def send(self, chunks: list[bytes]) -> None:
         """Send chunks of the answer."""
@@ -140,15 +148,21 @@ class _Line:
         if not self._begun:
             await self._begin()
         if self._asks:
-            stage = msgspec.json.encode(_shown(self._ticket.flight))
-            await self.response.write(b"event: promptai.status\ndata: " + stage + b"\n\n")
+            await self._tell(_shown(self._ticket.flight))
         else:
             await self.response.write(_PING)
 
     async def tell_the_way(self) -> None:
-        """Say which replica answers, where the head went out before anybody knew."""
+        """Say that the answer begins and which replica gives it, where the head went out before anybody knew."""
         if self._begun and self._asks:
-            await self.keep_company()
+            # A first chunk without text is the beginning, too.
+            shown = _shown(self._ticket.flight)
+            await self._tell({"stage": "decode"} | {name: shown[name] for name in ("replica",) if name in shown})
+
+    async def _tell(self, shown: dict[str, object]) -> None:
+        # Clients that know nothing of event names take it for a chunk: one without choices, as that with the usage is.
+        event = msgspec.json.encode({"object": "promptai.status", "choices": [], **shown})
+        await self.response.write(b"event: promptai.status\ndata: " + event + b"\n\n")
 
     @contextlib.asynccontextmanager
     async def pinging(self) -> AsyncGenerator[None, None]:
@@ -179,8 +193,7 @@ class _Line:
         """Close the answer."""
         if not self._begun:
             await self._begin()
-        await self.response.write(_DONE)
-        await self.response.write_eof()
+        await self.response.write_eof(_DONE)
 
     async def _begin(self) -> None:
         self._begun = True
@@ -233,5 +246,7 @@ def _shown(flight: Flight) -> dict[str, object]:
 
 
 def _header(value: str) -> str:
-    """Names come from files and servers; a header is one line of printable Latin-1."""
-    return "".join(c if c.isprintable() and ord(c) < 256 else "?" for c in value)
+    """Names come from files and servers; a header is one line of printable ASCII."""
+    if value.isascii() and value.isprintable():
+        return value
+    return "".join(c if c.isprintable() and c.isascii() else "?" for c in value)

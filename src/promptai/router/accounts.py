@@ -11,9 +11,9 @@ from typing import Protocol
 
 from promptai.fleet.replica import Replica, Snapshot, State
 from promptai.router.breaker import Breaker, BreakerState
+from promptai.router.caches import CacheIndex, Room, Spot
 from promptai.router.grant import Grant, Job
 from promptai.router.policy import ASSUMED_PREFILL_TPS, ASSUMED_STEP_S, Choice, Load, Work
-from promptai.router.prefix import CacheIndex, Room, Spot
 from promptai.router.rates import RateBook
 
 #: Loading takes so long where nobody knows: a 1.5 B model from an SD card.
@@ -61,7 +61,9 @@ class Accounts:
         self.index = CacheIndex()
         self.breakers: dict[str, Breaker] = {}
         self._grants: dict[str, list[Grant]] = {}
+        self._prefilling: dict[str, list[Grant]] = {}
         self._streams: dict[str, _Integral] = {}
+        self._steps: dict[str, tuple[Replica, tuple[float, ...]]] = {}
         self._known = fleet.snapshot
 
     def running(self, replica_id: str) -> int:
@@ -85,6 +87,7 @@ class Accounts:
             integral = self._integral(grant.replica.id)
             integral.add(1, now)
             grant.streams_before = integral.at(now)
+            self._read(grant)
             if self.breaker(grant.replica.id).state(now) is BreakerState.TRIAL:
                 self.breakers.pop(grant.replica.id)  # it works; nobody need wait until this answer has ended
         grant.token(now, count)
@@ -97,6 +100,8 @@ class Accounts:
             for replica in self.fleet.snapshot.of(job.model)
             if replica.usable and self.breaker(replica.id).allows(now) and _holds(replica, job)
         ]
+        # Its length is an estimate: who holds only what it has at least is asked when nobody else is there.
+        usable = [replica for replica in usable if _likely_holds(replica, job)] or usable
         # Who has failed it is only asked again when nobody else is left.
         return [replica for replica in usable if replica.id not in job.refused] or usable
 
@@ -125,6 +130,7 @@ class Accounts:
         grants = self._grants.get(replica.id, [])
         prefill = self.book.prefill_tps(replica) or ASSUMED_PREFILL_TPS
         busy = {grant.slot for grant in grants}
+        going = [job.prompt, *(grant.job.prompt for grant in grants)]
         found = self.index.spot(replica.id, self._room(replica), job.prompt, busy=busy, now=now)
         per_char = job.tokens / max(1, job.prompt.chars)
         trust = self.book.trust(replica.id)
@@ -133,12 +139,12 @@ class Accounts:
             running=tuple(grant.work(now, prefill) for grant in grants),
             reserved=tuple(reserved.get(replica.id, ())),
             prefill_tps=prefill,
-            step_s=tuple(
-                self.book.decode_step_s(replica, streams) or ASSUMED_STEP_S for streams in range(1, replica.slots + 1)
-            ),
+            step_s=self._steps_s(replica) or (ASSUMED_STEP_S,),
             slot=found.slot,
             cached=trust * self._cached_chars(replica, found, job) * per_char,
             lost=trust * found.lost_chars * per_char,
+            awaited=trust * self.index.awaited(replica.id, busy=busy, going=going, now=now),
+            gap_s=self.index.returns.gap_s,
             ready_in_s=_ready_in_s(replica),
         )
 
@@ -170,6 +176,7 @@ class Accounts:
         for other in beside:
             other.alone = False
         beside.append(grant)
+        self._prefilling.setdefault(replica.id, []).append(grant)
         self.fleet.touch(replica.id)
         breaker = self.breaker(replica.id)
         if breaker.state(now) is BreakerState.TRIAL:
@@ -184,10 +191,14 @@ class Accounts:
         self.fleet.touch(grant.replica.id)
         if not grants:
             del self._grants[grant.replica.id]
+        if grant.first_at is None:
+            self._read(grant)
         integral = self._integral(grant.replica.id)
         if grant.first_at is not None:
             integral.add(-1, now)
         self._learn(grant, integral.at(now), now)
+        if not grants and self.fleet.snapshot.find(grant.replica.id) is None:
+            self._forget(grant.replica.id)
 
     def _learn(self, grant: Grant, integral: float, now: float) -> None:
         outcome, name = grant.outcome, grant.replica.id
@@ -216,6 +227,21 @@ class Accounts:
             prompt_chars=grant.job.prompt.chars,
             capped=outcome.capped,
         )
+        self._steps.pop(name, None)
+
+    def _read(self, grant: Grant) -> None:
+        """Its prompt holds nobody up any more."""
+        beside = self._prefilling[grant.replica.id]
+        beside.remove(grant)
+        if not beside:
+            del self._prefilling[grant.replica.id]
+
+    def _steps_s(self, replica: Replica) -> tuple[float, ...]:
+        """Seconds a token by number of streams, if known; every chunk asks, and only an answer changes it."""
+        known = self._steps.get(replica.id)
+        if known is None or known[0] is not replica:
+            known = self._steps[replica.id] = (replica, tuple(self.book.decode_steps_s(replica)))
+        return known[1]
 
     def silence_s(self, grant: Grant, floor_s: float) -> float:
         """
@@ -224,11 +250,13 @@ class Accounts:
         Whatever is computed there is waited for, four times as long as it should take: boards throttle, and
         a prompt of somebody else holds up every stream.
         """
-        replica, now = grant.replica, self.now()
-        prefill = self.book.prefill_tps(replica) or _SLOWEST_PREFILL_TPS
-        backlog = sum(one.prefill_left(now, 0.0) for one in self.grants(replica.id))
-        step = self.book.decode_step_s(replica, replica.slots) or _SLOWEST_STEP_S
-        return floor_s + 4.0 * (backlog / prefill + 5.0 * step)
+        replica = grant.replica
+        limit = floor_s + 20.0 * (self._steps_s(replica) or (_SLOWEST_STEP_S,))[-1]
+        reading = self._prefilling.get(replica.id)
+        if reading:
+            prefill, now = self.book.prefill_tps(replica) or _SLOWEST_PREFILL_TPS, self.now()
+            limit += 4.0 * sum(one.prefill_left(now, 0.0) for one in reading) / prefill
+        return limit
 
     def changed(self) -> None:
         """The fleet has another snapshot: what is gone, or came back as another process, holds no cache."""
@@ -236,11 +264,21 @@ class Accounts:
         self._known = self.fleet.snapshot
         for old in before.replicas:
             new = self._known.find(old.id)
-            if new is None or (old.state is State.READY and new.state not in {State.READY, State.DRAINING}):
+            if new is None:
+                self._forget(old.id)
+            elif old.state is State.READY and new.state not in {State.READY, State.DRAINING}:
                 self.index.lose(old.id)
             elif new.state is State.READY and old.state is not State.READY:
                 # It answers again: whoever knows that need not wait until its rest is over.
                 self.breakers.pop(old.id, None)
+
+    def _forget(self, replica_id: str) -> None:
+        """A replica has left: in a cluster names come and go. What still runs there keeps its account until it ends."""
+        self.index.lose(replica_id)
+        self._steps.pop(replica_id, None)
+        if replica_id not in self._grants:
+            self.breakers.pop(replica_id, None)
+            self._streams.pop(replica_id, None)
 
     def expected(self, job: Job) -> float:
         """Tokens that a request's answer will have, as answers of its model usually do."""
@@ -283,7 +321,11 @@ class _Integral:
 
 def _holds(replica: Replica, job: Job) -> bool:
     """Whether its context may hold the prompt, which is estimated; the engine counts."""
-    return replica.context is None or job.tokens * 0.75 < replica.context
+    return replica.context is None or job.fewest < replica.context
+
+
+def _likely_holds(replica: Replica, job: Job) -> bool:
+    return replica.context is None or job.tokens < replica.context
 
 
 def _ready_in_s(replica: Replica) -> float:

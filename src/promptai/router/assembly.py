@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 
+from promptai.wire.passing import PassingRequest
+
 _OBJECTS = {"chat.completion.chunk": "chat.completion"}
 
 
@@ -34,6 +36,7 @@ class Assembly:
             usage = chunk.pop("usage", None)
             if isinstance(usage, dict):
                 self._usage = usage if self._usage is None else _both(self._usage, usage)
+            chunk.pop("prompt_progress", None)  # of a stream alone
             self._head.update(chunk)
 
     def answer(self) -> bytes:
@@ -56,9 +59,17 @@ class Assembly:
             elif name == "text":
                 into["text"] += value or ""
             elif name == "logprobs" and isinstance(value, dict):
-                _merge(into.setdefault("logprobs", {}), value)
-            elif value is not None and name != "index":
-                into[name] = value
+                into[name] = into.get(name) or {}
+                _merge(into[name], value)
+            elif name != "index":
+                into[name] = into.get(name) if value is None else value
+
+
+def begun(request: PassingRequest) -> str:
+    """What the answer of a chat begins with because the request wrote it (assistant prefill)."""
+    last = request.messages[-1] if request.messages else {}
+    content = last.get("content") if last.get("role") == "assistant" else None
+    return content if isinstance(content, str) else ""
 
 
 def _merge(into: dict[str, Any], more: dict[str, Any]) -> None:

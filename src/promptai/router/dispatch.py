@@ -157,13 +157,16 @@ class Dispatcher:
         self.accounts.forget_idle()
         for model in list(self._queues):
             self._pump(model)
+        served = self.accounts.fleet.snapshot.models
+        for model in [model for model, queue in self._queues.items() if not len(queue) and model not in served]:
+            del self._queues[model]
 
     def _enter(self, job: Job) -> Waiter:
         now = self._now()
         queue = self._queue(job.model)
         waiter = Waiter(job, now)
         if not job.again and not self.accounts.candidates(job) and not self.accounts.comes_back(job.model):
-            raise self._no_capacity(job.model)
+            raise self.no_capacity(job.model)
         cost = job.tokens + self.accounts.expected(job)
         queue.push(waiter, key=job.key, cost=cost, batch=job.batch, first=job.again, now=now)
         self._pump(job.model)
@@ -203,6 +206,7 @@ class Dispatcher:
     def _give_out(self, model: str) -> None:
         queue = self._queue(model)
         if not len(queue):
+            self._dead_since.pop(model, None)
             return
         now = self._now()
         reserved: dict[str, list[Work]] = {}
@@ -241,7 +245,7 @@ class Dispatcher:
             for waiter in queue.ordered(now):
                 queue.remove(waiter)
                 if not waiter.granted.done():
-                    waiter.granted.set_exception(self._no_capacity(model))
+                    waiter.granted.set_exception(self.no_capacity(model))
             self._dead_since.pop(model, None)
 
     def _schedule(self) -> None:
@@ -253,7 +257,8 @@ class Dispatcher:
         for model in list(self._queues):
             self._pump(model)
 
-    def _no_capacity(self, model: str) -> NoCapacityError:
+    def no_capacity(self, model: str) -> NoCapacityError:
+        """That no replica of a model can serve, and why."""
         now = self._now()
         replicas = self.accounts.fleet.snapshot.of(model)
         if not replicas:

@@ -10,8 +10,9 @@ Nothing is sent again that could not be: a part of a tool call, or of one of sev
 in an error that says so.
 """
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -24,18 +25,33 @@ from promptai.errors import (
     EngineProtocolError,
     EngineRefusedError,
 )
-from promptai.router.assembly import Assembly
-from promptai.router.continuation import Said, as_chat, continued_body, obstacle, usage_chunk
+from promptai.router.assembly import Assembly, begun
+from promptai.router.continuation import Said, answers, as_answer, continued_body, obstacle, rest
 from promptai.router.dispatch import Dispatcher, Waiter
 from promptai.router.grant import Grant, Job, Outcome
+from promptai.router.joint import find_joint
 from promptai.router.prefix import chain
-from promptai.router.reading import head_of, outcome_of_reply, read_chunk, reason_of, refused, rehead, stops
+from promptai.router.reading import (
+    head_of,
+    outcome_of_reply,
+    read_chunk,
+    reason_of,
+    refused,
+    rehead,
+    stops,
+    taken,
+    without_progress,
+)
 from promptai.wire.llamaserver import Timings
 from promptai.wire.malformed import MALFORMED
 from promptai.wire.passing import NativeChunk, PassingChunk, PassingRequest, answered
 from promptai.wire.sse import SseEvent
 
 _DONE = "[DONE]"
+_NOT_IMPLEMENTED = 501
+#: Of an engine that says so in good order and lives. It may be broken all the same; but llama-server also says 500 to
+#: a message without a role or to an image (b11549), and whoever sends those must not take one board after another out.
+_OBJECTIONS = {500, _NOT_IMPLEMENTED}
 _QUICK_S = 30.0
 
 
@@ -100,12 +116,15 @@ class Flight:
         self.retries: list[str] = []
         self.continuations: list[Literal["ids", "text"]] = []
         self.timings: Timings | None = None
-        self.said = Said()
+        self.said = Said(answers(order.request))
         self._dispatcher = dispatcher
         self._accounts = dispatcher.accounts
         self._upstream = upstream
         self._waiter: Waiter | None = None
         self._sent = 0
+        self._prompt_tokens = job.tokens
+        self._opened = False
+        self._objector: Grant | None = None
 
     def stage(self) -> Stage:
         """Where it is now."""
@@ -142,6 +161,7 @@ class Flight:
                     return
                 except (EngineDiedError, EngineProtocolError, EngineRefusedError) as error:
                     if self._failed(grant, error):
+                        yield rest(self.said, self.order.request, self.timings)
                         return
 
     async def whole(self) -> Reply:
@@ -149,7 +169,7 @@ class Flight:
         if not self._streamable():
             return await self._asked()
         request, body = self.order.request, self.order.body
-        assembly = Assembly(chat=self.order.chat, begun=_begun(request))
+        assembly = Assembly(chat=self.order.chat, begun=begun(request))
         options = {**(request.stream_options or {}), "include_usage": True}
         self.order = msgspec.structs.replace(
             self.order,
@@ -182,6 +202,7 @@ class Flight:
                     self._failed(grant, error)
                     continue
                 grant.outcome = outcome_of_reply(reply, chain(self.order.text))
+                self._blame()
                 return reply
 
     def _slot(self) -> Any:
@@ -191,7 +212,7 @@ class Flight:
         self._waiter = waiter
 
     def _sends(self, grant: Grant) -> None:
-        self.grant, self._waiter = grant, None
+        self.grant, self._waiter, self._opened = grant, None, False
         self._sent += 1
 
     async def _attempt(self, grant: Grant) -> AsyncGenerator[list[bytes], None]:
@@ -203,102 +224,93 @@ class Flight:
 
     async def _begin(self, grant: Grant) -> AsyncGenerator[list[bytes], None]:
         """Send it as it is."""
+        take = partial(self._take, grant)
         async with aclosing(
             self._upstream.stream(grant.replica.url, self.order.path, self._body(grant), silence_s=self._silence(grant))
         ) as pieces:
             async for piece in pieces:
-                out = [data for event in piece.events if (data := self._take(grant, event)) is not None]
+                self._opened = True
+                out, error = taken(piece.events, take)
                 if out:
                     yield out
+                if error is not None:
+                    raise error
         grant.outcome = self._ended(grant)
 
     def _ended(self, grant: Grant) -> Outcome:
+        self._blame()
         text = self.said.text
         held = chain(self.order.text + (answered(text) if self.order.chat else text))
         limit = self.order.request.limit
-        return Outcome(answer=held, timings=self.timings, capped=limit is not None and grant.generated >= limit)
+        # The engine's account of a part says nothing of how long answers are.
+        capped = bool(self.continuations) or (limit is not None and grant.generated >= limit)
+        return Outcome(answer=held, timings=self.timings, capped=capped)
 
-    def _take(self, grant: Grant, event: SseEvent) -> bytes | None:
+    def _take(self, grant: Grant, event: SseEvent) -> Sequence[bytes]:
         """Note what an event says; its data, if it is the client's."""
-        if event.comment or event.data == _DONE:
-            return None
+        # With several prompts llama-server begins by saying null (b11549).
+        if event.comment or event.data in {_DONE, "null"}:
+            return ()
         chunk = read_chunk(event, PassingChunk, grant.replica.id)
         if chunk.timings is not None:
             self.timings = chunk.timings
         progress = chunk.prompt_progress
         if progress is not None:
             grant.progress(progress.processed, progress.cache, progress.total, self._accounts.now())
-            if not self.order.request.return_progress:
-                return None
+            self.said.prompt_tokens = progress.total
         text = self.said.add(chunk)
-        if text or self.said.beyond_text:
+        if progress is None and (text or self.said.beyond_text):
             self._accounts.token(grant)
+        data = event.data
+        if progress is not None and not self.order.request.return_progress:
+            if not text:
+                return ()
+            data = without_progress(data)
         if not self.said.head:
-            self.said.head = head_of(event.data)
+            self.said.head = head_of(data)
         elif self.retries:
             # What an engine sent before its first token, and died, has been passed on: one answer has one id.
-            return rehead(event.data, self.said.head) if self.said.anything else None
-        return event.data.encode()
+            return (rehead(data, self.said.head),) if self.said.anything else ()
+        return (data.encode(),)
 
     async def _go_on(self, grant: Grant) -> AsyncGenerator[list[bytes], None]:
         """Continue the answer from what has been sent."""
-        prompt, said = await self._ids(grant)
-        self.continuations.append("text" if self.said.ids is None else "ids")
-        self.said.ids = list(said)
-        body = continued_body(self.order.body, prompt, said, self.order.request.limit)
+        said, limit = self.said, self.order.request.limit
+        joint = await find_joint(
+            lambda path, body: self._quick(grant, path, body), self.order.request, self.order.body, said
+        )
+        self.continuations.append(joint.how)
+        said.goes_on(joint.prompt, joint.said)
+        left = None if limit is None else max(1, limit - said.tokens)
+        take = partial(self._take_up, grant, said.tokens)
+        body = continued_body(self.order.body, joint.prompt + joint.said, left=left)
         payload = msgspec.json.encode(self._pinned(grant, body))
-        last: NativeChunk | None = None
         async with aclosing(
             self._upstream.stream(grant.replica.url, "/completion", payload, silence_s=self._silence(grant), ends=stops)
         ) as pieces:
             async for piece in pieces:
-                out: list[bytes] = []
-                for event in piece.events:
-                    chunk = self._native(grant, event)
-                    if chunk is not None:
-                        last = chunk if chunk.stop else last
-                        out += as_chat(chunk, self.said.head, chat=self.order.chat)
+                out, error = taken(piece.events, take)
                 if out:
                     yield out
-        self.said.finished = True
-        if self.order.request.include_usage and last is not None:
-            done = len(said) + (last.timings.predicted_n if last.timings is not None else 0)
-            yield [usage_chunk(self.said.head, prompt_tokens=len(prompt), completion_tokens=done, timings=last.timings)]
+                if error is not None:
+                    raise error
         grant.outcome = self._ended(grant)
 
-    def _native(self, grant: Grant, event: SseEvent) -> NativeChunk | None:
+    def _take_up(self, grant: Grant, before: int, event: SseEvent) -> Sequence[bytes]:
+        """As ``_take``, of a continuation; ``before``: tokens that were sent before it."""
         if event.comment or event.data == _DONE:
-            return None
+            return ()
         chunk = read_chunk(event, NativeChunk, grant.replica.id)
         if chunk.prompt_progress is not None:
             p = chunk.prompt_progress
             grant.progress(p.processed, p.cache, p.total, self._accounts.now())
-            return None
+            return ()
         if chunk.timings is not None:
             self.timings = chunk.timings
         self.said.add_native(chunk)
         if chunk.content:
             self._accounts.token(grant)
-        return chunk
-
-    async def _ids(self, grant: Grant) -> tuple[list[int], list[int]]:
-        """Token ids of the prompt as the engine renders it, and of what has been sent."""
-        request = self.order.request
-        if request.messages is not None:
-            kept = {k: v for k, v in self.order.body.items() if k not in {"stream", "stream_options"}}
-            rendered = await self._quick(grant, "/apply-template", kept)
-            prompt = await self._tokenize(grant, str(rendered.get("prompt", "")), special=True)
-        elif isinstance(request.prompt, str):
-            prompt = await self._tokenize(grant, request.prompt, special=True)
-        else:
-            prompt = [int(token) for token in request.prompt or ()]
-        said = self.said.ids
-        return prompt, await self._tokenize(grant, self.said.text, special=False) if said is None else said
-
-    async def _tokenize(self, grant: Grant, text: str, *, special: bool) -> list[int]:
-        body = {"content": text, "add_special": special, "parse_special": special}
-        found = await self._quick(grant, "/tokenize", body)
-        return [int(token) for token in found.get("tokens", ())]
+        return as_answer(chunk, self.said, self.order.request, before)
 
     async def _quick(self, grant: Grant, path: str, body: dict[str, Any]) -> dict[str, Any]:
         # These wait behind whatever the engine computes: its loop takes them between two batches.
@@ -316,23 +328,47 @@ class Flight:
         refusal = error.status if isinstance(error, EngineRefusedError) else None
         if refusal is not None and 400 <= refusal < 500 and refusal != 429:
             grant.outcome = Outcome()
+            if self.said.anything:
+                raise self._broken_off(grant, error, "it was to go on with what another one began")
             raise error
+        if refusal in _OBJECTIONS and not self._opened and not self.said.anything:
+            if refusal == _NOT_IMPLEMENTED or self._objector is not None or self._sent >= self.order.attempts:
+                raise error
+            self._objector = grant
+            return self._again(grant, error)
         self._accounts.failed(grant, weight=3 if isinstance(error, EngineDiedError) and not grant.first_at else 1)
         if self.said.finished:
             return True
         why = obstacle(self.order.request, self.said) if self.said.anything else None
         if self.said.anything and grant.replica.dialect != "llama-server":
             why = why or f"a server of the dialect {grant.replica.dialect} cannot go on"
+        limit = self.order.request.limit
+        if self.said.anything and why is None and limit is not None and self.said.tokens >= limit:
+            return True
         if why is not None or self._sent >= self.order.attempts:
             if self.said.anything:
-                raise BrokenOffError(
-                    f"{grant.replica.id} failed in the middle of the answer: {error.message}",
-                    hint=why or f"{self._sent} replicas failed one after another",
-                ) from None
+                raise self._broken_off(grant, error, why or f"it was sent {self._sent} times")
             raise error
+        return self._again(grant, error)
+
+    def _broken_off(self, grant: Grant, error: EngineError, why: str) -> BrokenOffError:
+        return BrokenOffError(f"{grant.replica.id} failed in the middle of the answer: {error.message}", hint=why)
+
+    def _blame(self) -> None:
+        """What one engine objected to another one has answered."""
+        if self._objector is not None:
+            self._accounts.failed(self._objector)
+
+    def _again(self, grant: Grant, error: EngineError) -> Literal[False]:
+        """Let it be sent to another replica."""
         if not self.said.anything:
             self.retries.append(reason_of(error))
-        self.job = msgspec.structs.replace(self.job, refused=self.job.refused | {grant.replica.id}, again=True)
+        self.job = msgspec.structs.replace(
+            self.job,
+            refused=self.job.refused | {grant.replica.id},
+            again=True,
+            tokens=self._prompt_tokens + self.said.tokens,
+        )
         return False
 
     def _body(self, grant: Grant) -> bytes:
@@ -355,10 +391,3 @@ class Flight:
         step = self._accounts.book.decode_step_s(grant.replica, grant.replica.slots) or 2.0
         tokens = self.order.request.limit or grant.replica.context or 4096
         return self._accounts.silence_s(grant, self.order.stall_s) + 4.0 * tokens * step
-
-
-def _begun(request: PassingRequest) -> str:
-    """What the answer of a chat begins with because the request wrote it (assistant prefill)."""
-    last = request.messages[-1] if request.messages else {}
-    content = last.get("content") if last.get("role") == "assistant" else None
-    return content if isinstance(content, str) else ""

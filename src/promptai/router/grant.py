@@ -11,6 +11,8 @@ from promptai.router.policy import Estimate, Work
 from promptai.router.prefix import Chain
 from promptai.wire.llamaserver import Timings
 
+_MOST_CHARS_PER_TOKEN = 7.0
+
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """
@@ -36,6 +38,11 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     wait_s: float = 600.0
     refused: frozenset[str] = frozenset()
     again: bool = False
+
+    @property
+    def fewest(self) -> float:
+        """Tokens that its prompt surely has; prose has four or five characters a token, and hardly any text has six."""
+        return self.prompt.chars / _MOST_CHARS_PER_TOKEN
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):

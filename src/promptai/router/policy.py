@@ -6,7 +6,8 @@ caches is also where everybody wants to go. So nothing is counted here and every
 estimated in seconds, and the cheapest replica wins:
 
     wait for a slot + prompt tokens that are computed before ours, and ours / prefill rate
-    + what ours costs the streams that run there + what it overwrites, if that comes back
+    + what ours costs the streams that run there, and whoever comes back there meanwhile
+    + what it overwrites, if that comes back
 
 A replica whose slots are all taken may still be the cheapest: then the prompt waits for it
 although another one is idle, as long as waiting costs less than computing it all again.
@@ -15,6 +16,7 @@ Filter (usable, not refused, breaker closed) is the caller's; here are Scorer an
 """
 
 import heapq
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -28,10 +30,12 @@ ASSUMED_PREFILL_TPS, ASSUMED_STEP_S = 60.0, 0.1
 #: Estimates closer than this are equal, and the conversation's hash decides: gateways need not agree on noise.
 _TIE = 0.05
 _TIE_S = 0.02
-#: A second that streams lose while they are read weighs half of one that somebody waits for a first token. With 1,
-#: conversations left their caches for idle boards, and the slowest first tokens took 1.2 to 1.5 times as long; with
-#: 0 they crowd (benchmarks/routing.py).
-_HARM = 0.5
+#: A second that streams stand still because a prompt is computed weighs half of one that somebody waits for a first
+#: token. With 1 (idle boards) and with 0.25 (saturated ones) p95 was up to 1.2 times as long (benchmarks/routing.py).
+_STALL = 0.5
+#: A second by which streams are slower beside one more weighs next to nothing: whoever goes elsewhere slows those who
+#: are there, now and with every later question. With 0.5, one conversation in twelve left its cache for the sake of it.
+_SLOWER = 0.05
 
 
 class Work(msgspec.Struct, frozen=True):
@@ -59,6 +63,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         slot: The slot that the prompt would get; ``None`` where none is free or the replica chooses itself.
         cached: Tokens of the prompt that are in its cache.
         lost: Tokens of others' caches that would be missed.
+        awaited: Conversations in its caches that will go on, as it looks; ``gap_s`` from now on average.
         ready_in_s: Seconds until it can begin: it is cold, or loads.
     """
 
@@ -70,6 +75,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     slot: int | None = None
     cached: float = 0.0
     lost: float = 0.0
+    awaited: float = 0.0
+    gap_s: float = 60.0
     ready_in_s: float = 0.0
 
     @property
@@ -108,7 +115,7 @@ class Estimate(msgspec.Struct, frozen=True):
     Attributes:
         wait_s: Until a slot is free, and the replica loaded.
         prefill_s: From then until its first token.
-        harm_s: What the streams that run there lose, by weight.
+        harm_s: What others lose by it: the streams that run there, by weight, and who comes back meanwhile.
         lost_s: What will be computed again because its cache was overwritten.
     """
 
@@ -179,8 +186,12 @@ def estimate(ask: Ask, load: Load) -> Estimate:
     compute = uncached / load.prefill_tps
     # Who decodes there stands still while our prompt is computed, and is slower beside one more stream.
     slower = load.step(len(still) + 1) - load.step(len(still))
-    harm = sum(min(compute, work.decode * load.step(1)) + slower * min(work.decode, ask.expected) for work in still)
-    return Estimate(wait, backlog / load.prefill_tps + compute, _HARM * harm, load.lost / load.prefill_tps)
+    stall = sum(min(compute, work.decode * load.step(1)) for work in still)
+    crowd = slower * sum(min(work.decode, ask.expected) for work in still)
+    # Who comes back while it is computed waits for the rest of it; on average that is half.
+    late = load.awaited * (1.0 - math.exp(-compute / load.gap_s)) * compute / 2
+    harm = _STALL * stall + _SLOWER * crowd + late
+    return Estimate(wait, backlog / load.prefill_tps + compute, harm, load.lost / load.prefill_tps)
 
 
 class Affinity:

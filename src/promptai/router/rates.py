@@ -13,6 +13,9 @@ denominator alike, so that a rate is always a sum over a sum. Pure: no clock; a 
 writes in keeps what it says.
 """
 
+import math
+from typing import Any
+
 import msgspec
 
 from promptai.fleet.replica import Rates, Replica
@@ -21,6 +24,7 @@ from promptai.wire.llamaserver import Timings
 _FADE = 0.9  # of what concerns a board: half is forgotten after 7 requests, so that throttling shows
 _FADE_MODEL = 0.98  # of what concerns a model, whose answers vary more than it changes
 _MIN_PROMPT_TOKENS = 16  # of fewer, the time is mostly overhead
+_MIN_COUNTED_TOKENS = 64  # of fewer, many are marks of the chat template
 _MIN_ANSWER_TOKENS = 8
 _MIN_CACHED_TOKENS = 32
 _ANSWER_PRIOR_TOKENS = 200.0
@@ -28,6 +32,8 @@ _ANSWER_PRIOR_TOKENS = 200.0
 _TRUST_PRIOR = 1000.0
 _CHARS_PRIOR = 500.0
 _CHARS_PER_TOKEN_PRIOR = 3.6
+#: Boards and models that are remembered, gone ones included: in a cluster names come and go.
+_REMEMBERED = 1024
 
 
 class _Ratio(msgspec.Struct, frozen=True):
@@ -133,14 +139,18 @@ class RateBook:
             prompt_chars: Of the prompt as it was counted; 0: not known.
             capped: Whether ``max_tokens``, the context or the client ended the answer, not the model.
         """
-        board = self._boards.get(replica_id)
+        board = self._boards.pop(replica_id, None)
         if board is None or board.model != model:
-            board = self._boards[replica_id] = _Board(model)
+            board = _Board(model)
+        self._boards[replica_id] = board
+        _trim(self._boards)
         board.requests += 1
         _learn_prefill(board, timings, alone=alone)
         _learn_decode(board, timings, mean_streams)
         _learn_trust(board, timings, predicted_cached)
-        _learn_model(self._models.setdefault(model, _Model()), timings, prompt_chars, capped=capped)
+        known = self._models[model] = self._models.pop(model, _Model())
+        _trim(self._models)
+        _learn_model(known, timings, prompt_chars, capped=capped)
 
     def prefill_tps(self, replica: Replica) -> float | None:
         """Prompt tokens a second of a request that is alone; ``None``: not known."""
@@ -157,20 +167,34 @@ class RateBook:
 
         A number of streams that was not seen is filled in from the nearest that were, by a straight line.
         """
-        board, streams = self._board(replica), max(1, streams)
-        slowdown = _slowdown(board.steps)
+        found = self._steps_s(replica, range(max(1, streams), max(1, streams) + 1))
+        return found[0] if found else None
+
+    def decode_steps_s(self, replica: Replica) -> list[float]:
+        """``decode_step_s`` of one stream, of two, and so on, up to as many as it has slots; empty: not known."""
+        return self._steps_s(replica, range(1, max(1, replica.slots) + 1))
+
+    def _steps_s(self, replica: Replica, wanted: range) -> list[float]:
+        steps = self._board(replica).steps
+        slowdown = _slowdown(steps)
         if slowdown is None:
             slowdown = replica.rates.decode_slowdown
-        if not board.steps:
+        if not steps:
             alone_tps = replica.rates.decode_tps
-            return _shape(slowdown, streams) / alone_tps if alone_tps else None
-        nearest = min(abs(seen - streams) for seen in board.steps)
-        guesses = [
-            step.value * _shape(slowdown, streams) / _shape(slowdown, seen)
-            for seen, step in board.steps.items()
-            if abs(seen - streams) == nearest
-        ]
-        return sum(guesses) / len(guesses)
+            return [_shape(slowdown, streams) / alone_tps for streams in wanted] if alone_tps else []
+        seen = sorted(steps)
+        alone = [steps[streams].value / _shape(slowdown, streams) for streams in seen]
+        found: list[float] = []
+        begin = wanted.start
+        for at, one in enumerate(alone):
+            half_way = (seen[at] + seen[at + 1]) / 2 if at + 1 < len(seen) else math.inf
+            end = max(begin, min(wanted.stop, math.ceil(min(half_way, wanted.stop))))
+            found += [one * (1.0 + slowdown * (streams - 1.0)) for streams in range(begin, end)]
+            begin = end
+            if begin == half_way and begin < wanted.stop:
+                found.append((one + alone[at + 1]) / 2 * _shape(slowdown, begin))
+                begin += 1
+        return found
 
     def answer_tokens(self, model: str) -> float:
         """
@@ -266,8 +290,13 @@ def _learn_model(model: _Model, timings: Timings, prompt_chars: int, *, capped: 
     if timings.cache_n is None:
         return
     tokens = timings.prompt_n + timings.cache_n
-    if prompt_chars > 0 and tokens > 0:
+    if prompt_chars > 0 and tokens >= _MIN_COUNTED_TOKENS:
         model.chars = model.chars.after(prompt_chars, tokens, fade=_FADE_MODEL)
+
+
+def _trim(known: dict[str, Any]) -> None:
+    while len(known) > _REMEMBERED:
+        del known[next(iter(known))]
 
 
 def _shape(slowdown: float, streams: float) -> float:

@@ -1,5 +1,6 @@
 """Read what an engine sends as far as a flight must understand it. Pure."""
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -37,6 +38,19 @@ def read_chunk(event: SseEvent, kind: type[AnyChunk], replica_id: str) -> AnyChu
     return chunk
 
 
+def taken(
+    events: Iterable[SseEvent], take: Callable[[SseEvent], Sequence[bytes]]
+) -> tuple[list[bytes], EngineError | None]:
+    """What of the events is the client's, up to what is wrong in them: all that has been noted must be passed on."""
+    out: list[bytes] = []
+    try:
+        for event in events:
+            out += take(event)
+    except EngineError as error:
+        return out, error
+    return out, None
+
+
 def refused(replica_id: str, reply: Reply) -> EngineRefusedError:
     """An answer with a status that is none of success, as an error."""
     found = error_in(reply.body) or ErrorBody(reply.body[:200].decode("utf-8", "replace"))
@@ -64,6 +78,18 @@ def head_of(data: str) -> dict[str, Any]:
     """What all chunks of one answer have in common."""
     chunk = msgspec.json.decode(data, type=dict[str, Any])
     return {name: value for name, value in chunk.items() if name not in _OWN_OF_CHUNK}
+
+
+def without_progress(data: str) -> str:
+    """
+    A chunk without its progress.
+
+    Where a template lets the model think and thoughts are wanted as text, llama-server says the first tag of the
+    answer beside its first progress (b11549).
+    """
+    chunk = msgspec.json.decode(data, type=dict[str, Any])
+    chunk.pop("prompt_progress", None)
+    return msgspec.json.encode(chunk).decode()
 
 
 def rehead(data: str, head: dict[str, Any]) -> bytes:

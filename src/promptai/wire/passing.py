@@ -2,7 +2,7 @@
 
 Bodies go through unchanged; of a request that is who it is for, how long its prompt is and
 whether its answer could be continued elsewhere, and of a chunk what it adds, and the engine's
-account. Everything else is left as it came (``msgspec.Raw``), and what is unknown is ignored.
+account. Everything else is left as it came, and what is unknown is ignored.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ class PassingDelta(msgspec.Struct, frozen=True):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: msgspec.Raw | None = None
+    tool_calls: Any = None
 
 
 class PassingChoice(msgspec.Struct, frozen=True):
@@ -51,7 +51,7 @@ class PassingChunk(msgspec.Struct, frozen=True):
     usage: Usage | None = None
     timings: Timings | None = None
     prompt_progress: PromptProgress | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 class NativeChunk(msgspec.Struct, frozen=True):
@@ -63,7 +63,8 @@ class NativeChunk(msgspec.Struct, frozen=True):
     stop_type: str | None = None
     timings: Timings | None = None
     prompt_progress: PromptProgress | None = None
-    error: msgspec.Raw | None = None
+    completion_probabilities: Any = None
+    error: Any = None
 
 
 class PassingReply(msgspec.Struct, frozen=True):

@@ -1,0 +1,223 @@
+"""The same people over real sockets: our gateway and LiteLLM's proxy, each before four fresh engines of its own.
+
+Part of ``make bench-routing``. Engines, gateway and proxy are processes. Engines pretend to be ``FASTER`` times as
+fast as a board, and people think as fast, so that a run takes two minutes. Seconds are given as the board's: a
+millisecond that a gateway itself takes counts ``FASTER`` times. So what happens in the engines is shown apart, and
+only that is held against others; on a busy machine even that is too long.
+
+LiteLLM is no dependency of the project. It gets a virtual environment in the cache directory, is not configured
+beyond the addresses, and shuffles, as is its default.
+"""
+
+import asyncio
+import contextlib
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from promptai.engine.client import EngineClient
+from promptai.engine.launch import free_port
+from promptai.engine.simulator import Sent
+from promptai.errors import EngineError, PromptAIError
+from promptai.settings import cache_directory
+from promptai.wire.openai import Message
+from support_routing import Answered, Boards, Exchange, Played, Script, play
+
+PROMPTAI = (sys.executable, "-m", "promptai")
+LITELLM = "LiteLLM"
+#: The one that was looked through. Releases of it have carried malware twice (1.82.7 and 1.82.8; 1.107.0), so never
+#: "the newest", and it gets neither our environment nor our home.
+LITELLM_VERSION = "1.108.7"
+_START_S = 120.0
+_WARM_UP = 16
+#: It does not start without one.
+_KEY = f"sk-{secrets.token_hex(16)}"
+
+
+class Seen(NamedTuple):
+    """
+    One run.
+
+    Attributes:
+        engine_s: From a request's arrival at its engine to its first token, of each: what is left when the door
+            itself takes no time, but its queue neither.
+        busiest: Requests of the busiest engine, as a multiple of its share.
+        cached: Share of all prompt tokens.
+    """
+
+    played: Played
+    engine_s: list[float]
+    busiest: float
+    cached: float
+
+
+async def measure(
+    door: str, script: Script, boards: Boards, *, faster: float, folder: Path, heard: Callable[[Exchange], None]
+) -> Seen:
+    """
+    Play once.
+
+    Args:
+        door: A strategy of ours, or ``LITELLM``.
+        folder: For logs and settings.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        engines = [await stack.enter_async_context(_engine(boards, faster)) for _ in range(boards.boards)]
+        opened = _litellm(engines, folder) if door == LITELLM else _gateway(door, engines, folder)
+        url = await stack.enter_async_context(opened)
+        client = await stack.enter_async_context(EngineClient(url, api_key=_KEY if door == LITELLM else None))
+
+        for _ in range(_WARM_UP):  # whoever loads the half of itself with the first question has done so
+            await _ask(client, [Message("user", "ready")], 1)
+        begun = time.monotonic()
+        played = await play(
+            script, lambda messages: _ask(client, messages, script.max_tokens), faster=faster, heard=heard
+        )
+        notes = [[one for one in await _notes(engine) if one.t_received >= begun] for engine in engines]
+    sent = [one for some in notes for one in some]
+    return Seen(
+        played,
+        [(one.t_chunks[0] - one.t_received) * faster for one in sent if one.t_chunks],
+        max(map(len, notes)) * len(notes) / len(sent),
+        sum(one.cached_tokens for one in sent) / sum(one.prompt_tokens for one in sent),
+    )
+
+
+async def _ask(client: EngineClient, messages: list[Message], max_tokens: int) -> Answered:
+    body = {"model": "simulated", "messages": msgspec.to_builtins(messages), "max_tokens": max_tokens}
+    start, first, texts = time.monotonic(), 0.0, list[str]()
+    async with contextlib.aclosing(client.stream_chat(body)) as arrivals:
+        async for arrival in arrivals:
+            said = [choice.delta.content for choice in arrival.chunk.choices if choice.delta.content]
+            first = first or (arrival.t - start if said else 0.0)
+            texts += said
+    return Answered("".join(texts), first, len(texts), "")
+
+
+async def _notes(engine: str) -> list[Sent]:
+    async with EngineClient(engine) as client:
+        status, data = await client._exchange("GET", "/simulated/sent")  # noqa: SLF001  no API of a real engine
+    return msgspec.json.decode(data, type=list[Sent]) if status == 200 else []
+
+
+@contextlib.asynccontextmanager
+async def _process(
+    *command: str, log: Path | None = None, environ: Mapping[str, str] = os.environ
+) -> AsyncGenerator[asyncio.subprocess.Process, None]:
+    """A child that ends with the block."""
+    with contextlib.ExitStack() as files:
+        out = files.enter_context(log.open("wb")) if log is not None else asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=out,
+            stderr=asyncio.subprocess.STDOUT if log is not None else asyncio.subprocess.DEVNULL,
+            env=dict(environ),
+        )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            try:
+                await asyncio.wait_for(process.communicate(), 10)
+            except TimeoutError:
+                process.kill()
+                await process.communicate()
+
+
+@contextlib.asynccontextmanager
+async def _engine(boards: Boards, faster: float) -> AsyncGenerator[str, None]:
+    config = boards.config
+    options = {
+        "--prefill-tps": config.prefill_tps,
+        "--decode-tps": config.decode_tps,
+        "--slots": config.slots,
+        "--host-cache": config.host_cache,
+        "--answer-tokens": config.answer_tokens,
+        "--time-scale": faster,
+    }
+    words = [str(word) for option in options.items() for word in option]
+    async with _process(*PROMPTAI, "engine", "simulate", *words) as process:
+        assert process.stdout is not None  # noqa: S101  it is a pipe
+        line = (await asyncio.wait_for(process.stdout.readline(), _START_S)).decode()
+        yield next(word.rstrip(",") for word in line.split() if word.startswith("http://"))
+
+
+@contextlib.asynccontextmanager
+async def _gateway(strategy: str, engines: list[str], folder: Path) -> AsyncGenerator[str, None]:
+    """``promptai serve`` before these engines; it is told their addresses and nothing else."""
+    port = free_port()
+    fleet = [word for engine in engines for word in ("--board", engine)]
+    command = [*PROMPTAI, "serve", "--quiet", "--port", str(port), "--strategy", strategy, *fleet]
+    log = folder / f"{strategy}.log"
+    async with _process(*command, log=log) as process:
+        url = f"http://127.0.0.1:{port}"
+        await _until_it_lists(url, process, log, fleet=len(engines))
+        yield url
+
+
+@contextlib.asynccontextmanager
+async def _litellm(engines: list[str], folder: Path) -> AsyncGenerator[str, None]:
+    settings, log, port = folder / "litellm.yaml", folder / "litellm.log", free_port()
+    entries = [
+        f'  - {{model_name: simulated, litellm_params: {{model: openai/simulated, api_base: "{url}/v1", api_key: x}}}}'
+        for url in engines
+    ]
+    settings.write_text("\n".join(["model_list:", *entries, ""]))
+    command = [str(_environment() / "bin" / "litellm"), "--config", str(settings), "--host", "127.0.0.1"]
+    environ = {
+        "PATH": os.defpath,
+        "HOME": str(folder),
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LITELLM_MASTER_KEY": _KEY,
+    }
+    command += ["--port", str(port), "--num_workers", "1", "--telemetry", "False"]
+    async with _process(*command, log=log, environ=environ) as process:
+        url = f"http://127.0.0.1:{port}"
+        await _until_it_lists(url, process, log, key=_KEY)
+        yield url
+
+
+async def _until_it_lists(
+    url: str, process: asyncio.subprocess.Process, log: Path, *, key: str | None = None, fleet: int = 0
+) -> None:
+    """Wait until it says that it has the model, and all boards of a gateway of ours are ready."""
+    limit = time.monotonic() + _START_S
+    async with EngineClient(url, api_key=key) as client:
+        while time.monotonic() < limit and process.returncode is None:
+            with contextlib.suppress(EngineError):
+                if "simulated" in await client.models():
+                    _, data = await client._exchange("GET", "/api/fleet") if fleet else (0, b"")  # noqa: SLF001
+                    if data.count(b'"ready"') >= fleet:
+                        return
+            await asyncio.sleep(0.3)
+    last = log.read_text(errors="replace").strip().splitlines()[-3:]
+    raise PromptAIError(f"{log.stem} did not start: {' / '.join(last)}", hint="its log is gone with the run")
+
+
+def _environment() -> Path:
+    return cache_directory() / "benchmarks" / f"litellm-{LITELLM_VERSION}"
+
+
+def install_litellm() -> bool:
+    """Make its environment, unless it is there; whether it is."""
+    folder = _environment()
+    python, wanted = folder / "bin" / "python", f"litellm[proxy]=={LITELLM_VERSION}"
+    done = folder / ".installed"
+    try:
+        if not done.exists():
+            subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True, capture_output=True)
+            pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wanted]
+            subprocess.run(pip, check=True, capture_output=True)
+            done.touch()
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return True

@@ -1,0 +1,149 @@
+"""Which model a request is for: by alias, within a budget, by the length of its prompt."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from promptai.errors import NoCapacityError, RequestRefusedError
+from promptai.gateway.desk import Serving, Ticket
+from promptai.router.selection import Alias, Names
+from support_gateway import Answer
+from support_party import ALONE, TALK, Party, play
+from support_serve import World, listen
+from support_site import Door, visit
+
+SMALL = msgspec.structs.replace(ALONE, model="small", decode_tps=40.0)
+LARGE = msgspec.structs.replace(ALONE, model="large", context=2048)
+
+
+def pair(**settings: Any) -> Callable[[], World]:
+    """A small fast model and a large slow one."""
+
+    def make() -> World:
+        world = World({"s": SMALL, "l": LARGE}, **settings)
+        for name, size in (("s", 0.5), ("l", 8.0)):
+            known = world.source._replicas[name]
+            world.source._replicas[name] = msgspec.structs.replace(known, capability=size)
+        return world
+
+    return make
+
+
+def test_auto_takes_the_larger_model_while_it_is_idle_and_the_smaller_when_it_is_busy() -> None:
+    async def use(world: World) -> list[Ticket]:
+        party = Party(world)
+        budget = {"x-promptai-budget": "10s"}
+        idle = world.ticket(TALK, model="auto", headers=budget, max_tokens=50)
+        party.ask("before", model="large", tokens=200)
+        await asyncio.sleep(1)
+        busy = world.ticket(TALK, model="auto", headers=budget, max_tokens=50)
+        patient = world.ticket(TALK, model="auto", headers={"x-promptai-budget": "2m"}, max_tokens=50)
+        hasty = world.ticket(TALK, model="auto", headers={"x-promptai-budget": "100ms"}, max_tokens=50)
+        await party.all()
+        return [idle, busy, patient, hasty]
+
+    idle, busy, patient, hasty = play(pair(), use)
+
+    assert [ticket.model for ticket in (idle, busy, patient, hasty)] == ["large", "small", "large", "small"]
+    assert idle.why.startswith("auto: large, predicted 5.")
+    assert "auto: small, predicted 1." in busy.why
+    assert "large would take 2" in busy.why
+    assert "too long, but the fastest" in hasty.why
+
+
+def test_the_reason_is_in_the_headers() -> None:
+    async def use(at: Door) -> Answer:
+        return await at.chat(model="auto", headers={"x-promptai-budget": "10s"}, max_tokens=50)
+
+    answer = visit(pair(), use)
+
+    assert answer.headers["x-promptai-model"] == "large"
+    assert answer.headers["x-promptai-route-reason"].startswith("auto: large, predicted 5.")
+    assert "; least seconds: first token in" in answer.headers["x-promptai-route-reason"]
+
+
+def test_an_alias_fills_only_what_the_request_leaves_open() -> None:
+    names = Names(aliases={"small:short": Alias("small", {"max_tokens": 3, "temperature": 0.2})})
+
+    async def use(world: World) -> list[Any]:
+        open_ = world.ticket(TALK, model="small:short")
+        set_ = world.ticket(TALK, model="small:short", max_completion_tokens=7, temperature=0.9)
+        heard = [await listen(open_), await listen(set_)]
+        return [len(one.text.split()) for one in heard] + [t.flight.order.body["temperature"] for t in (open_, set_)]
+
+    assert play(pair(serving=Serving(names=names)), use) == [3, 7, 0.2, 0.9]
+
+
+def test_what_one_model_does_not_hold_goes_to_its_fallback_or_is_refused_with_the_numbers() -> None:
+    huge = [{"role": "user", "content": "cell " * 3000}]
+    fallbacks = {"large": "small"}
+
+    async def use(world: World) -> Ticket:
+        return world.ticket(huge, model="large")
+
+    moved = play(pair(serving=Serving(fallbacks=fallbacks)), use)
+    with pytest.raises(RequestRefusedError) as refused:
+        play(pair(), use)
+
+    assert (moved.model, moved.flight.job.model) == ("small", "small")
+    assert moved.why == "large holds 2048 tokens, the prompt has about 4173"
+    assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
+    assert "the prompt has about 2" in refused.value.message
+    assert "large holds 2048" in refused.value.message
+
+
+@pytest.mark.parametrize("name", ["auto", "small"])
+def test_where_nobody_is_there_it_is_not_the_prompt_that_is_blamed(name: str) -> None:
+    async def use(world: World) -> NoCapacityError:
+        world.source.fail("s", "is unplugged")
+        world.source.fail("l", "is unplugged")
+        with pytest.raises(NoCapacityError) as refused:
+            await listen(world.ticket(TALK, model=name))
+        return refused.value
+
+    assert "can serve now" in play(pair(), use).message
+
+
+def test_auto_of_an_empty_fleet_is_no_fault_of_the_request() -> None:
+    async def use(world: World) -> None:
+        world.ticket(TALK, model="auto")
+
+    with pytest.raises(NoCapacityError, match="no model is served"):
+        play(lambda: World({}), use)
+
+
+def test_auto_leaves_out_what_does_not_answer() -> None:
+    async def use(world: World) -> Ticket:
+        world.source.fail("l", "is unplugged")
+        return world.ticket(TALK, model="auto", max_tokens=4)
+
+    assert play(pair(), use).model == "small"
+
+
+@pytest.mark.parametrize("role", [None, 1, ["user"]])
+def test_a_message_without_a_role_is_refused_before_an_engine_stumbles_over_it(role: Any) -> None:
+    async def use(world: World) -> None:
+        world.ticket([*TALK, {"role": role, "content": "a"} if role else {"content": "a"}], model="small")
+
+    with pytest.raises(RequestRefusedError, match="message 1 has no role"):
+        play(pair(), use)
+
+
+def test_of_two_boards_the_one_whose_context_holds_the_prompt_is_waited_for() -> None:
+    """The other one would refuse it."""
+    boards = {"short": msgspec.structs.replace(ALONE, context=1024), "long": ALONE}
+    prompt = [{"role": "user", "content": "cell " * 1500}]
+
+    async def use(world: World) -> list[str]:
+        party = Party(world)
+        party.ask("before", tokens=20, messages=[{"role": "user", "content": "cell " * 1400}])
+        await asyncio.sleep(0)
+        ticket = world.ticket(prompt, model="yi", max_tokens=2)
+        await asyncio.gather(listen(ticket), party.all())
+        assert ticket.flight.grant is not None
+        return [ticket.flight.grant.replica.id, *ticket.flight.retries]
+
+    assert play(lambda: World(boards), use) == ["long"]

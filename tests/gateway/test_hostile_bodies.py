@@ -1,0 +1,334 @@
+"""Whatever stands in a body: a refusal with a reason or an answer, and no connection to where it points."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from promptai.engine.simulated_upstream import SimulatedUpstream
+from promptai.engine.upstream import refused
+from promptai.fleet.replica import Replica
+from promptai.gateway.openapi import document
+from promptai.router.breaker import BreakerState
+from support_hostile import ODD, SECRET, WORD, connections, error_of, silent, sound
+from support_serve import World
+from support_site import CHAT, EMBED, FAST, SLOW, TEXT, Door, asking, one, visit
+
+HEADERS = {"Authorization": f"Bearer {SECRET}"}
+SAID = [{"role": "user", "content": WORD}]
+SCHEMAS = {CHAT: "ChatRequest", TEXT: "CompletionRequest", EMBED: "EmbeddingRequest"}
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    caplog.set_level(logging.DEBUG)
+    yield
+    silent(caplog)
+
+
+async def thrown(at: Door, path: str, body: dict[str, Any] | bytes) -> int:
+    """The status of an answer in the envelope; a stream that has begun counts by its status."""
+    data = body if isinstance(body, bytes) else msgspec.json.encode(body)
+    answer = await at.ask(path, "POST", data=data, headers=HEADERS)
+    return 200 if answer.status == 200 else sound(answer)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [CHAT, TEXT, EMBED])
+def test_any_type_in_any_field(path: str, stream: bool) -> None:  # noqa: FBT001
+    """Of every field that is described, and of one that is not."""
+    fields = [*document()["components"]["schemas"][SCHEMAS[path]]["properties"], "unheard_of"]
+    usual: dict[str, dict[str, Any]] = {
+        CHAT: {"messages": SAID, "stream": stream},
+        TEXT: {"prompt": WORD, "stream": stream},
+        EMBED: {"input": WORD},
+    }
+
+    async def use(at: Door) -> set[int]:
+        body = asking(path, usual[path])
+        found = {await thrown(at, path, {**body, field: value}) for field in fields for value in ODD}
+        assert (await at.chat()).status == 200
+        return found
+
+    assert visit(one(msgspec.structs.replace(FAST, context=100, answer_tokens=2)), use) <= {200, 400, 404}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": msgspec.json.decode(b"[" * 90 + b"]" * 90)},
+        *(1, "a", None, [], {}, {"role": None}, {"role": 1, "content": WORD}, {"role": "", "content": ""}),
+        *({"role": "user"}, {"role": "user", "content": 5}, {"role": "user", "content": [1]}),
+        *({"role": "user", "content": [{}]}, {"role": "user", "content": [{"type": "text", "text": 5}]}),
+        *({"role": "user", "content": [{"type": "text"}]}, {"role": "wizard\x00", "content": WORD}),
+        {"role": "assistant", "tool_calls": [{"id": 1, "function": 2}]},
+        {"role": "assistant", "tool_calls": "a"},
+        {"role": "tool", "content": {"a": 1}, "tool_call_id": []},
+    ],
+    ids=str,
+)
+def test_any_message(message: Any) -> None:
+    async def use(at: Door) -> set[int]:
+        bodies = [asking(CHAT, {"messages": messages}) for messages in ([message], [*SAID, message], [message, *SAID])]
+        return {await thrown(at, CHAT, body) for body in bodies}
+
+    assert visit(one(FAST), use) <= {200, 400}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"messages":' + b"[" * 100_000,
+        b'{"messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+        b'{"model": "\xff\xfe"}',
+        b'{"model": "yi\xc0\x80"}',
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"messages": [{"role": "user", "content": "\\udc00\\ud800"}]}',
+        b'{"messages": [{"role": "user", "content": "a\x00b"}]}',
+        b'{"messages": [{"role": "user", "content": "a\nb"}]}',
+        b'\x00{"messages": []}',
+        b"\xef\xbb\xbf{}",
+        b"\xff\xfe{\x00}\x00",
+        b'{"max_tokens": NaN}',
+        b'{"max_tokens": Infinity}',
+        b'{"max_tokens": 1e999}',
+        b'{"max_tokens": ' + b"9" * 100_000 + b"}",
+        b'{"temperature": 0.' + b"0" * 100_000 + b"1}",
+        b'{"messages": []} trailing',
+        b"{'messages': []}",
+        b'{"messages": [],}',
+        b"[]",
+        b'"' + b"a" * 1_000_000 + b'"',
+        b"\x1f\x8b\x08\x00\x00\x00\x00\x00",
+        b"----boundary\r\nContent-Disposition: form-data; name=a\r\n\r\nb\r\n",
+    ],
+    ids=lambda data: str(data[:40]),
+)
+@pytest.mark.parametrize("path", [CHAT, "/api/decide"])
+def test_what_is_no_request_is_refused(path: str, data: bytes) -> None:
+    assert visit(one(FAST), lambda at: thrown(at, path, data)) == 400
+
+
+def test_of_a_field_that_comes_twice_the_last_counts_here_and_at_the_engine() -> None:
+    said = b'"messages": [{"role": "user", "content": "a"}]'
+    data = b'{"max_tokens": 1, "model": "x", ' + said + b', "max_tokens": 3, "model": "yi"}'
+
+    answer = visit(one(FAST), lambda at: at.ask(CHAT, "POST", data=data))
+
+    assert msgspec.json.decode(answer.body)["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../../etc/passwd", "/etc/passwd", "http://169.254.169.254/latest/meta-data/", "file:///etc/passwd"),
+        *(
+            "yi/../../x",
+            "yi\x00",
+            "yi\r\nX-Evil: 1",
+            "\u202eiy",
+            "yi ",
+            " yi",
+            "YI",
+            "a" * 1_000_000,
+            "${jndi:ldap://a}",
+        ),
+        *(
+            "%s%s%s%n",
+            "{0.__class__}",
+            "<script>",
+            "' OR 1=1 --",
+            "\U0001d4ce\U0001d4be",
+            "\ud7ff",
+            "yi\u2028",
+            "*",
+            "sim://a",
+            "http://a",
+        ),
+    ],
+    ids=lambda name: ascii(name[:20]),
+)
+def test_a_model_that_is_none_is_not_found(name: str) -> None:
+    async def use(at: Door) -> None:
+        for path in (CHAT, TEXT, EMBED):
+            answer = await at.chat(path, model=name)
+            assert (answer.status, error_of(answer)["code"]) == (404, "model_not_found")
+            assert "x-evil" not in answer.headers
+
+    visit(one(FAST), use)
+
+
+def test_names_of_models_and_replicas_cannot_make_headers() -> None:
+    """They come from files and from other servers."""
+    evil = "yi\r\nX-Evil: 1\u2028é\x7f"
+
+    def world() -> World:
+        made = one(msgspec.structs.replace(FAST, model=evil))()
+        known = made.source._replicas.pop("a")
+        made.source._replicas[evil] = msgspec.structs.replace(known, id=evil)
+        return made
+
+    async def use(at: Door) -> tuple[Any, Any, Any]:
+        return await at.chat(model=evil), await at.stream(model=evil), await at.ask("/metrics")
+
+    whole, stream, metrics = visit(world, use)
+
+    for headers in (whole.headers, stream.headers):
+        assert "x-evil" not in headers
+        assert headers["x-promptai-model"] == headers["x-promptai-replica"] == "yi??X-Evil: 1???"
+    assert (whole.status, stream.whole, metrics.status) == (200, True, 200)
+    assert b"\nX-Evil" not in metrics.body
+
+
+def test_nothing_that_a_request_names_is_fetched() -> None:
+    """Neither pictures nor files nor schemas; no name is looked up and nobody is connected to but the gateway."""
+    heard: list[bytes] = []
+
+    async def trap(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard.append(await reader.read(100))
+        writer.close()
+
+    async def use(at: Door) -> list[tuple[str, Any]]:
+        server = await asyncio.start_server(trap, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        urls = [
+            f"http://127.0.0.1:{port}/x",
+            "http://trap.example/x",
+            "file:///etc/passwd",
+            "gopher://127.0.0.1/",
+            "//a",
+        ]
+        with connections() as seen:
+            for url in urls:
+                for body in _pointing(url):
+                    await thrown(at, CHAT, {"model": "yi", "max_tokens": 2, **body})
+                await thrown(at, EMBED, {"model": "yi", "input": url})
+                for name in ("Referer", "X-Forwarded-Host", "Forwarded", "Origin", "X-Original-URL", "Host"):
+                    await at.ask("/v1/models", headers={name: url})
+        server.close()
+        return [one for one in seen if one != ("socket.connect", ("127.0.0.1", at.port))]
+
+    assert visit(one(FAST), use) == []
+    assert heard == []
+
+
+def _pointing(url: str) -> Iterator[dict[str, Any]]:
+    part: dict[str, Any]
+    for part in (
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "image_url", "image_url": url},
+        {"type": "input_audio", "input_audio": {"data": url, "format": "wav"}},
+        {"type": "file", "file": {"file_data": url, "file_id": url}},
+        {"type": "video_url", "video_url": {"url": url}},
+    ):
+        yield {"messages": [{"role": "user", "content": [part]}]}
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": url}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"$ref": url}}}
+    extras: tuple[dict[str, Any], ...] = (
+        {"response_format": schema},
+        {"tools": [tool]},
+        {"grammar": url},
+        *({name: url} for name in ("user", "metadata", "base_url", "api_base", "url", "callback", "proxy", "lora")),
+        {"model": url},
+        {"chat_template": url, "chat_template_kwargs": {"url": url}},
+    )
+    for extra in extras:
+        yield {"messages": SAID, **extra}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("x-promptai-deadline", value) for value in ("soon", "-1", "9" * 5000, "0", "1 fortnight")),
+        *(("x-promptai-budget", value) for value in ("soon", "0s", "-5m")),
+        *(("x-promptai-priority", value) for value in ("first", "batch; x", "\t")),
+        *(("x-promptai-status", value) for value in ("2", "yes", "a" * 5000)),
+        *(("X-Request-Id", value) for value in ("a" * 5000, "a b", "../../x", "%0d%0a")),
+        *(("Authorization", value) for value in ("Bearer", "Bearer " + "a" * 8000, "Basic Og==", "bearer\tx")),
+        *(("Origin", value) for value in ("http://evil.example", "null", "file://", "http://[", "a" * 5000)),
+        *(("Accept", value) for value in ("image/png", "text/event-stream", "*/*;q=0")),
+        *(("Accept-Encoding", value) for value in ("br", "gzip;q=wonders", "identity;q=0")),
+        *(("Range", value) for value in ("bytes=0-1", "bytes=-1,-1,-1")),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+@pytest.mark.parametrize("path", [CHAT, "/api/decide"])
+def test_any_header(path: str, name: str, value: str) -> None:
+    async def use(at: Door) -> int:
+        answer = await at.ask(path, "POST", json=asking(CHAT, {"messages": SAID}), headers={**HEADERS, name: value})
+        assert len(answer.headers.get("x-promptai-request-id", "")) <= 64
+        return sound(answer)
+
+    assert visit(one(FAST), use) in {200, 400, 403}
+
+
+class _Picky(SimulatedUpstream):
+    """Engines that answer some requests as llama-server answers what it cannot read: with HTTP 500."""
+
+    broken = ""
+
+    async def stream(self, url: str, path: str, body: bytes, **settings: Any) -> Any:
+        """As an engine does it."""
+        if b"image_url" in body or url == self.broken:
+            said = {"error": {"code": 500, "message": "image input is not supported", "type": "server_error"}}
+            raise refused(url, 500, msgspec.json.encode(said))
+        async for piece in super().stream(url, path, body, **settings):
+            yield piece
+
+
+def picky(broken: str = "") -> Callable[[], World]:
+    def make() -> World:
+        world = World(dict.fromkeys("abc", SLOW))
+        upstream = _Picky(world.upstream.engines)
+        upstream.broken = broken
+        world.upstream = upstream
+        world.desk.upstream = upstream
+        return world
+
+    return make
+
+
+def test_a_request_that_engines_stumble_over_takes_none_of_them_out() -> None:
+    """It is the second one's word that counts; and it is the engine that failed, as is said."""
+    worlds: list[World] = []
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]
+
+    def world() -> World:
+        worlds.append(picky()())
+        return worlds[-1]
+
+    async def use(at: Door) -> list[tuple[int, str, str]]:
+        found = [await at.chat(messages=image) for _ in range(20)]
+        states = {worlds[0].accounts.breaker(name).state(worlds[0].accounts.now()) for name in "abc"}
+        assert states == {BreakerState.CLOSED}
+        assert (await at.chat()).status == 200
+        return [(one.status, one.error["src"], one.error["message"]) for one in found]
+
+    assert set(visit(world, use)) == {(502, "engine", "image input is not supported")}
+
+
+def test_an_engine_that_stumbles_over_what_others_answer_is_taken_out() -> None:
+    """Every request of them is answered all the same."""
+    worlds: list[World] = []
+
+    def world() -> World:
+        worlds.append(picky("sim://a")())
+        return worlds[-1]
+
+    async def use(at: Door) -> tuple[set[int], Replica]:
+        found = set()
+        for number in range(40):
+            answer = await at.chat(messages=[{"role": "user", "content": f"{number} {WORD}"}], max_tokens=1)
+            found.add(answer.status)
+            if worlds[0].accounts.breaker("a").state(worlds[0].accounts.now()) is not BreakerState.CLOSED:
+                return found, worlds[0].registry.snapshot.replicas[0]
+        raise AssertionError("it was asked again and again")
+
+    statuses, _ = visit(world, use)
+
+    assert statuses == {200}

@@ -1,0 +1,289 @@
+"""The official openai package against the gateway, unchanged, with pretended engines behind it."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import openai
+import pytest
+from openai.types.chat import ChatCompletionMessageParam
+
+from promptai.engine.simulated_upstream import SimulatedUpstream
+from promptai.fleet.replica import State
+from promptai.gateway.auth import Guard
+from promptai.gateway.desk import Serving
+from promptai.gateway.keys import KeyStore
+from promptai.gateway.limits import Limits as KeyLimits
+from promptai.gateway.relay import Rhythm
+from promptai.router.dispatch import Limits
+from promptai.router.selection import Alias, Names
+from support_serve import World
+from support_site import FAST, SLOW, Threaded, one, threaded
+
+TALK: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Is cell 12 up?"}]
+LONG: list[ChatCompletionMessageParam] = [{"role": "user", "content": "cell " * 8400}]
+#: Half a second for an answer of fifty tokens; a slot.
+BUSY = msgspec.structs.replace(FAST, decode_tps=100.0, slots=1)
+
+
+class _Noting(SimulatedUpstream):
+    """Keeps the bodies that engines get."""
+
+    def __init__(self, inner: SimulatedUpstream) -> None:
+        super().__init__(inner.engines)
+        self.bodies: list[dict[str, Any]] = []
+
+    def stream(self, url: str, path: str, body: bytes, **settings: Any) -> Any:
+        """As it is, once it has been noted."""
+        self.bodies.append(msgspec.json.decode(body))
+        return super().stream(url, path, body, **settings)
+
+
+BODIES: list[_Noting] = []
+
+
+def noting() -> World:
+    world = one(FAST)()
+    BODIES.append(_Noting(world.upstream))
+    world.upstream = world.desk.upstream = BODIES[-1]
+    return world
+
+
+@pytest.fixture(scope="module")
+def gateway() -> Iterator[Threaded]:
+    """A fast one."""
+    names = Names(aliases={"gpt-4o": Alias("yi", {"max_tokens": 3})})
+    with threaded(noting, serving=Serving(names=names)) as thread:
+        yield thread
+
+
+@pytest.fixture
+def client(gateway: Threaded) -> Iterator[openai.OpenAI]:
+    """As its page says to make one."""
+    with made(gateway) as found:
+        yield found
+
+
+def made(gateway: Threaded, **fields: Any) -> openai.OpenAI:
+    settings: dict[str, Any] = {"api_key": "none", "max_retries": 0, **fields}
+    return openai.OpenAI(base_url=f"{gateway.url}/v1", **settings)
+
+
+def test_a_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="yi", messages=TALK, max_tokens=5)
+
+    assert (answer.object, answer.model, answer.choices[0].finish_reason) == ("chat.completion", "yi", "length")
+    assert answer.usage is not None
+    assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (5, answer.usage.prompt_tokens + 5)
+    assert len((answer.choices[0].message.content or "").split()) == 5
+    assert answer.choices[0].message.role == "assistant"
+
+
+def test_a_streamed_chat_says_the_same(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="yi", messages=TALK, max_tokens=5)
+    with client.chat.completions.create(model="yi", messages=TALK, max_tokens=5, stream=True) as stream:
+        chunks = list(stream)
+
+    assert "".join(c.delta.content or "" for chunk in chunks for c in chunk.choices) == whole.choices[0].message.content
+    assert [c.finish_reason for chunk in chunks for c in chunk.choices][-1] == "length"
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert [chunk.usage for chunk in chunks if chunk.usage is not None] == []
+    assert all(chunk.choices for chunk in chunks)
+
+
+def test_usage_comes_where_it_is_asked_for_once_and_last(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="yi", messages=TALK, max_tokens=5, stream=True, stream_options={"include_usage": True}
+    )
+
+    chunks = list(stream)
+
+    usages = [chunk.usage for chunk in chunks if chunk.usage is not None]
+    assert len(usages) == 1
+    assert (usages[0].completion_tokens, chunks[-1].choices, chunks[-1].usage) == (5, [], usages[0])
+
+
+def test_a_completion_streamed_and_not(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model="yi", prompt="Cell 12", max_tokens=5)
+    pieces = list(client.completions.create(model="yi", prompt="Cell 12", max_tokens=5, stream=True))
+
+    assert (whole.object, len(whole.choices[0].text.split())) == ("text_completion", 5)
+    assert "".join(choice.text for piece in pieces for choice in piece.choices) == whole.choices[0].text
+
+
+def test_the_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["yi", "gpt-4o"]
+    assert client.models.retrieve("yi").owned_by == "promptai"
+    with pytest.raises(openai.NotFoundError, match="no model is called"):
+        client.models.retrieve("../yi")
+
+
+def test_an_alias_answers_in_the_name_of_its_model(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="gpt-4o", messages=TALK)
+
+    assert (answer.model, len((answer.choices[0].message.content or "").split())) == ("yi", 3)
+
+
+def test_embeddings(client: openai.OpenAI) -> None:
+    found = client.embeddings.create(model="yi", input=["Cell 12", "Cell 13"])
+
+    assert [len(one.embedding) for one in found.data] == [8, 8]
+    assert found.data[0].embedding != found.data[1].embedding
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="yi", messages=TALK, max_tokens=3, logprobs=True, top_logprobs=1)
+
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert "".join(token.token for token in logprobs.content or ()) == answer.choices[0].message.content
+
+
+def test_fields_that_are_unknown_here_reach_the_engine_as_they_are(client: openai.OpenAI) -> None:
+    extra = {"mirostat": 2, "unheard_of": {"a": [1, None, "ü"]}, "seed": 10**15}
+
+    client.chat.completions.create(model="yi", messages=TALK, max_tokens=2, stop=["x"], extra_body=extra)
+
+    sent = BODIES[-1].bodies[-1]
+    assert {name: sent[name] for name in extra} == extra
+    assert (sent["stop"], sent["messages"]) == (["x"], TALK)
+
+
+def test_status_events_and_the_helpers_of_the_client_go_together(gateway: Threaded) -> None:
+    with made(gateway, default_headers={"x-promptai-status": "1"}) as client:
+        with client.chat.completions.create(model="yi", messages=TALK, max_tokens=4, stream=True) as stream:
+            text = "".join(choice.delta.content or "" for chunk in stream for choice in chunk.choices)
+        with client.chat.completions.stream(model="yi", messages=TALK, max_tokens=4) as helper:
+            helper.until_done()
+            said = helper.current_completion_snapshot.choices[0].message.content
+
+    assert (text, len(text.split())) == (said, 4)
+
+
+def test_the_answer_s_headers_can_be_read(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.with_raw_response.create(model="yi", messages=TALK, max_tokens=1)
+
+    assert (answer.headers["x-promptai-replica"], answer.headers["x-promptai-model"]) == ("a", "yi")
+
+
+def test_the_asynchronous_client_asks_many_at_once(gateway: Threaded) -> None:
+    async def main() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none") as client:
+
+            async def ask(number: int) -> str:
+                talk: list[ChatCompletionMessageParam] = [{"role": "user", "content": str(number)}]
+                whole = await client.chat.completions.create(model="yi", messages=talk, max_tokens=4)
+                text = ""
+                async for chunk in await client.chat.completions.create(
+                    model="yi", messages=talk, max_tokens=4, stream=True
+                ):
+                    text += "".join(choice.delta.content or "" for choice in chunk.choices)
+                assert text == whole.choices[0].message.content
+                return text
+
+            return await asyncio.gather(*map(ask, range(20)))
+
+    assert len(set(asyncio.run(main()))) == 20
+
+
+def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="yo", messages=TALK)
+
+    assert (caught.value.code, caught.value.param, caught.value.type) == ("model_not_found", "model", "not_found_error")
+    assert "did you mean yi?" in caught.value.message
+
+
+def test_a_prompt_that_is_too_long_is_a_bad_request_with_the_numbers(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="yi holds 8192") as caught:
+        client.chat.completions.create(model="yi", messages=LONG * 2)
+
+    assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_engine_refuses_is_a_bad_request_too(client: openai.OpenAI, stream: bool) -> None:  # noqa: FBT001
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="yi", messages=LONG, stream=stream)
+
+    assert isinstance(caught.value.body, dict)
+    assert (caught.value.body["src"], caught.value.body["n_ctx"]) == ("engine", 8192)
+
+
+def test_a_wrong_type_is_a_bad_request_that_names_the_field(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="yi", messages=TALK, max_tokens="many")  # type: ignore[call-overload]
+
+    assert caught.value.param == "max_tokens"
+
+
+def busy(gateway: Threaded) -> threading.Thread:
+    """Somebody who has the only slot for half a second."""
+
+    def ask() -> None:
+        with made(gateway) as client:
+            client.chat.completions.create(model="yi", messages=TALK, max_tokens=50)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    return thread
+
+
+def until_busy(client: openai.OpenAI) -> None:
+    while not client.get("../api/queue", cast_to=dict[str, Any])["running"]:
+        pass
+
+
+@pytest.mark.timeout(20)
+def test_a_full_queue_is_a_rate_limit_that_the_client_waits_out() -> None:
+    """It reads Retry-After by itself, and gets its answer."""
+    with threaded(one(BUSY, limits=Limits(queue=0))) as gateway, made(gateway) as client:
+        other = busy(gateway)
+        until_busy(client)
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.chat.completions.create(model="yi", messages=TALK)
+        patient = client.with_options(max_retries=2)
+        answer = patient.chat.completions.create(model="yi", messages=TALK, max_tokens=1)
+        other.join()
+
+    assert (caught.value.code, caught.value.response.headers["retry-after"]) == ("saturated", "1")
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_where_nothing_can_answer_the_service_is_unavailable() -> None:
+    def down() -> World:
+        world = one(FAST)()
+        known = world.source._replicas["a"]
+        world.source._replicas["a"] = msgspec.structs.replace(known, state=State.DOWN, reason="is unplugged")
+        return world
+
+    with threaded(down) as gateway, made(gateway) as client, pytest.raises(openai.APIStatusError) as caught:
+        client.chat.completions.create(model="yi", messages=TALK, stream=True)
+
+    assert (caught.value.status_code, type(caught.value)) == (503, openai.InternalServerError)
+    assert "is unplugged" in caught.value.message
+
+
+def test_keys_and_what_they_may_not(tmp_path: Path) -> None:
+    store = KeyStore(tmp_path / "keys.json")
+    _, secret = store.add("app", limits=KeyLimits(models=("other",)))
+    with threaded(one(FAST), guard=Guard(store, open=False)) as gateway:
+        with made(gateway, api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
+            client.models.list()
+        with made(gateway, api_key=secret) as client, pytest.raises(openai.PermissionDeniedError, match="may not use"):
+            client.chat.completions.create(model="yi", messages=TALK)
+
+
+@pytest.mark.timeout(20)
+def test_comments_while_it_waits_do_not_disturb_it() -> None:
+    slow = msgspec.structs.replace(SLOW, prefill_tps=10.0, decode_tps=1000.0)
+    with threaded(one(slow), rhythm=Rhythm(ping_s=0.1)) as gateway, made(gateway) as client:
+        talk: list[ChatCompletionMessageParam] = [{"role": "user", "content": "a b c d e f g h i"}]
+        stream = client.chat.completions.create(model="yi", messages=talk, max_tokens=4, stream=True)
+        text = "".join(choice.delta.content or "" for chunk in stream for choice in chunk.choices)
+
+    assert len(text.split()) == 4

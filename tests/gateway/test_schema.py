@@ -1,0 +1,110 @@
+"""
+What a tool makes of the OpenAPI page and throws at the gateway: requests that fit, and requests that do not.
+
+``SCHEMATHESIS_EXAMPLES=2000 SCHEMATHESIS_SEED=7 pytest tests/gateway/test_schema.py`` looks for longer, and elsewhere.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, seed, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from promptai.gateway.auth import Guard
+from promptai.gateway.desk import Serving
+from promptai.gateway.keys import KeyStore
+from promptai.gateway.openapi import document
+from promptai.gateway.relay import Rhythm
+from promptai.router.selection import Alias, Names
+from support_serve import World
+from support_site import FAST, Threaded, threaded
+
+EXAMPLES = int(os.environ.get("SCHEMATHESIS_EXAMPLES", "15"))
+SEED = int(os.environ.get("SCHEMATHESIS_SEED", "1"))
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
+API = schemathesis.openapi.from_dict(document())
+LOOKING = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    database=None,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)
+
+pytestmark = pytest.mark.timeout(120 + EXAMPLES)
+
+
+def boards() -> World:
+    """Two models, one of them twice; answers are short and take no time."""
+    config = msgspec.structs.replace(FAST, answer_tokens=3, context=512, prefill_tps=1e7)
+    other = msgspec.structs.replace(config, model="phi")
+    return World({"a": config, "b": config, "c": other})
+
+
+@pytest.fixture(scope="module")
+def gateway() -> Iterator[Threaded]:
+    """An open one."""
+    serving = Serving(names=Names(default="yi", aliases={"gpt-4o": Alias("phi", {"temperature": 0.5})}))
+    with threaded(boards, rhythm=Rhythm(ping_s=0.1), serving=serving) as thread:
+        yield thread
+
+
+@pytest.fixture(scope="module")
+def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Threaded]:
+    """One that lets nobody in."""
+    store = KeyStore(tmp_path_factory.mktemp("keys") / "keys.json")
+    store.add("somebody")
+    with threaded(boards, guard=Guard(store, open=False)) as thread:
+        yield thread
+
+
+def lives(gateway: Threaded) -> bool:
+    """Whether it answers, with everything there."""
+    return bool(requests.get(f"{gateway.url}/readyz", timeout=10).json() == {"status": "ready", "replicas": 3})
+
+
+def aim(case: schemathesis.Case[Any]) -> None:
+    """Let most requests name a model that is there: no random text does."""
+    body = case.body
+    name = body.get("model") if isinstance(body, dict) else None
+    if isinstance(body, dict) and isinstance(name, str) and len(name) % 4:
+        body["model"] = ("yi", "phi", "auto")[len(name) % 4 - 1]
+
+
+@seed(SEED)
+@API.parametrize()
+@LOOKING
+def test_every_answer_is_as_described(case: schemathesis.Case[Any], gateway: Threaded) -> None:
+    aim(case)
+
+    response = case.call(base_url=gateway.url, timeout=30)
+
+    case.validate_response(response, checks=CHECKS)
+    assert lives(gateway)
+
+
+@seed(SEED)
+@API.parametrize()
+@settings(LOOKING, max_examples=max(2, EXAMPLES // 5))
+def test_every_answer_to_whoever_has_no_key_is_as_described(case: schemathesis.Case[Any], closed: Threaded) -> None:
+    response = case.call(base_url=closed.url, timeout=30)
+
+    case.validate_response(response, checks=CHECKS)
+    assert response.status_code != 200 or case.path in {"/healthz", "/readyz"}

@@ -1,0 +1,134 @@
+"""What a client hears while it waits: comments, and where it stands if it asks."""
+
+import asyncio
+import itertools
+from typing import Any
+
+import pytest
+
+from promptai.engine.simulator import Fault
+from promptai.gateway.relay import Rhythm
+from support_cold import Cold
+from support_fleet import model
+from support_serve import World
+from support_site import SLOW, Door, Streamed, one, visit
+
+LONG = [{"role": "user", "content": "cell " * 600}]
+ASKS = {"x-promptai-status": "1"}
+
+
+def stages(answer: Streamed) -> list[str]:
+    """Each stage once, in order."""
+    found: list[str] = []
+    for line in answer.of("promptai.status"):
+        if found[-1:] != [line.value["stage"]]:
+            found.append(line.value["stage"])
+    return found
+
+
+def test_who_asks_is_told_every_stage_with_what_is_left() -> None:
+    """A model that loads for ten seconds, somebody before us, and a prompt of six."""
+
+    async def use(at: Door) -> Any:
+        before = asyncio.create_task(at.chat(max_tokens=40))
+        await asyncio.sleep(0.5)
+        answer = await at.stream(messages=LONG, headers=ASKS)
+        await before
+        return answer
+
+    answer = visit(lambda: Cold(model("yi", load_s=10.0), config=SLOW), use)
+
+    assert answer.whole
+    assert stages(answer) == ["loading", "queued", "prefill", "decode"]
+    found = [line.value for line in answer.of("promptai.status")]
+    assert answer.lines[0].kind == "promptai.status"
+    loading = [one["percent"] for one in found if one["stage"] == "loading" and "percent" in one]
+    assert loading == sorted(loading) != []
+    assert {one["place"] for one in found if one["stage"] in {"loading", "queued"}} <= {0, 1}
+    assert all(one["replica"] == "local/yi" for one in found if one["stage"] in {"prefill", "decode"})
+    assert all(one["choices"] == [] and one["object"] == "promptai.status" for one in found)
+    assert answer.of("comment") == []
+
+
+def test_what_is_left_comes_true_and_only_shrinks() -> None:
+    async def use(at: Door) -> Any:
+        before = [asyncio.create_task(at.chat(max_tokens=100)) for _ in range(3)]
+        await asyncio.sleep(0.5)
+        answer = await at.stream(messages=LONG, headers=ASKS)
+        await asyncio.wait(before)
+        return answer
+
+    answer = visit(one(), use)
+
+    first = answer.of("")[0].t
+    told = [(line.t, line.value["left_s"]) for line in answer.of("promptai.status") if "left_s" in line.value]
+    assert len(told) > 30
+    assert all(later <= earlier + 1.5 for (_, earlier), (_, later) in itertools.pairwise(told))
+    assert all(left == pytest.approx(first - t, rel=0.25, abs=3.0) for t, left in told)
+    places = [line.value["place"] for line in answer.of("promptai.status") if "place" in line.value]
+    assert places == sorted(places, reverse=True)
+    assert {2, 1, 0} == set(places)
+
+
+def test_who_waits_hears_something_from_the_first_second_on() -> None:
+    answer = visit(one(), lambda at: at.stream(messages=LONG * 3), rhythm=Rhythm(ping_s=2.0))
+
+    times = [line.t for line in answer.of("comment")]
+    assert times[0] == pytest.approx(1.0, abs=0.05)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert gaps == [pytest.approx(2.0, abs=0.05)] * len(gaps) != []
+    assert (answer.whole, answer.status) == (True, 200)
+
+
+def test_a_silence_in_the_middle_is_filled_too() -> None:
+    def world() -> World:
+        made = one()()
+        made.engines["sim://a"].fault = Fault(kind="stall", after_tokens=2, stall_s=11.0)
+        return made
+
+    answer = visit(world, lambda at: at.stream(max_tokens=6), rhythm=Rhythm(ping_s=3.0))
+
+    kinds = ["comment" if line.kind else "chunk" for line in answer.lines]
+    assert kinds.count("comment") == 3
+    assert "chunk" in kinds[: kinds.index("comment")]
+    assert answer.whole
+
+
+def test_a_client_that_chokes_on_comments_gets_none() -> None:
+    answer = visit(one(), lambda at: at.stream(messages=LONG * 3), rhythm=Rhythm(ping_s=0.0))
+
+    assert (answer.of("comment"), answer.of("promptai.status"), answer.whole) == ([], [], True)
+
+
+@pytest.mark.parametrize("headers", [{}, ASKS], ids=["comments", "status"])
+def test_what_fails_after_a_wait_is_said_in_the_stream(headers: dict[str, str]) -> None:
+    """Its status has gone out; the client reads an error in place of a chunk, and the end."""
+
+    async def use(at: Door) -> tuple[Streamed, str]:
+        before = asyncio.create_task(at.chat(max_tokens=100))
+        await asyncio.sleep(0.5)
+        found = await at.stream(headers={"x-promptai-deadline": "3s", **headers})
+        await before
+        return found, (await at.ask("/metrics")).body.decode()
+
+    answer, metrics = visit(one(), use)
+
+    assert 'promptai_requests_total{model="yi",replica="unknown",status="429"} 1.0' in metrics
+
+    assert (answer.status, answer.whole, len(answer.chunks)) == (200, True, 1)
+    error = answer.chunks[0]["error"]
+    assert (error["code"], error["type"], error["src"]) == ("saturated", "rate_limit_error", "gateway")
+
+
+def test_what_fails_at_once_is_a_status() -> None:
+    async def use(at: Door) -> Streamed:
+        before = asyncio.create_task(at.chat(max_tokens=100))
+        await asyncio.sleep(0.5)
+        found = await at.stream(headers={"x-promptai-deadline": "500ms"})
+        await before
+        return found
+
+    answer = visit(one(), use)
+
+    assert (answer.status, answer.headers["content-type"]) == (429, "application/json")
+    assert int(answer.headers["retry-after"]) in range(5, 20)

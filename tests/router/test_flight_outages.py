@@ -1,0 +1,125 @@
+"""Boards that are gone: which of them are left out, and how long anybody waits."""
+
+import asyncio
+
+import pytest
+
+from promptai.errors import BrokenOffError, EngineDiedError, NoCapacityError
+from promptai.router.breaker import BreakerState
+from promptai.router.dispatch import Limits
+from support_clock import run_virtually
+from support_flight import FOR_EVER_S, Got, accept, arm, assert_one_answer, chat, hear, undisturbed, world
+
+
+def test_a_killed_board_is_out_at_once_and_its_requests_are_elsewhere() -> None:
+    async def play() -> tuple[list[Got], BreakerState]:
+        async with world().running() as running:
+            tickets = [accept(running, chat(messages=[{"role": "user", "content": f"Site {n}?"}])) for n in range(4)]
+            tasks = [asyncio.create_task(hear(ticket)) for ticket in tickets]
+            await asyncio.sleep(1)
+            running.kill("one")
+            found = [await task for task in tasks]
+            late = await hear(accept(running, chat()))
+            return [*found, late], running.accounts.breaker("one").state(running.accounts.now())
+
+    got, state = run_virtually(play())
+
+    assert state is not BreakerState.CLOSED
+    assert [one.error for one in got] == [None] * 5
+    assert sum(bool(one.flight.continuations) for one in got) == 2
+    for number, one in enumerate(got[:4]):
+        assert undisturbed(chat(messages=[{"role": "user", "content": f"Site {number}?"}])).text == one.text
+
+
+def test_the_only_board_comes_back_after_5_seconds_and_finishes() -> None:
+    async def play() -> Got:
+        async with world("one").running() as running:
+
+            def at(chunks: int) -> None:
+                if chunks == 6:
+                    running.kill("one")
+                    running.source.fail("one")
+                    asyncio.get_running_loop().call_later(5, back)
+
+            def back() -> None:
+                running.upstream.revive("sim://one")
+                running.source.recover("one")
+
+            return await hear(accept(running, chat()), at)
+
+    got = run_virtually(play())
+
+    assert_one_answer(undisturbed(chat()), got)
+    assert 5 < got.took_s < 10
+
+
+def test_it_is_found_again_even_if_nobody_tells_that_it_is_back() -> None:
+    async def play() -> Got:
+        async with world("one").running() as running:
+
+            def at(chunks: int) -> None:
+                if chunks == 6:
+                    running.kill("one")
+                    asyncio.get_running_loop().call_later(5, running.upstream.revive, "sim://one")
+
+            return await hear(accept(running, chat()), at)
+
+    assert_one_answer(undisturbed(chat()), run_virtually(play()))
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("after", [0, 6])
+def test_where_every_board_is_dead_it_ends_in_an_error_within_the_outage(*, told: bool, after: int) -> None:
+    async def play() -> Got:
+        async with world(limits=Limits(outage_s=30)).running() as running:
+            ticket = accept(running, chat())
+
+            def kill() -> None:
+                for name in ("one", "two"):
+                    running.kill(name)
+                    if told:
+                        running.source.fail(name)
+
+            def at(chunks: int) -> None:
+                if chunks == after:
+                    kill()
+
+            if not after:
+                asyncio.get_running_loop().call_soon(kill)
+            return await hear(ticket, at)
+
+    got = run_virtually(play())
+
+    assert isinstance(got.error, (NoCapacityError, BrokenOffError, EngineDiedError))
+    assert got.error.message
+    assert got.took_s < 60
+
+
+def test_no_silence_is_waited_out_for_ever_even_of_a_board_that_nobody_knows() -> None:
+    async def play() -> Got:
+        async with world("one", known_rates=False).running() as running:
+            ticket = accept(running, chat())
+            arm(running, "one", "stall", 3, times=None)
+            return await hear(ticket)
+
+    got = run_virtually(play())
+
+    assert isinstance(got.error, BrokenOffError)
+    assert got.took_s < FOR_EVER_S / 4
+
+
+def test_it_is_sent_no_more_often_than_it_may_be() -> None:
+    async def play() -> Got:
+        async with world("one", "two", "three").running() as running:
+            for name in ("one", "two", "three"):
+                arm(running, name, "cut", 1, times=None)
+            return await hear(accept(running, chat()))
+
+    got = run_virtually(play())
+
+    assert isinstance(got.error, BrokenOffError)
+    assert "sent 4 times" in got.error.hint
+    assert len(got.flight.continuations) == 3
+    usual = undisturbed(chat()).text
+    assert usual.startswith(got.text)
+    assert got.text

@@ -1,0 +1,62 @@
+"""A gateway's inside whose engines are this machine's: started when they are wanted, in pretended memory."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any, Self
+
+from promptai.engine.simulated_upstream import SimulatedUpstream
+from promptai.engine.simulation import SimulationConfig
+from promptai.engine.simulator import Simulator
+from promptai.fleet.local import LocalModel, LocalSource
+from promptai.fleet.registry import Registry
+from promptai.gateway.auth import Caller
+from promptai.gateway.desk import Desk, Serving, Ticket
+from promptai.router.accounts import Accounts
+from promptai.router.dispatch import Dispatcher, Limits
+from promptai.router.policy import Affinity
+from promptai.router.rates import RateBook
+from support_fleet import GB, FakeLauncher, beside
+
+
+class Cold:
+    """Models that take ten seconds to load, of which memory holds as many as the budget says."""
+
+    def __init__(
+        self,
+        *models: LocalModel,
+        config: SimulationConfig,
+        budget: int = 4 * GB,
+        limits: Limits | None = None,
+        serving: Serving | None = None,
+    ) -> None:
+        self.launcher = FakeLauncher()
+        self.upstream = SimulatedUpstream({f"http://{model.name}": Simulator(config) for model in models})
+        self.registry = Registry(())
+        self.accounts = Accounts(self.registry, RateBook())
+        self.source = LocalSource(models, self.launcher, lambda: budget, self.accounts.running)
+        self.registry.replace([self.source])
+        self.dispatcher = Dispatcher(self.accounts, Affinity(), limits)
+        self.desk = Desk(self.dispatcher, self.upstream, serving)
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncGenerator[Self, None]:
+        """Run the source."""
+        async with self.upstream, contextlib.AsyncExitStack() as stack:
+            over, ready = asyncio.Event(), asyncio.Event()
+
+            async def play() -> None:
+                ready.set()
+                await over.wait()
+
+            task = asyncio.create_task(beside(self.registry.run(), play))
+            stack.push_async_callback(asyncio.wait, [task])
+            stack.callback(over.set)
+            await ready.wait()
+            await asyncio.sleep(0.1)
+            yield self
+
+    def ticket(self, model: str, messages: Sequence[Mapping[str, Any]], *, key: str = "local", **fields: Any) -> Ticket:
+        """A chat that has been accepted."""
+        body = {"model": model, "messages": [dict(message) for message in messages], "stream": True, **fields}
+        return self.desk.accept("/v1/chat/completions", body, {}, Caller(key_id=key))

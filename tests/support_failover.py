@@ -1,0 +1,220 @@
+"""Engines that are killed in the middle of answers, and a gateway before them.
+
+Shared by ``benchmarks/nothing_lost.py``, which asks for a hundred interruptions of each kind, and
+``tests/gateway/test_nothing_is_lost.py``, which asks for ten; ``support_referee`` judges.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+
+from promptai.engine.client import EngineClient
+from promptai.engine.flags import EngineFlags
+from promptai.engine.launch import RunningEngine, free_port
+from promptai.engine.locate import locate
+from promptai.engine.upstream import HttpUpstream, Piece, is_done
+from promptai.errors import EngineError
+from promptai.fleet.registry import Registry
+from promptai.fleet.replica import Rates, Snapshot, State
+from promptai.fleet.static import StaticSource, Target
+from promptai.gateway.app import Gateway
+from promptai.gateway.auth import Guard
+from promptai.gateway.desk import Serving
+from promptai.gateway.server import GatewayServer
+from promptai.models.bundled import bundled_model
+from promptai.router.accounts import Accounts
+from promptai.router.dispatch import Dispatcher
+from promptai.router.policy import STRATEGIES
+from promptai.router.rates import RateBook
+from promptai.wire.sse import SseEvent
+
+MAX_TOKENS = 60
+#: Nothing that is asked here takes a second; whatever takes so long hangs.
+HANG_S = 60.0
+
+
+class Joint(msgspec.Struct):
+    """
+    One continuation, as it was asked for and answered.
+
+    Attributes:
+        prompt: Token ids that the engine was given.
+        tokens: Token ids that it generated, as far as it told; ``text`` is what they say.
+    """
+
+    prompt: list[int] = []
+    tokens: list[int] = []
+    text: str = ""
+
+
+class Heard(msgspec.Struct):
+    """
+    What a client got.
+
+    Attributes:
+        ended: How often it was told why the answer ended.
+        pause_s: The longest time between two pieces.
+    """
+
+    text: str = ""
+    replica: str = ""
+    failure: str = ""
+    tokens: int = 0
+    ended: int = 0
+    ids: set[str] = msgspec.field(default_factory=set)
+    pause_s: float = 0.0
+
+
+class Recorder(HttpUpstream):
+    """Reaches engines, and keeps what continuations asked for, by the request's ``seed``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joints: dict[int, list[Joint]] = {}
+
+    async def stream(
+        self,
+        url: str,
+        path: str,
+        body: bytes,
+        *,
+        silence_s: Callable[[], float],
+        ends: Callable[[SseEvent], bool] = is_done,
+    ) -> AsyncGenerator[Piece, None]:
+        """See ``Upstream``."""
+        joint = Joint()
+        if path == "/completion":
+            asked = msgspec.json.decode(body, type=dict[str, Any])
+            joint.prompt = asked["prompt"]
+            self.joints.setdefault(asked.get("seed", -1), []).append(joint)
+        pieces = super().stream(url, path, body, silence_s=silence_s, ends=ends)
+        async with contextlib.aclosing(pieces):
+            async for piece in pieces:
+                for event in piece.events if joint.prompt else ():
+                    with contextlib.suppress(msgspec.DecodeError):
+                        chunk = msgspec.json.decode(event.data, type=dict[str, Any])
+                        joint.tokens += [] if "prompt_progress" in chunk else chunk.get("tokens", [])
+                        joint.text += chunk.get("content", "")
+                yield piece
+
+
+class Boards:
+    """Real engines that are killed and come back; an async context manager."""
+
+    def __init__(self, count: int, slots: int, folder: Path) -> None:
+        self._folder = folder
+        self._flags = [
+            EngineFlags(model=str(bundled_model()), port=free_port(), threads=1, context=4096 * slots, slots=slots)
+            for _ in range(count)
+        ]
+        self._running: dict[str, RunningEngine] = {}
+        self._killed: list[RunningEngine] = []
+
+    async def __aenter__(self) -> Self:
+        await self.restart()
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self._bury()
+        for engine in self._running.values():
+            await asyncio.to_thread(engine.stop)
+
+    @property
+    def urls(self) -> list[str]:
+        """Where they are."""
+        return [f"http://127.0.0.1:{flags.port}" for flags in self._flags]
+
+    def kill(self, replica_id: str) -> None:
+        """Kill the engine of a replica: SIGKILL, as the kernel does it when memory is full."""
+        engine = self._running.pop(replica_id, None)
+        if engine is not None and engine.pid is not None:
+            os.kill(engine.pid, signal.SIGKILL)
+            self._killed.append(engine)
+
+    async def restart(self) -> None:
+        """Start those that are gone."""
+        await self._bury()
+        for number, flags in enumerate(self._flags):
+            name = f"127.0.0.1:{flags.port}"
+            if name not in self._running:
+                engine = RunningEngine(locate(), flags, log=self._folder / f"engine-{number}.log")
+                self._running[name] = await engine.__aenter__()
+
+    async def _bury(self) -> None:
+        for engine in self._killed:
+            await asyncio.to_thread(engine.death)
+        self._killed.clear()
+
+
+@contextlib.asynccontextmanager
+async def front(
+    urls: Sequence[str], *, stall_s: float = 15.0, rates: Rates | None = None
+) -> AsyncIterator[tuple[GatewayServer, Registry, Recorder]]:
+    """A gateway before these engines."""
+    async with Recorder() as upstream:
+        registry = Registry(
+            [StaticSource([Target(url, rates=rates or Rates()) for url in urls], upstream, period_s=0.2)]
+        )
+        dispatcher = Dispatcher(Accounts(registry, RateBook()), STRATEGIES["affinity"]())
+        gateway = Gateway(dispatcher, upstream, Guard(None, open=True), serving=Serving(stall_s=stall_s))
+        watching = asyncio.create_task(registry.run())
+        try:
+            async with GatewayServer(gateway) as server:
+                await all_ready(registry, len(urls))
+                yield server, registry, upstream
+        finally:
+            watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watching
+            dispatcher.close()
+
+
+async def all_ready(registry: Registry, count: int) -> None:
+    """Wait until the gateway knows so many replicas to be ready."""
+    ready = asyncio.Event()
+
+    def look(snapshot: Snapshot) -> None:
+        if sum(replica.state is State.READY for replica in snapshot.replicas) >= count:
+            ready.set()
+
+    unsubscribe = registry.subscribe(look)
+    try:
+        look(registry.snapshot)
+        async with asyncio.timeout(HANG_S):
+            await ready.wait()
+    finally:
+        unsubscribe()
+
+
+async def ask(url: str, body: dict[str, Any], strike: Callable[[Heard], None] = lambda _: None) -> Heard:
+    """One streamed chat; ``strike`` is called after every piece."""
+    heard, loop = Heard(), asyncio.get_running_loop()
+    last = loop.time()
+
+    def beside(found: Any) -> None:
+        heard.replica = found.get("x-promptai-replica", heard.replica)
+
+    async with EngineClient(url, beside=beside) as client:
+        try:
+            async with contextlib.aclosing(client.stream_chat(body)) as arrivals:
+                async for arrival in arrivals:
+                    text = "".join(choice.delta.content or "" for choice in arrival.chunk.choices)
+                    heard.text += text
+                    heard.tokens += bool(text)
+                    heard.ended += sum(choice.finish_reason is not None for choice in arrival.chunk.choices)
+                    heard.pause_s, last = max(heard.pause_s, loop.time() - last), loop.time()
+                    strike(heard)
+        except EngineError as error:
+            heard.failure = error.message
+    return heard
+
+
+def chat(messages: list[dict[str, str]], **fields: Any) -> dict[str, Any]:
+    """A greedy request."""
+    return {"messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0, **fields}

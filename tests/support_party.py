@@ -1,0 +1,72 @@
+"""Requests of several people at a gateway's inside, on virtual time."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from promptai.engine.simulation import SimulationConfig
+from promptai.gateway.desk import Ticket
+from support_clock import run_virtually
+from support_cold import Cold
+from support_serve import Heard, World, listen
+
+T = TypeVar("T")
+Place = TypeVar("Place", World, Cold)
+
+#: 100 prompt tokens a second, then ten tokens a second, one or two at once.
+ALONE = SimulationConfig(prefill_tps=100.0, decode_tps=10.0, model="yi")
+BOARD = SimulationConfig(prefill_tps=100.0, decode_tps=10.0, slots=2, decode_slowdown=0.0, model="yi")
+TALK = [{"role": "user", "content": "Is cell 12 up?"}]
+
+
+def play(world: Callable[[], Place], use: Callable[[Place], Awaitable[T]]) -> T:
+    """What ``use`` finds in a world, on virtual time; nobody may be left in a queue or a slot."""
+
+    async def main() -> T:
+        made = world()
+        async with made.running():
+            found = await use(made)
+            await asyncio.sleep(1)
+            models = made.registry.snapshot.models
+            assert [len(made.dispatcher.waiting(name)) for name in models] == [0] * len(models)
+            assert [made.accounts.running(replica.id) for replica in made.registry.snapshot.replicas if replica.slots]
+            return found
+
+    return run_virtually(main())
+
+
+def one(config: SimulationConfig = BOARD, **settings: Any) -> Callable[[], World]:
+    """A world of one engine."""
+    return lambda: World({"a": config}, **settings)
+
+
+class Party:
+    """Requests that are under way, and in which order they began to be answered and ended."""
+
+    def __init__(self, world: World | Cold) -> None:
+        self.world = world
+        self.ended: list[str] = []
+        self.tasks: dict[str, asyncio.Task[Heard]] = {}
+
+    def ask(self, name: str, *, key: str = "local", tokens: int = 10, **fields: Any) -> asyncio.Task[Heard]:
+        """Let somebody ask."""
+        wanted = fields.pop("model", "yi")
+        messages = fields.pop("messages", TALK)
+        if isinstance(self.world, Cold):
+            ticket = self.world.ticket(wanted, messages, key=key, max_tokens=tokens, **fields)
+        else:
+            ticket = self.world.ticket(messages, model=wanted, key=key, max_tokens=tokens, **fields)
+        self.tasks[name] = asyncio.create_task(self._hear(name, ticket))
+        return self.tasks[name]
+
+    async def _hear(self, name: str, ticket: Ticket) -> Heard:
+        heard = await listen(ticket)
+        grant = ticket.flight.grant
+        assert grant is not None
+        self.ended.append(name)
+        return heard
+
+    async def all(self) -> dict[str, Heard | BaseException]:
+        """How each of them ended."""
+        await asyncio.wait(self.tasks.values())
+        return {name: task.exception() or task.result() for name, task in self.tasks.items()}

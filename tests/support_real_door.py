@@ -1,0 +1,123 @@
+"""A gateway with pretended engines, and sockets everywhere: from the client to it, and from it to the engines."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable
+from typing import NamedTuple
+
+import msgspec
+
+from promptai.engine.simulated import SimulatedEngine
+from promptai.engine.simulation import SimulationConfig
+from promptai.engine.upstream import HttpUpstream
+from promptai.fleet.local import LocalSource
+from promptai.fleet.registry import Registry
+from promptai.fleet.replica import Rates, Replica, State
+from promptai.fleet.simulated import SimulatedSource
+from promptai.gateway.auth import Guard
+from promptai.gateway.relay import Rhythm
+from promptai.router.accounts import Accounts
+from promptai.router.dispatch import Dispatcher, Limits
+from promptai.router.policy import Affinity
+from promptai.router.rates import RateBook
+from support_fleet import FakeLauncher, model
+from support_site import CHAT, Door, asking, door
+
+#: Of the model that takes for ever to load.
+COLD = "cold"
+
+
+class Site(NamedTuple):
+    """
+    All of it, and what a test looks at.
+
+    Attributes:
+        engines: By their replica's id: ``a``, ``b`` and so on.
+    """
+
+    door: Door
+    engines: dict[str, SimulatedEngine]
+    registry: Registry
+    dispatcher: Dispatcher
+    guard: Guard
+
+    def busy(self, name: str = "a") -> int:
+        """Slots of an engine that it computes for, and whoever waits in it."""
+        scheduler = self.engines[name].simulator.scheduler
+        return sum(slot.request is not None for slot in scheduler.slots) + len(scheduler.queue)
+
+    def counts(self, served: str = "yi") -> dict[str, int]:
+        """Everything that counts requests of a model; all 0 when there are none."""
+        accounts = self.dispatcher.accounts
+        return {
+            "engine": sum(map(self.busy, self.engines)),
+            "grants": sum(accounts.running(replica.id) for replica in self.registry.snapshot.replicas),
+            "queue": len(self.dispatcher.waiting(served)),
+            "gateway": self.door.gateway.under_way,
+            "meter": self.guard.meter.running("local"),
+        }
+
+    def state(self, replica_id: str) -> State | None:
+        """Of one replica."""
+        found = self.registry.snapshot.find(replica_id)
+        return found.state if found is not None else None
+
+
+@contextlib.asynccontextmanager
+async def site(*configs: SimulationConfig, queue: int = 64) -> AsyncGenerator[Site, None]:
+    """Engines of these kinds behind a gateway, and beside them a model that never finishes loading."""
+    loading = LocalSource([model(COLD)], FakeLauncher(load_s=3600.0), lambda: 10**12, lambda _: 0)
+    async with contextlib.AsyncExitStack() as stack:
+        engines = {
+            chr(ord("a") + number): await stack.enter_async_context(SimulatedEngine(config))
+            for number, config in enumerate(configs)
+        }
+        registry = Registry([SimulatedSource([_replica(*pair) for pair in engines.items()]), loading])
+        running = asyncio.create_task(registry.run())
+        stack.push_async_callback(_end, running)
+        upstream = await stack.enter_async_context(HttpUpstream())
+        dispatcher = Dispatcher(Accounts(registry, RateBook()), Affinity(), Limits(queue=queue))
+        stack.callback(dispatcher.close)
+        guard = Guard(None, open=True)
+        opened = await stack.enter_async_context(
+            door(dispatcher, upstream, guard=guard, rhythm=Rhythm(ping_s=0.2, status_s=0.2))
+        )
+        found = Site(opened, engines, registry, dispatcher, guard)
+        await soon(lambda: found.state("a") is State.READY and found.state(f"local/{COLD}") is State.COLD)
+        yield found
+        assert opened.troubles == []
+
+
+async def soon(happens: Callable[[], bool], within_s: float = 10.0) -> float:
+    """Wait until something holds; the seconds that it took."""
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    while not happens():
+        assert loop.time() - begun < within_s, f"not within {within_s:g} s"
+        await asyncio.sleep(0.005)
+    return loop.time() - begun
+
+
+def request_of(**fields: object) -> bytes:
+    """A question as bytes."""
+    body = msgspec.json.encode(asking(CHAT, fields))
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    return head.encode() + b"\r\n\r\n" + body
+
+
+def _replica(name: str, engine: SimulatedEngine) -> Replica:
+    config = engine.config
+    return Replica(
+        id=name,
+        url=engine.base_url,
+        model=config.model,
+        slots=config.slots,
+        context=config.context,
+        host_cache_tokens=config.host_cache,
+        rates=Rates(prefill_tps=config.prefill_tps, decode_tps=config.decode_tps, source="settings"),
+    )
+
+
+async def _end(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.wait([task])

@@ -1,0 +1,73 @@
+"""A gateway in a thread, before the real engine with the bundled model."""
+
+import contextlib
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from promptai.engine.flags import EngineFlags
+from promptai.engine.launch import RunningEngine, free_port
+from promptai.engine.locate import locate
+from promptai.engine.upstream import HttpUpstream
+from promptai.fleet.registry import Registry
+from promptai.fleet.static import StaticSource, Target
+from promptai.models.bundled import bundled_model
+from promptai.router.accounts import Accounts
+from promptai.router.dispatch import Dispatcher
+from promptai.router.policy import Affinity
+from promptai.router.rates import RateBook
+from support_engine import until
+from support_fleet import beside
+from support_site import Threaded, door
+
+
+class RealSite(NamedTuple):
+    """Where both listen: the gateway, and the engine behind it."""
+
+    gateway: str
+    engine: str
+
+
+@contextlib.contextmanager
+def real_site(log: Path, *, context: int = 2048) -> Iterator[RealSite]:
+    """Two slots that share a context of so many tokens; nothing may go wrong unseen."""
+    flags = EngineFlags(model=str(bundled_model()), port=free_port(), threads=1, context=context, slots=2)
+    engines: list[str] = []
+
+    async def run(thread: Threaded) -> None:
+        async with RunningEngine(locate(), flags, log=log) as engine, HttpUpstream() as upstream:
+            engines.append(engine.base_url)
+            registry = Registry([StaticSource([Target(engine.base_url)], upstream)])
+            dispatcher = Dispatcher(Accounts(registry, RateBook()), Affinity())
+
+            async def play() -> None:
+                async def ready() -> bool:
+                    return any(replica.usable for replica in registry.snapshot.replicas)
+
+                await until(ready)
+                async with door(dispatcher, upstream) as opened:
+                    await thread.until_over(opened.url)
+                assert opened.troubles == []
+
+            await beside(registry.run(), play)
+
+    with Threaded(run) as thread:
+        yield RealSite(thread.url, engines[0])
+
+
+def asked(url: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    """Status and JSON of an answer; of a stream its text."""
+    request = urllib.request.Request(  # noqa: S310  loopback
+        f"{url}{path}", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310  loopback
+            data = response.read()
+            kind = response.headers.get_content_type()
+            return response.status, json.loads(data) if kind == "application/json" else data.decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)

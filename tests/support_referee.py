@@ -1,0 +1,207 @@
+"""Whether an answer that was interrupted is what it would have been: its text, its seams, the model's choices."""
+
+import asyncio
+import contextlib
+import random
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import msgspec
+
+from promptai.bench.workload import load_bundled
+from promptai.engine.client import EngineClient
+from promptai.engine.flags import EngineFlags
+from promptai.engine.launch import RunningEngine, free_port
+from promptai.engine.locate import locate
+from promptai.engine.scoring import force_token
+from promptai.engine.upstream import HttpUpstream
+from promptai.models.bundled import bundled_model
+from support_failover import HANG_S, MAX_TOKENS, Boards, Heard, Joint, Recorder, all_ready, ask, chat, front
+
+#: An answer is interrupted after so many tokens.
+EARLIEST, LATEST = 3, 30
+#: Nats between a token and the likeliest one that count as a tie: batched and single computing round differently.
+TIE_NATS = 0.05
+#: Anything may follow anything: half characters, marks of the template.
+HOT = {"temperature": 4.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+class Question(NamedTuple):
+    """
+    A prompt and what it gives undisturbed: on one slot, alone, without any cache.
+
+    Attributes:
+        tokens: Chunks of that answer.
+    """
+
+    messages: list[dict[str, str]]
+    text: str
+    tokens: int
+
+
+class Tally(msgspec.Struct):
+    """What became of all requests of one configuration."""
+
+    asked: int = 0
+    interrupted: int = 0
+    failed: list[str] = []
+    hung: int = 0
+    same: int = 0
+    torn: int = 0
+    odd: int = 0
+    joints: int = 0
+    unscored: int = 0
+    worse: list[float] = []
+    pauses_s: list[float] = []
+
+
+class Run:
+    """
+    One configuration of real engines until enough answers were interrupted.
+
+    Args:
+        how: Whether the engine tells token ids.
+        hot: What follows is chance, so that only the seams are judged.
+    """
+
+    def __init__(
+        self, asked: list[Question], referee: "Referee", how: Literal["ids", "text"], wanted: int, *, hot: bool = False
+    ) -> None:
+        self.tally = Tally()
+        self._questions = asked
+        self._referee = referee
+        self._hot = hot
+        self._fields: dict[str, Any] = {"logprobs": True, "top_logprobs": 1} if how == "ids" else {}
+        self._fields |= HOT if hot else {}
+        self._wanted = wanted
+        self._seed = 0
+        self._random = random.Random(wanted)
+
+    async def play(self, boards: Boards, slots: int) -> None:
+        """Ask and kill; at most four rounds for each answer that is wanted."""
+        async with front(boards.urls) as (server, registry, recorder):
+            for _ in range(4 * self._wanted):
+                await boards.restart()
+                await all_ready(registry, len(boards.urls))
+                await self._round(server.url, boards, recorder, streams=2 * slots)
+                if self.tally.interrupted >= self._wanted:
+                    return
+
+    async def _round(self, url: str, boards: Boards, recorder: Recorder, *, streams: int) -> None:
+        """As many requests as there are slots; the engine of the first dies when that has come so far."""
+        asked = self._random.sample(self._questions, streams)
+        at = self._random.randint(EARLIEST, min(LATEST, asked[0].tokens - 8))
+
+        def strike(heard: Heard) -> None:
+            if heard.tokens == at:
+                boards.kill(heard.replica)
+
+        seeds = [self._seed + number for number in range(streams)]
+        self._seed += streams
+        tasks = [
+            asyncio.create_task(
+                ask(url, chat(one.messages, seed=seed, **self._fields), strike if not number else lambda _: None)
+            )
+            for number, (one, seed) in enumerate(zip(asked, seeds, strict=True))
+        ]
+        _, late = await asyncio.wait(tasks, timeout=HANG_S)
+        self.tally.hung += len(late)
+        for task in late:
+            task.cancel()
+        for task, one, seed in zip(tasks, asked, seeds, strict=True):
+            if task not in late:
+                await self._judge(task.result(), one, recorder.joints.get(seed, []))
+
+    async def _judge(self, heard: Heard, asked: Question, joints: list[Joint]) -> None:
+        tally = self.tally
+        tally.asked += 1
+        if heard.failure:
+            tally.failed.append(heard.failure)
+            return
+        tally.odd += heard.ended != 1 or heard.tokens > MAX_TOKENS
+        if not joints:
+            return
+        tally.interrupted += 1
+        tally.joints += len(joints)
+        tally.same += heard.text == asked.text
+        tally.pauses_s.append(heard.pause_s)
+        tally.torn += not await self._seamless(heard, asked, joints)
+        for joint in joints if not self._hot else ():
+            await self._score(joint)
+
+    async def _seamless(self, heard: Heard, asked: Question, joints: list[Joint]) -> bool:
+        """
+        Whether the client has each part once: what the last engine was given of the answer, and what it made of it.
+
+        That the engine was given exactly what the client had follows from the two being its text.
+        """
+        prompt = await self._referee.prompt(asked.messages)
+        last = joints[-1]
+        if any(joint.prompt[: len(prompt)] != prompt for joint in joints):
+            return False
+        before = await self._referee.spelled(last.prompt[len(prompt) :])
+        return bool(before) and heard.text == before + last.text
+
+    async def _score(self, joint: Joint) -> None:
+        """How much likelier another token would have been, for each after the joint."""
+        for position, token in enumerate(joint.tokens):
+            worse = await self._referee.worse(joint.prompt + joint.tokens[:position], token)
+            if worse is None:
+                self.tally.unscored += 1
+            else:
+                self.tally.worse.append(worse)
+
+
+class Referee:
+    """An engine that takes no part, and knows what should have been said; an async context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        flags = EngineFlags(model=str(bundled_model()), port=free_port(), threads=1, context=4096)
+        self._engine = RunningEngine(locate(), flags, log=folder / "referee.log")
+        self._client = EngineClient(self._engine.base_url)
+        self._upstream = HttpUpstream()
+        self._stack = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        for one in (self._engine, self._client, self._upstream):
+            await self._stack.enter_async_context(one)
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self._stack.aclose()
+
+    async def questions(self, most: int) -> list[Question]:
+        """Prompts of the bundled workload whose answers are long enough to be interrupted, and those answers."""
+        found: dict[str, Question] = {}
+        for conversation in load_bundled().conversations:
+            opening = [{"role": m.role, "content": m.content} for m in conversation.prompt(0)]
+            alone = [[{"role": m.role, "content": m.content}] for m in conversation.messages if m.role == "user"]
+            for messages in (opening, *alone):
+                key = messages[-1]["content"]
+                if key in found or len(found) >= most:
+                    continue
+                heard = await ask(self._engine.base_url, chat(messages, cache_prompt=False))
+                if not heard.failure and heard.tokens >= EARLIEST + 12:
+                    found[key] = Question(messages, heard.text, heard.tokens)
+        return list(found.values())
+
+    async def prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a chat's prompt."""
+        rendered = await self._quick("/apply-template", {"messages": messages})
+        return await self._client.tokenize(rendered["prompt"], add_special=True)
+
+    async def spelled(self, tokens: list[int]) -> str:
+        """What tokens say."""
+        said = await self._quick("/detokenize", {"tokens": tokens})
+        return str(said["content"])
+
+    async def worse(self, prompt: list[int], token: int) -> float | None:
+        """By how many nats the likeliest token beats this one; ``None`` where the engine does not tell."""
+        told = await force_token(self._client, prompt, token, n_probs=1)
+        if told is None or told.id != token or not told.top_logprobs:
+            return None
+        return told.top_logprobs[0].logprob - told.logprob
+
+    async def _quick(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        reply = await self._upstream.ask(self._engine.base_url, path, msgspec.json.encode(body), limit_s=HANG_S)
+        return msgspec.json.decode(reply.body, type=dict[str, Any])

@@ -1,0 +1,202 @@
+"""Thousands of requests of every kind through one gateway, and what they leave behind.
+
+``tests/gateway/test_stays_flat.py`` sends a thousand, ``benchmarks/gateway_cost.py --soak`` ten thousand. Clients,
+gateway and engines are in one process, so that what any of them leaves behind is seen.
+"""
+
+import asyncio
+import contextlib
+import gc
+import os
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from promptai.engine.simulated import SimulatedEngine
+from promptai.engine.simulation import SimulationConfig
+from support_real_door import Site, request_of, soon
+from support_site import CHAT, EMBED, TEXT
+
+#: So fast that an answer takes as long as the sockets do; 1.5 ms a token, so that one can leave in the middle.
+QUICK = SimulationConfig(prefill_tps=1e6, decode_tps=700.0, slots=4, model="yi")
+SOAKED = (QUICK, QUICK)
+_AT_ONCE = 16
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class Left(NamedTuple):
+    """
+    What is there between two requests.
+
+    Attributes:
+        files: Open file descriptors; ``tasks`` of the event loop; ``timers`` that are scheduled.
+        entries: Of every container below the gateway, by where it is.
+        rss: Bytes of memory of this process.
+    """
+
+    files: int
+    tasks: int
+    timers: int
+    entries: dict[str, int]
+    rss: int
+
+
+async def look(found: Site) -> Left:
+    """Count what is left, once all that is under way has ended."""
+    await soon(lambda: set(found.counts().values()) == {0})
+    for engine in found.engines.values():
+        engine.sent.clear()  # notes for tests, which grow by their nature
+    before = -1
+    while before != len(asyncio.all_tasks()):  # connections are closed a moment after their last byte
+        before = len(asyncio.all_tasks())
+        await asyncio.sleep(0.05)
+    gc.collect()
+    loop = asyncio.get_running_loop()
+    return Left(
+        files=len(list(Path("/proc/self/fd").iterdir())),
+        tasks=len(asyncio.all_tasks()),
+        timers=sum(not handle.cancelled() for handle in loop._scheduled),  # type: ignore[attr-defined]
+        entries=dict(_containers(found.door.gateway)),
+        rss=int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE,
+    )
+
+
+async def soak(found: Site, requests: int, *, first: int = 0) -> dict[str, int]:
+    """Send so many requests, a few at a time; how many of each kind."""
+    kinds = list(_KINDS)
+    sent = dict.fromkeys(kinds, 0)
+    numbers = iter(range(first, first + requests))
+
+    async def one_after_another() -> None:
+        for number in numbers:
+            kind = kinds[number % len(kinds)]
+            await _KINDS[kind](found, number)
+            sent[kind] += 1
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(_AT_ONCE):
+            group.create_task(one_after_another())
+    return sent
+
+
+def _containers(root: object) -> Mapping[str, int]:
+    """The sizes of all dicts, lists, sets and deques that hang on objects of ours below ``root``."""
+    sizes: dict[str, int] = {}
+    seen: set[int] = set()
+    todo: deque[tuple[str, object]] = deque([("gateway", root)])
+    while todo:
+        where, thing = todo.popleft()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, dict | list | set | deque):
+            sizes[where] = sizes.get(where, 0) + len(thing)
+            todo += [(f"{where}[]", one) for one in (thing.values() if isinstance(thing, dict) else thing)]
+        elif type(thing).__module__.startswith(("promptai", "prometheus_client")) and not isinstance(thing, type):
+            names = [*getattr(thing, "__dict__", ()), *getattr(thing, "__struct_fields__", ())]
+            todo += [(f"{where}.{name}", getattr(thing, name)) for name in names]
+    return sizes
+
+
+def _words(number: int) -> list[dict[str, str]]:
+    """A conversation that nobody else has."""
+    return [{"role": "user", "content": f"{number} " + "is cell 12 up? " * (number % 20)}]
+
+
+async def _streamed(found: Site, number: int) -> None:
+    heard = await found.door.stream(messages=_words(number), max_tokens=8)
+    assert heard.whole
+
+
+async def _whole(found: Site, number: int) -> None:
+    assert (await found.door.chat(messages=_words(number))).status == 200
+
+
+async def _text(found: Site, number: int) -> None:
+    assert (await found.door.chat(TEXT, prompt=f"cell {number}")).status == 200
+
+
+async def _embedding(found: Site, number: int) -> None:
+    assert (await found.door.chat(EMBED, input=f"cell {number}")).status == 200
+
+
+async def _unknown_model(found: Site, number: int) -> None:
+    assert (await found.door.chat(model=f"none-{number}")).status == 404
+
+
+async def _nonsense(found: Site, number: int) -> None:
+    answer = await found.door.ask(CHAT, "POST", data=b"{" * (number % 50 + 1))
+    assert answer.status == 400
+
+
+async def _too_long(found: Site, number: int) -> None:
+    words = [{"role": "user", "content": f"{number} " + "cell " * 60_000}] if number % 8 == 0 else []
+    assert (await found.door.chat(messages=words)).status == 400
+
+
+async def _left_before_an_answer(found: Site, number: int) -> None:
+    await _leave(found, number, read=False, stream=number % 2 == 0)
+
+
+async def _left_in_the_middle(found: Site, number: int) -> None:
+    await _leave(found, number, read=True, stream=True)
+
+
+async def _leave(found: Site, number: int, *, read: bool, stream: bool) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", found.door.port)
+    writer.write(request_of(messages=_words(number), max_tokens=500, stream=stream))
+    if read:
+        await reader.readuntil(b"data: ")
+    else:
+        await asyncio.sleep(0.002 * (number % 5))
+    writer.transport.abort()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+
+
+async def _looked_at(found: Site, number: int) -> None:
+    path = ("/metrics", "/api/fleet", "/api/queue", "/v1/models", "/readyz", f"/nowhere/{number}")[number % 6]
+    assert (await found.door.ask(path)).status in {200, 404}
+
+
+async def _failed(found: Site, number: int) -> None:
+    """An engine that refuses; the other one answers."""
+    engine: SimulatedEngine = found.engines["ab"[number % 2]]
+    async with found.door.client.post(f"{engine.base_url}/simulated/fault", data=_REFUSES) as response:
+        assert response.status == 200
+    assert (await found.door.chat(messages=_words(number))).status in {200, 429, 503}
+
+
+_REFUSES = b'{"kind": "refuse", "times": 1}'
+_KINDS: dict[str, Callable[[Site, int], Awaitable[Any]]] = {
+    "streamed": _streamed,
+    "whole": _whole,
+    "text": _text,
+    "left in the middle": _left_in_the_middle,
+    "embedding": _embedding,
+    "unknown model": _unknown_model,
+    "left before an answer": _left_before_an_answer,
+    "nonsense": _nonsense,
+    "too long": _too_long,
+    "looked at": _looked_at,
+    "failed": _failed,
+}
+
+
+def grown(before: Left, after: Left, *, at_least: int) -> dict[str, tuple[int, int]]:
+    """
+    Containers that hold more than before, by what both held.
+
+    Args:
+        at_least: What leaks does so with every request of a kind; what grows by less fills up to some bound.
+    """
+    return {
+        where: (before.entries.get(where, 0), size)
+        for where, size in after.entries.items()
+        if size >= before.entries.get(where, 0) + at_least and where != _BOUNDED
+    }
+
+
+#: Conversations that may go on: as many as are answered in some minutes, 2,048 at most (``router.prefix``).
+_BOUNDED = "gateway._dispatcher.accounts.index.returns._answered"

@@ -1,0 +1,41 @@
+"""What the gateway costs, at a small size and with room for whatever else the machine does: ``make bench-gateway``."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.real
+
+ROOT = Path(__file__).parents[2]
+
+
+def benchmark(*options: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.gateway_cost", *options],
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests"), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+def test_it_adds_milliseconds_and_takes_less_than_100_mb() -> None:
+    done = benchmark("--small")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    for figure in ("1 stream of 16 words, first word, median: +", "20 streams", "at full speed", "memory after all"):
+        assert figure in done.stdout
+    assert "every promise holds" in done.stdout
+
+
+def test_it_says_what_thousands_of_requests_leave_behind() -> None:
+    """The thousand of ``tests/gateway/test_stays_flat.py`` are enough here; this is about the command."""
+    done = benchmark("--soak", "250")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "250 requests: file descriptors" in done.stdout
