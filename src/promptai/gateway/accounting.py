@@ -19,22 +19,23 @@ def outcome_of(ticket: Ticket, status: int, arrived: float) -> Outcome:
         status: HTTP status; 499 where the client went away.
         arrived: The loop's time at which it came.
     """
-    grant, timings = ticket.flight.grant, ticket.flight.timings
-    found = Outcome(model=ticket.model, replica=grant.replica.id if grant is not None else "", status=status)
-    if grant is None:
-        return found
+    grants, timings = ticket.flight.grants, ticket.flight.timings
+    if not grants:
+        return Outcome(model=ticket.model, replica="", status=status)
     cached = timings.cache_n if timings is not None else None
     computed = timings.prompt_n if timings is not None else 0
     decoded = timings.predicted_n - 1 if timings is not None else 0
+    # What an engine generated whose successor went on is a part of the successor's prompt, and of the answer.
+    before = sum(grant.generated for grant in grants[:-1])
     return Outcome(
-        model=found.model,
-        replica=found.replica,
+        model=ticket.model,
+        replica=grants[-1].replica.id,
         status=status,
-        prompt_tokens=computed + (cached or 0) if timings is not None else None,
+        prompt_tokens=max(0, computed + (cached or 0) - before) if timings is not None else None,
         cached_tokens=cached,
-        generated_tokens=timings.predicted_n if timings is not None else grant.generated,
-        ttft_s=grant.first_at - arrived if grant.first_at is not None else None,
-        queue_s=grant.queued_s,
+        generated_tokens=before + (timings.predicted_n if timings is not None else grants[-1].generated),
+        ttft_s=min((grant.first_at - arrived for grant in grants if grant.first_at is not None), default=None),
+        queue_s=grants[0].queued_s,
         decode_s_per_token=timings.predicted_ms / 1000 / decoded if timings is not None and decoded > 0 else None,
         saved_s=cached * timings.prompt_ms / computed / 1000 if timings is not None and cached and computed else None,
     )

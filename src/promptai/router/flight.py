@@ -103,7 +103,7 @@ class Flight:
     One request under way.
 
     Attributes:
-        grant: The slot that it has, or had last.
+        grants: The slots that it had, one after another.
         retries: Why it was sent again from the start, each time.
         continuations: How its answer went on elsewhere, each time: by ``ids`` that the engine told, or by ``text``.
         timings: The engine's account, once it has come.
@@ -112,7 +112,7 @@ class Flight:
     def __init__(self, order: Order, job: Job, dispatcher: Dispatcher, upstream: Upstream) -> None:
         self.order = order
         self.job = job
-        self.grant: Grant | None = None
+        self.grants: list[Grant] = []
         self.retries: list[str] = []
         self.continuations: list[Literal["ids", "text"]] = []
         self.timings: Timings | None = None
@@ -125,6 +125,11 @@ class Flight:
         self._prompt_tokens = job.tokens
         self._opened = False
         self._objector: Grant | None = None
+
+    @property
+    def grant(self) -> Grant | None:
+        """The slot that it has, or had last."""
+        return self.grants[-1] if self.grants else None
 
     def stage(self) -> Stage:
         """Where it is now."""
@@ -212,7 +217,8 @@ class Flight:
         self._waiter = waiter
 
     def _sends(self, grant: Grant) -> None:
-        self.grant, self._waiter, self._opened = grant, None, False
+        self.grants.append(grant)
+        self._waiter, self._opened = None, False
         self._sent += 1
 
     async def _attempt(self, grant: Grant) -> AsyncGenerator[list[bytes], None]:

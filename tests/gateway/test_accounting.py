@@ -1,0 +1,37 @@
+"""What is written down of a request that had two engines."""
+
+import asyncio
+
+from promptai.engine.simulation import SimulationConfig
+from promptai.gateway.accounting import outcome_of
+from promptai.gateway.metrics import Outcome
+from support_clock import run_virtually
+from support_serve import World, listen
+
+PI = SimulationConfig(prefill_tps=100.0, decode_tps=10.0, model="yi")
+TALK = [{"role": "user", "content": "Is cell 12 up? " * 30}]
+
+
+def test_an_answer_that_went_on_elsewhere_is_counted_as_one_from_its_first_token() -> None:
+    """Ten tokens a second; the first board dies three seconds after the first one."""
+
+    async def play() -> tuple[Outcome, float | None]:
+        world = World({"a": PI, "b": PI})
+        async with world.running():
+            ticket = world.ticket(TALK, max_tokens=50)
+            hearing = asyncio.create_task(listen(ticket))
+            arrived = asyncio.get_running_loop().time()
+            await asyncio.sleep(5.0)
+            (first,) = ticket.flight.grants
+            world.kill(first.replica.id)
+            heard = await hearing
+            assert len(ticket.flight.grants) == 2
+            return outcome_of(ticket, 200, arrived), heard.first_s
+
+    outcome, first_s = run_virtually(play())
+
+    assert outcome.ttft_s == first_s
+    assert outcome.generated_tokens == 50
+    assert outcome.queue_s == 0.0
+    assert outcome.prompt_tokens is not None
+    assert abs(outcome.prompt_tokens - 124) < 5
