@@ -10,6 +10,7 @@ it listens, who may come in and how engines are started is settled at the start.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 from collections.abc import Callable, Sequence
@@ -159,6 +160,7 @@ class Running:
             await self._first_look()
             started(self, server)
             tasks.append(asyncio.create_task(self._mind(loading)))
+            _settle_down()
             return await self._until_end(tasks)
 
     def _sources(self, plan: Plan) -> list[Source]:
@@ -271,6 +273,16 @@ def _identity(path: Path | None) -> tuple[int, ...] | None:
     except OSError:
         return None
     return None if found is None else (found.st_mtime_ns, found.st_ino, found.st_size)
+
+
+def _settle_down() -> None:
+    """
+    Keep the collector away from what has been imported: it is there to stay.
+
+    A full collection walks it all, and every stream stands still meanwhile: 20 ms on a server core.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 async def _end(tasks: Sequence["asyncio.Task[None]"]) -> None:
