@@ -118,8 +118,9 @@ class Dispatcher:
         return self._queue(model).ordered(self._now())
 
     def place(self, waiter: Waiter) -> int:
-        """How many are before this one."""
-        return self._queue(waiter.job.model).position(waiter, self._now())
+        """How many are before this one; 0 also for one that has its slot and has not been told yet."""
+        queue = self._queue(waiter.job.model)
+        return queue.position(waiter, self._now()) if waiter in queue else 0
 
     def preview(self, job: Job) -> Choice | None:
         """Where this request would go if it came now, behind all that wait; nothing is taken."""
