@@ -271,6 +271,15 @@ def test_draining_has_an_end(caplog: pytest.LogCaptureFixture) -> None:
     assert "1 requests were still under way after 5 s" in caplog.text
 
 
+def test_the_page_for_people_has_examples_that_reach_this_gateway() -> None:
+    async def use(at: Door) -> tuple[str, bytes]:
+        return at.url, (await at.ask("/docs")).body
+
+    url, page = visit(one(), use)
+
+    assert f"curl {url}/v1/chat/completions".encode() in page
+
+
 def test_it_is_ready_when_somebody_could_answer() -> None:
     worlds: list[World] = []
 

@@ -260,8 +260,8 @@ async def _openapi(_request: web.Request) -> web.Response:
     return web.Response(body=openapi.document_json(), content_type="application/json")
 
 
-async def _docs(_request: web.Request) -> web.Response:
-    return web.Response(text=openapi.page(), content_type="text/html")
+async def _docs(request: web.Request) -> web.Response:
+    return web.Response(text=openapi.page(f"{request.scheme}://{request.host}"), content_type="text/html")
 
 
 def json(value: Any) -> web.Response:
