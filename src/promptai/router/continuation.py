@@ -204,11 +204,11 @@ def as_answer(chunk: NativeChunk, said: Said, request: PassingRequest, before: i
             text["logprobs"] = {"content": chunk.completion_probabilities}
         found.append({**head, "choices": [{"index": 0, "finish_reason": None, **text}]})
     if chunk.stop:
-        made = chunk.timings.predicted_n if chunk.timings is not None else 0
-        usage = _usage(said.prompt_tokens or 0, before + made)
+        made = before + chunk.timings.predicted_n if chunk.timings is not None else said.tokens
+        usage = None if said.prompt_tokens is None else _usage(said.prompt_tokens, made)
         reason = "length" if chunk.stop_type == "limit" else "stop"
         found.append(_last(head, reason, chat=chat, usage=usage))
-        if chat and request.include_usage:
+        if chat and request.include_usage and usage is not None:
             found.append({**head, "choices": [], "usage": usage})
         if chunk.timings is not None:
             found[-1]["timings"] = chunk.timings
