@@ -8,6 +8,7 @@ import pytest
 from promptai.fleet.replica import Replica
 from promptai.router.caches import CacheIndex, Room
 from promptai.router.policy import Affinity, Ask, Load, Work, estimate
+from promptai.router.steps import Steps
 from promptai.router.prefix import WINDOW, chain
 
 SLOTS, CACHE = Room(slots=4, host_chars=0), Room(slots=4, host_chars=1_000_000)
@@ -70,7 +71,7 @@ def test_a_short_prompt_does_not_care_who_comes_back() -> None:
 def test_a_conversation_stays_with_its_cache_beside_streams_that_decode() -> None:
     """It would slow others down elsewhere as well."""
     beside = (Work(0.0, 150.0), Work(0.0, 150.0), Work(0.0, 150.0))
-    busy = msgspec.structs.replace(board(cached=550.0), running=beside, step_s=(0.1, 0.15, 0.2, 0.25))
+    busy = msgspec.structs.replace(board(cached=550.0), running=beside, steps=Steps.between({1: 0.1}, 0.5))
     idle = Load(replica=Replica(id="pj", url="", model="m", slots=4), slot=0)
 
     chosen = Affinity().choose(ASK, [busy, idle])

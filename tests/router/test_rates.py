@@ -279,15 +279,6 @@ def test_the_snapshot_holds_what_was_learned() -> None:
     assert RateBook().snapshot().replicas == ()
 
 
-@pytest.mark.parametrize(
-    "seen", [(), ((1, 0.1),), ((2, 0.2), (6, 0.5)), ((1, 0.1), (4, 0.3), (7, 0.4), (8, 0.6))], ids=len
-)
-def test_the_steps_of_all_streams_are_those_of_each_number_of_streams(seen: tuple[tuple[float, float], ...]) -> None:
-    book, replica = decoded(*seen), msgspec.structs.replace(PROFILED, slots=12)
-
-    assert book.decode_steps_s(replica) == [book.decode_step_s(replica, streams) for streams in range(1, 13)]
-
-
 def test_of_many_boards_the_last_ones_are_remembered() -> None:
     book = RateBook()
     for number in range(1100):

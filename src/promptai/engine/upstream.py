@@ -22,6 +22,13 @@ _MAX_BODY_BYTES = 64 * 1024 * 1024
 _MAX_REASON_BYTES = 64 * 1024
 _REASON_S = 30.0
 _CONNECT_S = 10.0
+#: A connection is used again within this time. Servers close idle ones after 2 s (gunicorn) to 5 s (llama-server,
+#: uvicorn), and a request that meets such an end looks like a board that has died.
+_IDLE_S = 1.0
+#: How long the end of a body may come after the last event of its answer.
+_LINGER_S = 0.2
+#: How often a silence is looked at whose limit may have become shorter.
+_LOOK_S = 5.0
 _JSON = "application/json"
 
 
@@ -85,7 +92,7 @@ class Upstream(Protocol):
         ``POST`` of JSON; the events of its answer as they arrive. Closing it closes the connection.
 
         Args:
-            silence_s: The longest wait for the next bytes, asked again whenever some have come.
+            silence_s: The longest wait for the next bytes, asked again and again while they are waited for.
             ends: Whether an event is the last of a whole answer; it is yielded, and nothing after it.
 
         Raises:
@@ -100,8 +107,8 @@ class HttpUpstream:
     """
     Engines over HTTP; an async context manager.
 
-    Every request has a connection of its own, which closing a stream closes, and there is no limit on
-    their number: who waits for whom is decided elsewhere.
+    There is no limit on the number of connections: who waits for whom is decided elsewhere. One that has brought a
+    whole answer is used again, as long as others follow at once; one whose answer is left is closed.
 
     Args:
         keys: The API key of each URL that wants one; looked up for each request, so that it may change.
@@ -114,8 +121,9 @@ class HttpUpstream:
     async def __aenter__(self) -> Self:
         """Be ready to connect."""
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
+            cookie_jar=aiohttp.DummyCookieJar(),
             # What comes is passed on as it is, so that it had better come plain.
             headers={"Accept-Encoding": "identity"},
             auto_decompress=False,
@@ -145,7 +153,7 @@ class HttpUpstream:
         ends: Callable[[SseEvent], bool] = is_done,
     ) -> AsyncGenerator[Piece, None]:
         """See ``Upstream``."""
-        loop, parser = asyncio.get_running_loop(), SseParser()
+        loop, parser, ended = asyncio.get_running_loop(), SseParser(), False
         wait = _Wait(url, silence_s())
         with wait.translated():
             async with asyncio.timeout(wait.limit_s):
@@ -155,21 +163,21 @@ class HttpUpstream:
             try:
                 if response.status != 200 or response.content_type == _JSON:
                     raise await _no_stream(url, response)
-                wait.begun, content = True, response.content
-                while True:
-                    wait.limit_s = silence_s()
-                    async with asyncio.timeout(wait.limit_s):
-                        data = await content.readany()
-                    if not data:
-                        raise broken_off(url)
-                    t = loop.time()
-                    events, ended = up_to_end(wait.feed(parser, data), ends)
-                    yield Piece(t, events)
-                    if ended:
-                        return
+                wait.begun = True
+                with _Patience(response.content, wait, silence_s) as patience:
+                    while data := await patience.readany():
+                        t = loop.time()
+                        events, ended = up_to_end(wait.feed(parser, data), ends)
+                        yield Piece(t, events)
+                        if ended:
+                            return
+                raise broken_off(url)
             finally:
-                # Not release(): the engine computes on until it notices that nobody reads.
-                response.close()
+                if ended:
+                    _linger(response)
+                else:
+                    # Not release(): the engine computes on until it notices that nobody reads.
+                    response.close()
 
     async def _whole(self, method: str, url: str, path: str, body: bytes | None, limit_s: float) -> Reply:
         wait = _Wait(f"{url}{path}", limit_s)
@@ -229,6 +237,51 @@ class _Wait:
         return EngineDiedError(f"no connection to {self.where}: {_reason(error)}", hint="is it still running there?")
 
 
+class _Patience:
+    """
+    Ends the wait for an engine that has fallen silent; a context manager.
+
+    One timer a stream: a timeout around each read cost a tenth of what passing a chunk on costs.
+    """
+
+    def __init__(self, content: aiohttp.StreamReader, wait: _Wait, silence_s: Callable[[], float]) -> None:
+        self._content = content
+        self._wait = wait
+        self._silence_s = silence_s
+        self._loop = asyncio.get_running_loop()
+        self._since: float | None = None
+
+    def __enter__(self) -> Self:
+        self._timer = self._loop.call_soon(self._look)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._timer.cancel()
+
+    async def readany(self) -> bytes:
+        """
+        The next bytes; none at the end.
+
+        Raises:
+            TimeoutError: None have come for too long.
+        """
+        self._since = self._loop.time()
+        data = await self._content.readany()
+        self._since = None  # what whoever gets them takes is not the engine's silence
+        return data
+
+    def _look(self) -> None:
+        next_look = self._loop.time() + _LOOK_S
+        if self._since is not None:
+            limit_s = self._silence_s()
+            if self._since + limit_s <= self._loop.time():
+                self._wait.limit_s = limit_s
+                self._content.set_exception(TimeoutError())
+                return
+            next_look = min(next_look, self._since + limit_s)
+        self._timer = self._loop.call_at(next_look, self._look)
+
+
 def up_to_end(events: list[SseEvent], ends: Callable[[SseEvent], bool]) -> tuple[list[SseEvent], bool]:
     """Events up to the last of a whole answer, and whether it is among them."""
     for number, event in enumerate(events, 1):
@@ -256,6 +309,12 @@ def no_stream(url: str, body: bytes) -> EngineRefusedError | EngineProtocolError
     if error_in(body) is not None:
         return refused(url, 200, body)
     return EngineProtocolError(f"{url} answered at once, where a stream of events was asked for")
+
+
+def _linger(response: aiohttp.ClientResponse) -> None:
+    """All that matters has come. Once the rest has, the connection goes back by itself; if it does not, it is closed."""
+    if response.connection is not None:
+        asyncio.get_running_loop().call_later(_LINGER_S, response.close)
 
 
 async def _no_stream(url: str, response: aiohttp.ClientResponse) -> EngineRefusedError | EngineProtocolError:

@@ -9,9 +9,8 @@ Until then a failure is an HTTP status; after it, an error event in the stream.
 """
 
 import asyncio
-import contextlib
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Self
 
 import msgspec
 from aiohttp import web
@@ -70,46 +69,27 @@ async def stream(request: web.Request, ticket: Ticket, rhythm: Rhythm) -> tuple[
         ApiError: There is no answer, and nothing has been sent yet.
     """
     status = 200
-    line = _Line(request, ticket, rhythm, asks=request.headers.get("x-promptai-status") == "1")
-    async with aclosing(ticket.flight.events()) as chunks:
+    with _Line(request, ticket, rhythm) as line:
         try:
-            first = await _first(chunks, line)
-            if first is not None:
-                await line.tell_the_way()
-                await line.send(first)
-                async with line.pinging():
-                    async for some in chunks:
-                        await line.send(some)
+            async with aclosing(ticket.flight.events()) as chunks:
+                async for some in chunks:
+                    await line.send(some)
         except PromptAIError as error:
             failure = as_api_error(error)
             await line.fail(failure)
             status = failure.status
-    await line.end()
+        await line.end()
     return line.response, status
 
 
-async def _first(chunks: AsyncGenerator[list[bytes], None], line: "_Line") -> list[bytes] | None:
-    """The first chunks; until they are there, the client is kept company."""
-    waiting = asyncio.ensure_future(anext(chunks, None))
-    try:
-        patience = line.first_wait_s
-        while not (await asyncio.wait({waiting}, timeout=patience))[0]:
-            await line.keep_company()
-            patience = line.interval_s
-        return await waiting
-    finally:
-        if not waiting.done():
-            waiting.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await waiting
-        elif not waiting.cancelled():
-            waiting.exception()  # if the client left in the same moment nobody else asks for it
-
-
 class _Line:
-    """One event stream to one client."""
+    """
+    One event stream to one client; inside its block the client is kept company in every silence.
 
-    def __init__(self, request: web.Request, ticket: Ticket, rhythm: Rhythm, *, asks: bool) -> None:
+    One timer, and a task only when it has something to say: most answers on a warm board begin sooner.
+    """
+
+    def __init__(self, request: web.Request, ticket: Ticket, rhythm: Rhythm) -> None:
         self.response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream; charset=utf-8",
@@ -120,41 +100,84 @@ class _Line:
         self._request = request
         self._ticket = ticket
         self._rhythm = rhythm
-        self._asks = asks
-        self._begun = False
-        self._sent_at = asyncio.get_running_loop().time()
+        self._asks = request.headers.get("x-promptai-status") == "1"
+        self._prepared = self._answering = False
+        self._loop = asyncio.get_running_loop()
+        self._sent_at = self._loop.time()
+        self._timer: asyncio.TimerHandle | None = None
+        self._company: asyncio.Task[None] | None = None
 
-    @property
-    def interval_s(self) -> float | None:
-        """Until something is said to a client that waits; ``None``: nothing is."""
-        return self._rhythm.status_s if self._asks else self._rhythm.ping_s or None
+    def __enter__(self) -> Self:
+        pause = self._pause_s
+        if pause is not None:
+            self._timer = self._loop.call_later(0.0 if self._asks else min(_PATIENCE_S, pause), self._speak)
+        return self
 
-    @property
-    def first_wait_s(self) -> float | None:
-        """Until that happens for the first time."""
-        if self._asks:
-            return 0.0
-        return None if self.interval_s is None else min(_PATIENCE_S, self.interval_s)
+    def __exit__(self, *_exc: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._company is not None and not self._company.cancel() and not self._company.cancelled():
+            self._company.exception()  # it had nobody to speak to; if that matters the answer finds out
 
     async def send(self, chunks: list[bytes]) -> None:
         """Send chunks of the answer."""
-        if not self._begun:
-            await self._begin()
-        self._sent_at = asyncio.get_running_loop().time()
+        if not self._answering:
+            await self._answer()
+        self._sent_at = self._loop.time()
         await self.response.write(b"".join([b"data: " + chunk + b"\n\n" for chunk in chunks]))
 
-    async def keep_company(self) -> None:
+    async def fail(self, error: ApiError) -> None:
+        """Say that there is no more; as an HTTP status if nothing has been sent."""
+        await self._spoken()
+        if not self._prepared:
+            raise error
+        await self.response.write(b"data: " + error.body() + b"\n\n")
+
+    async def end(self) -> None:
+        """Close the answer."""
+        if not self._answering:
+            await self._answer()
+        await self.response.write_eof(_DONE)
+
+    @property
+    def _pause_s(self) -> float | None:
+        """The longest silence; ``None``: there is no limit."""
+        return self._rhythm.status_s if self._asks and not self._answering else self._rhythm.ping_s or None
+
+    def _speak(self) -> None:
+        """Fill a silence, if it still is one."""
+        pause = self._pause_s
+        if pause is None:
+            return
+        if self._answering and self._sent_at + pause > self._loop.time():
+            self._timer = self._loop.call_at(self._sent_at + pause, self._speak)
+        else:
+            self._company = asyncio.create_task(self._keep_company())
+
+    async def _keep_company(self) -> None:
         """Say that the connection lives, and what it waits for."""
-        if not self._begun:
-            await self._begin()
-        if self._asks:
+        if not self._prepared:
+            await self._prepare()
+        if self._asks and not self._answering:
             await self._tell(_shown(self._ticket.flight))
         else:
             await self.response.write(_PING)
+        self._sent_at = self._loop.time()
+        if self._pause_s is not None:
+            self._timer = self._loop.call_at(self._sent_at + self._pause_s, self._speak)
 
-    async def tell_the_way(self) -> None:
-        """Say that the answer begins and which replica gives it, where the head went out before anybody knew."""
-        if self._begun and self._asks:
+    async def _spoken(self) -> None:
+        """Let what is being said be said: the head of an answer goes out once."""
+        if self._company is not None:
+            await self._company
+
+    async def _answer(self) -> None:
+        """Begin the answer; where the head went out before, say which replica gives it to those who ask."""
+        await self._spoken()
+        self._answering = True
+        if not self._prepared:
+            await self._prepare()
+        elif self._asks:
             # A first chunk without text is the beginning, too.
             shown = _shown(self._ticket.flight)
             await self._tell({"stage": "decode"} | {name: shown[name] for name in ("replica",) if name in shown})
@@ -164,39 +187,8 @@ class _Line:
         event = msgspec.json.encode({"object": "promptai.status", "choices": [], **shown})
         await self.response.write(b"event: promptai.status\ndata: " + event + b"\n\n")
 
-    @contextlib.asynccontextmanager
-    async def pinging(self) -> AsyncGenerator[None, None]:
-        """Inside the block a silence in the middle of the answer is filled too."""
-        task = asyncio.create_task(self._ping()) if self._rhythm.ping_s else None
-        try:
-            yield
-        finally:
-            if task is not None:
-                task.cancel()
-
-    async def _ping(self) -> None:
-        loop, pause = asyncio.get_running_loop(), self._rhythm.ping_s
-        with contextlib.suppress(ConnectionError):
-            while True:
-                await asyncio.sleep(max(0.1, self._sent_at + pause - loop.time()))
-                if loop.time() - self._sent_at >= pause:
-                    self._sent_at = loop.time()
-                    await self.response.write(_PING)
-
-    async def fail(self, error: ApiError) -> None:
-        """Say that there is no more; as an HTTP status if nothing has been sent."""
-        if not self._begun:
-            raise error
-        await self.response.write(b"data: " + error.body() + b"\n\n")
-
-    async def end(self) -> None:
-        """Close the answer."""
-        if not self._begun:
-            await self._begin()
-        await self.response.write_eof(_DONE)
-
-    async def _begin(self) -> None:
-        self._begun = True
+    async def _prepare(self) -> None:
+        self._prepared = True
         self.response.headers.update(told(self._ticket))
         await self.response.prepare(self._request)
 

@@ -15,6 +15,7 @@ from promptai.router.caches import CacheIndex, Room, Spot
 from promptai.router.grant import Grant, Job
 from promptai.router.policy import ASSUMED_PREFILL_TPS, ASSUMED_STEP_S, Choice, Load, Work
 from promptai.router.rates import RateBook
+from promptai.router.steps import Steps
 
 #: Loading takes so long where nobody knows: a 1.5 B model from an SD card.
 _LOAD_S = 30.0
@@ -22,6 +23,7 @@ _LOAD_S = 30.0
 _SLOWEST_PREFILL_TPS, _SLOWEST_STEP_S = 2.0, 2.0
 #: llama-server's own default of 8 GiB is as good as all; what is missing there all the same, ``trust`` notices.
 _MUCH_TOKENS = 1_000_000
+_ASSUMED_STEPS = Steps.flat(ASSUMED_STEP_S)
 _CLOSED = Breaker()
 
 
@@ -63,7 +65,7 @@ class Accounts:
         self._grants: dict[str, list[Grant]] = {}
         self._prefilling: dict[str, list[Grant]] = {}
         self._streams: dict[str, _Integral] = {}
-        self._steps: dict[str, tuple[Replica, tuple[float, ...]]] = {}
+        self._steps: dict[str, tuple[Replica, Steps | None]] = {}
         self._known = fleet.snapshot
 
     def running(self, replica_id: str) -> int:
@@ -80,9 +82,8 @@ class Accounts:
         before = self.breaker(grant.replica.id)
         self.breakers[grant.replica.id] = before.failed(self.now(), weight=weight, sent_at=grant.started)
 
-    def token(self, grant: Grant, count: int = 1) -> None:
+    def token(self, grant: Grant, now: float) -> None:
         """Some of an answer has come."""
-        now = self.now()
         if grant.first_at is None:
             integral = self._integral(grant.replica.id)
             integral.add(1, now)
@@ -90,7 +91,7 @@ class Accounts:
             self._read(grant)
             if self.breaker(grant.replica.id).state(now) is BreakerState.TRIAL:
                 self.breakers.pop(grant.replica.id)  # it works; nobody need wait until this answer has ended
-        grant.token(now, count)
+        grant.token(now)
 
     def candidates(self, job: Job) -> list[Replica]:
         """Replicas that a request may be planned for now."""
@@ -136,10 +137,10 @@ class Accounts:
         trust = self.book.trust(replica.id)
         return Load(
             replica=replica,
-            running=tuple(grant.work(now, prefill) for grant in grants),
+            running=tuple([grant.work(now, prefill) for grant in grants]),
             reserved=tuple(reserved.get(replica.id, ())),
             prefill_tps=prefill,
-            step_s=self._steps_s(replica) or (ASSUMED_STEP_S,),
+            steps=self._steps_of(replica) or _ASSUMED_STEPS,
             slot=found.slot,
             cached=trust * self._cached_chars(replica, found, job) * per_char,
             lost=trust * found.lost_chars * per_char,
@@ -150,9 +151,9 @@ class Accounts:
 
     def _cached_chars(self, replica: Replica, found: Spot, job: Job) -> int:
         """What is in a slot that is taken will be there once it is free."""
-        going = (
-            job.prompt.shared(grant.job.prompt) for grant in self._grants.get(replica.id, ()) if found.slot is None
-        )
+        if found.slot is not None:
+            return found.cached_chars
+        going = [job.prompt.shared(grant.job.prompt) for grant in self._grants.get(replica.id, ())]
         return max(found.cached_chars, *going, 0)
 
     def start(self, job: Job, choice: Choice, *, since: float) -> Grant:
@@ -236,11 +237,11 @@ class Accounts:
         if not beside:
             del self._prefilling[grant.replica.id]
 
-    def _steps_s(self, replica: Replica) -> tuple[float, ...]:
-        """Seconds a token by number of streams, if known; every chunk asks, and only an answer changes it."""
+    def _steps_of(self, replica: Replica) -> Steps | None:
+        """How long a token takes there, if known; every request asks, and only an answer changes it."""
         known = self._steps.get(replica.id)
         if known is None or known[0] is not replica:
-            known = self._steps[replica.id] = (replica, tuple(self.book.decode_steps_s(replica)))
+            known = self._steps[replica.id] = (replica, self.book.decode_steps(replica))
         return known[1]
 
     def silence_s(self, grant: Grant, floor_s: float) -> float:
@@ -251,7 +252,8 @@ class Accounts:
         a prompt of somebody else holds up every stream.
         """
         replica = grant.replica
-        limit = floor_s + 20.0 * (self._steps_s(replica) or (_SLOWEST_STEP_S,))[-1]
+        steps = self._steps_of(replica)
+        limit = floor_s + 20.0 * (steps.longest(replica.slots) if steps is not None else _SLOWEST_STEP_S)
         reading = self._prefilling.get(replica.id)
         if reading:
             prefill, now = self.book.prefill_tps(replica) or _SLOWEST_PREFILL_TPS, self.now()

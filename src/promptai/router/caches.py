@@ -80,9 +80,8 @@ class CacheIndex:
         Args:
             busy: Slots that are in use.
         """
-        free = [slot for slot in range(room.slots) if slot not in busy]
         there = self._caches.get(replica_id)
-        return there.spot(room, prompt, free, now) if there is not None else Spot(free[0] if free else None)
+        return there.spot(room, prompt, busy, now) if there is not None else Spot(_first_free(room, busy))
 
     def hold(self, replica_id: str, room: Room, slot: int, held: Chain, now: float) -> None:
         """A conversation is in a slot's cache now."""
@@ -106,11 +105,11 @@ class CacheIndex:
             busy: Slots that are in use; whatever was in them is either going on or gone.
             going: Prompts that have come; whom they continue is not awaited any more.
         """
-        there, awaited = self._caches.get(replica_id), 0.0
-        for one in there.latest(busy) if there is not None else ():
-            age = now - one.used_at
-            if age < GAPS * self.returns.gap_s and not any(prompt.begins_with(one.chain) for prompt in going):
-                awaited += self.returns.likely(age)
+        there, awaited, longest = self._caches.get(replica_id), 0.0, GAPS * self.returns.gap_s
+        held = [one for one in there.latest(busy) if now - one.used_at < longest] if there is not None else ()
+        for one in held:
+            if not any([prompt.begins_with(one.chain) for prompt in going]):
+                awaited += self.returns.likely(now - one.used_at)
         return awaited
 
     def chars(self, replica_id: str) -> int:
@@ -123,7 +122,7 @@ class _Caches(Protocol):
 
     @property
     def chars(self) -> int: ...
-    def spot(self, room: Room, prompt: Chain, free: list[int], now: float) -> Spot: ...
+    def spot(self, room: Room, prompt: Chain, busy: Collection[int], now: float) -> Spot: ...
     def hold(self, room: Room, slot: int, held: Held) -> None: ...
     def lose(self, slot: int) -> None: ...
     def latest(self, busy: Collection[int]) -> list[Held]: ...
@@ -140,16 +139,17 @@ class _Slots:
     def chars(self) -> int:
         return sum(held.chain.chars for held in self._held.values())
 
-    def spot(self, room: Room, prompt: Chain, free: list[int], now: float) -> Spot:
+    def spot(self, room: Room, prompt: Chain, busy: Collection[int], now: float) -> Spot:
         options = []
         for slot in range(room.slots):
             there = self._held.get(slot)
             shared = prompt.shared(there.chain) if there else 0
             lost = (there.chain.chars - shared) * self._returns.likely(now - there.used_at) if there else 0.0
             options.append((prompt.chars - shared + lost, there.used_at if there else -1.0, slot, shared, lost))
+        free = [option for option in options if option[2] not in busy]
         if not free:
             return Spot(None, max(option[3] for option in options))
-        _, _, slot, shared, lost = min(option for option in options if option[2] in free)
+        _, _, slot, shared, lost = min(free)
         return Spot(slot, shared, lost)
 
     def hold(self, room: Room, slot: int, held: Held) -> None:
@@ -178,14 +178,14 @@ class _Hoard:
         self._held: dict[int, Held] = {}  # by the last link
         self._links: dict[int, int] = {}  # how many conversations have it
 
-    def spot(self, room: Room, prompt: Chain, free: list[int], now: float) -> Spot:
+    def spot(self, room: Room, prompt: Chain, busy: Collection[int], now: float) -> Spot:
         low, high = 0, len(prompt.links)
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if prompt.links[middle - 1] in self._links else (low, middle - 1)
         shared = low * WINDOW
         lost = self._pushed_out(self.chars + prompt.chars - shared - room.host_chars, now)
-        return Spot(free[0] if free else None, shared, lost)
+        return Spot(_first_free(room, busy), shared, lost)
 
     def hold(self, room: Room, slot: int, held: Held) -> None:
         del slot  # where it lies, the engine decides
@@ -230,3 +230,7 @@ class _Hoard:
             over -= held.chain.chars
             lost += held.chain.chars * self._returns.likely(now - held.used_at)
         return lost
+
+
+def _first_free(room: Room, busy: Collection[int]) -> int | None:
+    return next((slot for slot in range(room.slots) if slot not in busy), None)

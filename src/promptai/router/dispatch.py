@@ -101,8 +101,10 @@ class Dispatcher:
         waiter = self._enter(job)
         entered(waiter)
         try:
-            async with asyncio.timeout(job.wait_s):
-                granted = await waiter.granted
+            if not waiter.granted.done():
+                async with asyncio.timeout(job.wait_s):
+                    await waiter.granted
+            granted = waiter.granted.result()
         except BaseException as error:
             self._leave(waiter)
             if isinstance(error, TimeoutError):
@@ -237,8 +239,8 @@ class Dispatcher:
     def _mind_outage(self, model: str, now: float) -> None:
         """Nobody waits for ever for replicas that do not come back."""
         queue = self._queue(model)
-        hope = any(waiter.choice is not None for waiter in queue.ordered(now)[:_LOOK])
-        if not len(queue) or hope or self.accounts.comes_back(model):
+        hope = any(waiter.choice is not None for waiter in queue.ordered(now)[:_LOOK]) if len(queue) else True
+        if hope or self.accounts.comes_back(model):
             self._dead_since.pop(model, None)
             return
         since = self._dead_since.setdefault(model, now)

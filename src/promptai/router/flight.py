@@ -160,7 +160,9 @@ class Flight:
         while True:
             async with self._slot() as grant:
                 try:
-                    async with aclosing(self._attempt(grant)) as chunks:
+                    self._sends(grant)
+                    attempt = self._go_on(grant) if self.said.anything else self._begin(grant)
+                    async with aclosing(attempt) as chunks:
                         async for some in chunks:
                             yield some
                     return
@@ -221,22 +223,14 @@ class Flight:
         self._waiter, self._opened = None, False
         self._sent += 1
 
-    async def _attempt(self, grant: Grant) -> AsyncGenerator[list[bytes], None]:
-        self._sends(grant)
-        stream = self._go_on(grant) if self.said.anything else self._begin(grant)
-        async with aclosing(stream) as chunks:
-            async for some in chunks:
-                yield some
-
     async def _begin(self, grant: Grant) -> AsyncGenerator[list[bytes], None]:
         """Send it as it is."""
-        take = partial(self._take, grant)
         async with aclosing(
             self._upstream.stream(grant.replica.url, self.order.path, self._body(grant), silence_s=self._silence(grant))
         ) as pieces:
             async for piece in pieces:
                 self._opened = True
-                out, error = taken(piece.events, take)
+                out, error = taken(piece.events, partial(self._take, grant, piece.t))
                 if out:
                     yield out
                 if error is not None:
@@ -252,8 +246,8 @@ class Flight:
         capped = bool(self.continuations) or (limit is not None and grant.generated >= limit)
         return Outcome(answer=held, timings=self.timings, capped=capped)
 
-    def _take(self, grant: Grant, event: SseEvent) -> Sequence[bytes]:
-        """Note what an event says; its data, if it is the client's."""
+    def _take(self, grant: Grant, t: float, event: SseEvent) -> Sequence[bytes]:
+        """Note what an event says that came at ``t``; its data, if it is the client's."""
         # With several prompts llama-server begins by saying null (b11549).
         if event.comment or event.data in {_DONE, "null"}:
             return ()
@@ -262,11 +256,11 @@ class Flight:
             self.timings = chunk.timings
         progress = chunk.prompt_progress
         if progress is not None:
-            grant.progress(progress.processed, progress.cache, progress.total, self._accounts.now())
+            grant.progress(progress.processed, progress.cache, progress.total, t)
             self.said.prompt_tokens = progress.total
         text = self.said.add(chunk)
         if progress is None and (text or self.said.beyond_text):
-            self._accounts.token(grant)
+            self._accounts.token(grant, t)
         data = event.data
         if progress is not None and not self.order.request.return_progress:
             if not text:
@@ -288,34 +282,34 @@ class Flight:
         self.continuations.append(joint.how)
         said.goes_on(joint.prompt, joint.said)
         left = None if limit is None else max(1, limit - said.tokens)
-        take = partial(self._take_up, grant, said.tokens)
+        before = said.tokens
         body = continued_body(self.order.body, joint.prompt + joint.said, left=left)
         payload = msgspec.json.encode(self._pinned(grant, body))
         async with aclosing(
             self._upstream.stream(grant.replica.url, "/completion", payload, silence_s=self._silence(grant), ends=stops)
         ) as pieces:
             async for piece in pieces:
-                out, error = taken(piece.events, take)
+                out, error = taken(piece.events, partial(self._take_up, grant, before, piece.t))
                 if out:
                     yield out
                 if error is not None:
                     raise error
         grant.outcome = self._ended(grant)
 
-    def _take_up(self, grant: Grant, before: int, event: SseEvent) -> Sequence[bytes]:
+    def _take_up(self, grant: Grant, before: int, t: float, event: SseEvent) -> Sequence[bytes]:
         """As ``_take``, of a continuation; ``before``: tokens that were sent before it."""
         if event.comment or event.data == _DONE:
             return ()
         chunk = read_chunk(event, NativeChunk, grant.replica.id)
         if chunk.prompt_progress is not None:
             p = chunk.prompt_progress
-            grant.progress(p.processed, p.cache, p.total, self._accounts.now())
+            grant.progress(p.processed, p.cache, p.total, t)
             return ()
         if chunk.timings is not None:
             self.timings = chunk.timings
         self.said.add_native(chunk)
         if chunk.content:
-            self._accounts.token(grant)
+            self._accounts.token(grant, t)
         return as_answer(chunk, self.said, self.order.request, before)
 
     async def _quick(self, grant: Grant, path: str, body: dict[str, Any]) -> dict[str, Any]:

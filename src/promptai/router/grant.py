@@ -106,17 +106,20 @@ class Grant:
         self._left = max(1.0, job.tokens - cached)
         self._total = self._left
         self._left_at = now
+        self._decodes = Work(0.0, self._answer_left())
 
     def progress(self, processed: int, cached: int, total: int, now: float) -> None:
         """The engine has told how far its prompt is: tokens, those from the cache included."""
         self._left, self._left_at = float(max(0, total - processed)), now
         self._total = float(max(1, total - cached))
 
-    def token(self, now: float, count: int = 1) -> None:
+    def token(self, now: float) -> None:
         """Some of its answer has come."""
         if self.first_at is None:
             self.first_at = now
-        self.generated += count
+        self.generated += 1
+        # Worked out here, once a token, and not for all streams of a replica whenever somebody asks for a slot.
+        self._decodes = Work(0.0, self._answer_left())
 
     def prefill_left(self, now: float, prefill_tps: float) -> float:
         """Tokens of the prompt that are still to be computed, as it looks."""
@@ -130,6 +133,10 @@ class Grant:
 
     def work(self, now: float, prefill_tps: float) -> Work:
         """What it will still make its replica do; how long an answer goes on does not depend on how long it has."""
+        if self.first_at is not None:
+            return self._decodes
+        return Work(self.prefill_left(now, prefill_tps), self._decodes.decode)
+
+    def _answer_left(self) -> float:
         limit = self.job.limit
-        left = self._expected if limit is None else min(self._expected, max(1.0, limit - self.generated))
-        return Work(self.prefill_left(now, prefill_tps), left)
+        return self._expected if limit is None else min(self._expected, max(1.0, limit - self.generated))

@@ -24,6 +24,7 @@ import msgspec
 
 from promptai.fleet.replica import Replica, State
 from promptai.router.prefix import rendezvous
+from promptai.router.steps import Steps
 
 #: Rates of a replica that nobody knows anything of: a 1.5 B model on a Pi 5. Only their ratio to others matters.
 ASSUMED_PREFILL_TPS, ASSUMED_STEP_S = 60.0, 0.1
@@ -59,7 +60,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         running: Requests in its slots.
         reserved: Requests that wait for it, in their order, before this prompt.
         prefill_tps: Prompt tokens a second.
-        step_s: Seconds a token by number of streams: of one, of two, and so on.
+        steps: Seconds a token by number of streams.
         slot: The slot that the prompt would get; ``None`` where none is free or the replica chooses itself.
         cached: Tokens of the prompt that are in its cache.
         lost: Tokens of others' caches that would be missed.
@@ -71,7 +72,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     running: tuple[Work, ...] = ()
     reserved: tuple[Work, ...] = ()
     prefill_tps: float = ASSUMED_PREFILL_TPS
-    step_s: tuple[float, ...] = (ASSUMED_STEP_S,)
+    steps: Steps = Steps.flat(ASSUMED_STEP_S)
     slot: int | None = None
     cached: float = 0.0
     lost: float = 0.0
@@ -85,8 +86,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         return self.replica.state is State.READY and len(self.running) < self.replica.slots
 
     def step(self, streams: int) -> float:
-        """Seconds a token when so many streams decode; never less than with fewer, whatever was measured."""
-        return max(self.step_s[: max(streams, 1)])
+        """Seconds a token when so many streams decode."""
+        return self.steps.longest(streams)
 
     def duration_s(self, work: Work) -> float:
         """Seconds that a request takes among as many as there are slots."""
@@ -181,13 +182,15 @@ def estimate(ask: Ask, load: Load) -> Estimate:
     """What ``ask`` costs on this replica."""
     wait = free_in_s(load)
     uncached = max(1.0, ask.tokens - load.cached)
-    still = [work for work in load.running if work.prefill / load.prefill_tps + work.decode * load.step(1) > wait]
-    backlog = max(0.0, sum(work.prefill for work in still) - wait * load.prefill_tps)
-    compute = uncached / load.prefill_tps
+    compute, step = uncached / load.prefill_tps, load.step(1)
+    still: Sequence[Work] = load.running
+    if wait > 0:
+        still = [work for work in still if work.prefill / load.prefill_tps + work.decode * step > wait]
+    backlog = max(0.0, sum([work.prefill for work in still]) - wait * load.prefill_tps)
     # Who decodes there stands still while our prompt is computed, and is slower beside one more stream.
-    slower = load.step(len(still) + 1) - load.step(len(still))
-    stall = sum(min(compute, work.decode * load.step(1)) for work in still)
-    crowd = slower * sum(min(work.decode, ask.expected) for work in still)
+    left = [work.decode for work in still]
+    stall = sum([min(compute, tokens * step) for tokens in left])
+    crowd = sum([min(tokens, ask.expected) for tokens in left]) * (load.step(len(still) + 1) - load.step(len(still)))
     # Who comes back while it is computed waits for the rest of it; on average that is half.
     late = load.awaited * (1.0 - math.exp(-compute / load.gap_s)) * compute / 2
     harm = _STALL * stall + _SLOWER * crowd + late

@@ -13,12 +13,12 @@ denominator alike, so that a rate is always a sum over a sum. Pure: no clock; a 
 writes in keeps what it says.
 """
 
-import math
 from typing import Any
 
 import msgspec
 
 from promptai.fleet.replica import Rates, Replica
+from promptai.router.steps import Steps, shape
 from promptai.wire.llamaserver import Timings
 
 _FADE = 0.9  # of what concerns a board: half is forgotten after 7 requests, so that throttling shows
@@ -167,34 +167,19 @@ class RateBook:
 
         A number of streams that was not seen is filled in from the nearest that were, by a straight line.
         """
-        found = self._steps_s(replica, range(max(1, streams), max(1, streams) + 1))
-        return found[0] if found else None
+        steps = self.decode_steps(replica)
+        return steps.at(streams) if steps is not None else None
 
-    def decode_steps_s(self, replica: Replica) -> list[float]:
-        """``decode_step_s`` of one stream, of two, and so on, up to as many as it has slots; empty: not known."""
-        return self._steps_s(replica, range(1, max(1, replica.slots) + 1))
-
-    def _steps_s(self, replica: Replica, wanted: range) -> list[float]:
-        steps = self._board(replica).steps
-        slowdown = _slowdown(steps)
+    def decode_steps(self, replica: Replica) -> Steps | None:
+        """``decode_step_s`` of any number of streams; ``None``: not known."""
+        seen = self._board(replica).steps
+        slowdown = _slowdown(seen)
         if slowdown is None:
             slowdown = replica.rates.decode_slowdown
-        if not steps:
-            alone_tps = replica.rates.decode_tps
-            return [_shape(slowdown, streams) / alone_tps for streams in wanted] if alone_tps else []
-        seen = sorted(steps)
-        alone = [steps[streams].value / _shape(slowdown, streams) for streams in seen]
-        found: list[float] = []
-        begin = wanted.start
-        for at, one in enumerate(alone):
-            half_way = (seen[at] + seen[at + 1]) / 2 if at + 1 < len(seen) else math.inf
-            end = max(begin, min(wanted.stop, math.ceil(min(half_way, wanted.stop))))
-            found += [one * (1.0 + slowdown * (streams - 1.0)) for streams in range(begin, end)]
-            begin = end
-            if begin == half_way and begin < wanted.stop:
-                found.append((one + alone[at + 1]) / 2 * _shape(slowdown, begin))
-                begin += 1
-        return found
+        if seen:
+            return Steps.between({streams: step.value for streams, step in seen.items()}, slowdown)
+        alone_tps = replica.rates.decode_tps
+        return Steps.between({1: 1 / alone_tps}, slowdown) if alone_tps else None
 
     def answer_tokens(self, model: str) -> float:
         """
@@ -274,7 +259,7 @@ def _learn_decode(board: _Board, timings: Timings, mean_streams: float) -> None:
     slowdown = _slowdown(board.steps)
     if slowdown is None:
         slowdown = Rates().decode_slowdown
-    carried = _shape(slowdown, streams) / _shape(slowdown, max(1.0, mean_streams))
+    carried = shape(slowdown, streams) / shape(slowdown, max(1.0, mean_streams))
     tokens = timings.predicted_n - 1  # the time runs from the first token
     seen = board.steps.get(streams, _Ratio())
     board.steps[streams] = seen.after(carried * timings.predicted_ms / 1000, tokens)
@@ -299,23 +284,21 @@ def _trim(known: dict[str, Any]) -> None:
         del known[next(iter(known))]
 
 
-def _shape(slowdown: float, streams: float) -> float:
-    """The decode step with so many streams, as a multiple of the step of one."""
-    return 1.0 + slowdown * (streams - 1.0)
-
-
 def _slowdown(steps: dict[int, _Ratio]) -> float | None:
     """
     What each further stream adds, as a share of the step of one: a line through the steps, weighted by tokens.
 
     ``None``: fewer than two numbers of streams were seen, or they make no sense as a line.
     """
-    weight = sum(step.below for step in steps.values())
     if len(steps) < 2:
         return None
-    mean_streams = sum(step.below * streams for streams, step in steps.items()) / weight
-    mean_step = sum(step.above for step in steps.values()) / weight
-    spread = sum(step.below * (streams - mean_streams) ** 2 for streams, step in steps.items())
-    slope = sum(step.below * (n - mean_streams) * (step.value - mean_step) for n, step in steps.items()) / spread
-    alone = mean_step - slope * (mean_streams - 1.0)
+    weight = seconds = weighted = squares = products = 0.0
+    for streams, step in steps.items():
+        weight += step.below
+        seconds += step.above
+        weighted += step.below * streams
+        squares += step.below * streams * streams
+        products += step.above * streams
+    slope = (products - seconds * weighted / weight) / (squares - weighted * weighted / weight)
+    alone = seconds / weight - slope * (weighted / weight - 1.0)
     return max(0.0, slope / alone) if alone > 0 else None
