@@ -82,6 +82,10 @@ class Result(msgspec.Struct):
     seen: dict[str, Seen]
 
 
+class StaleError(ConnectionError):
+    """A connection was closed after the answer before; llama-server does so after every stream (b11549)."""
+
+
 class Connection(asyncio.Protocol):
     """One connection; one request at a time."""
 
@@ -104,7 +108,8 @@ class Connection(asyncio.Protocol):
         """It has been closed; an answer that was under way is none."""
         self._transport = None
         if self._done is not None and not self._done.done():
-            self._done.set_exception(ConnectionError("the connection was closed in the middle of an answer"))
+            kind = ConnectionError if self._head or self._tail or self._body_left is not None else StaleError
+            self._done.set_exception(kind("the connection was closed before the end of an answer"))
 
     @property
     def open(self) -> bool:
@@ -178,26 +183,34 @@ class Asker:
 
     async def ask(self, *, counted: bool) -> None:
         """One request."""
-        loop, seen = asyncio.get_running_loop(), self._seen
+        seen = self._seen
         try:
             async with asyncio.timeout(_LIMIT_S):
-                if self._connection is None or not self._connection.open:
-                    _, self._connection = await loop.create_connection(Connection, self._host, self._port)
-                sent = loop.time()
-                ended = await self._connection.ask(self._request)
+                connection, sent, ended = await self._asked()
         except (OSError, TimeoutError) as error:
             seen.failed += 1
             seen.why = str(error) or type(error).__name__
             self.close()
             await asyncio.sleep(0.05)
             return
-        seen.chunks += self._connection.chunks
-        if self._connection.first_at is None:
+        seen.chunks += connection.chunks
+        if connection.first_at is None:
             seen.failed += 1
             seen.why = "an answer without text"
         elif counted:
-            seen.first_s.append(self._connection.first_at - sent)
+            seen.first_s.append(connection.first_at - sent)
             seen.whole_s.append(ended - sent)
+
+    async def _asked(self) -> tuple[Connection, float, float]:
+        """A connection that has an answer, when it was asked for, and when it had come; connecting does not count."""
+        loop = asyncio.get_running_loop()
+        if self._connection is not None and self._connection.open:
+            sent = loop.time()
+            with contextlib.suppress(StaleError):
+                return self._connection, sent, await self._connection.ask(self._request)
+        _, self._connection = await loop.create_connection(Connection, self._host, self._port)
+        sent = loop.time()
+        return self._connection, sent, await self._connection.ask(self._request)
 
     def close(self) -> None:
         """End its connection."""

@@ -173,6 +173,10 @@ class Course:
 
     def _added(self, what: str, seen: dict[str, Seen], cpu: float, *, first: bool) -> list[Row]:
         rows = []
+        for name in (DIRECT, OURS, PEER):
+            if name in seen and seen[name].failed:
+                why = f"{seen[name].failed}: {seen[name].why}"
+                rows.append(Row(f"{name}: {what}", "none fails", why, False if name != PEER else None))
         for name in (OURS, PEER):
             if name not in seen:
                 continue
@@ -181,10 +185,6 @@ class Course:
                     rows += self._compared(
                         f"{what}, {part}", name, getattr(seen[DIRECT], values), getattr(seen[name], values)
                     )
-            if seen[name].failed:
-                rows.append(
-                    Row(f"{name}: {what}", "none fails", f"{seen[name].failed}: {seen[name].why}", name != OURS)
-                )
         if cpu > _BUSY:
             rows.append(Row(what, "", f"the client used {cpu:.0%} of a core: it is a part of what was measured"))
         return rows

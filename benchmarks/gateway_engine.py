@@ -84,8 +84,8 @@ class Engine(asyncio.Protocol):
         if not asked.stream:
             self._write(_whole(_message(asked.max_tokens)))
             return
-        begin, word, end = _events(asked)
         pace = _PACE.search(body)
+        begin, word, end = _events(asked, int(pace[1]) if pace else 0)
         if pace is None:
             events = [*begin, *([word] * asked.max_tokens), *end]
             self._write(_STREAM_HEAD + b"".join(map(_chunked, events)) + _LAST)
@@ -126,15 +126,15 @@ def _whole(value: object) -> bytes:
     return b"HTTP/1.1 %b\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n%b" % (status, kind, len(body), body)
 
 
-def _events(asked: Body) -> tuple[list[bytes], bytes, list[bytes]]:
+def _events(asked: Body, per_s: int) -> tuple[list[bytes], bytes, list[bytes]]:
     """What llama-server sends: before the words, for each of them, and after them."""
     role = _chunk({"role": "assistant", "content": None})
     begin = [_event({**role, "prompt_progress": _PROGRESS})] if asked.return_progress else []
     last = _chunk({}, "length")
     if (asked.stream_options or {}).get("include_usage"):
-        end = [_event(last), _event({**last, "choices": [], **_account(asked.max_tokens)})]
+        end = [_event(last), _event({**last, "choices": [], **_account(asked.max_tokens, per_s)})]
     else:
-        end = [_event({**last, "timings": _timings(asked.max_tokens)})]
+        end = [_event({**last, "timings": _timings(asked.max_tokens, per_s)})]
     return [*begin, _event(role)], _event(_chunk({"content": " word"})), [*end, b"data: [DONE]\n\n"]
 
 
@@ -153,7 +153,8 @@ def _chunk(delta: dict[str, object], reason: str | None = None) -> dict[str, obj
     }
 
 
-def _timings(tokens: int) -> dict[str, float]:
+def _timings(tokens: int, per_s: int = 0) -> dict[str, float]:
+    step_ms = 1000 / (per_s or 10_000)  # the truth: who routes by it would be led astray
     return {
         "cache_n": 0,
         "prompt_n": 12,
@@ -161,15 +162,15 @@ def _timings(tokens: int) -> dict[str, float]:
         "prompt_per_token_ms": 0.01,
         "prompt_per_second": 120000.0,
         "predicted_n": tokens,
-        "predicted_ms": 0.1,
-        "predicted_per_token_ms": 0.1,
-        "predicted_per_second": 10000.0,
+        "predicted_ms": step_ms * (tokens - 1),
+        "predicted_per_token_ms": step_ms,
+        "predicted_per_second": 1000 / step_ms,
     }
 
 
-def _account(tokens: int) -> dict[str, object]:
+def _account(tokens: int, per_s: int = 0) -> dict[str, object]:
     usage = {"completion_tokens": tokens, "prompt_tokens": 12, "total_tokens": 12 + tokens}
-    return {"usage": usage, "timings": _timings(tokens)}
+    return {"usage": usage, "timings": _timings(tokens, per_s)}
 
 
 def _message(tokens: int) -> dict[str, object]:

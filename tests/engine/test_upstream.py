@@ -173,16 +173,36 @@ def test_comments_keep_a_stream_alive_and_are_handed_on() -> None:
     assert [event.comment for event in found] == [True] * 6 + [False]
 
 
-def test_how_long_to_wait_is_asked_again_whenever_something_came() -> None:
-    """Patient with a prompt, less so between tokens."""
-    patience = iter([5.0, 5.0, 0.1])
+def test_how_long_to_wait_is_asked_again_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patient with a prompt, less so between tokens: a stall is noticed by what holds now, not when it began."""
+    monkeypatch.setattr("promptai.engine.upstream._LOOK_S", 0.02)
+    patience = [5.0]
 
     async def use(upstream: HttpUpstream, url: str) -> None:
-        async for _ in upstream.stream(url, CHAT, b"{}", silence_s=lambda: next(patience)):
+        asyncio.get_running_loop().call_later(0.1, patience.__setitem__, 0, 0.1)
+        async for _ in upstream.stream(url, CHAT, b"{}", silence_s=lambda: patience[0]):
             pass
 
     with pytest.raises(EngineDiedError, match=r"silent for 0.1 s in the middle"):
         against(silent_after(HELLO), use=use)
+
+
+def test_what_a_slow_reader_takes_is_not_the_engines_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("promptai.engine.upstream._LOOK_S", 0.02)
+
+    async def use(upstream: HttpUpstream, url: str) -> int:
+        count = 0
+        async for _ in upstream.stream(url, CHAT, b"{}", silence_s=lambda: 0.1):
+            await asyncio.sleep(0.25)
+            count += 1
+        return count
+
+    async def two(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(HELLO)
+        await asyncio.sleep(0.2)
+        writer.write(END)
+
+    assert against(two, use=use) == 2
 
 
 def test_pieces_are_handed_on_as_they_arrive_and_end_with_done() -> None:

@@ -175,6 +175,22 @@ def test_who_does_not_read_makes_the_gateway_stop_reading_and_holds_up_nobody() 
     asyncio.run(play())
 
 
+def test_who_does_not_read_for_too_long_gives_the_slot_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection lives, and it will never hang up."""
+    monkeypatch.setattr("promptai.gateway.relay._UNREAD_S", 0.3)
+
+    async def play() -> None:
+        async with site(TALKATIVE) as found:
+            with socket.socket() as deaf:
+                deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                deaf.connect(("127.0.0.1", found.door.port))
+                deaf.sendall(request_of(max_tokens=10**8, stream=True))
+                await _grant(found)
+                await soon(lambda: found.counts() == NOTHING, within_s=5.0)
+
+    asyncio.run(play())
+
+
 async def _grant(found: Site) -> tuple[Grant, ...]:
     await soon(lambda: bool(found.dispatcher.accounts.grants("a")))
     return found.dispatcher.accounts.grants("a")

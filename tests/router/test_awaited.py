@@ -8,8 +8,8 @@ import pytest
 from promptai.fleet.replica import Replica
 from promptai.router.caches import CacheIndex, Room
 from promptai.router.policy import Affinity, Ask, Load, Work, estimate
-from promptai.router.steps import Steps
 from promptai.router.prefix import WINDOW, chain
+from promptai.router.steps import Steps
 
 SLOTS, CACHE = Room(slots=4, host_chars=0), Room(slots=4, host_chars=1_000_000)
 TEXTS = ["".join(Random(seed).choices("abcdefgh ", k=10 * WINDOW)) for seed in range(3)]

@@ -2,9 +2,12 @@
 
 import asyncio
 
+import pytest
+
 from promptai.engine.simulation import SimulationConfig
 from promptai.router.dispatch import Waiter
 from promptai.router.grant import Job
+from promptai.router.policy import Affinity, Ask, Choice, Load
 from promptai.router.prefix import chain
 from support_clock import run_virtually
 from support_serve import World
@@ -47,3 +50,42 @@ def test_a_request_that_leaves_in_the_moment_in_which_it_is_given_a_slot_gives_i
             return given, world.accounts.running("a")
 
     assert run_virtually(play()) == (True, 0)
+
+
+def test_as_long_as_no_slot_is_free_nobody_chooses_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weighing 50 boards for everybody who waits, whenever somebody comes or goes, took seconds."""
+    weighed: list[int] = []
+    choose = Affinity.choose
+
+    def counted(self: Affinity, ask: Ask, loads: list[Load]) -> Choice | None:
+        weighed.append(len(loads))
+        return choose(self, ask, loads)
+
+    monkeypatch.setattr(Affinity, "choose", counted)
+
+    async def play() -> tuple[int, int, int]:
+        world = World({name: SimulationConfig(model="yi") for name in "abc"})
+        entered: list[Waiter] = []
+        leave = [asyncio.Event() for _ in range(30)]
+
+        async def ask(number: int) -> None:
+            async with world.dispatcher.grant(JOB, entered=entered.append):
+                await leave[number].wait()
+
+        async with world.running():
+            tasks = [asyncio.create_task(ask(number)) for number in range(30)]
+            await asyncio.sleep(0)
+            of_arrivals = len(weighed)
+            leave[0].set()
+            await asyncio.sleep(0.01)
+            of_one_that_goes = len(weighed) - of_arrivals
+            given = sum(waiter.granted.done() for waiter in entered)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            return of_arrivals, of_one_that_goes, given
+
+    of_arrivals, of_one_that_goes, given = run_virtually(play())
+
+    assert (of_arrivals, given) == (30, 4)
+    assert of_one_that_goes <= 3

@@ -1,7 +1,6 @@
 from random import Random
 from typing import TypedDict, Unpack
 
-import msgspec
 import pytest
 
 from promptai.fleet.replica import Rates, Replica

@@ -22,11 +22,6 @@ _MAX_BODY_BYTES = 64 * 1024 * 1024
 _MAX_REASON_BYTES = 64 * 1024
 _REASON_S = 30.0
 _CONNECT_S = 10.0
-#: A connection is used again within this time. Servers close idle ones after 2 s (gunicorn) to 5 s (llama-server,
-#: uvicorn), and a request that meets such an end looks like a board that has died.
-_IDLE_S = 1.0
-#: How long the end of a body may come after the last event of its answer.
-_LINGER_S = 0.2
 #: How often a silence is looked at whose limit may have become shorter.
 _LOOK_S = 5.0
 _JSON = "application/json"
@@ -107,8 +102,9 @@ class HttpUpstream:
     """
     Engines over HTTP; an async context manager.
 
-    There is no limit on the number of connections: who waits for whom is decided elsewhere. One that has brought a
-    whole answer is used again, as long as others follow at once; one whose answer is left is closed.
+    Every request has a connection of its own, which closing a stream closes, and there is no limit on
+    their number: who waits for whom is decided elsewhere. None is used twice: llama-server says keep-alive
+    and closes after every stream (b11549), and a request that meets that looks like a board that has died.
 
     Args:
         keys: The API key of each URL that wants one; looked up for each request, so that it may change.
@@ -121,7 +117,7 @@ class HttpUpstream:
     async def __aenter__(self) -> Self:
         """Be ready to connect."""
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S),
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
             cookie_jar=aiohttp.DummyCookieJar(),
             # What comes is passed on as it is, so that it had better come plain.
@@ -153,7 +149,7 @@ class HttpUpstream:
         ends: Callable[[SseEvent], bool] = is_done,
     ) -> AsyncGenerator[Piece, None]:
         """See ``Upstream``."""
-        loop, parser, ended = asyncio.get_running_loop(), SseParser(), False
+        loop, parser = asyncio.get_running_loop(), SseParser()
         wait = _Wait(url, silence_s())
         with wait.translated():
             async with asyncio.timeout(wait.limit_s):
@@ -173,11 +169,8 @@ class HttpUpstream:
                             return
                 raise broken_off(url)
             finally:
-                if ended:
-                    _linger(response)
-                else:
-                    # Not release(): the engine computes on until it notices that nobody reads.
-                    response.close()
+                # Not release(): the engine computes on until it notices that nobody reads.
+                response.close()
 
     async def _whole(self, method: str, url: str, path: str, body: bytes | None, limit_s: float) -> Reply:
         wait = _Wait(f"{url}{path}", limit_s)
@@ -309,12 +302,6 @@ def no_stream(url: str, body: bytes) -> EngineRefusedError | EngineProtocolError
     if error_in(body) is not None:
         return refused(url, 200, body)
     return EngineProtocolError(f"{url} answered at once, where a stream of events was asked for")
-
-
-def _linger(response: aiohttp.ClientResponse) -> None:
-    """All that matters has come. Once the rest has, the connection goes back by itself; if it does not, it is closed."""
-    if response.connection is not None:
-        asyncio.get_running_loop().call_later(_LINGER_S, response.close)
 
 
 async def _no_stream(url: str, response: aiohttp.ClientResponse) -> EngineRefusedError | EngineProtocolError:

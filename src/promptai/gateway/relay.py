@@ -22,6 +22,8 @@ from promptai.router.flight import Flight
 
 #: Whoever waits for longer is told so; most answers on a warm board begin sooner.
 _PATIENCE_S = 1.0
+#: As long as so little waits to be read, writing does not wait; beyond it a client has so long to read something.
+_ROOM_BYTES, _UNREAD_S = 32 * 1024, 60.0
 _PING = b": waiting\n\n"
 _DONE = b"data: [DONE]\n\n"
 
@@ -124,14 +126,14 @@ class _Line:
         if not self._answering:
             await self._answer()
         self._sent_at = self._loop.time()
-        await self.response.write(b"".join([b"data: " + chunk + b"\n\n" for chunk in chunks]))
+        await self._write(b"".join([b"data: " + chunk + b"\n\n" for chunk in chunks]))
 
     async def fail(self, error: ApiError) -> None:
         """Say that there is no more; as an HTTP status if nothing has been sent."""
         await self._spoken()
         if not self._prepared:
             raise error
-        await self.response.write(b"data: " + error.body() + b"\n\n")
+        await self._write(b"data: " + error.body() + b"\n\n")
 
     async def end(self) -> None:
         """Close the answer."""
@@ -161,7 +163,7 @@ class _Line:
         if self._asks and not self._answering:
             await self._tell(_shown(self._ticket.flight))
         else:
-            await self.response.write(_PING)
+            await self._write(_PING)
         self._sent_at = self._loop.time()
         if self._pause_s is not None:
             self._timer = self._loop.call_at(self._sent_at + self._pause_s, self._speak)
@@ -185,7 +187,25 @@ class _Line:
     async def _tell(self, shown: dict[str, object]) -> None:
         # Clients that know nothing of event names take it for a chunk: one without choices, as that with the usage is.
         event = msgspec.json.encode({"object": "promptai.status", "choices": [], **shown})
-        await self.response.write(b"event: promptai.status\ndata: " + event + b"\n\n")
+        await self._write(b"event: promptai.status\ndata: " + event + b"\n\n")
+
+    async def _write(self, data: bytes) -> None:
+        """
+        Write, and wait until there is room for more.
+
+        Raises:
+            ConnectionError: The client has gone, or has not read for so long that somebody else shall have its slot.
+        """
+        transport = self._request.transport
+        if transport is None or transport.get_write_buffer_size() + len(data) < _ROOM_BYTES:
+            await self.response.write(data)
+            return
+        try:
+            async with asyncio.timeout(_UNREAD_S):
+                await self.response.write(data)
+        except TimeoutError:
+            transport.abort()
+            raise ConnectionResetError("the client does not read") from None
 
     async def _prepare(self) -> None:
         self._prepared = True

@@ -6,7 +6,7 @@ board; so nothing is scraped.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from promptai.fleet.replica import Replica, Snapshot, State
@@ -14,6 +14,7 @@ from promptai.router.breaker import Breaker, BreakerState
 from promptai.router.caches import CacheIndex, Room, Spot
 from promptai.router.grant import Grant, Job
 from promptai.router.policy import ASSUMED_PREFILL_TPS, ASSUMED_STEP_S, Choice, Load, Work
+from promptai.router.prefix import Chain
 from promptai.router.rates import RateBook
 from promptai.router.steps import Steps
 
@@ -71,6 +72,14 @@ class Accounts:
     def running(self, replica_id: str) -> int:
         """Requests that a replica is working on."""
         return len(self._grants.get(replica_id, ()))
+
+    def free(self, model: str) -> int:
+        """Slots of a model that are free, on whichever replica."""
+        return sum(
+            max(0, replica.slots - self.running(replica.id))
+            for replica in self.fleet.snapshot.of(model)
+            if replica.state is State.READY
+        )
 
     def grants(self, replica_id: str) -> tuple[Grant, ...]:
         """Who is in a replica's slots."""
@@ -131,20 +140,19 @@ class Accounts:
         grants = self._grants.get(replica.id, [])
         prefill = self.book.prefill_tps(replica) or ASSUMED_PREFILL_TPS
         busy = {grant.slot for grant in grants}
-        going = [job.prompt, *(grant.job.prompt for grant in grants)]
         found = self.index.spot(replica.id, self._room(replica), job.prompt, busy=busy, now=now)
         per_char = job.tokens / max(1, job.prompt.chars)
         trust = self.book.trust(replica.id)
         return Load(
             replica=replica,
-            running=tuple([grant.work(now, prefill) for grant in grants]),
+            running=tuple([g.decodes if g.first_at is not None else g.work(now, prefill) for g in grants]),
             reserved=tuple(reserved.get(replica.id, ())),
             prefill_tps=prefill,
             steps=self._steps_of(replica) or _ASSUMED_STEPS,
             slot=found.slot,
             cached=trust * self._cached_chars(replica, found, job) * per_char,
             lost=trust * found.lost_chars * per_char,
-            awaited=trust * self.index.awaited(replica.id, busy=busy, going=going, now=now),
+            awaited=trust * self.index.awaited(replica.id, busy=busy, going=_prompts(job, grants), now=now),
             gap_s=self.index.returns.gap_s,
             ready_in_s=_ready_in_s(replica),
         )
@@ -319,6 +327,12 @@ class _Integral:
     def at(self, now: float) -> float:
         """Stream seconds until now."""
         return self._sum + self._streams * (now - self._since)
+
+
+def _prompts(job: Job, grants: Iterable[Grant]) -> Iterator[Chain]:
+    yield job.prompt
+    for grant in grants:
+        yield grant.job.prompt
 
 
 def _holds(replica: Replica, job: Job) -> bool:

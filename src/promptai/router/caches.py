@@ -13,7 +13,7 @@ found again there whole). What is pushed out costs something if whoever it belon
 This module is bookkeeping and arithmetic: it reads no clock and holds no text.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Protocol
 
 import msgspec
@@ -97,7 +97,7 @@ class CacheIndex:
         elif replica_id in self._caches:
             self._caches[replica_id].lose(slot)
 
-    def awaited(self, replica_id: str, *, busy: Collection[int], going: Collection[Chain], now: float) -> float:
+    def awaited(self, replica_id: str, *, busy: Collection[int], going: Iterable[Chain], now: float) -> float:
         """
         How many conversations that were left in a replica's caches will go on, as it looks.
 
@@ -107,8 +107,9 @@ class CacheIndex:
         """
         there, awaited, longest = self._caches.get(replica_id), 0.0, GAPS * self.returns.gap_s
         held = [one for one in there.latest(busy) if now - one.used_at < longest] if there is not None else ()
+        prompts = list(going) if held else ()
         for one in held:
-            if not any([prompt.begins_with(one.chain) for prompt in going]):
+            if not any(prompt.begins_with(one.chain) for prompt in prompts):
                 awaited += self.returns.likely(now - one.used_at)
         return awaited
 

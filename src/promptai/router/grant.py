@@ -71,6 +71,7 @@ class Grant:
         queued_s: How long it waited.
         started: The loop's time at which it got the slot.
         first_at: When its first token came; ``None`` before that.
+        decodes: What it will still make its replica do once its prompt is computed.
         alone: No other request was on its replica at any time; ``broken``: its replica failed it.
         outcome: Set before it is given back; ``None``: it failed or was left.
     """
@@ -106,7 +107,7 @@ class Grant:
         self._left = max(1.0, job.tokens - cached)
         self._total = self._left
         self._left_at = now
-        self._decodes = Work(0.0, self._answer_left())
+        self.decodes = Work(0.0, self._answer_left())
 
     def progress(self, processed: int, cached: int, total: int, now: float) -> None:
         """The engine has told how far its prompt is: tokens, those from the cache included."""
@@ -119,7 +120,7 @@ class Grant:
             self.first_at = now
         self.generated += 1
         # Worked out here, once a token, and not for all streams of a replica whenever somebody asks for a slot.
-        self._decodes = Work(0.0, self._answer_left())
+        self.decodes = Work(0.0, self._answer_left())
 
     def prefill_left(self, now: float, prefill_tps: float) -> float:
         """Tokens of the prompt that are still to be computed, as it looks."""
@@ -133,9 +134,7 @@ class Grant:
 
     def work(self, now: float, prefill_tps: float) -> Work:
         """What it will still make its replica do; how long an answer goes on does not depend on how long it has."""
-        if self.first_at is not None:
-            return self._decodes
-        return Work(self.prefill_left(now, prefill_tps), self._decodes.decode)
+        return Work(self.prefill_left(now, prefill_tps), self.decodes.decode)
 
     def _answer_left(self) -> float:
         limit = self.job.limit

@@ -186,11 +186,15 @@ def estimate(ask: Ask, load: Load) -> Estimate:
     still: Sequence[Work] = load.running
     if wait > 0:
         still = [work for work in still if work.prefill / load.prefill_tps + work.decode * step > wait]
-    backlog = max(0.0, sum([work.prefill for work in still]) - wait * load.prefill_tps)
+    before = stall = beside = 0.0
+    for work in still:  # written out: a server that has two hundred streams is asked about each of them
+        before += work.prefill
+        seconds = work.decode * step
+        stall += min(compute, seconds)
+        beside += min(ask.expected, work.decode)
+    backlog = max(0.0, before - wait * load.prefill_tps)
     # Who decodes there stands still while our prompt is computed, and is slower beside one more stream.
-    left = [work.decode for work in still]
-    stall = sum([min(compute, tokens * step) for tokens in left])
-    crowd = sum([min(tokens, ask.expected) for tokens in left]) * (load.step(len(still) + 1) - load.step(len(still)))
+    crowd = beside * (load.step(len(still) + 1) - load.step(len(still)))
     # Who comes back while it is computed waits for the rest of it; on average that is half.
     late = load.awaited * (1.0 - math.exp(-compute / load.gap_s)) * compute / 2
     harm = _STALL * stall + _SLOWER * crowd + late

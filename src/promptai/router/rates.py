@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from promptai.fleet.replica import Rates, Replica
-from promptai.router.steps import Steps, shape
+from promptai.router.steps import Steps, kept, shape
 from promptai.wire.llamaserver import Timings
 
 _FADE = 0.9  # of what concerns a board: half is forgotten after 7 requests, so that throttling shows
@@ -252,10 +252,10 @@ def _learn_prefill(board: _Board, timings: Timings, *, alone: bool) -> None:
 
 
 def _learn_decode(board: _Board, timings: Timings, mean_streams: float) -> None:
-    """The number of streams is seldom whole over a request; the step is carried to the nearest whole one."""
+    """The number of streams is seldom whole over a request; the step is carried to the nearest that is kept."""
     if timings.predicted_n < _MIN_ANSWER_TOKENS or timings.predicted_ms <= 0:
         return
-    streams = max(1, round(mean_streams))
+    streams = kept(mean_streams)
     slowdown = _slowdown(board.steps)
     if slowdown is None:
         slowdown = Rates().decode_slowdown

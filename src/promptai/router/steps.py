@@ -13,6 +13,8 @@ from typing import Self
 
 import msgspec
 
+_EACH, _GRID = 8, 1.25
+
 
 class Steps(msgspec.Struct, frozen=True):
     """
@@ -69,6 +71,13 @@ class Steps(msgspec.Struct, frozen=True):
         streams = max(1, streams)
         piece = bisect.bisect_right(self.begins, streams) - 1
         return max(self.before[piece], self.alone[piece] * shape(self.slowdown, streams))
+
+
+def kept(streams: float) -> int:
+    """The number of streams that stands for this one: up to eight each for itself, beyond it in steps of a quarter."""
+    if streams < _EACH:
+        return max(1, round(streams))
+    return round(_EACH * _GRID ** round(math.log(streams / _EACH, _GRID)))
 
 
 def shape(slowdown: float, streams: float) -> float:
