@@ -37,6 +37,7 @@ class World:
         limits: Limits | None = None,
         serving: Serving | None = None,
         known_rates: bool = True,
+        dialects: Mapping[str, str] | None = None,
     ) -> None:
         self.engines = {f"sim://{name}": Simulator(config) for name, config in configs.items()}
         self.source = SimulatedSource(
@@ -45,6 +46,7 @@ class World:
                     id=name,
                     url=f"sim://{name}",
                     model=config.model,
+                    dialect=(dialects or {}).get(name, "llama-server"),
                     slots=config.slots,
                     context=config.context,
                     host_cache_tokens=config.host_cache,

@@ -187,6 +187,42 @@ def test_how_long_to_wait_is_asked_again_while_it_waits(monkeypatch: pytest.Monk
         against(silent_after(HELLO), use=use)
 
 
+def test_a_head_may_come_late_where_more_has_to_be_computed_than_when_it_was_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A long prompt of somebody else came right behind ours, and its batch is computed first."""
+    monkeypatch.setattr("promptai.engine.upstream._LOOK_S", 0.02)
+    patience = [0.15]
+
+    async def use(upstream: HttpUpstream, url: str) -> str:
+        asyncio.get_running_loop().call_later(0.05, patience.__setitem__, 0, 5.0)
+        return text([piece async for piece in upstream.stream(url, CHAT, b"{}", silence_s=lambda: patience[0])])
+
+    async def late(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.4)
+        writer.write(HELLO + END)
+
+    assert against(late, use=use) != ""
+
+
+@pytest.mark.parametrize("way", ["stream", "ask"])
+def test_nobody_is_sent_elsewhere_by_an_engine(way: str) -> None:
+    """A board that was taken over would have prompts sent wherever it likes."""
+
+    async def play() -> list[bytes]:
+        async with raw_server(HELLO + END) as other:
+            moved = f"HTTP/1.1 307 Moved\r\nLocation: {other.url}{CHAT}\r\nContent-Length: 0\r\n\r\n".encode()
+            async with raw_server(moved) as server, HttpUpstream() as upstream:
+                if way == "stream":
+                    with pytest.raises(EngineRefusedError, match="HTTP 307"):
+                        await stream(upstream, server.url)
+                else:
+                    assert (await upstream.ask(server.url, CHAT, b"{}", limit_s=1.0)).status == 307
+            return other.requests
+
+    assert asyncio.run(play()) == []
+
+
 def test_what_a_slow_reader_takes_is_not_the_engines_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("promptai.engine.upstream._LOOK_S", 0.02)
 

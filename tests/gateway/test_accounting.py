@@ -3,7 +3,8 @@
 import asyncio
 
 from promptai.engine.simulation import SimulationConfig
-from promptai.gateway.accounting import outcome_of
+from promptai.gateway.accounting import outcome_of, used
+from promptai.gateway.auth import Caller
 from promptai.gateway.metrics import Outcome
 from support_clock import run_virtually
 from support_serve import World, listen
@@ -35,3 +36,42 @@ def test_an_answer_that_went_on_elsewhere_is_counted_as_one_from_its_first_token
     assert outcome.queue_s == 0.0
     assert outcome.prompt_tokens is not None
     assert abs(outcome.prompt_tokens - 124) < 5
+
+
+def test_a_client_that_leaves_in_the_middle_is_charged_the_prompt_that_was_computed_for_it() -> None:
+    async def play() -> tuple[Outcome, int]:
+        world = World({"a": PI})
+        async with world.running():
+            ticket = world.ticket(TALK, max_tokens=50)
+            hearing = asyncio.create_task(listen(ticket))
+            await asyncio.sleep(3.0)
+            hearing.cancel()
+            await asyncio.wait([hearing])
+            outcome = outcome_of(ticket, 499, 0.0)
+            return outcome, used(ticket, outcome)
+
+    outcome, charged = run_virtually(play())
+
+    assert outcome.prompt_tokens is not None
+    assert outcome.generated_tokens is not None
+    assert abs(outcome.prompt_tokens - 124) < 5
+    assert charged == outcome.prompt_tokens + outcome.generated_tokens > 130
+
+
+def test_embeddings_are_charged_what_the_engine_counted() -> None:
+    """They come in one piece, with no account but the usage."""
+
+    async def play() -> tuple[Outcome, int]:
+        world = World({"a": PI})
+        async with world.running():
+            body = {"model": "yi", "input": "Is cell 12 up? " * 30}
+            ticket = world.desk.accept("/v1/embeddings", body, {}, Caller())
+            reply = await ticket.flight.whole()
+            assert reply.status == 200
+            outcome = outcome_of(ticket, 200, 0.0)
+            return outcome, used(ticket, outcome)
+
+    outcome, charged = run_virtually(play())
+
+    assert outcome.prompt_tokens is not None
+    assert 90 < outcome.prompt_tokens == charged

@@ -8,12 +8,13 @@ import msgspec
 import pytest
 
 from promptai.errors import NoCapacityError, RequestRefusedError
-from promptai.gateway.desk import Serving, Ticket
+from promptai.gateway.auth import Caller
+from promptai.gateway.desk import Serving, Ticket, path_for
 from promptai.router.selection import Alias, Names
 from support_gateway import Answer
 from support_party import ALONE, TALK, Party, play
 from support_serve import World, listen
-from support_site import Door, visit
+from support_site import CHAT, EMBED, TEXT, Door, asking, visit
 
 SMALL = msgspec.structs.replace(ALONE, model="small", decode_tps=40.0)
 LARGE = msgspec.structs.replace(ALONE, model="large", context=2048)
@@ -147,3 +148,45 @@ def test_of_two_boards_the_one_whose_context_holds_the_prompt_is_waited_for() ->
         return [ticket.flight.grant.replica.id, *ticket.flight.retries]
 
     assert play(lambda: World(boards), use) == ["long"]
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value", "home"),
+    [
+        (CHAT, "prompt", "a", TEXT),
+        (CHAT, "input", "", EMBED),
+        (TEXT, "messages", TALK, CHAT),
+        (TEXT, "messages", [], CHAT),
+        (TEXT, "input", ["a"], EMBED),
+        (EMBED, "messages", TALK, CHAT),
+        (EMBED, "prompt", [1], TEXT),
+    ],
+)
+def test_a_field_of_another_path_is_refused_and_the_path_that_takes_it_is_named(
+    path: str, field: str, value: Any, home: str
+) -> None:
+    """Whichever of the two were answered, the other one would have been dropped."""
+
+    async def use(world: World) -> None:
+        world.desk.accept(path, {**asking(path, {field: value}), "model": "small"}, {}, Caller(key_id="local"))
+
+    with pytest.raises(RequestRefusedError, match=f"{path} takes no {field}") as refused:
+        play(pair(), use)
+
+    assert (refused.value.status, refused.value.code, refused.value.param) == (400, "wrong_field", field)
+    assert f"{field} goes to {home}" in refused.value.hint
+
+
+@pytest.mark.parametrize(("path", "field"), [(CHAT, "prompt"), (TEXT, "messages"), (EMBED, "messages")])
+def test_a_field_of_another_path_that_is_null_is_as_good_as_none(path: str, field: str) -> None:
+    async def use(world: World) -> Ticket:
+        body = {**asking(path, {field: None}), "model": "small"}
+        return world.desk.accept(path, body, {}, Caller(key_id="local"))
+
+    assert play(pair(), use).model == "small"
+
+
+def test_a_request_without_a_path_belongs_where_its_field_is_that_is_not_null() -> None:
+    assert path_for({"messages": None, "prompt": "a"}) == TEXT
+    assert path_for({"messages": None, "prompt": None, "input": "a"}) == EMBED
+    assert path_for({"messages": None}) == CHAT

@@ -57,6 +57,20 @@ def test_any_type_in_any_field(path: str, stream: bool) -> None:  # noqa: FBT001
     assert visit(one(msgspec.structs.replace(FAST, context=100, answer_tokens=2)), use) <= {200, 400, 404}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [CHAT, TEXT, EMBED])
+def test_the_fields_of_several_paths_in_one_request(path: str, stream: bool) -> None:  # noqa: FBT001
+    """Of whatever kind they are: no answer is computed that cannot be put together."""
+    fields: dict[str, Any] = {"messages": SAID, "prompt": WORD, "input": WORD}
+
+    async def use(at: Door) -> set[int]:
+        bodies = [{**asking(path, {"stream": stream}), field: value} for field in fields for value in (*ODD, "a", SAID)]
+        bodies = [body for body in bodies if sum(body.get(field) is not None for field in fields) > 1]
+        return {await thrown(at, path, body) for body in [*bodies, {**asking(path, {"stream": stream}), **fields}]}
+
+    assert visit(one(FAST), use) == {400}
+
+
 @pytest.mark.parametrize(
     "message",
     [

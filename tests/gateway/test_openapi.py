@@ -14,11 +14,14 @@ from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 from promptai.gateway.auth import scope_of
 from promptai.gateway.envelope import ApiError
 from promptai.gateway.openapi import document, document_json, page
+from promptai.router.selection import parse_budget
 
 DOCUMENT = document()
 OPERATIONS = [
     (method, path, operation) for path, item in DOCUMENT["paths"].items() for method, operation in item.items()
 ]
+PARAMETERS = DOCUMENT["components"].get("parameters", {})
+CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 IDS = [f"{method} {path}" for method, path, _ in OPERATIONS]
 
 
@@ -60,7 +63,7 @@ def test_every_reference_leads_somewhere_and_every_part_is_used() -> None:
     used = set(references(DOCUMENT))
     there = {
         f"#/components/{kind}/{name}"
-        for kind in ("schemas", "responses", "headers")
+        for kind in ("schemas", "responses", "headers", "parameters")
         for name in DOCUMENT["components"][kind]
     }
 
@@ -86,6 +89,57 @@ def test_each_operation_says_which_key_it_wants_and_what_goes_wrong(
     assert {"200", "400", "403", "500"} <= set(responses)
     assert ("requestBody" in operation) == (method == "post") == ("413" in responses)
     assert "x-promptai-request-id" in responses["200"]["headers"]
+
+
+def asked_of(path: str) -> dict[str, dict[str, Any]]:
+    """The headers that a request may carry."""
+    (operation,) = DOCUMENT["paths"][path].values()
+    references = [one["$ref"] for one in operation.get("parameters", ()) if "$ref" in one]
+    return {found["name"]: found for found in (PARAMETERS[one.rpartition("/")[2]] for one in references)}
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        (CHAT, {"status", "budget", "deadline", "priority"}),
+        (TEXT, {"status", "budget", "deadline", "priority"}),
+        (EMBED, {"budget", "deadline", "priority"}),
+        ("/api/decide", {"budget"}),
+        ("/v1/models", set()),
+    ],
+)
+def test_headers_are_described_where_they_change_something(path: str, names: set[str]) -> None:
+    assert set(asked_of(path)) == {f"x-promptai-{name}" for name in names}
+
+
+def test_headers_have_examples_that_fit_and_nobody_must_send_them() -> None:
+    for found in asked_of(CHAT).values():
+        assert (found["in"], found.get("required", False)) == ("header", False)
+        assert Draft202012Validator(found["schema"]).is_valid(found["example"])
+
+
+@pytest.mark.parametrize("name", ["x-promptai-budget", "x-promptai-deadline"])
+@pytest.mark.parametrize("value", ["10s", "1500ms", "2m", "10", "0.5s", "1.25 m", "999999.999m", "0.001ms", "100"])
+def test_a_time_that_is_described_is_taken(name: str, value: str) -> None:
+    assert Draft202012Validator(asked_of(CHAT)[name]["schema"]).is_valid(value)
+    assert parse_budget(value) > 0
+
+
+@pytest.mark.parametrize("name", ["x-promptai-budget", "x-promptai-deadline"])
+@pytest.mark.parametrize("value", ["", "0", "0s", "0.0s", "-1s", "1e3", "9" * 400, "10h", "soon", "s", ".5s"])
+def test_a_time_that_is_refused_is_not_described(name: str, value: str) -> None:
+    assert not Draft202012Validator(asked_of(CHAT)[name]["schema"]).is_valid(value)
+    with pytest.raises(ValueError, match="a budget is"):
+        parse_budget(value)
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_it_says_what_comes_in_a_stream_beside_chunks(path: str) -> None:
+    stream = DOCUMENT["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"][
+        "description"
+    ]
+
+    assert all(word in stream for word in ("comments", "promptai.status", "error", "[DONE]"))
 
 
 def test_examples_are_valid() -> None:
@@ -170,6 +224,15 @@ def test_the_page_lists_every_endpoint_and_fetches_nothing() -> None:
     assert all(f"{method.upper()} {path}" in reader.text for method, path, _ in OPERATIONS)
     assert "prefers-color-scheme: dark" in page()
     assert "width=device-width" in page()
+
+
+def test_the_page_shows_the_headers_that_a_request_may_carry() -> None:
+    reader = _Page()
+    reader.feed(page())
+
+    for found in asked_of(CHAT).values():
+        assert f"{found['name']}: {found['example']}" in reader.text
+        assert found["description"] in reader.text
 
 
 def test_the_pages_examples_carry_valid_json_and_the_address_of_the_gateway() -> None:

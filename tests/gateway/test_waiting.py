@@ -5,6 +5,7 @@ import itertools
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from promptai.engine.simulator import Fault
 from promptai.gateway.relay import Rhythm
@@ -92,6 +93,21 @@ def test_a_silence_in_the_middle_is_filled_too() -> None:
     assert kinds.count("comment") == 3
     assert "chunk" in kinds[: kinds.index("comment")]
     assert answer.whole
+
+
+def test_nothing_is_said_behind_the_end_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that reads slowly would take it for the beginning of the next answer on its connection."""
+    end = web.StreamResponse.write_eof
+
+    async def late(self: web.StreamResponse, data: bytes = b"") -> None:
+        await asyncio.sleep(10.0)
+        await end(self, data)
+
+    monkeypatch.setattr(web.StreamResponse, "write_eof", late)
+
+    answer = visit(one(), lambda at: at.stream(max_tokens=6), rhythm=Rhythm(ping_s=3.0))
+
+    assert (answer.of("comment"), answer.whole) == ([], True)
 
 
 def test_a_client_that_chokes_on_comments_gets_none() -> None:

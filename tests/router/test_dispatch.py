@@ -5,12 +5,14 @@ import asyncio
 import pytest
 
 from promptai.engine.simulation import SimulationConfig
+from promptai.engine.simulator import Fault
+from promptai.errors import NoCapacityError
 from promptai.router.dispatch import Waiter
 from promptai.router.grant import Job
 from promptai.router.policy import Affinity, Ask, Choice, Load
 from promptai.router.prefix import chain
 from support_clock import run_virtually
-from support_serve import World
+from support_serve import World, listen
 
 JOB = Job(model="yi", prompt=chain("Is cell 12 up?"), tokens=4.0)
 
@@ -89,3 +91,48 @@ def test_as_long_as_no_slot_is_free_nobody_chooses_again(monkeypatch: pytest.Mon
 
     assert (of_arrivals, given) == (30, 4)
     assert of_one_that_goes <= 3
+
+
+def test_a_key_is_charged_what_its_request_took_whatever_was_expected() -> None:
+    """A model's first answer is expected to have 200 tokens, and has ten."""
+
+    async def play() -> dict[str, float]:
+        world = World({"a": SimulationConfig(model="yi")})
+        async with world.running():
+            ticket = world.ticket([{"role": "user", "content": "up? " * 100}], key="k", max_tokens=10)
+            await listen(ticket)
+            return {"charged": world.dispatcher._queue("yi")._finish["k"], "prompt": ticket.flight.job.tokens}
+
+    found = run_virtually(play())
+
+    assert found["charged"] == pytest.approx(found["prompt"] + 10)
+
+
+def test_a_request_that_was_sent_again_is_charged_its_answer_once() -> None:
+    async def play() -> dict[str, float]:
+        world = World({"a": SimulationConfig(model="yi"), "b": SimulationConfig(model="yi")})
+        async with world.running():
+            for engine in world.engines.values():
+                engine.fault = Fault(kind="cut", after_tokens=0, times=1)
+            ticket = world.ticket([{"role": "user", "content": "up? " * 100}], key="k", max_tokens=10)
+            await listen(ticket)
+            assert len(ticket.flight.grants) == 3
+            return {"charged": world.dispatcher._queue("yi")._finish["k"], "prompt": ticket.flight.job.tokens}
+
+    found = run_virtually(play())
+
+    assert found["charged"] == pytest.approx(found["prompt"] + 10)
+
+
+def test_nobody_waits_for_a_board_that_was_removed() -> None:
+    """It finishes what it has; whoever comes now is told at once that there is none."""
+
+    async def play() -> None:
+        world = World({"a": SimulationConfig(model="yi")})
+        async with world.running(), world.dispatcher.grant(JOB):
+            world.registry.replace([])
+            with pytest.raises(NoCapacityError):
+                async with asyncio.timeout(1.0), world.dispatcher.grant(JOB):
+                    pass
+
+    run_virtually(play())

@@ -1,10 +1,12 @@
 """A request outlives its board: whatever fails, and whenever, the client gets what it would have got."""
 
+import asyncio
 from typing import Any
 
 import msgspec
 import pytest
 
+from promptai.engine.upstream import Reply
 from promptai.errors import BrokenOffError, EngineRefusedError
 from support_clock import run_virtually
 from support_flight import (
@@ -280,3 +282,93 @@ def test_a_board_that_loads_is_left_for_one_that_has_loaded() -> None:
 
     assert_one_answer(undisturbed(chat()), got)
     assert got.flight.retries == ["busy"]
+
+
+OPENAI = {"two": "openai"}
+
+
+def test_what_another_server_began_a_llama_server_goes_on_with() -> None:
+    async def play() -> tuple[Got, str]:
+        boards = {"one": msgspec.structs.replace(PACE, prefill_tps=10.0), "two": PACE}
+        async with World(boards, serving=SERVING, dialects=OPENAI).running() as running:
+            ticket = accept(running, chat())
+            began = first(running, ticket)
+            arm(running, began, "cut", 5)
+            return await hear(ticket), began
+
+    got, began = run_virtually(play())
+
+    assert began == "two"
+    assert undisturbed(chat()).text == got.text
+    assert [grant.replica.id for grant in got.flight.grants] == ["two", "one"]
+
+
+def test_an_answer_goes_on_only_where_it_can_however_fast_others_are() -> None:
+    async def play() -> Got:
+        slow, fast = (msgspec.structs.replace(PACE, prefill_tps=tps) for tps in (10.0, 1000.0))
+        boards = {"one": slow, "two": fast, "three": slow}
+        async with World(boards, serving=SERVING, dialects=OPENAI).running() as running:
+            busy = [accept(running, chat(max_tokens=200)) for _ in range(2)]
+            async with running.dispatcher.grant(busy[0].flight.job), running.dispatcher.grant(busy[1].flight.job):
+                ticket = accept(running, chat())
+                began = first(running, ticket)
+                assert began != "two"
+                arm(running, began, "cut", 5)
+                hearing = asyncio.create_task(hear(ticket))
+                await asyncio.sleep(0)
+            return await hearing
+
+    got = run_virtually(play())
+
+    assert undisturbed(chat()).text == got.text
+    assert {grant.replica.id for grant in got.flight.grants} == {"one", "three"}
+
+
+def test_where_no_board_can_go_on_the_error_says_so() -> None:
+    async def play() -> Got:
+        boards = {"two": PACE, "three": PACE}
+        openai = dict.fromkeys(boards, "openai")
+        async with World(boards, serving=SERVING, dialects=openai).running() as running:
+            ticket = accept(running, chat())
+            arm(running, first(running, ticket), "cut", 5)
+            return await hear(ticket)
+
+    got = run_virtually(play())
+
+    assert isinstance(got.error, BrokenOffError)
+    assert "only llama-server" in got.error.hint
+
+
+def test_a_picture_says_nothing_of_how_many_characters_a_token_has() -> None:
+    """The engine counts what it takes, and there is no text for it."""
+
+    async def play() -> tuple[float, float]:
+        async with world().running() as running:
+            book, before = running.accounts.book, running.accounts.book.chars_per_token("yi")
+            picture = {"type": "image_url", "image_url": {"url": "data:,"}, "text": "x " * 400}
+            for _ in range(3):
+                await hear(accept(running, chat(messages=[{"role": "user", "content": [picture]}])))
+            return before, book.chars_per_token("yi")
+
+    before, after = run_virtually(play())
+
+    assert before == after
+
+
+def test_an_embedding_is_not_waited_for_as_if_it_generated() -> None:
+    limits: list[float] = []
+
+    async def play() -> None:
+        async with world(config=msgspec.structs.replace(PACE, context=8192), known_rates=False).running() as running:
+            ask = running.upstream.ask
+
+            async def noted(url: str, path: str, body: bytes, *, limit_s: float) -> Reply:
+                limits.append(limit_s)
+                return await ask(url, path, body, limit_s=limit_s)
+
+            running.upstream.ask = noted  # type: ignore[method-assign]
+            await accept(running, {"input": "Is cell 12 up?", "stream": False}, "/v1/embeddings").flight.whole()
+
+    run_virtually(play())
+
+    assert [limit < 120 for limit in limits] == [True]

@@ -6,6 +6,7 @@ import contextlib
 import msgspec
 
 from promptai.engine.simulation import SimulationConfig
+from promptai.fleet.replica import State
 from promptai.fleet.simulated import SimulatedSource
 from support_clock import run_virtually
 from support_serve import World, listen
@@ -74,6 +75,24 @@ def test_of_a_replica_that_left_in_the_middle_of_an_answer_nothing_is_kept() -> 
     assert {name: count for name, count in after.items() if name != "queues"} == dict.fromkeys(
         ("grants", "prompts", "streams", "steps", "breakers", "caches"), 0
     )
+
+
+def test_of_an_engine_that_was_ended_to_make_room_no_cache_is_believed_in() -> None:
+    """It drains first, and comes back empty."""
+
+    async def play() -> list[int]:
+        world = World({"a": YI})
+        async with world.running():
+            await listen(world.ticket(TALK * 20, model="yi", max_tokens=10))
+            chars = [world.accounts.index.chars("a")]
+            for state in (State.DRAINING, State.COLD):
+                world.source._set("a", state, "makes room for another model")
+                chars.append(world.accounts.index.chars("a"))
+            return chars
+
+    ready, draining, cold = run_virtually(play())
+
+    assert (ready == draining > 0, cold) == (True, 0)
 
 
 def test_an_outage_begins_anew_for_whoever_meets_it_later() -> None:

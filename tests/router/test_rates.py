@@ -157,7 +157,9 @@ def test_the_slowdown_is_taken_from_what_was_seen() -> None:
     book = decoded((1.0, 0.1), (3.0, 0.14))
 
     assert [book.decode_step_s(PROFILED, streams) for streams in (1, 2, 3, 4)] == pytest.approx([0.1, 0.12, 0.14, 0.16])
-    assert book.snapshot().replicas[0].decode_slowdown == pytest.approx(0.2)
+    steps = book.decode_steps(PROFILED)
+    assert steps is not None
+    assert steps.slowdown == pytest.approx(0.2)
 
 
 def test_more_streams_are_never_taken_to_be_faster() -> None:
@@ -264,18 +266,13 @@ def test_a_cache_that_works_again_is_trusted_again() -> None:
     assert book.trust("a") > 0.85
 
 
-def test_the_snapshot_holds_what_was_learned() -> None:
+def test_one_request_teaches_of_the_replica_and_of_its_model() -> None:
     book = RateBook()
     observe(book, prompt_n=100, prompt_ms=2000.0, predicted_n=11, predicted_ms=1000.0, capped=False)
-    learned = book.snapshot()
 
-    assert len(learned.replicas) == len(learned.models) == 1
-    assert learned.replicas[0].id == "a"
-    assert learned.replicas[0].requests == 1
-    assert learned.replicas[0].prefill_tps == 50.0
-    assert learned.replicas[0].decode_step_s == {1: pytest.approx(0.1)}
-    assert learned.models[0].answer_tokens == pytest.approx(105.5)
-    assert RateBook().snapshot().replicas == ()
+    assert book.prefill_tps(UNKNOWN) == 50.0
+    assert book.decode_step_s(UNKNOWN, 1) == pytest.approx(0.1)
+    assert book.answer_tokens("m") == pytest.approx(105.5)
 
 
 def test_of_many_boards_the_last_ones_are_remembered() -> None:
@@ -293,6 +290,5 @@ def test_of_many_boards_the_last_ones_are_remembered() -> None:
             capped=True,
         )
 
-    known = [replica.id for replica in book.snapshot().replicas]
-    assert len(known) == 1024
-    assert known[-1] == "pod-1099"
+    pods = [Replica(id=f"pod-{number}", url="", model="m") for number in range(1100)]
+    assert [book.prefill_tps(pod) for pod in pods] == [None] * 76 + [100.0] * 1024

@@ -8,8 +8,9 @@ from promptai.errors import EngineDiedError, EngineError, EngineProtocolError, E
 from promptai.router.grant import Outcome
 from promptai.router.prefix import chain
 from promptai.router.reading import (
+    account_of,
     head_of,
-    outcome_of_reply,
+    outcome_of,
     read_chunk,
     reason_of,
     refused,
@@ -124,9 +125,9 @@ def test_an_answer_in_one_piece_is_learned_from_where_it_tells() -> None:
     timings = {"prompt_n": 1, "prompt_ms": 1, "predicted_n": 1, "predicted_ms": 1}
     body = msgspec.json.encode({"choices": [{"finish_reason": "length"}], "timings": timings})
 
-    found = outcome_of_reply(Reply(200, body, ""), held)
+    found = outcome_of(account_of(Reply(200, body, "")), held, counted=True)
 
     assert found.capped
     assert found.answer is held
     for reply in (Reply(200, b"{}", ""), Reply(200, b"{", ""), Reply(400, body, "")):
-        assert outcome_of_reply(reply, held) == Outcome()
+        assert outcome_of(account_of(reply), held, counted=True) == Outcome()

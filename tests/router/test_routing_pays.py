@@ -74,7 +74,8 @@ def test_rates_that_nobody_told_are_learned_and_serve_nearly_as_well() -> None:
     async def unknown() -> Played:
         async with msgspec.structs.replace(SLOW_BOARDS, known=False).world("affinity").running() as world:
             played = await play_in(world, SLOW_SCRIPT)
-            learned.extend(one.prefill_tps or 0.0 for one in world.accounts.book.snapshot().replicas)
+            book, fleet = world.accounts.book, world.registry.snapshot
+            learned.extend(book.prefill_tps(one) or 0.0 for one in fleet.replicas)
             return played
 
     known, played = run_virtually(play_before("affinity", SLOW_SCRIPT, SLOW_BOARDS)), run_virtually(unknown())

@@ -149,24 +149,28 @@ class HttpUpstream:
         ends: Callable[[SseEvent], bool] = is_done,
     ) -> AsyncGenerator[Piece, None]:
         """See ``Upstream``."""
-        loop, parser = asyncio.get_running_loop(), SseParser()
-        wait = _Wait(url, silence_s())
-        with wait.translated():
-            async with asyncio.timeout(wait.limit_s):
+        loop, parser, wait = asyncio.get_running_loop(), SseParser(), _Wait(url)
+        with wait.translated(), _Patience(wait, silence_s) as patience:
+            # llama-server sends no head before its first result: what others have computed there counts, too.
+            async with asyncio.timeout(None) as head:
+                patience.waits(lambda: head.reschedule(loop.time()))
                 response = await self._open().post(
-                    f"{url}{path}", data=body, headers=self._headers(url, accept="text/event-stream")
+                    f"{url}{path}",
+                    data=body,
+                    headers=self._headers(url, accept="text/event-stream"),
+                    allow_redirects=False,
                 )
+                patience.heard()
             try:
                 if response.status != 200 or response.content_type == _JSON:
                     raise await _no_stream(url, response)
                 wait.begun = True
-                with _Patience(response.content, wait, silence_s) as patience:
-                    while data := await patience.readany():
-                        t = loop.time()
-                        events, ended = up_to_end(wait.feed(parser, data), ends)
-                        yield Piece(t, events)
-                        if ended:
-                            return
+                while data := await patience.readany(response.content):
+                    t = loop.time()
+                    events, ended = up_to_end(wait.feed(parser, data), ends)
+                    yield Piece(t, events)
+                    if ended:
+                        return
                 raise broken_off(url)
             finally:
                 # Not release(): the engine computes on until it notices that nobody reads.
@@ -178,7 +182,7 @@ class HttpUpstream:
             async with (
                 asyncio.timeout(limit_s),
                 self._open().request(
-                    method, f"{url}{path}", data=body, headers=self._headers(url, accept=_JSON)
+                    method, f"{url}{path}", data=body, headers=self._headers(url, accept=_JSON), allow_redirects=False
                 ) as response,
             ):
                 data = await _read(response, _MAX_BODY_BYTES + 1)
@@ -201,7 +205,7 @@ class HttpUpstream:
 class _Wait:
     """What is waited for, for the sentence that says that it did not come."""
 
-    def __init__(self, where: str, limit_s: float) -> None:
+    def __init__(self, where: str, limit_s: float = 0.0) -> None:
         self.where = where
         self.limit_s = limit_s
         self.begun = False
@@ -237,8 +241,7 @@ class _Patience:
     One timer a stream: a timeout around each read cost a tenth of what passing a chunk on costs.
     """
 
-    def __init__(self, content: aiohttp.StreamReader, wait: _Wait, silence_s: Callable[[], float]) -> None:
-        self._content = content
+    def __init__(self, wait: _Wait, silence_s: Callable[[], float]) -> None:
         self._wait = wait
         self._silence_s = silence_s
         self._loop = asyncio.get_running_loop()
@@ -251,16 +254,24 @@ class _Patience:
     def __exit__(self, *_exc: object) -> None:
         self._timer.cancel()
 
-    async def readany(self) -> bytes:
+    def waits(self, give_up: Callable[[], None]) -> None:
+        """From now on something is waited for; ``give_up`` ends that."""
+        self._since, self._give_up = self._loop.time(), give_up
+
+    def heard(self) -> None:
+        """Something has come; the time that whoever gets it takes is not the engine's silence."""
+        self._since = None
+
+    async def readany(self, content: aiohttp.StreamReader) -> bytes:
         """
         The next bytes; none at the end.
 
         Raises:
             TimeoutError: None have come for too long.
         """
-        self._since = self._loop.time()
-        data = await self._content.readany()
-        self._since = None  # what whoever gets them takes is not the engine's silence
+        self.waits(lambda: content.set_exception(TimeoutError()))
+        data = await content.readany()
+        self.heard()
         return data
 
     def _look(self) -> None:
@@ -269,7 +280,7 @@ class _Patience:
             limit_s = self._silence_s()
             if self._since + limit_s <= self._loop.time():
                 self._wait.limit_s = limit_s
-                self._content.set_exception(TimeoutError())
+                self._give_up()
                 return
             next_look = min(next_look, self._since + limit_s)
         self._timer = self._loop.call_at(next_look, self._look)

@@ -240,7 +240,9 @@ class _Feed:
         self.replicas = tuple(replicas)
         if self._draining:
             self.replicas = tuple(
-                msgspec.structs.replace(replica, state=State.DRAINING, reason="it was removed from the settings")
+                msgspec.structs.replace(
+                    replica, state=State.DRAINING, reason="it was removed from the settings", leaving=True
+                )
                 for replica in replicas
                 if replica.state in {State.READY, State.DRAINING} and replica.id not in self._gone
             )

@@ -7,6 +7,7 @@ import logging
 
 from promptai.gateway.desk import Ticket
 from promptai.gateway.metrics import Metrics, Outcome
+from promptai.router.flight import Flight
 
 _log = logging.getLogger("promptai.access")
 
@@ -22,23 +23,46 @@ def outcome_of(ticket: Ticket, status: int, arrived: float) -> Outcome:
     grants, timings = ticket.flight.grants, ticket.flight.timings
     if not grants:
         return Outcome(model=ticket.model, replica="", status=status)
-    cached = timings.cache_n if timings is not None else None
+    prompt, cached, generated = _counted(ticket.flight)
     computed = timings.prompt_n if timings is not None else 0
     decoded = timings.predicted_n - 1 if timings is not None else 0
-    # What an engine generated whose successor went on is a part of the successor's prompt, and of the answer.
-    before = sum(grant.generated for grant in grants[:-1])
     return Outcome(
         model=ticket.model,
         replica=grants[-1].replica.id,
         status=status,
-        prompt_tokens=max(0, computed + (cached or 0) - before) if timings is not None else None,
+        prompt_tokens=prompt,
         cached_tokens=cached,
-        generated_tokens=before + (timings.predicted_n if timings is not None else grants[-1].generated),
+        generated_tokens=generated,
         ttft_s=min((grant.first_at - arrived for grant in grants if grant.first_at is not None), default=None),
         queue_s=grants[0].queued_s,
         decode_s_per_token=timings.predicted_ms / 1000 / decoded if timings is not None and decoded > 0 else None,
         saved_s=cached * timings.prompt_ms / computed / 1000 if timings is not None and cached and computed else None,
     )
+
+
+def used(ticket: Ticket, outcome: Outcome) -> int:
+    """Tokens that a request is charged to its key; of a prompt that nobody has counted, as many as were expected."""
+    prompt = outcome.prompt_tokens
+    if prompt is None and ticket.flight.grants:
+        prompt = round(ticket.flight.grants[0].job.tokens)
+    return (prompt or 0) + (outcome.generated_tokens or 0)
+
+
+def _counted(flight: Flight) -> tuple[int | None, int | None, int]:
+    """Tokens of the prompt, cached ones among them, and generated ones: as the engine says, as far as it does."""
+    timings, usage = flight.timings, flight.usage
+    # What an engine generated whose successor went on is a part of the successor's prompt, and of the answer.
+    before, last = sum(grant.generated for grant in flight.grants[:-1]), flight.grants[-1].generated
+    if timings is not None:
+        computed = max(0, timings.prompt_n + (timings.cache_n or 0) - before)
+        return computed, timings.cache_n, before + timings.predicted_n
+    told = flight.said.prompt_tokens
+    if usage is None:
+        return told, None, before + last
+    details = usage.prompt_tokens_details
+    cached = details.cached_tokens if details is not None else None
+    prompt = told if usage.prompt_tokens is None else usage.prompt_tokens
+    return prompt, cached, before + (last if usage.completion_tokens is None else usage.completion_tokens)
 
 
 def account(metrics: Metrics, ticket: Ticket, outcome: Outcome) -> None:

@@ -21,7 +21,7 @@ from promptai.engine.upstream import Upstream
 from promptai.errors import PromptAIError
 from promptai.fleet.replica import Replica
 from promptai.gateway import openapi
-from promptai.gateway.accounting import account, outcome_of, write_line
+from promptai.gateway.accounting import account, outcome_of, used, write_line
 from promptai.gateway.auth import CALLER, Caller, Guard
 from promptai.gateway.body import read_json
 from promptai.gateway.desk import Desk, Serving, Ticket, path_for
@@ -170,7 +170,7 @@ class Gateway:
             self._idle.set()
         outcome = outcome_of(ticket, status, arrived)
         account(self.metrics, ticket, outcome)
-        self._guard.charge(caller, (outcome.prompt_tokens or 0) + (outcome.generated_tokens or 0))
+        self._guard.charge(caller, used(ticket, outcome))
         total_s = asyncio.get_running_loop().time() - arrived
         write_line(request_id(request), caller.key_id, request.path, outcome, total_s)
 

@@ -132,11 +132,7 @@ class Desk:
         filled = wanted.filled(body)
         if filled != body:
             request = _convert(filled)
-        field = _PATHS[path]
-        if not getattr(request, field):
-            raise RequestRefusedError(
-                f"the request has no {field}", code="missing_field", param=field, hint=f"{path} needs {field}"
-            )
+        _demand_field(path, request)
         _demand_roles(request)
         return wanted, filled, request
 
@@ -225,7 +221,7 @@ class Desk:
 
 def path_for(body: Mapping[str, Any]) -> str:
     """Where a request belongs that came without a path."""
-    return next((path for path, field in _PATHS.items() if field in body), "/v1/chat/completions")
+    return next((path for path, field in _PATHS.items() if body.get(field) is not None), "/v1/chat/completions")
 
 
 def _convert(body: dict[str, Any]) -> PassingRequest:
@@ -235,6 +231,23 @@ def _convert(body: dict[str, Any]) -> PassingRequest:
         text = str(error)
         param = text.rpartition("`$.")[2].rstrip("`").partition("[")[0] if "`$." in text else None
         raise RequestRefusedError(f"the request is wrong: {text}", code="wrong_type", param=param) from None
+
+
+def _demand_field(path: str, request: PassingRequest) -> None:
+    """
+    Refuse a request that is not of its path alone.
+
+    Of what belongs to two paths one half would be dropped without a word; OpenAI refuses it, too.
+    """
+    for home, field in _PATHS.items():
+        if home != path and getattr(request, field) is not None:
+            hint = f"{field} goes to {home}; {path} takes {_PATHS[path]}"
+            raise RequestRefusedError(f"{path} takes no {field}", code="wrong_field", param=field, hint=hint)
+    field = _PATHS[path]
+    if not getattr(request, field):
+        raise RequestRefusedError(
+            f"the request has no {field}", code="missing_field", param=field, hint=f"{path} needs {field}"
+        )
 
 
 def _demand_roles(request: PassingRequest) -> None:

@@ -190,13 +190,9 @@ class _Gauges(Collector):
         busy = GaugeMetricFamily("promptai_slots_busy", "Streams of this gateway.", labels=["replica", "model"])
         up = GaugeMetricFamily("promptai_replica_up", "1 where it takes requests.", labels=["replica", "model"])
         breaker = GaugeMetricFamily("promptai_breaker_state", "0 closed, 1 trial, 2 open.", labels=["replica"])
-        states: dict[str, float] = {}
         for one in now.replicas:
             slots.add_metric([one.replica, one.model], one.slots)
             busy.add_metric([one.replica, one.model], one.busy)
             up.add_metric([one.replica, one.model], float(one.up))
-            # One machine may stand for several models; its breaker is written once, the worst of them.
-            states[one.replica] = max(states.get(one.replica, 0.0), _BREAKER[one.breaker])
-        for replica, state in states.items():
-            breaker.add_metric([replica], state)
+            breaker.add_metric([one.replica], _BREAKER[one.breaker])
         yield from (slots, busy, up, breaker)

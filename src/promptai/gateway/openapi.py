@@ -49,6 +49,7 @@ class _Operation(NamedTuple):
         answer: Content type of a good answer -> its schema.
         body: Schema of the request.
         codes: What goes wrong beside what may go wrong anywhere.
+        asked: Headers of ours that a request may carry.
         scope: What a key must open; empty: no key is needed.
     """
 
@@ -63,6 +64,7 @@ class _Operation(NamedTuple):
     example: dict[str, Any] | None = None
     codes: tuple[int, ...] = ()
     routed: bool = False
+    asked: tuple[str, ...] = ()
 
 
 def _ref(name: str) -> dict[str, Any]:
@@ -76,23 +78,36 @@ def _json(name: str) -> dict[str, dict[str, Any]]:
 _STREAM = {
     "text/event-stream": {
         "type": "string",
-        "description": "With stream: true. Events of chunks, comments while it waits, and data: [DONE] at the end.",
+        "description": (
+            "With stream: true. Events of chunks, and data: [DONE] at the end. Before the first chunk, and in every "
+            "long silence, comments may come (lines that begin with a colon); with x-promptai-status: 1 events named "
+            "promptai.status, which say the stage (queued, loading, prefill, decode) and, where they are known, the "
+            "place in the queue, the percent done, the replica, and left_s, the seconds to the first token. What fails "
+            "after the stream has begun comes as an event whose data is an error instead of a chunk; [DONE] follows."
+        ),
     }
 }
+
+_BUDGET, _DEADLINE, _PRIORITY = "x-promptai-budget", "x-promptai-deadline", "x-promptai-priority"
+_QUEUED = (_BUDGET, _DEADLINE, _PRIORITY)
+_STREAMED = ("x-promptai-status", *_QUEUED)
 
 _OPERATIONS = (
     _Operation(
         "post", "/v1/chat/completions", "chat", "OpenAI", "Answer a conversation.",
         _json("ChatCompletion") | _STREAM, body="ChatRequest", example=_CHAT, codes=_INFER, routed=True,
+        asked=_STREAMED,
     ),
     _Operation(
         "post", "/v1/completions", "complete", "OpenAI", "Continue a text.",
         _json("Completion") | _STREAM, body="CompletionRequest", codes=_INFER, routed=True,
+        asked=_STREAMED,
         example={"model": "auto", "prompt": "Cell 12 is", "max_tokens": 16},
     ),
     _Operation(
         "post", "/v1/embeddings", "embed", "OpenAI", "Turn texts into vectors.",
         _json("EmbeddingList"), body="EmbeddingRequest", codes=_INFER, routed=True,
+        asked=_QUEUED,
         example={"model": "auto", "input": "Cell 12 is up"},
     ),
     _Operation("get", "/v1/models", "list_models", "OpenAI", "List the models.", _json("ModelList")),
@@ -102,6 +117,7 @@ _OPERATIONS = (
     _Operation(
         "post", "/api/decide", "decide", "PromptAI", "Say where a request would go, and why, without sending it.",
         _json("Decision"), body="AnyRequest", example=_CHAT, codes=(404, *_BODY, 429),
+        asked=(_BUDGET,),
     ),
     _Operation("get", "/api/fleet", "get_fleet", "PromptAI", "Show all replicas.", _json("Fleet")),
     _Operation("get", "/api/queue", "get_queue", "PromptAI", "Show what waits.", _json("Queue"), "admin"),
@@ -117,6 +133,32 @@ _OPERATIONS = (
         _json("Health"), scope="", codes=(503,),
     ),
 )  # fmt: skip
+
+#: What is surely a time above 0; zeros in front, and more digits, are taken as well.
+_TIME = {"type": "string", "pattern": r"^([1-9][0-9]{0,5}(\.[0-9]{1,3})?|0\.[0-9]{0,2}[1-9]) ?(ms|s|m)?$"}
+#: Header of a request -> its schema, an example, and what it does.
+_ASKED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "x-promptai-status": (
+        {"enum": ["1"]},
+        "1",
+        "Of a stream: while it waits, events named promptai.status say how far it is, in place of comments.",
+    ),
+    _BUDGET: (
+        _TIME,
+        "10s",
+        "For the model auto: it is the most capable one that is predicted to answer within this time.",
+    ),
+    _DEADLINE: (
+        _TIME,
+        "30s",
+        "The longest wait for a slot; then HTTP 429. It shortens what the gateway is set to and never prolongs it.",
+    ),
+    _PRIORITY: (
+        {"enum": ["batch"]},
+        "batch",
+        "Behind everybody who waits in person, until it has waited for five minutes.",
+    ),
+}
 
 _HEADERS = {
     REQUEST_ID: ("string", "Names the request in the gateway's log; the client's X-Request-Id where it sent one."),
@@ -153,6 +195,7 @@ def document() -> dict[str, Any]:
             "headers": {
                 name: {"schema": {"type": kind}, "description": text} for name, (kind, text) in _HEADERS.items()
             },
+            "parameters": {name: _parameter(name) for name in _ASKED},
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer", "description": "A key of promptai keys add."},
                 "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same key."},
@@ -205,6 +248,8 @@ def _operation(operation: _Operation) -> dict[str, Any]:
         described["parameters"] = [
             {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
         ]
+    if operation.asked:
+        described["parameters"] = [{"$ref": f"#/components/parameters/{name}"} for name in operation.asked]
     if operation.body:
         content: dict[str, Any] = {"schema": _ref(operation.body)}
         if operation.example is not None:
@@ -228,15 +273,25 @@ def _header(name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/headers/{name}"}
 
 
+def _parameter(name: str) -> dict[str, Any]:
+    schema, example, text = _ASKED[name]
+    return {"name": name, "in": "header", "description": text, "schema": schema, "example": example}
+
+
 def _section(operation: _Operation, base_url: str) -> str:
     curl = f"curl {base_url}{operation.path}"
     if operation.example is not None:
         curl += f" \\\n  -H 'Content-Type: application/json' \\\n  -d '{json.dumps(operation.example)}'"
     needs = f"scope {operation.scope}" if operation.scope else "needs no key"
+    headers = "".join(
+        f"<p><small><code>{name}: {example}</code> {html.escape(text)}</small></p>\n"
+        for name, (_, example, text) in _ASKED.items()
+        if name in operation.asked
+    )
     return (
         f"<section>\n<h2><span>{operation.method.upper()}</span> {html.escape(operation.path)}</h2>\n"
         f"<p>{html.escape(operation.summary)} <small>({needs})</small></p>\n"
-        f"<pre><code>{html.escape(curl)}</code></pre>\n</section>"
+        f"{headers}<pre><code>{html.escape(curl)}</code></pre>\n</section>"
     )
 
 

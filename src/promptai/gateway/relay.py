@@ -136,9 +136,12 @@ class _Line:
         await self._write(b"data: " + error.body() + b"\n\n")
 
     async def end(self) -> None:
-        """Close the answer."""
+        """Close the answer; nothing may be said behind its end, however long its client takes to read it."""
         if not self._answering:
             await self._answer()
+        await self._spoken()
+        if self._timer is not None:
+            self._timer.cancel()
         await self.response.write_eof(_DONE)
 
     @property

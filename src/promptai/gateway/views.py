@@ -35,7 +35,8 @@ def fleet_view(dispatcher: Dispatcher, names: Names, *, admin: bool) -> dict[str
     ``GET /api/fleet``: all replicas and what is known of them.
 
     Another gateway reads ``models``; what is behind a third one is not counted there, or two gateways
-    that know each other would count each other's slots for ever. Where replicas are is told to ``admin`` alone.
+    that know each other would count each other's slots for ever. URLs are for ``admin`` alone; ids, which are
+    host:port of a remote replica without a name, are told to everybody who may infer.
     """
     accounts = dispatcher.accounts
     snapshot = accounts.fleet.snapshot

@@ -26,6 +26,7 @@ _SLOWEST_PREFILL_TPS, _SLOWEST_STEP_S = 2.0, 2.0
 _MUCH_TOKENS = 1_000_000
 _ASSUMED_STEPS = Steps.flat(ASSUMED_STEP_S)
 _CLOSED = Breaker()
+_RUNNING = {State.READY, State.DRAINING}
 
 
 class Fleet(Protocol):
@@ -75,10 +76,11 @@ class Accounts:
 
     def free(self, model: str) -> int:
         """Slots of a model that are free, on whichever replica."""
+        now = self.now()
         return sum(
             max(0, replica.slots - self.running(replica.id))
             for replica in self.fleet.snapshot.of(model)
-            if replica.state is State.READY
+            if replica.state is State.READY and self.breaker(replica.id).allows(now)
         )
 
     def grants(self, replica_id: str) -> tuple[Grant, ...]:
@@ -109,11 +111,16 @@ class Accounts:
             replica
             for replica in self.fleet.snapshot.of(job.model)
             if replica.usable and self.breaker(replica.id).allows(now) and _holds(replica, job)
+            if replica.dialect == "llama-server" or not job.goes_on
         ]
         # Its length is an estimate: who holds only what it has at least is asked when nobody else is there.
         usable = [replica for replica in usable if _likely_holds(replica, job)] or usable
         # Who has failed it is only asked again when nobody else is left.
         return [replica for replica in usable if replica.id not in job.refused] or usable
+
+    def can_go_on(self, model: str) -> bool:
+        """Whether an answer that was begun elsewhere could be continued by a replica of a model, now or later."""
+        return any(replica.dialect == "llama-server" for replica in self.fleet.snapshot.of(model))
 
     def comes_back(self, model: str) -> bool:
         """
@@ -123,7 +130,7 @@ class Accounts:
         """
         now = self.now()
         return any(
-            replica.state is State.DRAINING
+            (replica.state is State.DRAINING and not replica.leaving)
             or (replica.usable and self.breaker(replica.id).state(now) is BreakerState.TRIAL)
             for replica in self.fleet.snapshot.of(model)
         )
@@ -217,7 +224,7 @@ class Accounts:
             else:
                 self.index.lose(name, grant.slot)
             if name in self.breakers and not grant.broken:
-                self.breakers[name] = self.breakers[name].released_trial()
+                self.breakers[name] = self.breakers[name].released_trial(sent_at=grant.started)
             return
         self.breakers.pop(name, None)
         if outcome.answer is not None:
@@ -233,7 +240,7 @@ class Accounts:
             predicted_cached=round(grant.cached),
             mean_streams=(integral - grant.streams_before) / span if span > 0 else 1.0,
             alone=grant.alone,
-            prompt_chars=grant.job.prompt.chars,
+            prompt_chars=grant.job.prompt.chars if outcome.counted else 0,
             capped=outcome.capped,
         )
         self._steps.pop(name, None)
@@ -276,7 +283,7 @@ class Accounts:
             new = self._known.find(old.id)
             if new is None:
                 self._forget(old.id)
-            elif old.state is State.READY and new.state not in {State.READY, State.DRAINING}:
+            elif old.state in _RUNNING and new.state not in _RUNNING:
                 self.index.lose(old.id)
             elif new.state is State.READY and old.state is not State.READY:
                 # It answers again: whoever knows that need not wait until its rest is over.

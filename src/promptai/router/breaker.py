@@ -38,7 +38,7 @@ class Breaker(msgspec.Struct, frozen=True, kw_only=True):
     The recent history of one replica, as far as routing cares.
 
     Immutable: every event returns another breaker, so that nothing changes under a decision
-    that reads it.
+    that reads it. A success forgives everything: what follows it is a new ``Breaker()``.
 
     Attributes:
         failures: Failures since the last success.
@@ -81,13 +81,17 @@ class Breaker(msgspec.Struct, frozen=True, kw_only=True):
             return self
         return msgspec.structs.replace(self, trial_at=now)
 
-    def released_trial(self) -> "Breaker":
-        """The request on trial ended without saying anything of the replica: its client left."""
-        return msgspec.structs.replace(self, trial_at=None)
+    def released_trial(self, *, sent_at: float | None = None) -> "Breaker":
+        """
+        A request ended without saying anything of the replica: its client left.
 
-    def succeeded(self) -> "Breaker":
-        """A request was answered: all is forgiven."""
-        return Breaker()
+        Args:
+            sent_at: When it was sent; ``None``: it was the one on trial. One that was sent before the trial
+                began is another, and the trial goes on.
+        """
+        if self.trial_at is None or (sent_at is not None and sent_at < self.trial_at):
+            return self
+        return msgspec.structs.replace(self, trial_at=None)
 
     def failed(
         self,

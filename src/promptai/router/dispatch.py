@@ -144,10 +144,10 @@ class Dispatcher:
 
     def _end(self, grant: Grant) -> None:
         self.accounts.end(grant)
-        if not grant.job.again:
-            timings = grant.outcome.timings if grant.outcome is not None else None
-            generated = timings.predicted_n if timings is not None else grant.generated
-            self._queue(grant.job.model).settle(grant.job.key, generated - self.accounts.expected(grant.job))
+        timings = grant.outcome.timings if grant.outcome is not None else None
+        generated = timings.predicted_n if timings is not None else grant.generated
+        charged = 0.0 if grant.job.again else grant.expected  # who is sent again is not charged when it is given a slot
+        self._queue(grant.job.model).settle(grant.job.key, generated - charged)
         if self._known(grant.replica.id) is not State.READY:
             self.accounts.forget_idle()
         self._pump(grant.job.model)

@@ -27,10 +27,10 @@ T = TypeVar("T", bound=Hashable)
 
 
 class _Entry(msgspec.Struct, frozen=True):
-    """What is known of a queued item; ``share`` is its cost over the weight of its key."""
+    """What is known of a queued item; ``cost`` is what its key will be charged."""
 
     key: str
-    share: float
+    cost: float
     batch: bool
     first: bool
     since: float
@@ -59,11 +59,6 @@ class FairQueue(Generic[T]):
     def __contains__(self, item: T) -> bool:
         return item in self._entries
 
-    @property
-    def keys_remembered(self) -> int:
-        """Keys that still have a finish tag."""
-        return len(self._finish)
-
     def push(
         self,
         item: T,
@@ -72,7 +67,6 @@ class FairQueue(Generic[T]):
         cost: float,
         batch: bool = False,
         first: bool = False,
-        weight: float = 1.0,
         now: float,
     ) -> None:
         """
@@ -82,16 +76,15 @@ class FairQueue(Generic[T]):
             item: Anything hashable that is not queued yet.
             cost: What it is going to take, in estimated tokens.
             first: It was served before and lost that: it comes before all others, and is not charged again.
-            weight: A key of weight 2 gets twice the share of one of weight 1.
 
         Raises:
-            ValueError: It is queued already, or cost or weight are not above 0.
+            ValueError: It is queued already, or its cost is not above 0.
         """
         if item in self._entries:
             raise ValueError("the item is in the queue already")
-        if not (cost > 0 and weight > 0):
-            raise ValueError(f"cost and weight must be above 0, not {cost} and {weight}")
-        self._entries[item] = _Entry(key, 0.0 if first else cost / weight, batch, first, now)
+        if not cost > 0:  # also NaN
+            raise ValueError(f"a cost must be above 0, not {cost}")
+        self._entries[item] = _Entry(key, 0.0 if first else cost, batch, first, now)
 
     def remove(self, item: T) -> bool:
         """Drop an item without charging its key; ``False``: it was not there (any more)."""
@@ -111,16 +104,16 @@ class FairQueue(Generic[T]):
         if entry.first:
             return
         self._virtual = self._start(entry.key)
-        self._remember(entry.key, self._virtual + entry.share)
+        self._remember(entry.key, self._virtual + entry.cost)
 
-    def settle(self, key: str, difference: float, *, weight: float = 1.0) -> None:
+    def settle(self, key: str, difference: float) -> None:
         """
         Correct what a key was charged, once the real cost is known.
 
         Args:
             difference: Real minus estimated cost.
         """
-        self._remember(key, self._finish.get(key, self._virtual) + difference / weight)
+        self._remember(key, self._finish.get(key, self._virtual) + difference)
 
     def ordered(self, now: float) -> list[T]:
         """All items, whose turn it is first."""
@@ -152,7 +145,7 @@ class FairQueue(Generic[T]):
         tagged: list[tuple[float, T]] = []
         for item, entry in waiting:
             start = reached[entry.key] if entry.key in reached else self._start(entry.key)
-            reached[entry.key] = start + entry.share
+            reached[entry.key] = start + entry.cost
             tagged.append((start, item))
         tagged.sort(key=lambda pair: pair[0])  # stable: equal starts stay in the order of arrival
         return [item for _, item in tagged]

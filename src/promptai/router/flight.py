@@ -30,10 +30,12 @@ from promptai.router.continuation import Said, answers, as_answer, continued_bod
 from promptai.router.dispatch import Dispatcher, Waiter
 from promptai.router.grant import Grant, Job, Outcome
 from promptai.router.joint import find_joint
+from promptai.router.outgoing import first_body, only_text, own_fields
 from promptai.router.prefix import chain
 from promptai.router.reading import (
+    account_of,
     head_of,
-    outcome_of_reply,
+    outcome_of,
     read_chunk,
     reason_of,
     refused,
@@ -44,7 +46,7 @@ from promptai.router.reading import (
 )
 from promptai.wire.llamaserver import Timings
 from promptai.wire.malformed import MALFORMED
-from promptai.wire.passing import NativeChunk, PassingChunk, PassingRequest, answered
+from promptai.wire.passing import NativeChunk, PassingChunk, PassingRequest, PassingUsage, answered
 from promptai.wire.sse import SseEvent
 
 _DONE = "[DONE]"
@@ -53,6 +55,8 @@ _NOT_IMPLEMENTED = 501
 #: a message without a role or to an image (b11549), and whoever sends those must not take one board after another out.
 _OBJECTIONS = {500, _NOT_IMPLEMENTED}
 _QUICK_S = 30.0
+#: An answer in one piece says nothing while it comes: seconds a token of a board that nobody knows, at most for all.
+_SLOW_STEP_S, _WHOLE_S = 2.0, 3600.0
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,7 +110,7 @@ class Flight:
         grants: The slots that it had, one after another.
         retries: Why it was sent again from the start, each time.
         continuations: How its answer went on elsewhere, each time: by ``ids`` that the engine told, or by ``text``.
-        timings: The engine's account, once it has come.
+        timings: The engine's account, once it has come; ``usage``: what it has instead, if it is no llama-server.
     """
 
     def __init__(self, order: Order, job: Job, dispatcher: Dispatcher, upstream: Upstream) -> None:
@@ -116,6 +120,7 @@ class Flight:
         self.retries: list[str] = []
         self.continuations: list[Literal["ids", "text"]] = []
         self.timings: Timings | None = None
+        self.usage: PassingUsage | None = None
         self.said = Said(answers(order.request))
         self._dispatcher = dispatcher
         self._accounts = dispatcher.accounts
@@ -208,7 +213,9 @@ class Flight:
                 except (EngineDiedError, EngineRefusedError) as error:
                     self._failed(grant, error)
                     continue
-                grant.outcome = outcome_of_reply(reply, chain(self.order.text))
+                account = account_of(reply)
+                self.timings, self.usage = account.timings, account.usage
+                grant.outcome = outcome_of(account, chain(self.order.text), counted=only_text(self.order.request))
                 self._blame()
                 return reply
 
@@ -244,7 +251,8 @@ class Flight:
         limit = self.order.request.limit
         # The engine's account of a part says nothing of how long answers are.
         capped = bool(self.continuations) or (limit is not None and grant.generated >= limit)
-        return Outcome(answer=held, timings=self.timings, capped=capped)
+        counted = not self.continuations and only_text(self.order.request)
+        return Outcome(answer=held, timings=self.timings, capped=capped, counted=counted)
 
     def _take(self, grant: Grant, t: float, event: SseEvent) -> Sequence[bytes]:
         """Note what an event says that came at ``t``; its data, if it is the client's."""
@@ -254,6 +262,7 @@ class Flight:
         chunk = read_chunk(event, PassingChunk, grant.replica.id)
         if chunk.timings is not None:
             self.timings = chunk.timings
+        self.usage = chunk.usage or self.usage
         progress = chunk.prompt_progress
         if progress is not None:
             grant.progress(progress.processed, progress.cache, progress.total, t)
@@ -284,7 +293,7 @@ class Flight:
         left = None if limit is None else max(1, limit - said.tokens)
         before = said.tokens
         body = continued_body(self.order.body, joint.prompt + joint.said, left=left)
-        payload = msgspec.json.encode(self._pinned(grant, body))
+        payload = msgspec.json.encode(own_fields(grant, self.order.request, body))
         async with aclosing(
             self._upstream.stream(grant.replica.url, "/completion", payload, silence_s=self._silence(grant), ends=stops)
         ) as pieces:
@@ -340,8 +349,8 @@ class Flight:
         if self.said.finished:
             return True
         why = obstacle(self.order.request, self.said) if self.said.anything else None
-        if self.said.anything and grant.replica.dialect != "llama-server":
-            why = why or f"a server of the dialect {grant.replica.dialect} cannot go on"
+        if self.said.anything and not self._accounts.can_go_on(self.job.model):
+            why = why or f"no board of {self.job.model} can go on: only llama-server does"
         limit = self.order.request.limit
         if self.said.anything and why is None and limit is not None and self.said.tokens >= limit:
             return True
@@ -367,27 +376,19 @@ class Flight:
             self.job,
             refused=self.job.refused | {grant.replica.id},
             again=True,
+            goes_on=self.said.anything,
             tokens=self._prompt_tokens + self.said.tokens,
         )
         return False
 
     def _body(self, grant: Grant) -> bytes:
-        body = {**self.order.body, "model": grant.replica.model}
-        if self.order.request.stream and grant.replica.dialect == "llama-server":
-            # Not only to tell how far it is: an engine that writes nothing does not notice that its client has gone.
-            body["return_progress"] = True
-        return msgspec.json.encode(self._pinned(grant, body))
-
-    def _pinned(self, grant: Grant, body: dict[str, Any]) -> dict[str, Any]:
-        """Without a prompt cache, a slot of the engine's own choosing might be the one that somebody comes back to."""
-        replica = grant.replica
-        pinned = replica.dialect == "llama-server" and replica.slots > 1 and replica.host_cache_tokens == 0
-        return {**body, "id_slot": grant.slot} if pinned and (self.order.request.n or 1) == 1 else body
+        return first_body(grant, self.order.request, self.order.body)
 
     def _silence(self, grant: Grant) -> Callable[[], float]:
         return lambda: self._accounts.silence_s(grant, self.order.stall_s)
 
     def _limit_s(self, grant: Grant) -> float:
-        step = self._accounts.book.decode_step_s(grant.replica, grant.replica.slots) or 2.0
+        step = self._accounts.book.decode_step_s(grant.replica, grant.replica.slots) or _SLOW_STEP_S
         tokens = self.order.request.limit or grant.replica.context or 4096
-        return self._accounts.silence_s(grant, self.order.stall_s) + 4.0 * tokens * step
+        answer = 0.0 if self.order.request.input is not None else 4.0 * tokens * step
+        return self._accounts.silence_s(grant, self.order.stall_s) + min(answer, _WHOLE_S)

@@ -27,6 +27,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         wait_s: The longest that it may be queued.
         refused: Replicas that failed it already.
         again: It was accepted before: the queue's bound does not count for it.
+        goes_on: A part of its answer has been sent, and only a llama-server can go on from there.
     """
 
     model: str
@@ -38,6 +39,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     wait_s: float = 600.0
     refused: frozenset[str] = frozenset()
     again: bool = False
+    goes_on: bool = False
 
     @property
     def fewest(self) -> float:
@@ -53,11 +55,13 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         answer: What its slot's cache holds now: prompt and answer as the next turn will begin; ``None``: unknown.
         timings: The engine's account; ``None`` where it gave none.
         capped: It generated as much as it was allowed to.
+        counted: The prompt that the engine counted is the text that was counted here: no pictures, no answer begun.
     """
 
     answer: Chain | None = None
     timings: Timings | None = None
     capped: bool = False
+    counted: bool = True
 
 
 class Grant:
@@ -72,6 +76,7 @@ class Grant:
         started: The loop's time at which it got the slot.
         first_at: When its first token came; ``None`` before that.
         decodes: What it will still make its replica do once its prompt is computed.
+        expected: Tokens that its answer was expected to have.
         alone: No other request was on its replica at any time; ``broken``: its replica failed it.
         outcome: Set before it is given back; ``None``: it failed or was left.
     """
@@ -103,7 +108,7 @@ class Grant:
         self.broken = False
         self.outcome: Outcome | None = None
         self.streams_before = 0.0
-        self._expected = expected
+        self.expected = expected
         self._left = max(1.0, job.tokens - cached)
         self._total = self._left
         self._left_at = now
@@ -138,4 +143,4 @@ class Grant:
 
     def _answer_left(self) -> float:
         limit = self.job.limit
-        return self._expected if limit is None else min(self._expected, max(1.0, limit - self.generated))
+        return self.expected if limit is None else min(self.expected, max(1.0, limit - self.generated))

@@ -61,7 +61,6 @@ class _Board(msgspec.Struct):
     """
 
     model: str
-    requests: int = 0
     prefill: _Ratio | None = None
     prefill_bound: float | None = None
     steps: dict[int, _Ratio] = {}
@@ -79,33 +78,6 @@ class _Model(msgspec.Struct):
 
     answers: _Ratio = _Ratio()
     chars: _Ratio = _Ratio(_CHARS_PRIOR * _CHARS_PER_TOKEN_PRIOR, _CHARS_PRIOR)
-
-
-class LearnedReplica(msgspec.Struct, frozen=True, kw_only=True):
-    """What was learned of one replica; ``None``: nothing yet. ``decode_step_s`` is by number of streams."""
-
-    id: str
-    model: str
-    requests: int
-    prefill_tps: float | None
-    decode_step_s: dict[int, float]
-    decode_slowdown: float | None
-    trust: float
-
-
-class LearnedModel(msgspec.Struct, frozen=True, kw_only=True):
-    """What was learned of one model."""
-
-    model: str
-    answer_tokens: float
-    chars_per_token: float
-
-
-class Learned(msgspec.Struct, frozen=True):
-    """All that was learned, at one moment."""
-
-    replicas: tuple[LearnedReplica, ...]
-    models: tuple[LearnedModel, ...]
 
 
 class RateBook:
@@ -144,7 +116,6 @@ class RateBook:
             board = _Board(model)
         self._boards[replica_id] = board
         _trim(self._boards)
-        board.requests += 1
         _learn_prefill(board, timings, alone=alone)
         _learn_decode(board, timings, mean_streams)
         _learn_trust(board, timings, predicted_cached)
@@ -211,28 +182,6 @@ class RateBook:
         if board.prefill is not None or board.prefill_bound is not None or board.steps:
             return "learned"
         return rates.source if rates.prefill_tps is not None or rates.decode_tps is not None else "unknown"
-
-    def snapshot(self) -> Learned:
-        """All that was learned, for those who want to see it."""
-        replicas = (
-            LearnedReplica(
-                id=replica_id,
-                model=board.model,
-                requests=board.requests,
-                prefill_tps=board.prefill.value if board.prefill is not None else board.prefill_bound,
-                decode_step_s={streams: step.value for streams, step in sorted(board.steps.items())},
-                decode_slowdown=_slowdown(board.steps),
-                trust=board.cached.value,
-            )
-            for replica_id, board in self._boards.items()
-        )
-        models = (
-            LearnedModel(
-                model=model, answer_tokens=self.answer_tokens(model), chars_per_token=self.chars_per_token(model)
-            )
-            for model in self._models
-        )
-        return Learned(tuple(replicas), tuple(models))
 
     def _board(self, replica: Replica) -> _Board:
         board = self._boards.get(replica.id)

@@ -98,13 +98,17 @@ def rehead(data: str, head: dict[str, Any]) -> bytes:
     return msgspec.json.encode({**chunk, **head})
 
 
-def outcome_of_reply(reply: Reply, held: Chain) -> Outcome:
-    """How a request ended that was answered in one piece; a refusal says nothing but that its engine lives."""
+def account_of(reply: Reply) -> PassingReply:
+    """What an answer in one piece says of itself; nothing where it is a refusal, or none."""
     try:
-        found = msgspec.json.decode(reply.body, type=PassingReply)
+        return msgspec.json.decode(reply.body, type=PassingReply) if reply.status == 200 else PassingReply()
     except MALFORMED:
-        return Outcome()
-    if reply.status != 200 or found.timings is None:
+        return PassingReply()
+
+
+def outcome_of(found: PassingReply, held: Chain, *, counted: bool) -> Outcome:
+    """How a request ended that was answered in one piece; without an account it says only that its engine lives."""
+    if found.timings is None:
         return Outcome()
     capped = any(choice.finish_reason == "length" for choice in found.choices or ())
-    return Outcome(answer=held, timings=found.timings, capped=capped)
+    return Outcome(answer=held, timings=found.timings, capped=capped, counted=counted)

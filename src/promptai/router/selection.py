@@ -157,14 +157,10 @@ class ContextFits(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         model: It, or its fallback.
-        room_tokens: Left for the answer; ``None``: its engine does not tell its context.
-        cut: Whether ``max_tokens`` is more than that, so that the answer may end early, with ``length``.
         reason: One line, when it is a fallback; else empty.
     """
 
     model: str
-    room_tokens: int | None
-    cut: bool = False
     reason: str = ""
 
 
@@ -192,7 +188,12 @@ class ContextTooLong(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def check_context(
-    model: str, prompt_tokens: int, *, max_tokens: int | None, replicas: Sequence[Replica], fallbacks: Mapping[str, str]
+    model: str,
+    prompt_tokens: int,
+    *,
+    max_tokens: int | None = None,  # noqa: ARG001  the engine ends what does not fit; the desk still passes it
+    replicas: Sequence[Replica],
+    fallbacks: Mapping[str, str],
 ) -> ContextFits | ContextTooLong:
     """
     See that a prompt fits into the context of its model, or else of the fallback of that.
@@ -212,13 +213,8 @@ def check_context(
         if not own:  # a fallback that is not served
             break
         moved = f"{model} holds {contexts[model]} tokens, the prompt has {prompt_tokens}" if contexts else ""
-        if len(told) < len(own):
-            return ContextFits(model=current, room_tokens=None, reason=moved)
-        room = max(told) - prompt_tokens
-        if room > 0:
-            return ContextFits(
-                model=current, room_tokens=room, cut=max_tokens is not None and max_tokens > room, reason=moved
-            )
+        if len(told) < len(own) or prompt_tokens < max(told):
+            return ContextFits(model=current, reason=moved)
         contexts[current] = max(told)
         current = fallbacks.get(current)
     return ContextTooLong(prompt_tokens=prompt_tokens, contexts=contexts)

@@ -10,7 +10,15 @@ from typing import Any
 import msgspec
 
 from promptai.wire.llamaserver import PromptProgress, Timings
-from promptai.wire.openai import Usage
+from promptai.wire.openai import PromptTokensDetails
+
+
+class PassingUsage(msgspec.Struct, frozen=True):
+    """An account of tokens, as far as a server gives one: of embeddings nothing is generated, and some send ``{}``."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: PromptTokensDetails | None = None
 
 
 class TokenId(msgspec.Struct, frozen=True):
@@ -48,7 +56,7 @@ class PassingChunk(msgspec.Struct, frozen=True):
     """A streamed chunk of a chat or a completion; ``error`` in place of one breaks the stream off."""
 
     choices: list[PassingChoice] | None = None
-    usage: Usage | None = None
+    usage: PassingUsage | None = None
     timings: Timings | None = None
     prompt_progress: PromptProgress | None = None
     error: Any = None
@@ -71,7 +79,7 @@ class PassingReply(msgspec.Struct, frozen=True):
     """An answer that was not streamed, as far as it is accounted."""
 
     choices: list[PassingChoice] | None = None
-    usage: Usage | None = None
+    usage: PassingUsage | None = None
     timings: Timings | None = None
 
 
@@ -83,7 +91,6 @@ class PassingRequest(msgspec.Struct, frozen=True):
         messages: Of a chat; each is an object, checked no further.
         prompt: Of a completion: text, token ids, or several of either.
         input: Of embeddings.
-        session: What keeps a conversation together, in the names in use.
     """
 
     model: str | None = None

@@ -1,0 +1,37 @@
+"""A request as its engine gets it: the body as it came, and the few fields that are ours. Pure."""
+
+from typing import Any
+
+import msgspec
+
+from promptai.router.grant import Grant
+from promptai.wire.passing import PassingRequest
+
+
+def first_body(grant: Grant, request: PassingRequest, body: dict[str, Any]) -> bytes:
+    """A request that is sent from its beginning."""
+    sent = {**body, "model": grant.replica.model}
+    if request.stream and grant.replica.dialect == "llama-server":
+        # Not only to tell how far it is: an engine that writes nothing does not notice that its client has gone.
+        sent["return_progress"] = True
+    return msgspec.json.encode(own_fields(grant, request, sent))
+
+
+def own_fields(grant: Grant, request: PassingRequest, body: dict[str, Any]) -> dict[str, Any]:
+    """What every request of ours says to a llama-server."""
+    replica = grant.replica
+    if replica.dialect != "llama-server":
+        return body
+    # Its HTTP thread says every 30 s that it lives (b11549), also where nothing is computed any more.
+    sent = {**body, "sse_ping_interval": -1}
+    if replica.slots > 1 and replica.host_cache_tokens == 0 and (request.n or 1) == 1:
+        # Without a prompt cache, a slot of its own choosing might be the one that somebody comes back to.
+        sent["id_slot"] = grant.slot
+    return sent
+
+
+def only_text(request: PassingRequest) -> bool:
+    """Whether its prompt is text and nothing else: pictures have tokens, and no characters."""
+    contents = [message.get("content") for message in request.messages or ()]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return all(isinstance(part, dict) and part.get("type") == "text" for part in parts)
