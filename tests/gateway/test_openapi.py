@@ -135,9 +135,8 @@ def test_a_time_that_is_refused_is_not_described(name: str, value: str) -> None:
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_it_says_what_comes_in_a_stream_beside_chunks(path: str) -> None:
-    stream = DOCUMENT["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"][
-        "description"
-    ]
+    content = DOCUMENT["paths"][path]["post"]["responses"]["200"]["content"]
+    stream = content["text/event-stream"]["schema"]["description"]
 
     assert all(word in stream for word in ("comments", "promptai.status", "error", "[DONE]"))
 

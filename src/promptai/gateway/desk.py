@@ -174,7 +174,6 @@ class Desk:
             return check_context(
                 wanted.model,
                 round(tokens),
-                max_tokens=request.limit,
                 replicas=snapshot.replicas,
                 fallbacks=self.serving.fallbacks,
             )
@@ -237,7 +236,7 @@ def _demand_field(path: str, request: PassingRequest) -> None:
     """
     Refuse a request that is not of its path alone.
 
-    Of what belongs to two paths one half would be dropped without a word; OpenAI refuses it, too.
+    Of what belongs to two paths one half would be dropped without a word.
     """
     for home, field in _PATHS.items():
         if home != path and getattr(request, field) is not None:

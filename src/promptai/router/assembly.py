@@ -103,6 +103,6 @@ def _merge_calls(into: list[dict[str, Any]], more: list[dict[str, Any]]) -> None
 
 def _both(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """The usage of two alternatives of one prompt."""
-    generated = one.get("completion_tokens", 0) + other.get("completion_tokens", 0)
-    total = other.get("prompt_tokens", 0) + generated
+    generated = (one.get("completion_tokens") or 0) + (other.get("completion_tokens") or 0)
+    total = (other.get("prompt_tokens") or 0) + generated
     return {**other, "completion_tokens": generated, "total_tokens": total}

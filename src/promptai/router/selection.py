@@ -191,7 +191,6 @@ def check_context(
     model: str,
     prompt_tokens: int,
     *,
-    max_tokens: int | None = None,  # noqa: ARG001  the engine ends what does not fit; the desk still passes it
     replicas: Sequence[Replica],
     fallbacks: Mapping[str, str],
 ) -> ContextFits | ContextTooLong:
