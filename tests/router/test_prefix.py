@@ -57,3 +57,10 @@ def test_heads_are_spread_over_replicas_and_stay_when_another_leaves() -> None:
     shares = [list(before.values()).count(name) for name in names]
     assert max(shares) < 1.2 * min(shares)
     assert all(after[head] == name for head, name in before.items() if name != "pi-3")
+
+
+def test_boards_are_preferred_equally_however_alike_their_names_are() -> None:
+    names = [f"10.0.0.{number}:8080" for number in (11, 12, 13, 14)]
+    preferred = [rendezvous(head, names) for head in range(4000)]
+
+    assert all(900 < preferred.count(name) < 1100 for name in names)

@@ -5,6 +5,7 @@ alone. So a prompt is kept as a chain of checksums of ever longer beginnings: tw
 equal up to where their texts are. Pure.
 """
 
+import hashlib
 import zlib
 from collections.abc import Sequence
 
@@ -64,4 +65,9 @@ def rendezvous(head: int, replica_ids: Sequence[str]) -> str:
     Args:
         head: What stands for the conversation.
     """
-    return max(replica_ids, key=lambda name: (zlib.crc32(f"{head}/{name}".encode()), name))
+
+    # No checksum: of four addresses that differ in one digit, CRC-32 preferred one to half of all conversations.
+    def weight(name: str) -> bytes:
+        return hashlib.blake2b(f"{head}/{name}".encode(), digest_size=8).digest()
+
+    return max(replica_ids, key=weight)
