@@ -95,6 +95,18 @@ def test_what_is_counted_must_be_above_zero(here: Path, setting: str) -> None:
         load_settings(environ={})
 
 
+@pytest.mark.parametrize("section", ["engine", "gateway"])
+def test_a_prompt_cache_is_never_below_nothing(here: Path, section: str) -> None:
+    """An engine takes -1 as "no limit", and a forecast of memory as less than none."""
+    (here / CONFIG_NAME).write_text(f"[{section}]\ncache_ram_mib = -1")
+
+    with pytest.raises(SettingsError, match=f"{section}.cache_ram_mib must not be below 0, but is -1"):
+        load_settings(environ={})
+
+    (here / CONFIG_NAME).write_text(f"[{section}]\ncache_ram_mib = 0")
+    assert load_settings(environ={}).gateway.cache_ram_mib in {0, None}
+
+
 @pytest.mark.parametrize("by", ["option", "environment"])
 @pytest.mark.parametrize(("name", "reason"), [("absent.toml", "No such file"), (".", "Is a directory")])
 def test_a_file_that_was_named_must_be_there(by: str, name: str, reason: str) -> None:

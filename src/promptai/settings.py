@@ -30,9 +30,9 @@ def _positive(section: str, **values: float | None) -> None:
             raise ValueError(f"{section}.{name} must be above 0, not {value}")
 
 
-def _not_negative(section: str, **values: float) -> None:
+def _not_negative(section: str, **values: float | None) -> None:
     for name, value in values.items():
-        if not value >= 0:
+        if value is not None and not value >= 0:
             raise ValueError(f"{section}.{name} must not be below 0, but is {value}")
 
 
@@ -63,6 +63,7 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         _positive("engine", slots=self.slots, batch=self.batch, threads=self.threads, context=self.context)
+        _not_negative("engine", cache_ram_mib=self.cache_ram_mib)  # llama-server takes -1 as "no limit"
 
 
 class BenchSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -141,6 +142,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             memory_mib=self.memory_mib,
         )
         _not_negative("gateway", queue=self.queue, outage_s=self.outage_s, drain_s=self.drain_s, ping_s=self.ping_s)
+        _not_negative("gateway", cache_ram_mib=self.cache_ram_mib)
         if not 0 <= self.port <= 65535:
             raise ValueError(f"gateway.port must be between 0 and 65535, not {self.port}")
 

@@ -1,6 +1,7 @@
 """``promptai chat`` in a terminal, and with something piped into it."""
 
 import contextlib
+import io
 import os
 import pty
 import re
@@ -11,8 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from promptai.cli.chat import stage_words
+from promptai.cli.chat import Cost, _Told, stage_words
+from promptai.cli.plain import one_line, plain
+from promptai.wire.openai import ChatChunk, ChunkChoice, Delta, Usage
 from support_cli import PROMPTAI, clean_environment, promptai, simulated
 from support_gateway_process import Served, serving
 
@@ -29,7 +33,11 @@ class Terminal:
 
     def type(self, text: str) -> None:
         """Press keys."""
-        os.write(self._master, text.encode())
+        self.type_bytes(text.encode())
+
+    def type_bytes(self, data: bytes) -> None:
+        """Press keys of another keyboard."""
+        os.write(self._master, data)
 
     def until(self, pattern: str, *, after: int = 0, seconds: float = 30.0) -> str:
         """Wait until something stands there; everything up to and with it."""
@@ -191,6 +199,81 @@ def test_a_key_that_is_missing_is_told(tmp_path: Path) -> None:
     assert refused.returncode == 4
     assert "wants an API key (set PROMPTAI_API_KEY to one)" in refused.stderr
     assert answered.stdout.strip()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("arguments", "typed", "word"),
+    [
+        (("simulated", "--budget", "10s"), b"Hello?", "--budget chooses the model, so that it cannot stand beside"),
+        (("--system", os.fsdecode(b"Br\xfcsk")), b"Hello?", "--system is not UTF-8"),
+        ((), b"Gr\xfc\xdfe", "what is piped in is not UTF-8 from byte 2 on"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line(
+    gateway: Served, tmp_path: Path, arguments: tuple[str, ...], typed: bytes, word: str
+) -> None:
+    done = subprocess.run(
+        [*PROMPTAI, "chat", "--url", gateway.url, *arguments],
+        check=False,
+        cwd=tmp_path,
+        env=clean_environment() | {"PYTHONUTF8": "1"},
+        input=typed,
+        capture_output=True,
+    )
+
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert word in done.stderr.decode()
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.real
+def test_what_is_typed_in_another_encoding_ends_no_conversation(gateway: Served, tmp_path: Path) -> None:
+    with chatting("--url", gateway.url, "--budget", "10s", cwd=tmp_path) as (terminal, process):
+        terminal.until(r"\n> ")
+        terminal.type_bytes(b"Gr\xfc\xdfe\n")
+        terminal.until(r"that is not UTF-8.*\n> ")
+        terminal.type("/model fast\n")
+        terminal.until("fast, in the same conversation; the budget only counts for auto")
+        terminal.type("/quit\n")
+
+        assert process.wait(10) == 0
+
+
+def test_pieces_are_not_called_tokens() -> None:
+    chunk = ChatChunk(listed=[ChunkChoice(delta=Delta(content="a"))])
+    cost = Cost(began=0.0)
+    cost.add(chunk, 1.0, heard=True)
+    cost.add(chunk, 2.0, heard=True)
+    before = cost.words("shelf")
+    cost.add(ChatChunk(usage=Usage(prompt_tokens=3, completion_tokens=11)), 2.0, heard=False)
+
+    assert before == "first token after 1.0 s, by shelf"
+    assert cost.words(None) == "11 tokens, 10.0 tokens/s, first token after 1.0 s"
+
+
+def test_what_a_gateway_says_beside_its_answers_cannot_steer_the_terminal() -> None:
+    out = io.StringIO()
+    line = Console(file=out, force_terminal=True).status("asking")
+    told = _Told()
+
+    told.take({"stage": "queued", "place": "\x1b[2J[bold]7"}, line)
+
+    assert str(line.status) == "?[2J\\[bold]7 before you"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "named"),
+    [
+        ("a\x1b[2Jb\x07\x9b\x7f", "a[2Jb", "a?[2Jb???"),
+        ("one\n\ttwo", "one\n\ttwo", "one??two"),
+        ("\u202eevil", "evil", "?evil"),
+        ("5\u00a0km", "5\u00a0km", "5?km"),
+        ("naïve 基站", "naïve 基站", "naïve 基站"),
+    ],
+)
+def test_what_steers_a_terminal_is_taken_out(text: str, shown: str, named: str) -> None:
+    assert (plain(text), one_line(text)) == (shown, named)
 
 
 @pytest.mark.parametrize(

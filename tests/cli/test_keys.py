@@ -96,6 +96,24 @@ def test_the_list_for_people_shows_names_as_they_are(tmp_path: Path) -> None:
     assert "3 requests/min; only tiny" in shown
 
 
+def test_keys_are_where_the_given_settings_say(tmp_path: Path) -> None:
+    config, path = tmp_path / "other.toml", tmp_path / "others.json"
+    config.write_text(f"[gateway]\nkeys = '{path}'\n")
+
+    empty = keys(tmp_path, "list", "--config", str(config)).stdout
+    added = json.loads(keys(tmp_path, "add", "laptop", "--config", str(config), "--json").stdout)
+    shown = keys(tmp_path, "list", "--config", str(config)).stdout
+    elsewhere = listed(tmp_path)
+    revoked = keys(tmp_path, "revoke", added["id"], "--config", str(config))
+    absent = keys(tmp_path, "list", "--config", "absent.toml")
+
+    assert empty == f"{path}: no keys; promptai keys add NAME --config {config} makes one\n"
+    assert "laptop" in shown
+    assert elsewhere == []
+    assert (revoked.returncode, KeyStore(path).list()[0].revoked) == (0, True)
+    assert (absent.returncode, len(absent.stderr.splitlines())) == (2, 1)
+
+
 def test_without_keys_the_list_says_how_to_make_one(tmp_path: Path) -> None:
     done = keys(tmp_path, "list")
 

@@ -1,6 +1,7 @@
 """``promptai serve`` as somebody has it who has just installed it: the real engine, the bundled model."""
 
 import json
+import shlex
 import signal
 import subprocess
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 import openai
 import pytest
 
+from promptai.cli.serve import _with_options
+from promptai.settings import EngineSettings, ServeEntry, Settings
 from support_cli import ONE_THREAD, alive, children_of, clean_environment, promptai, simulated, wait_for
 from support_gateway_process import QUESTION, Served, serving
 
@@ -224,6 +227,51 @@ def test_a_gateway_for_other_machines_makes_a_key_and_demands_it(tmp_path: Path)
         assert again.chat()[0] == 401
     assert not any("API key: " in line for line in again.printed)
     assert '-H "Authorization: Bearer $PROMPTAI_API_KEY"' in curl_again
+
+
+def test_the_log_says_what_only_counts_from_the_next_start(tmp_path: Path) -> None:
+    config = tmp_path / "promptai.toml"
+    with serving("--simulate", "1", cwd=tmp_path) as served:
+        config.write_text("[gateway]\ncache_ram_mib = 7\n")
+        served.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: any("settings were read again" in line for line in served.logged), what="the reading")
+
+    said = "settings were read again; gateway.cache_ram_mib only count from the next start"
+    assert any(said in line for line in served.logged)
+
+
+def test_the_greeting_makes_keys_where_the_gateway_looks_for_them(tmp_path: Path) -> None:
+    config = tmp_path / "our gateway.toml"
+    config.write_text(f"[gateway]\nkeys = '{tmp_path}/ours.json'\n")
+    with serving("--simulate", "1", "--config", str(config), "--host", "0.0.0.0", cwd=tmp_path) as served:  # noqa: S104
+        command = served.line("More of them: promptai ").removeprefix("More of them: promptai ")
+        added = promptai(*shlex.split(command), cwd=tmp_path)
+        key = added.stdout.strip()
+        wait_for(lambda: served.chat(key=key)[0] == 200, what="the key", seconds=10)
+
+    assert command == f"keys add NAME --config '{config}'"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({"slots": 8}, (8, None, 900)), ({"context": 512}, (1, 2, None)), ({}, (1, 2, 900))],
+    ids=str,
+)
+def test_the_command_line_beats_what_the_file_says_of_a_model(
+    given: dict[str, int], expected: tuple[int, int | None, int | None]
+) -> None:
+    names = ("host", "port", "strategy", "slots", "context", "threads")
+    options = dict.fromkeys(names) | {"boards": (), "models": ("named",)} | given
+    entries = (ServeEntry("named", slots=2, context=900), ServeEntry("other", slots=2, context=900))
+
+    settings = _with_options(Settings(engine=EngineSettings(), serve=entries), options)
+
+    assert settings.engine.slots == expected[0]
+    assert settings.engine.context == given.get("context")
+    assert [(entry.model, entry.slots, entry.context) for entry in settings.serve] == [
+        ("named", *expected[1:]),
+        ("other", *expected[1:]),
+    ]
 
 
 def test_pretended_boards_need_no_model_and_no_engine(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """What ``promptai serve`` offers of this machine, decided without starting anything."""
 
 import hashlib
+import os
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from promptai.advisor.profile import Engine, Profiles
@@ -75,6 +77,52 @@ def test_two_files_of_one_model_are_told_apart(tmp_path: Path, small_model: Path
     assert names(tmp_path) == ["q4", "a--b/q8", "gemma-2b"]
 
 
+def test_files_of_one_name_are_called_by_as_many_folders_as_it_takes(tmp_path: Path, small_model: Path) -> None:
+    for folder in ("ssd1/models", "ssd2/models", "ssd2/other"):
+        keep(tmp_path / "elsewhere", folder, "yi.gguf", small_model)
+    paths = [str(tmp_path / "elsewhere" / folder / "yi.gguf") for folder in ("ssd1/models", "ssd2/models")]
+
+    assert names(tmp_path, *paths) == ["ssd1/models/yi", "ssd2/models/yi"]
+    assert names(tmp_path, *paths, str(tmp_path / "elsewhere/ssd2/other/yi.gguf")) == [
+        "ssd1/models/yi",
+        "ssd2/models/yi",
+        "other/yi",
+    ]
+
+
+def test_files_that_no_folder_tells_apart_are_refused(tmp_path: Path, small_model: Path) -> None:
+    paths = [tmp_path / "yi.gguf", tmp_path / "yi"]
+    for path in paths:
+        path.write_bytes(small_model.read_bytes())
+
+    with pytest.raises(SettingsError, match=r"yi\.gguf and .*yi would both be called yi ") as refusal:
+        choose(settings(tmp_path / "library", *map(str, paths)), lambda _: None)
+
+    assert refusal.value.hint == "rename one of the files"
+
+
+def test_a_name_too_long_for_a_file_is_one_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match="there is no model xxx"):
+        choose(settings(tmp_path, "x" * 300), lambda _: None)
+
+
+def test_a_path_below_a_folder_that_may_not_be_entered_is_refused_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.stat
+
+    def refused(path: str | Path, *args: object, **options: bool) -> os.stat_result:
+        if str(path).startswith("/closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", refused)  # root may enter every folder
+    (chosen,) = choose(settings(tmp_path, "/closed/yi.gguf"), lambda _: None)
+
+    with pytest.raises(ModelNotFoundError, match=r"model /closed/yi\.gguf cannot be read"):
+        describe(chosen, MACHINE)
+
+
 def test_what_cannot_be_served_is_left_out_of_the_library_and_refused_by_name(
     tmp_path: Path, small_model: Path
 ) -> None:
@@ -94,6 +142,7 @@ def test_what_cannot_be_served_is_left_out_of_the_library_and_refused_by_name(
     [
         (("absent",), ModelNotFoundError, "there is no model absent"),
         (("http://a:1",), SettingsError, "http://a:1 is a server, not a model"),
+        (("http://user:secret@a:1",), SettingsError, "^a:1 is a server, not a model"),
         (("promptai-tiny", "promptai-tiny"), SettingsError, "promptai-tiny.gguf is to be served twice"),
     ],
 )
@@ -115,6 +164,16 @@ def test_without_a_calibration_memory_is_its_bound_and_a_tenth_and_rates_are_unk
     assert least < model.needed_bytes < least + 10_000_000
     assert model.capability is not None
     assert 0 < model.capability < 0.01
+
+
+def test_a_cache_of_a_smaller_type_needs_less_memory(tmp_path: Path, small_model: Path) -> None:
+    (chosen,) = choose(settings(tmp_path, str(small_model)), lambda _: None)
+    q8 = msgspec.structs.replace(MACHINE, engine=EngineSettings(slots=2, cache_type="q8_0"))
+
+    saved = describe(chosen, MACHINE).needed_bytes - describe(chosen, q8).needed_bytes
+
+    kv_bytes = 2 * 2 * 2 * 4096 * (2 * 32)  # f16, both slots
+    assert saved == pytest.approx(kv_bytes * (1 - 34 / 64) * 1.1, abs=2)
 
 
 def test_a_context_is_never_longer_than_the_model_s(tmp_path: Path, small_model: Path) -> None:

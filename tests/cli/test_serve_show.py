@@ -1,5 +1,6 @@
 """What ``promptai serve`` prints."""
 
+import errno
 import io
 import json
 import logging
@@ -9,12 +10,24 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from promptai.cli.serve_show import Loading, LogHandler, curl_line, explain, table, troubles
+from promptai.cli.serve_show import Loading, LogHandler, asked_first, curl_line, elsewhere, explain, table, troubles
 from promptai.fleet.replica import Rates, Replica, Snapshot, State
 from promptai.fleet.static import Target
 
 READY = Replica(id="pi-1:80", url="http://pi-1:80", model="m", slots=2, context=4096, rates=Rates(prefill_tps=60.0))
 LOADING = Replica(id="local/m", url="", model="m", state=State.LOADING, load_s=40.0)
+
+
+class Failing(io.StringIO):
+    """A terminal that can be lost, or a disk that can be full."""
+
+    error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        """Write, while that is possible."""
+        if self.error is not None:
+            raise self.error
+        return super().write(text)
 
 
 def plain(thing: object) -> str:
@@ -28,6 +41,21 @@ def test_names_from_outside_are_shown_as_they_are() -> None:
 
     assert "[bold]m" in shown
     assert "[red]x" in shown
+
+
+def test_names_from_outside_do_not_steer_the_terminal() -> None:
+    shown = plain(
+        table(
+            [Replica(id="x\x1b[2J", url="u", model="m\x1b]0;title\x07\n")],
+            [],
+            [Target("http://pi-2:80", model="t\x9b2J")],
+        )
+    )
+
+    assert "m?]0;title??" in shown
+    assert "x?[2J" in shown
+    assert "t?2J" in shown
+    assert all(c.isprintable() or c == "\n" for c in shown)
 
 
 def test_a_board_that_has_not_answered_yet_is_in_the_table() -> None:
@@ -89,3 +117,66 @@ def test_a_log_line_cannot_steer_the_terminal() -> None:
     )
 
     assert "[red]a?[2Jb" in out.getvalue()
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.EIO, "lost"), OSError(errno.ENOSPC, "full")])
+def test_a_line_that_cannot_be_written_is_dropped_and_ends_nothing(
+    error: OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Failing()
+    console = Console(file=out, width=200)
+    monkeypatch.setattr("os.dup2", lambda *_: None)  # rich would turn stdout away
+    handler = LogHandler(console)
+    out.error = error
+
+    for number in range(3):
+        handler.emit(logging.LogRecord("promptai", logging.INFO, "", 0, f"lost {number}", None, None))
+    handler.emit(logging.LogRecord("promptai", logging.INFO, "", 0, "%d", ("no number",), None))
+    out.error = None
+    handler.emit(logging.LogRecord("promptai", logging.INFO, "", 0, "found", None, None))
+
+    assert "lost" not in out.getvalue()
+    assert out.getvalue().count("found") == (not isinstance(error, BrokenPipeError))
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.EIO, "lost")])
+def test_a_lost_terminal_ends_no_gateway_that_draws_on_it(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = Failing()
+    monkeypatch.setattr("os.dup2", lambda *_: None)
+    with Loading(Console(file=out, width=200, force_terminal=True)) as loading:
+        loading.look(Snapshot(0, (LOADING,)), 0.0)
+        out.error = error
+        loading.look(Snapshot(1, (msgspec.structs.replace(LOADING, progress=0.5),)), 1.0)
+
+
+def test_a_bar_goes_with_its_replica_and_has_no_share_before_one_is_known() -> None:
+    out = io.StringIO()
+    with Loading(Console(file=out, width=200, force_terminal=True)) as loading:
+        loading.look(Snapshot(0, (LOADING,)), 0.0)
+        unknown = out.getvalue()
+        loading.look(Snapshot(1, (msgspec.structs.replace(LOADING, progress=0.4),)), 1.0)
+        known = out.getvalue()
+        loading.look(Snapshot(2, ()), 2.0)
+        left = len(out.getvalue())
+        loading.look(Snapshot(3, ()), 3.0)
+
+    assert "loading local/m" in unknown
+    assert "%" not in unknown
+    assert "40%" in known
+    assert "loading" not in out.getvalue()[left:]
+
+
+def test_the_example_asks_a_board_that_answers() -> None:
+    down = Replica(id="a", url="u", model="gone", state=State.DOWN)
+    cold = Replica(id="b", url="", model="cold", state=State.COLD)
+
+    assert asked_first([down, Replica(id="c", url="u", model=""), cold, READY]) == "cold"
+    assert asked_first([down]) == "gone"
+    assert asked_first([]) == "default"
+
+
+@pytest.mark.parametrize(
+    ("host", "url"), [("2001:db8::5", "http://[2001:db8::5]:8400"), ("192.0.2.5", "http://192.0.2.5:8400")]
+)
+def test_the_address_for_other_machines_can_be_used_as_it_is_printed(host: str, url: str) -> None:
+    assert elsewhere(host, 8400) == url

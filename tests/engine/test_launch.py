@@ -3,6 +3,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,78 @@ def test_an_engine_that_will_not_end_is_ended(model: Path, monkeypatch: pytest.M
 
     assert not alive(engine.pid)
     assert not port_taken(engine.flags.port)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("cancelled", [False, True], ids=["left-alone", "cancelled"])
+def test_giving_up_an_engine_that_will_not_end_holds_up_nothing_else(
+    model: Path, monkeypatch: pytest.MonkeyPatch, *, cancelled: bool
+) -> None:
+    """Other engines stream on the same loop; and however often it is cancelled meanwhile, the process is gone."""
+    monkeypatch.setattr("promptai.engine.launch._STOP_S", 1.2)
+    engine = engine_of((sys.executable, "-c", STUBBORN), model)
+
+    async def up() -> bool:
+        return port_taken(engine.flags.port)
+
+    async def too_late(*_: object) -> None:
+        await until(up)
+        raise EngineStartError("the engine did not answer", hint="none")
+
+    monkeypatch.setattr(engine, "_until_ready", too_late)
+
+    async def play() -> float:
+        task = asyncio.create_task(start_and_stop(engine))
+        gaps, last = [0.0], time.monotonic()
+        while not task.done():
+            await asyncio.sleep(0.02)
+            gaps.append(time.monotonic() - last)
+            last = time.monotonic()
+            if cancelled and await up():
+                task.cancel()
+        assert not alive(engine.pid)
+        assert cancelled if task.cancelled() else isinstance(task.exception(), EngineStartError) and not cancelled
+        return max(gaps)
+
+    assert asyncio.run(play()) < 0.9
+
+
+@pytest.mark.real
+def test_a_start_that_nobody_waits_for_any_longer_leaves_nothing_running(
+    model: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loop was closed before it: there is nothing left to wait on."""
+    engine = engine_of(script("fake", "exec sleep 60"), model)
+    monkeypatch.setattr(engine, "_until_ready", lambda *_: asyncio.sleep(60))
+
+    async def play() -> None:
+        starting = engine.__aenter__()
+        starting.send(None)
+        assert alive(engine.pid)
+        starting.close()
+
+    asyncio.run(play())
+
+    assert not alive(engine.pid)
+
+
+@pytest.mark.real
+def test_a_process_that_cannot_be_killed_keeps_nobody_from_ending(
+    model: Path, script: Script, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that the kernel holds; here, signals do not reach it."""
+    engine = engine_of(script("fake", "exec sleep 60"), model)
+    with monkeypatch.context() as patch:
+        for limit in ("_STOP_S", "_KILL_S", "_START_BASE_S"):
+            patch.setattr(f"promptai.engine.launch.{limit}", 0.2)
+        patch.setattr("promptai.engine.launch._signal_group", lambda *_: False)
+        with pytest.raises(EngineStartError, match="did not answer"):
+            asyncio.run(start_and_stop(engine))
+
+    assert alive(engine.pid)
+    assert f"process {engine.pid} of yi cannot be ended" in caplog.text
+    engine.stop()
+    assert not alive(engine.pid)
 
 
 @pytest.mark.real

@@ -49,6 +49,21 @@ def test_a_herd_that_asks_for_a_cold_model_loads_it_once() -> None:
     assert house.launcher.starts == ["yi"]
 
 
+def test_the_prompt_cache_that_is_empty_after_loading_is_no_part_of_progress() -> None:
+    """Nor is anything loaded of a model that would be nothing but cache."""
+    house = House(model("yi", 2, cache_ram_mib=1024), model("odd", 1, cache_ram_mib=1024))
+
+    async def test() -> None:
+        house.wake("yi")
+        house.wake("odd")
+        await asyncio.sleep(2.1)
+        # The fake has read between 25 % and 31 % of all; what it reads in the end is 46 % of it.
+        assert 0.54 <= (house.watch.now("local/yi").progress or 0) <= 0.67
+        assert house.watch.now("local/odd").progress == 0.99
+
+    play(house, test)
+
+
 def test_loads_that_have_room_run_together() -> None:
     house = House(model("a"), model("b"))
 
@@ -110,7 +125,7 @@ def test_an_engine_is_published_as_draining_in_the_step_that_found_it_idle() -> 
 
 def test_a_busy_engine_is_never_evicted_and_loads_queue_in_the_order_of_asking() -> None:
     """What waits says for whom."""
-    house = House(model("a", 3), model("b", 3), model("c", 1))
+    house = House(model("a", 3), model("b", 2), model("c", 2))
 
     async def test() -> None:
         await house.use("a")
@@ -127,6 +142,74 @@ def test_a_busy_engine_is_never_evicted_and_loads_queue_in_the_order_of_asking()
 
     play(house, test)
     assert house.launcher.starts == ["a", "b", "c"]
+
+
+def test_a_load_that_has_room_goes_past_one_that_waits_and_does_not_take_its_room() -> None:
+    """Both fit beside what runs; the second would keep the one that waits from its place."""
+    house = House(model("a", 2), model("b", 3), model("c", 1), model("d", 1))
+
+    async def test() -> None:
+        await house.use("a")
+        house.in_flight["local/a"] = 1
+        for name in "bdc":
+            house.wake(name)
+            await asyncio.sleep(0.5)
+        assert [house.state(name) for name in "abcd"] == [State.READY, State.COLD, State.COLD, State.LOADING]
+        await asyncio.sleep(30)
+        house.in_flight.update({"local/a": 0, "local/d": 1})
+        await asyncio.sleep(12)
+        assert [house.state(name) for name in "abcd"] == [State.COLD, State.READY, State.COLD, State.READY]
+
+    play(house, test)
+    assert house.launcher.starts == ["a", "d", "b"]
+
+
+def test_a_load_that_has_room_does_not_wait_for_one_whose_engine_is_still_ending() -> None:
+    house = House(model("yi", 2, ttl_s=5.0), model("other", 2), model("large", 3), launcher=FakeLauncher(stop_s=3.0))
+
+    async def test() -> None:
+        await house.use("yi")
+        await asyncio.sleep(5.5)
+        for name in ("yi", "large", "other"):
+            house.wake(name)
+        await asyncio.sleep(0.3)
+        states = [house.state(name) for name in ("yi", "large", "other")]
+        assert states == [State.DRAINING, State.COLD, State.LOADING]
+        await asyncio.sleep(14)
+        assert (house.state("yi"), house.state("other")) == (State.READY, State.READY)
+
+    play(house, test)
+
+
+def test_a_load_that_needs_the_room_of_two_models_with_steady_traffic_gets_it() -> None:
+    """Neither takes anything new when it has drained and the other has not."""
+    house = House(model("a", 2), model("b", 2), model("c", 4))
+
+    async def traffic(name: str) -> None:
+        while True:
+            await asyncio.sleep(0.6)
+            if house.state(name) is State.READY:
+                house.in_flight[f"local/{name}"] = 1
+                await asyncio.sleep(6)
+                house.in_flight[f"local/{name}"] = 0
+
+    async def test() -> None:
+        await house.use("a")
+        await house.use("b")
+        async with asyncio.TaskGroup() as group:
+            users = [group.create_task(traffic("a"))]
+            await asyncio.sleep(3)
+            users.append(group.create_task(traffic("b")))
+            await asyncio.sleep(1)
+            house.wake("c")
+            await asyncio.sleep(59)
+            assert (house.state("a"), house.state("b")) == (State.READY, State.READY)
+            await asyncio.sleep(20)
+            assert [house.state(name) for name in "abc"] == [State.COLD, State.COLD, State.READY]
+            for user in users:
+                user.cancel()
+
+    play(house, test)
 
 
 def test_a_load_that_waits_too_long_lets_the_busy_engine_take_nothing_new() -> None:

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from promptai.fleet.placement import Engine, expired, never, plan
+from promptai.fleet.placement import Engine, expired, has_room, may_pass, never, plan
 
 GB = 1_000_000_000
 
@@ -85,6 +85,36 @@ def test_a_busy_engine_is_only_waited_for_when_the_idle_ones_do_not_suffice() ->
 
     assert plan(2 * GB, engines, 4 * GB).evict == ("x", "y")
     assert plan(3 * GB, engines, 4 * GB).waits_for == ("busy",)
+
+
+def test_all_that_must_go_make_room_idle_or_busy() -> None:
+    engines = [engine("busy", 2, busy=True), engine("idle", 2), engine("kept", 1, pinned=True)]
+
+    assert plan(4 * GB, engines, 5 * GB).makes_room == ("busy", "idle")
+    assert plan(2 * GB, engines, 5 * GB).makes_room == ("idle",)
+    assert plan(5 * GB, engines, 5 * GB).makes_room == ()
+
+
+def test_what_yields_already_is_waited_for_though_another_would_be_cheaper_by_now() -> None:
+    """Until nothing needs to be waited for, or it no longer suffices."""
+    dear, cheap = engine("dear", 2, busy=True, load_s=60.0), engine("cheap", 2, busy=True, load_s=1.0)
+
+    assert plan(2 * GB, [dear, cheap], 4 * GB).waits_for == ("cheap",)
+    kept = plan(2 * GB, [dear, cheap], 4 * GB, {"dear", "gone"})
+    assert (kept.waits_for, kept.makes_room, kept.reason) == (("dear",), ("dear",), "waits until dear may be stopped")
+    assert plan(2 * GB, [dear, engine("idle", 2)], 4 * GB, {"dear"}).evict == ("idle",)
+    assert plan(3 * GB, [dear, cheap], 4 * GB, {"dear"}).makes_room == ("dear", "cheap")
+
+
+def test_who_passes_one_that_waits_fits_now_and_leaves_it_its_room() -> None:
+    engines = [engine("going", 2, busy=True), engine("stays", 1)]
+
+    assert has_room(1 * GB, engines, 4 * GB)
+    assert not has_room(2 * GB, engines, 4 * GB)
+    assert has_room(3 * GB, engines, 4 * GB, without={"going"})
+    assert may_pass(1 * GB, 2 * GB, {"going"}, engines, 4 * GB)
+    assert not may_pass(1 * GB, 3 * GB, {"going"}, engines, 4 * GB)
+    assert not may_pass(2 * GB, 1 * GB, {"going"}, engines, 4 * GB)
 
 
 @pytest.mark.parametrize("seed", range(20))

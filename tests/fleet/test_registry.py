@@ -205,6 +205,7 @@ def test_what_settings_leave_alone_goes_on_and_what_they_remove_drains_until_it_
         registry.forget("a")  # not removed yet: nothing happens
         registry.replace([Told("stays", configuration=1), Told("new", replica("n"))])
         assert states(registry) == {"s": State.READY, "a": State.DRAINING, "b": State.DRAINING}
+        assert [found.leaving for found in registry.snapshot.replicas] == [False, True, True]
         await asyncio.sleep(0.1)
         assert ids(registry) == ["s", "n", "a", "b"]
         assert (stays.began, stays.ended, goes.ended) == ([0.0], 0, 0)
@@ -247,6 +248,7 @@ def test_a_changed_source_takes_its_replicas_over_without_a_moment_of_none() -> 
         assert states(registry) == {"a": State.READY, "b": State.READY}
         new.publish([replica("a"), replica("c")])
         assert states(registry) == {"a": State.READY, "c": State.READY, "b": State.DRAINING}
+        assert [found.id for found in registry.snapshot.replicas if found.leaving] == ["b"]
         registry.forget("b")
         await asyncio.sleep(0.1)
         assert (ids(registry), old.ended, new.ended) == (["a", "c"], 1, 0)
@@ -265,9 +267,93 @@ def test_a_source_that_owns_the_memory_begins_only_when_its_predecessor_has_ende
         registry.replace([new])
         await asyncio.sleep(5)
         assert (states(registry), new.began) == ({"a": State.DRAINING}, [])
+        assert not registry.snapshot.replicas[0].leaving
         registry.forget("a")
         await asyncio.sleep(0.1)
         assert (old.ended, registry.snapshot.models) == (1, ("new",))
+
+    play(registry, test)
+
+
+def test_while_a_source_waits_for_its_predecessor_no_model_is_missing() -> None:
+    """Not even in the moment between the two; those that have nothing to finish hold nobody up."""
+    old = Told(
+        "local",
+        replica("a", model="streams"),
+        replica("b", model="idle"),
+        replica("c", model="cold", state=State.COLD),
+        replica("d", model="loads", state=State.LOADING),
+        configuration=1,
+        sole=True,
+    )
+    new = Told("local", configuration=2, sole=True)
+    registry = Registry([old])
+    models: list[tuple[str, ...]] = []
+    registry.subscribe(lambda snapshot: models.append(snapshot.models))
+
+    async def test() -> None:
+        await asyncio.sleep(1)
+        registry.replace([new])
+        for name in "bcd":
+            registry.forget(name)
+        await asyncio.sleep(5)
+        assert set(states(registry).values()) == {State.DRAINING}
+        assert {found.reason for found in registry.snapshot.replicas} == {"settings were changed; it is started again"}
+        assert not any(found.leaving for found in registry.snapshot.replicas)
+        assert (old.ended, new.began) == (0, [])
+        registry.forget("a")
+        await asyncio.sleep(0.1)
+        assert (old.ended, len(new.began)) == (1, 1)
+        assert set(models) == {("streams", "idle", "cold", "loads")}
+        new.publish([replica("c", model="cold", state=State.COLD), replica("e", model="new")])
+        assert states(registry) == {"c": State.COLD, "e": State.READY}
+
+    play(registry, test)
+
+
+def test_a_source_that_waits_and_is_removed_leaves_nothing_to_wait_for() -> None:
+    """What its predecessor had will not be back then; another one in its place changes nothing."""
+    old = Told("local", replica("a"), replica("b", state=State.COLD), configuration=1, sole=True)
+    registry = Registry([old])
+
+    async def test() -> None:
+        await asyncio.sleep(1)
+        registry.replace([Told("local", configuration=2, sole=True)])
+        registry.replace([Told("local", configuration=3, sole=True)])
+        await asyncio.sleep(1)
+        assert states(registry) == {"a": State.DRAINING, "b": State.DRAINING}
+        registry.replace([])
+        await asyncio.sleep(1)
+        assert [(found.id, found.leaving) for found in registry.snapshot.replicas] == [("a", True)]
+        registry.forget("a")
+        await asyncio.sleep(0.1)
+        assert (ids(registry), old.ended) == ([], 1)
+
+    play(registry, test)
+
+
+def test_what_a_changed_source_has_not_asked_yet_goes_on_as_it_was() -> None:
+    """Under whatever id: another gateway is known by one for each model only when it has answered."""
+    old = Told("list", replica("a"), replica("b", model="qwen"), replica("c", model="phi"), configuration=1)
+    new = Told("list", configuration=2)
+    registry = Registry([old])
+
+    async def test() -> None:
+        await asyncio.sleep(1)
+        registry.replace([new])
+        await asyncio.sleep(0.1)
+        unknown = Replica(id="b", url="http://b", model="", state=State.LOADING)
+        renamed = Replica(id="other", url="http://c", model="", state=State.LOADING)
+        new.publish([replica("a"), unknown, renamed])
+        registry.forget("c")
+        await asyncio.sleep(1)
+        assert registry.snapshot.models == ("yi", "qwen", "phi")
+        assert states(registry) == dict.fromkeys("abc", State.READY) | {"other": State.LOADING}
+        new.publish([replica("a"), replica("b", model="qwen"), replica("other", model="phi")])
+        assert states(registry) == {"a": State.READY, "b": State.READY, "other": State.READY, "c": State.DRAINING}
+        registry.forget("c")
+        await asyncio.sleep(0.1)
+        assert (ids(registry), old.ended) == (["a", "b", "other"], 1)
 
     play(registry, test)
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from promptai.errors import SettingsError
+from promptai.fleet.registry import Registry
 from promptai.fleet.replica import Rates, Replica, State
 from promptai.fleet.static import StaticSource, Target
 from support_clock import run_virtually
@@ -141,6 +142,84 @@ def test_a_busy_board_may_be_late_once_before_it_is_down() -> None:
     play([Target(PI)], hosts, test)
 
 
+def test_a_target_that_answers_again_is_asked_as_often_as_before() -> None:
+    """Not once more after the long pause of its outage."""
+    hosts = {PI: Host(dead=True)}
+
+    async def test(watch: Watch, upstream: FakeUpstream) -> None:
+        await asyncio.sleep(30)
+        hosts[PI] = llama_server()
+        await asyncio.sleep(30)
+        health = [at for at, _, path in upstream.asked if path == "/health"]
+        answered = next(at for at, seen in watch.seen if seen[0].state is State.READY)
+        later = [at for at in health if at >= answered]
+        assert [after - before for before, after in itertools.pairwise(later)][:3] == [2.0, 2.0, 2.0]
+
+    play([Target(PI)], hosts, test)
+
+
+def test_a_target_that_has_not_been_asked_yet_is_not_down() -> None:
+    """Nor is it when its first answer is late; a source that took over would forget it."""
+    hosts = {"http://slow:1": Host(slow_s=60), "http://well:3": llama_server()}
+
+    async def test(watch: Watch, _upstream: FakeUpstream) -> None:
+        await asyncio.sleep(1.1)
+        assert watch.now("slow:1").state is State.LOADING
+        await asyncio.sleep(3.4)
+        hosts["http://slow:1"] = llama_server("qwen")
+        await asyncio.sleep(6)
+        assert watch.states("slow:1") == [State.LOADING, State.READY]
+
+    play([Target(url) for url in hosts], hosts, test)
+
+
+def test_editing_a_slow_board_leaves_its_model_in_the_fleet() -> None:
+    hosts = {PI: llama_server("yi"), "http://well:3": llama_server("qwen")}
+    upstream = FakeUpstream(hosts)
+    registry = Registry([StaticSource([Target(url) for url in hosts], upstream)])
+    seen: list[dict[str, State]] = []
+
+    async def test() -> None:
+        await asyncio.sleep(3)
+        registry.subscribe(lambda snapshot: seen.append({one.model: one.state for one in snapshot.replicas}))
+        hosts[PI].slow_s = 2.5
+        registry.replace([StaticSource([Target(url, slots=3) for url in hosts], upstream)])
+        await asyncio.sleep(20)
+        assert [(one.model, one.slots) for one in registry.snapshot.replicas] == [("yi", 3), ("qwen", 3)]
+        assert {tuple(models.items()) for models in seen} == {(("yi", State.READY), ("qwen", State.READY))}
+
+    run_virtually(beside(registry.run(), test))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "asked"),
+    [
+        (llama_server("yi"), llama_server("qwen"), "/props"),
+        (
+            Host({"/health": (200, {}), "/v1/models": (200, {"data": [{"id": "yi"}]})}),
+            Host({"/health": (200, {}), "/v1/models": (200, {"data": [{"id": "qwen"}]})}),
+            "/v1/models",
+        ),
+    ],
+)
+def test_a_target_that_was_started_again_between_two_checks_is_known_by_its_new_model(
+    before: Host, after: Host, asked: str
+) -> None:
+    """With one question in ten seconds."""
+    hosts = {PI: before}
+
+    async def test(watch: Watch, upstream: FakeUpstream) -> None:
+        await asyncio.sleep(41)
+        assert upstream.paths(PI).count(asked) == 5
+        assert len(upstream.paths(PI)) <= 21 + 4 + 3
+        hosts[PI] = after
+        await asyncio.sleep(10)
+        assert watch.now("pi-1:8080").model == "qwen"
+        assert watch.states("pi-1:8080") == [State.READY]
+
+    play([Target(PI)], hosts, test)
+
+
 def test_settings_go_before_what_a_target_tells() -> None:
     rates = Rates(prefill_tps=30.0, source="settings")
     target = Target(PI, name="kitchen", model="coder", slots=1, rates=rates, capability=1.5)
@@ -218,16 +297,18 @@ def test_a_server_without_health_check_that_stops_listing_its_models_is_down() -
 
 
 def test_another_gateway_is_a_replica_for_each_model_and_follows_what_it_tells() -> None:
-    """Its slots change when its boards do; a model without a ready engine is down."""
+    """Its slots change when its boards do; a model all of whose engines are down is down."""
     served = [{"id": "yi", "slots": 6, "context": 2048, "capability": 1.5, "more": 1}, {"id": "qwen", "slots": 0}]
-    hosts = {PI: Host({**PROMPTAI, "/api/fleet": (200, {"gateway": "promptai", "models": served})})}
+    inside = [{"model": "yi", "state": "ready", "slots": 6}, {"model": "qwen", "state": "down", "slots": 2}]
+    answer = {"gateway": "promptai", "models": served, "replicas": inside}
+    hosts = {PI: Host({**PROMPTAI, "/api/fleet": (200, answer)})}
 
     async def test(watch: Watch, _upstream: FakeUpstream) -> None:
         await asyncio.sleep(1)
         yi, qwen = watch.now("pi-1:8080/yi"), watch.now("pi-1:8080/qwen")
         assert (yi.dialect, yi.url, yi.slots, yi.context, yi.capability) == ("promptai", PI, 6, 2048, 1.5)
         assert (yi.state, qwen.state, qwen.reason) == (State.READY, State.DOWN, "has no engine that is ready")
-        served[1]["slots"] = 2
+        inside[1]["state"] = "cold"
         await asyncio.sleep(2)
         assert (watch.now("pi-1:8080/qwen").state, watch.now("pi-1:8080/qwen").slots) == (State.READY, 2)
         hosts[PI].dead = True
@@ -236,6 +317,28 @@ def test_another_gateway_is_a_replica_for_each_model_and_follows_what_it_tells()
         assert len(watch.seen[-1][1]) == 2
 
     play([Target(PI)], hosts, test)
+
+
+def test_of_another_gateway_every_replica_counts_that_may_answer() -> None:
+    """Those too that are loaded when they are asked; not those of a third gateway, nor any that end."""
+    states = ["ready", "loading", "cold", "draining", "down"]
+    inside = [{"model": "yi", "state": state, "slots": 1, "dialect": "llama-server"} for state in states]
+    inside += [
+        {"model": "yi", "state": "ready", "slots": 8, "dialect": "promptai"},
+        {"model": "qwen", "state": "ready", "slots": 8, "dialect": "llama-server"},
+    ]
+    answer = {"gateway": "promptai", "models": [{"id": "yi", "slots": 1}], "replicas": inside}
+
+    [replica] = found({PI: Host({**PROMPTAI, "/api/fleet": (200, answer)})})
+
+    assert (replica.id, replica.state, replica.slots) == ("pi-1:8080/yi", State.READY, 3)
+
+
+def test_a_gateway_that_lists_no_replicas_is_believed_its_slots() -> None:
+    served = [{"id": "yi", "slots": 6}, {"id": "qwen", "slots": 0}]
+    host = Host({**PROMPTAI, "/api/fleet": (200, {"gateway": "promptai", "models": served})})
+
+    assert [(one.slots, one.state) for one in found({PI: host})] == [(6, State.READY), (1, State.DOWN)]
 
 
 def test_of_another_gateway_only_the_named_model_is_taken() -> None:

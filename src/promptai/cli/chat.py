@@ -17,9 +17,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
+from promptai.cli.plain import one_line, plain
 from promptai.cli.progress import duration
 from promptai.engine.client import EngineClient
-from promptai.errors import EngineDiedError, EngineError, EngineRefusedError, ModelNotFoundError, PromptAIError
+from promptai.errors import (
+    EngineDiedError,
+    EngineError,
+    EngineRefusedError,
+    ModelNotFoundError,
+    PromptAIError,
+    SettingsError,
+)
 from promptai.router.selection import AUTO, parse_budget
 from promptai.settings import load_secrets
 from promptai.wire.llamaserver import Timings
@@ -43,10 +51,12 @@ class Talk:
 
     Attributes:
         model: Who is asked.
+        budget: What ``auto`` keeps to, and nobody else.
     """
 
     def __init__(self, url: str, model: str, *, system: str | None, budget: str | None, api_key: str | None) -> None:
         self.model = model
+        self.budget = budget
         self._url = url
         self._api_key = api_key
         self._headers = {"x-promptai-status": "1"} | ({"x-promptai-budget": budget} if budget else {})
@@ -102,7 +112,6 @@ class Cost(msgspec.Struct):
     began: float
     first: float | None = None
     last: float | None = None
-    pieces: int = 0
     timings: Timings | None = None
     usage: Usage | None = None
 
@@ -110,7 +119,7 @@ class Cost(msgspec.Struct):
         """Another chunk has come."""
         if heard:
             self.first = now if self.first is None else self.first
-            self.last, self.pieces = now, self.pieces + 1
+            self.last = now
         self.timings = chunk.timings or self.timings
         self.usage = chunk.usage or self.usage
 
@@ -118,10 +127,12 @@ class Cost(msgspec.Struct):
         """One line."""
         if self.first is None or self.last is None:
             return "no answer"
-        tokens = self.usage.completion_tokens if self.usage is not None else self.pieces
-        parts = [f"{tokens} tokens"]
-        if tokens > 1 and self.last > self.first:
-            parts.append(f"{(tokens - 1) / (self.last - self.first):,.1f} tokens/s")
+        parts = []
+        if self.usage is not None:  # a piece is no token, so that nothing else tells how many there were
+            tokens = self.usage.completion_tokens
+            parts.append(f"{tokens} tokens")
+            if tokens > 1 and self.last > self.first:
+                parts.append(f"{(tokens - 1) / (self.last - self.first):,.1f} tokens/s")
         parts.append(f"first token after {self.first - self.began:.1f} s")
         cached = self._cached()
         if cached is not None and self.usage is not None:
@@ -147,7 +158,7 @@ Examples:
 @click.argument("model", required=False)
 @click.option("--url", default=_URL, show_default=True, help="The server; its key in PROMPTAI_API_KEY.")
 @click.option("--system", help="What the model is told before everything else.")
-@click.option("--budget", help="Seconds for a whole answer, e.g. 10s; without a MODEL, for any that keeps to it.")
+@click.option("--budget", help="Seconds for a whole answer, e.g. 10s; the best model that keeps to it is asked.")
 def chat(*, model: str | None, url: str, system: str | None, budget: str | None) -> None:
     """
     Talk to a gateway or any OpenAI-compatible server.
@@ -160,15 +171,38 @@ def chat(*, model: str | None, url: str, system: str | None, budget: str | None)
             parse_budget(budget)
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="--budget") from None
+        if model not in {None, AUTO}:
+            raise SettingsError(
+                "--budget chooses the model, so that it cannot stand beside a MODEL", hint="leave one of them out"
+            )
+    _see_that_it_is_text(system)
     key = load_secrets().api_key
     known = asyncio.run(_models(url, key))
     wanted = model or (AUTO if budget and AUTO in known else next(iter(known), ""))
     talk = Talk(url, _known(wanted, known), system=system, budget=budget, api_key=key)
     if sys.stdin.isatty():
         _converse(talk, known, url)
-    elif question := sys.stdin.read().strip():
+    elif question := _piped():
         asyncio.run(talk.ask(question, _answer_alone, lambda _: None))
         _print("\n")
+
+
+def _piped() -> str:
+    """The question that was piped in."""
+    try:
+        return sys.stdin.buffer.read().decode().strip()
+    except UnicodeDecodeError as error:
+        raise SettingsError(
+            f"what is piped in is not UTF-8 from byte {error.start} on", hint="iconv -t utf-8 converts it"
+        ) from None
+
+
+def _see_that_it_is_text(system: str | None) -> None:
+    """Bytes that are no UTF-8 stand in a text of the command line as halves of characters, which no server takes."""
+    try:
+        (system or "").encode()
+    except UnicodeEncodeError:
+        raise SettingsError("--system is not UTF-8", hint="set the terminal to it") from None
 
 
 async def _models(url: str, key: str | None) -> list[str]:
@@ -199,12 +233,16 @@ def _converse(talk: Talk, known: list[str], url: str) -> None:
     """Question and answer in turns, until somebody has had enough."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, PLC0415  input() edits lines and remembers them once it is there
-    console = Console(highlight=False)
-    console.print(f"[bold]{escape(talk.model or 'the server')}[/] at {escape(url)}; /help for help", soft_wrap=True)
+    console = Console(highlight=False, emoji=False)
+    console.print(f"[bold]{_name(talk.model or 'the server')}[/] at {_name(url)}; /help for help", soft_wrap=True)
     while True:
         try:
             line = input("\n> ").strip()
+            line.encode()
         except KeyboardInterrupt:
+            continue
+        except UnicodeError:
+            console.print("that is not UTF-8; set the terminal to it")
             continue
         except EOFError:
             console.print()
@@ -223,13 +261,14 @@ def _command(talk: Talk, line: str, known: list[str], console: Console) -> None:
         talk.begin()
         console.print("[dim]a new conversation[/]")
     elif word == "/model" and not rest:
-        console.print("\n".join(f"{'*' if name == talk.model else ' '} {escape(name)}" for name in known))
+        console.print("\n".join(f"{'*' if name == talk.model else ' '} {_name(name)}" for name in known))
     elif word == "/model":
         try:
             talk.model = _known(rest.strip(), known)
-            console.print(f"[dim]{escape(talk.model)}, in the same conversation[/]")
+            freely = f"; the budget only counts for {AUTO}" if talk.budget and talk.model != AUTO else ""
+            console.print(f"[dim]{_name(talk.model)}, in the same conversation{freely}[/]")
         except PromptAIError as error:
-            console.print(str(error), markup=False)
+            console.print(one_line(str(error)), markup=False)
     else:
         console.print(_HELP if word == "/help" else f"there is no {word}\n{_HELP}", markup=False)
 
@@ -245,20 +284,20 @@ def _turn(talk: Talk, question: str, console: Console) -> None:
             waiting.stop()
             begun = True
         if kind == "thought":
-            console.print(f"[dim]{escape(_plain(piece))}[/]", end="", soft_wrap=True)
+            console.print(f"[dim]{escape(plain(piece))}[/]", end="", soft_wrap=True)
         else:
             _print(piece)
 
     try:
         with waiting:
             cost = asyncio.run(talk.ask(question, hear, lambda said: told.take(said, waiting)))
-        console.print(f"\n[dim]{escape(cost.words(told.replica))}[/]", soft_wrap=True)
+        console.print(f"\n[dim]{_name(cost.words(told.replica))}[/]", soft_wrap=True)
     except KeyboardInterrupt:
         console.print("\n[dim]stopped[/]" if begun else "[dim]stopped before it began[/]")
     except EngineError as error:
         if begun:
             console.print()
-        console.print(f"[red]{escape(_plain(str(error)))}[/]", soft_wrap=True)
+        console.print(f"[red]{escape(plain(str(error)))}[/]", soft_wrap=True)
 
 
 class _Told:
@@ -273,7 +312,7 @@ class _Told:
         self.replica = str(replica) if replica else self.replica
         words = stage_words(said)
         if words:
-            line.update(escape(words))
+            line.update(_name(words))
 
 
 def stage_words(said: Mapping[str, Any]) -> str:
@@ -302,10 +341,10 @@ def _answer_alone(kind: str, piece: str) -> None:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(_plain(text))
+    sys.stdout.write(plain(text))
     sys.stdout.flush()
 
 
-def _plain(text: str) -> str:
-    """A model's words without what would steer a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "" for c in text)
+def _name(text: str) -> str:
+    """A name from outside, or a line with one in it, between marks of ours."""
+    return escape(one_line(text))

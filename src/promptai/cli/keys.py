@@ -4,6 +4,8 @@ The gateway need not run, and one that does learns of a change within a second.
 """
 
 import os
+import shlex
+from pathlib import Path
 
 import click
 import msgspec
@@ -17,6 +19,9 @@ from promptai.gateway.limits import Limits
 from promptai.settings import keys_path, load_settings
 
 _AT_LEAST_ONE = click.IntRange(min=1)
+_CONFIG = click.option(
+    "--config", type=click.Path(path_type=Path), help="The promptai.toml that promptai serve was given."
+)
 
 
 @click.group()
@@ -46,6 +51,7 @@ def keys() -> None:
 @click.option("--rpm", type=_AT_LEAST_ONE, help="Requests a minute.")
 @click.option("--tpm", type=_AT_LEAST_ONE, help="Tokens a minute, of prompts and answers.")
 @click.option("--concurrent", type=_AT_LEAST_ONE, help="Requests at once.")
+@_CONFIG
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def add(
     *,
@@ -55,11 +61,12 @@ def add(
     rpm: int | None,
     tpm: int | None,
     concurrent: int | None,
+    config: Path | None,
     as_json: bool,
 ) -> None:
     """Make a key for NAME and print it, this once."""
     limits = Limits(requests_per_min=rpm, tokens_per_min=tpm, concurrent=concurrent, models=_models(models))
-    key, secret = _store().add(name, scopes=scopes, limits=limits)
+    key, secret = _store(config).add(name, scopes=scopes, limits=limits)
     if as_json:
         click.echo(msgspec.json.encode(_shown(key) | {"key": secret}))
         return
@@ -68,15 +75,16 @@ def add(
 
 
 @keys.command(name="list", epilog="\b\nExample:\n  promptai keys list --json")
+@_CONFIG
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def list_keys(*, as_json: bool) -> None:
+def list_keys(*, config: Path | None, as_json: bool) -> None:
     """List all keys, without their secrets."""
-    store = _store()
+    store = _store(config)
     if as_json:
         click.echo(msgspec.json.encode([_shown(key) for key in store.list()]))
         return
     if not store.list():
-        click.echo(f"{store.path}: no keys; promptai keys add NAME makes one")
+        click.echo(f"{store.path}: no keys; {adding(config)} makes one")
         return
     table = Table("id", "name", "begins with", "opens", "limits", "created")
     for key in store.list():
@@ -87,14 +95,20 @@ def list_keys(*, as_json: bool) -> None:
 
 @keys.command(epilog="\b\nExample:\n  promptai keys revoke 5f0c2a91")
 @click.argument("key_id", metavar="ID")
-def revoke(*, key_id: str) -> None:
+@_CONFIG
+def revoke(*, key_id: str, config: Path | None) -> None:
     """Let a key open nothing any more; running gateways follow within a second."""
-    key = _store().revoke(key_id)
+    key = _store(config).revoke(key_id)
     click.echo(f"key {key.id} for {key.name} is revoked")
 
 
-def _store() -> KeyStore:
-    return KeyStore(keys_path(os.environ, load_settings()))
+def adding(config: Path | None) -> str:
+    """The command that makes a key where ``promptai serve --config`` looks for it."""
+    return "promptai keys add NAME" + ("" if config is None else f" --config {shlex.quote(str(config))}")
+
+
+def _store(config: Path | None) -> KeyStore:
+    return KeyStore(keys_path(os.environ, load_settings(config)))
 
 
 def _models(option: str | None) -> tuple[str, ...] | None:

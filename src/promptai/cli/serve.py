@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +10,11 @@ import click
 import msgspec
 from rich.console import Console
 
+from promptai.cli.keys import adding
+from promptai.cli.plain import one_line
 from promptai.cli.serve_models import Machine
-from promptai.cli.serve_run import Plan, Running, make_plan
-from promptai.cli.serve_show import Loading, LogHandler, curl_line, elsewhere, explain, table, troubles
+from promptai.cli.serve_run import Plan, Running, identity, make_plan
+from promptai.cli.serve_show import Loading, LogHandler, asked_first, curl_line, elsewhere, explain, table, troubles
 from promptai.gateway.auth import Guard, is_loopback
 from promptai.gateway.keys import KeyStore
 from promptai.gateway.server import GatewayServer
@@ -55,13 +56,13 @@ def serve(**options: Any) -> int:
     once, those of the settings and of the library when they are asked for. Without anything named, everything
     in the library is served, or the bundled promptai-tiny.
     """
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     _log_to(console, quiet=options["quiet"])
+    file = settings_file(options["config"])
+    seen = identity(file)  # before it is read: what changes meanwhile is read again
     settings = _with_options(load_settings(options["config"]), options)
     plan = _plan(settings, None, options)
-    door = _door(settings)
-
-    file = settings_file(options["config"])
+    door = _door(settings, options["config"])
 
     def find() -> Path | None:
         """One may appear; one that has gone is missed, not taken for an empty one."""
@@ -72,20 +73,26 @@ def serve(**options: Any) -> int:
     def replan(machine: Machine | None) -> Plan:
         return _plan(_with_options(load_settings(find()), options), machine, options)
 
-    running = Running(plan, door.guard, simulated=options["simulate"], file=find, replan=replan)
+    running = Running(plan, door.guard, simulated=options["simulate"], file=find, seen=seen, replan=replan)
     with Loading(console) as loading:
         return asyncio.run(running.run(lambda one, server: _greet(one, server, door), loading))
 
 
 class _Door(NamedTuple):
-    """Who may come in."""
+    """
+    Who may come in.
+
+    Attributes:
+        adding: The command that makes another key.
+    """
 
     guard: Guard
     store: KeyStore
     loopback: bool
+    adding: str
 
 
-def _door(settings: Settings) -> _Door:
+def _door(settings: Settings, config: Path | None) -> _Door:
     """
     The gateway's keys; bound beyond loopback nobody is served without one.
 
@@ -95,7 +102,7 @@ def _door(settings: Settings) -> _Door:
     gateway, store = settings.gateway, KeyStore(keys_path(os.environ, settings))
     loopback = is_loopback(gateway.host)
     guard = Guard(store, open=loopback, bind=gateway.host, hosts=gateway.hosts, cors_origins=gateway.cors_origins)
-    return _Door(guard, store, loopback)
+    return _Door(guard, store, loopback, adding(config))
 
 
 def _plan(settings: Settings, machine: Machine | None, options: dict[str, Any]) -> Plan:
@@ -110,7 +117,9 @@ def _with_options(settings: Settings, options: dict[str, Any]) -> Settings:
     engine = {name: options[name] for name in ("slots", "context", "threads") if options[name] is not None}
     key_env = "PROMPTAI_API_KEY" if os.environ.get("PROMPTAI_API_KEY") else None
     given = tuple(FleetEntry(url, api_key_env=key_env) for url in options["boards"])
-    listed = {entry.model: entry for entry in settings.serve}
+    own = {name: None for name in ("slots", "context") if name in engine}
+    entries = tuple(msgspec.structs.replace(entry, **own) for entry in settings.serve)
+    listed = {entry.model: entry for entry in entries}
     named = tuple(
         msgspec.structs.replace(listed.get(model, ServeEntry(model)), preload=True) for model in options["models"]
     )
@@ -119,7 +128,7 @@ def _with_options(settings: Settings, options: dict[str, Any]) -> Settings:
         gateway=msgspec.structs.replace(settings.gateway, **gateway),
         engine=msgspec.structs.replace(settings.engine, **engine),
         fleet=(*settings.fleet, *given),
-        serve=(*named, *(entry for entry in settings.serve if entry.model not in options["models"])),
+        serve=(*named, *(entry for entry in entries if entry.model not in options["models"])),
     )
 
 
@@ -128,24 +137,24 @@ def _greet(running: Running, server: GatewayServer, door: _Door) -> None:
     gateway, snapshot = running.plan.settings.gateway, running.registry.snapshot
     # Not before it listens: of a start that fails nobody would have read the key.
     secret = door.store.add("first")[1] if not (door.loopback or door.store.list()) else None
-    out = Console(highlight=False, soft_wrap=True)
+    out = Console(highlight=False, soft_wrap=True, emoji=False)
     out.print(table(snapshot.replicas, running.plan.models, running.plan.boards.targets))
     out.print(explain(snapshot.replicas, running.budget() if running.plan.models else None), style="dim")
     for trouble in (*troubles(snapshot.replicas), *running.registry.troubles):
-        out.print(trouble, markup=False)
+        out.print(one_line(trouble), markup=False)
     lines, key = ["", f"serving at {server.url}/v1"], secret
     if secret is not None:
         where = f"It was made just now and cannot be shown again; {door.store.path} holds its digest."
-        lines += ["", f"API key: {secret}", where, "More of them: promptai keys add NAME"]
+        lines += ["", f"API key: {secret}", where, f"More of them: {door.adding}"]
     elif door.store.list():
         key = "$PROMPTAI_API_KEY"
-        lines.append("an API key is needed: export PROMPTAI_API_KEY=pk-...; promptai keys add NAME makes one")
+        lines.append(f"an API key is needed: export PROMPTAI_API_KEY=pk-...; {door.adding} makes one")
     else:
         lines.append("open to this machine alone; no API key is needed")
     if not door.loopback:
         lines.append(f"from other machines: {elsewhere(gateway.host, server.port)}/v1")
-    model = next((replica.model for replica in snapshot.replicas if replica.model), "default")
-    lines += ["", "try it:", curl_line(server.url, model, key), "", f"or: promptai chat --url {server.url}"]
+    curl = curl_line(server.url, asked_first(snapshot.replicas), key)
+    lines += ["", "try it:", curl, "", f"or: promptai chat --url {server.url}"]
     lines += [f"API: {server.url}/docs    fleet: {server.url}/api/fleet    metrics: {server.url}/metrics"]
     lines.append(f"Ctrl-C ends it; answers that are under way are finished first, for up to {gateway.drain_s:g} s")
     click.echo("\n".join(lines))
@@ -158,4 +167,3 @@ def _log_to(console: Console, *, quiet: bool) -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
     logging.getLogger("promptai.access").setLevel(logging.WARNING if quiet else logging.INFO)
-    logging.Formatter.converter = time.localtime

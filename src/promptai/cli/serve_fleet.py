@@ -4,12 +4,16 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import msgspec
 
 from promptai.device.memory import read_memory
 from promptai.device.process import ProcessTree
 from promptai.engine.simulated import SimulatedEngine
 from promptai.engine.simulation import SimulationConfig
 from promptai.engine.upstream import Upstream
+from promptai.errors import SettingsError
 from promptai.fleet.replica import Rates, Replica
 from promptai.fleet.simulated import SimulatedSource
 from promptai.fleet.source import Source
@@ -44,10 +48,10 @@ def boards(entries: Sequence[FleetEntry], environ: Mapping[str, str] = os.enviro
     The addresses that settings and options name.
 
     Raises:
-        SettingsError: One is no address, or its key is not there.
+        SettingsError: One is no address, or holds a secret, or is there twice, or its key is not there.
     """
     targets, keys = [], {}
-    for entry in entries:
+    for entry in _once_each(entries):
         known = entry.prefill_tps is not None or entry.decode_tps is not None
         target = Target(
             url=entry.url,
@@ -65,9 +69,67 @@ def boards(entries: Sequence[FleetEntry], environ: Mapping[str, str] = os.enviro
         if key is not None:
             keys[target.base_url] = key
         targets.append(target)
-    for target in targets:
-        _ = target.replica_id  # raises where an address is none
     return Boards(tuple(targets), keys)
+
+
+def _once_each(entries: Sequence[FleetEntry]) -> list[FleetEntry]:
+    """
+    Every board once: twice in the fleet, it would be given twice as many streams as it has slots.
+
+    An entry that says no more than an address, as of ``--board``, adds nothing to one that says more;
+    its key does, where the other has none.
+
+    Raises:
+        SettingsError: One is no address, or holds a secret, or two mean the same board.
+    """
+    kept: list[FleetEntry] = []
+    for entry in entries:
+        place = _place(entry)
+        same = [number for number, other in enumerate(kept) if _place(other) == place]
+        if same and _is_bare(entry):
+            for number in same:
+                kept[number] = _with_key_of(kept[number], entry)
+        elif len(same) == 1 and _is_bare(kept[same[0]]):
+            kept[same[0]] = _with_key_of(entry, kept[same[0]])
+        else:
+            for number in same:
+                _refuse_overlap(kept[number], entry)
+            kept.append(entry)
+    return kept
+
+
+def _place(entry: FleetEntry) -> tuple[str, str | None, int | None, str]:
+    """Where it is, for comparing; raises ``SettingsError`` where that is no address, or holds a secret."""
+    if "@" in entry.url:
+        raise SettingsError(
+            f"the address of {entry.name or entry.url.rpartition('@')[2]} holds a user or a password",
+            hint="put the key into the variable that api_key_env names, for --board into $PROMPTAI_API_KEY: "
+            "addresses are shown in messages",
+        )
+    target = Target(entry.url)
+    _ = target.replica_id  # raises where it is none
+    parts = urlsplit(target.base_url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme], parts.path
+
+
+def _is_bare(entry: FleetEntry) -> bool:
+    """Whether it says nothing but an address, and perhaps where the key is."""
+    return entry == FleetEntry(entry.url, api_key_env=entry.api_key_env)
+
+
+def _with_key_of(entry: FleetEntry, other: FleetEntry) -> FleetEntry:
+    return msgspec.structs.replace(entry, api_key_env=entry.api_key_env or other.api_key_env)
+
+
+def _refuse_overlap(one: FleetEntry, other: FleetEntry) -> None:
+    """Two models of one server are two entries; without a model an entry means whatever it serves."""
+    if one.model is not None and other.model is not None and one.model != other.model:
+        return
+    called = " and ".join(entry.name or entry.url for entry in (one, other))
+    raise SettingsError(
+        f"{called} are the same board, at {Target(one.url).base_url}",
+        hint="list it once, or give each entry a model of its own",
+    )
 
 
 def static_sources(targets: Sequence[Target], upstream: Upstream) -> list[Source]:
@@ -129,8 +191,8 @@ class MemoryBudget:
     def __init__(self, memory_mib: int | None) -> None:
         self._fixed = None if memory_mib is None else memory_mib * 1024**2
         self._tree = ProcessTree(os.getpid())
-        self._own = self._anonymous()
-        self._seen = 0
+        self._own = self._anonymous() or 0
+        self._seen: int | None = None
         self._looked_at: float | None = None
 
     def __call__(self) -> int:
@@ -138,14 +200,28 @@ class MemoryBudget:
         if self._fixed is not None:
             return self._fixed
         now = time.monotonic()
-        if self._looked_at is None or now - self._looked_at >= _LOOK_EVERY_S:
+        if self._seen is None or self._looked_at is None or now - self._looked_at >= _LOOK_EVERY_S:
             self._looked_at = now
-            memory = read_memory()
-            whole = min(memory.total_bytes, memory.limit_bytes or memory.total_bytes)
-            engines = max(0, self._anonymous() - self._own)
-            self._seen = max(0, memory.available_for_new_process() + engines - round(_RESERVED_SHARE * whole))
+            self._seen = self._look()
         return self._seen
 
-    def _anonymous(self) -> int:
+    def _look(self) -> int:
+        """
+        What it is now; as it was, while nobody tells what engines hold.
+
+        That is so while one ends, and on old kernels always. The last budget stays as a whole: an engine that
+        ends has given its memory back, which would be counted twice if only what engines held stayed. The
+        first look comes before any engine runs: then they hold nothing.
+        """
+        anonymous = self._anonymous()
+        if anonymous is None and self._seen is not None:
+            return self._seen
+        memory = read_memory()
+        whole = min(memory.total_bytes, memory.limit_bytes or memory.total_bytes)
+        engines = 0 if anonymous is None else max(0, anonymous - self._own)
+        return max(0, memory.available_for_new_process() + engines - round(_RESERVED_SHARE * whole))
+
+    def _anonymous(self) -> int | None:
+        """Of this process and its engines; ``None``: not known."""
         reading = self._tree.read()
-        return (reading.memory.anon_bytes or 0) if reading is not None else 0
+        return None if reading is None else reading.memory.anon_bytes

@@ -6,7 +6,9 @@ Nothing is loaded, and of a model file only its header is read.
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -127,14 +129,17 @@ def describe(chosen: Chosen, machine: Machine) -> LocalModel:
     here = Here(
         available_bytes=read_memory().available_for_new_process(), read_bytes_per_s=0.0, calibration=machine.calibration
     )
-    expected = outlook(work_of_file(header), here, context=context * slots, depth=min(_DEPTH, context))
+    work = work_of_file(header)
+    expected = outlook(work, here, context=context * slots, depth=min(_DEPTH, context))
     profile = machine.profiles.of(chosen.path, sha256=chosen.sha256)
     rates = Rates()
     if profile is not None:
         rates = Rates(prefill_tps=profile.prefill_tps, decode_tps=profile.decode_tps, source="profile")
     elif expected.calibrated and expected.decode_tps is not None:
         rates = Rates(prefill_tps=expected.prefill_tps, decode_tps=expected.decode_tps, source="forecast")
-    bound = expected.memory_bytes or header.file_bytes
+    bound = header.file_bytes
+    if expected.memory_bytes:
+        bound = expected.memory_bytes - _saved_bytes(work.kv_bytes(context * slots) or 0, machine.engine.cache_type)
     beyond = 0.0 if expected.calibrated and expected.memory_bytes else _BEYOND_THE_BOUND
     return LocalModel(
         name=chosen.name,
@@ -203,10 +208,18 @@ def _cached_tokens(header: GgufHeader, machine: Machine) -> int:
     return int(machine.cache_ram_mib * 1024**2 // per_token) if per_token else 0
 
 
+def _saved_bytes(f16_bytes: int, cache_type: str) -> int:
+    """What a KV cache takes less than one of f16, for which forecasts are."""
+    return round(f16_bytes * (1 - BYTES_PER_VALUE[cache_type] / BYTES_PER_VALUE["f16"]))
+
+
 def _named(entry: ServeEntry, library: Library) -> Chosen:
     if entry.model.startswith(("http://", "https://")):
-        raise SettingsError(f"{entry.model} is a server, not a model", hint="give it with --board, or as [[fleet]]")
-    kept = None if Path(entry.model).exists() else library.find(entry.model)
+        shown = entry.model.rpartition("@")[2]  # without a password
+        raise SettingsError(f"{shown} is a server, not a model", hint="give it with --board, or as [[fleet]]")
+    # Not Path.exists, which raises for a name that is too long and below a folder that one may not enter.
+    there = os.path.exists(entry.model)  # noqa: PTH110
+    kept = None if there else library.find(entry.model)
     if kept is not None:
         return _kept(kept, entry)
     if entry.model == NAME:
@@ -247,23 +260,37 @@ def _header(path: Path) -> GgufHeader:
 
 
 def _told_apart(found: Sequence[Chosen]) -> list[Chosen]:
-    """Each with a name of its own: two quantisations of one model are called by their files."""
+    """
+    Each with a name of its own: two quantisations of one model are called by their files, or folders and files.
+
+    Raises:
+        SettingsError: One is named twice, or two differ by nothing that makes a name.
+    """
+    named: dict[str, Chosen] = {}
     paths = [chosen.path for chosen in found]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice is not None:
         raise SettingsError(f"{twice.name} is to be served twice", hint="name it once")
-    return [msgspec.structs.replace(chosen, name=name) for chosen, name in zip(found, _names(found), strict=True)]
+    for chosen, name in zip(found, _names(found), strict=True):
+        if name in named:
+            raise SettingsError(
+                f"{named[name].path} and {chosen.path} would both be called {name}", hint="rename one of the files"
+            )
+        named[name] = msgspec.structs.replace(chosen, name=name)
+    return list(named.values())
 
 
 def _names(found: Sequence[Chosen]) -> Iterator[str]:
+    """The shortest of each that no other has: its name, its file, or that behind as many folders as it takes."""
+    deepest = max((len(chosen.path.parts) for chosen in found), default=0)
+    ways: list[Callable[[Chosen], str]] = [lambda one: one.name]
+    ways += [partial(_behind, folders=folders) for folders in range(deepest - 1)]
     for chosen in found:
-        ways = (
-            lambda one: one.name,
-            lambda one: one.path.stem,
-            lambda one: f"{one.path.parent.name}/{one.path.stem}",
-        )
-        for way in ways:
-            name = way(chosen)
-            if [way(other) for other in found].count(name) == 1:
-                break
-        yield name
+        names = (way(chosen) for way in ways if [way(other) for other in found].count(way(chosen)) == 1)
+        yield next(names, chosen.name)
+
+
+def _behind(chosen: Chosen, folders: int) -> str:
+    path = chosen.path
+    above = path.parts[1:-1]
+    return "/".join((*above[max(0, len(above) - folders) :], path.stem))

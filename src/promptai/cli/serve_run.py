@@ -54,6 +54,11 @@ _LOOK_EVERY_S, _FILE_EVERY_S = 0.5, 2.0
 #: How long the start waits for boards to say what they serve, before it prints what it knows.
 _FIRST_LOOK_S = 0.7
 _SIGNALLED = 128
+#: Settings of the gateway that only count at its start.
+_SETTLED = (
+    *("host", "port", "strategy", "ping_s", "body_mib"),
+    *("keys", "hosts", "cors_origins", "cache_ram_mib", "memory_mib"),
+)
 #: Of objects, of young collections, of middle ones. A request leaves a few cycles behind, so that it is some MB.
 _COLLECT_AFTER = (20_000, 50, 100)
 
@@ -100,6 +105,7 @@ class Running:
         plan: What it begins with.
         simulated: How many pretended boards it starts beside.
         file: Where settings are, if there are any.
+        seen: The ``identity`` of that file before the plan was made.
         replan: Makes another plan from the settings as they are now.
     """
 
@@ -110,6 +116,7 @@ class Running:
         *,
         simulated: int = 0,
         file: Callable[[], Path | None],
+        seen: tuple[int, ...] | None,
         replan: Callable[[Machine | None], Plan],
     ) -> None:
         self.plan = plan
@@ -117,6 +124,7 @@ class Running:
         self.budget = MemoryBudget(plan.settings.gateway.memory_mib)
         self._guard = guard
         self._file = file
+        self._seen = seen
         self._replan = replan
         self._engines = [SimulatedEngine(PI5) for _ in range(simulated)]
         self._signals: asyncio.Queue[int] = asyncio.Queue()
@@ -224,14 +232,14 @@ class Running:
     async def _mind(self, loading: Loading) -> None:
         """What needs a look now and then: loading, and the file of settings."""
         loop = asyncio.get_running_loop()
-        seen, look_at = _identity(self._file()), loop.time() + _FILE_EVERY_S
+        look_at = loop.time()
         while True:
             loading.look(self.registry.snapshot, loop.time())
             wanted = self._read_again.is_set()
             if wanted or loop.time() >= look_at:
-                look_at, now = loop.time() + _FILE_EVERY_S, _identity(self._file())
-                if wanted or now != seen:
-                    seen = now
+                look_at, now = loop.time() + _FILE_EVERY_S, identity(self._file())
+                if wanted or now != self._seen:
+                    self._seen = now
                     self._read_again.clear()
                     await self._reload()
             with contextlib.suppress(TimeoutError):
@@ -242,16 +250,20 @@ class Running:
         """Take over what the file says now; a file that is wrong changes nothing."""
         try:
             plan = await asyncio.to_thread(self._replan, self.plan.machine)
+            serving, limits, sources = serving_of(plan.settings), limits_of(plan.settings), self._sources(plan)
         except PromptAIError as error:
             _log.error("settings stay as they were: %s", error)
+            return
+        except Exception:  # noqa: BLE001  a border: no file, and no bug in reading it, ends what is under way
+            _log.exception("settings stay as they were: they could not be read again")
             return
         waits = _settled_at_the_start(self.plan.settings, plan.settings)
         self.keys.clear()
         self.keys.update(plan.boards.keys)
-        self._gateway.desk.serving = serving_of(plan.settings)
-        self._dispatcher.limits = limits_of(plan.settings)
+        self._gateway.desk.serving = serving
+        self._dispatcher.limits = limits
         self.plan = msgspec.structs.replace(plan, machine=plan.machine or self.plan.machine)
-        self.registry.replace(self._sources(plan))
+        self.registry.replace(sources)
         for trouble in self.registry.troubles:
             _log.warning("%s", trouble)
         _log.info("settings were read again%s", f"; {waits} only count from the next start" if waits else "")
@@ -259,16 +271,12 @@ class Running:
 
 def _settled_at_the_start(before: Settings, after: Settings) -> str:
     """Which settings have changed that nothing can be done about now."""
-    changed = [
-        f"gateway.{name}"
-        for name in ("host", "port", "strategy", "ping_s", "body_mib", "keys", "hosts", "cors_origins", "memory_mib")
-        if getattr(before.gateway, name) != getattr(after.gateway, name)
-    ]
+    changed = [f"gateway.{name}" for name in _SETTLED if getattr(before.gateway, name) != getattr(after.gateway, name)]
     changed += ["engine"] if before.engine != after.engine else []
     return ", ".join(changed)
 
 
-def _identity(path: Path | None) -> tuple[int, ...] | None:
+def identity(path: Path | None) -> tuple[int, ...] | None:
     """What changes when the file does."""
     try:
         found = path.stat() if path is not None else None

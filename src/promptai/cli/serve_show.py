@@ -4,11 +4,12 @@ What a person reads goes to stdout once, at the start. Everything that happens l
 stderr, a line each; on a terminal a bar shows what loads, with the time that is left.
 """
 
+import contextlib
 import json
 import logging
 import shlex
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 from rich.box import SIMPLE
@@ -17,10 +18,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from promptai.cli.plain import one_line
 from promptai.cli.progress import duration
 from promptai.fleet.local import LocalModel
 from promptai.fleet.replica import Replica, Snapshot, State
 from promptai.fleet.static import Target
+from promptai.gateway.server import url_host
 
 _log = logging.getLogger("promptai.serve")
 
@@ -42,8 +45,8 @@ def table(replicas: Sequence[Replica], models: Sequence[LocalModel], targets: Se
         model = local.get(replica.model) if replica.id.startswith("local/") else None
         rates, colour = replica.rates, _COLOURS.get(replica.state, "dim")
         shown.add_row(
-            escape(replica.model or "?"),
-            escape("here" if model is not None else replica.id),
+            _name(replica.model or "?"),
+            "here" if model is not None else _name(replica.id),
             f"[{colour}]{replica.state.value}[/]",
             f"{replica.slots}×{'?' if replica.context is None else replica.context}",  # noqa: RUF001
             *(["–" if model is None else f"{model.needed_bytes / 1e9:.2f}"] if local else []),
@@ -54,7 +57,7 @@ def table(replicas: Sequence[Replica], models: Sequence[LocalModel], targets: Se
     heard = {replica.url for replica in replicas}
     for target in targets:
         if target.base_url not in heard:
-            shown.add_row(escape(target.model or "?"), escape(target.replica_id), "[dim]asked[/]")
+            shown.add_row(_name(target.model or "?"), _name(target.replica_id), "[dim]asked[/]")
     return shown
 
 
@@ -75,6 +78,12 @@ def explain(replicas: Sequence[Replica], budget_bytes: int | None) -> str:
     return "\n".join(lines)
 
 
+def asked_first(replicas: Sequence[Replica]) -> str:
+    """The model of an example: one that answers, if there is one."""
+    named = [replica for replica in replicas if replica.model]
+    return next((replica.model for replica in sorted(named, key=lambda replica: not replica.usable)), "default")
+
+
 def curl_line(url: str, model: str, key: str | None) -> str:
     """A request that works as it is printed; ``key``: as it stands in the header, ``None`` where none is needed."""
     body = {"model": model, "messages": [{"role": "user", "content": "What is a base station?"}], "max_tokens": 60}
@@ -86,8 +95,20 @@ def curl_line(url: str, model: str, key: str | None) -> str:
 
 def elsewhere(host: str, port: int) -> str:
     """Where other machines reach a gateway that is not bound to loopback."""
-    name = socket.gethostname() if host in {"0.0.0.0", "::"} else host  # noqa: S104  compared, not bound
+    name = socket.gethostname() if host in {"0.0.0.0", "::"} else url_host(host)  # noqa: S104  compared, not bound
     return f"http://{name}:{port}"
+
+
+@contextlib.contextmanager
+def _dropped(console: Console) -> Iterator[None]:
+    """Drop what cannot be written: the terminal is lost, the disk full, or who read it has gone."""
+    try:
+        yield
+    except (Exception, SystemExit):  # noqa: BLE001  rich makes SystemExit of a broken pipe; nobody could be told
+        silent, console.quiet = console.quiet, True
+        with contextlib.suppress(Exception):
+            console.print()  # rich keeps what it could not write, and forgets it only in silence
+        console.quiet = silent
 
 
 class LogHandler(logging.Handler):
@@ -99,10 +120,10 @@ class LogHandler(logging.Handler):
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one."""
-        text = self.format(record)
-        shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
-        self._console.print(shown, markup=False, highlight=False, soft_wrap=True)
+        """Print one; as everywhere in logging, one that cannot be printed ends nothing."""
+        with _dropped(self._console):
+            shown = "\n".join(map(one_line, self.format(record).split("\n")))
+            self._console.print(shown, markup=False, highlight=False, soft_wrap=True, emoji=False)
 
 
 class Loading:
@@ -111,9 +132,9 @@ class Loading:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[share]:>4}"),
             TextColumn("{task.fields[left]}"),
             console=console,
             disable=not console.is_terminal,
@@ -131,10 +152,14 @@ class Loading:
 
     def __exit__(self, *_exc: object) -> None:
         """Leave the terminal as it was."""
-        self._progress.stop()
+        with _dropped(self._console):
+            self._progress.stop()
 
     def look(self, snapshot: Snapshot, now: float) -> None:
         """Say what is new since the last look."""
+        for gone in self._before.keys() - {replica.id for replica in snapshot.replicas}:
+            del self._before[gone]
+            self._forget(gone)
         for replica in snapshot.replicas:
             before = self._before.get(replica.id)
             self._before[replica.id] = replica.state
@@ -142,7 +167,8 @@ class Loading:
                 self._load(replica, now)
             elif before is not replica.state:
                 self._arrive(replica, before, now)
-        self._draw()
+        with _dropped(self._console):
+            self._draw()
 
     def _load(self, replica: Replica, now: float) -> None:
         known = replica.id in self._since
@@ -151,24 +177,32 @@ class Loading:
         words = "" if left is None else f"about {duration(left)} left"
         if self._console.is_terminal:
             if replica.id not in self._tasks:
-                self._tasks[replica.id] = self._progress.add_task(escape(f"loading {replica.id}"), total=1.0, left="")
-            self._progress.update(self._tasks[replica.id], completed=share, left=words)
+                name = one_line(replica.id)
+                self._tasks[replica.id] = self._progress.add_task(f"loading {name}", total=None, share="", left="")
+            if replica.progress is not None:  # until then the bar only says that something goes on
+                self._progress.update(self._tasks[replica.id], total=1.0, completed=share, share=f"{share:.0%}")
+            self._progress.update(self._tasks[replica.id], left=words)
         elif not known:
-            _log.info("%s: loading%s", replica.id, f", {words}" if words else "")
+            _log.info("%s: loading%s", one_line(replica.id), f", {words}" if words else "")
         elif now - since >= _QUIET_S and share - self._told.get(replica.id, 0.0) >= _TELL_EVERY:
             self._told[replica.id] = share
-            _log.info("%s: %.0f %% loaded%s", replica.id, 100 * share, f", {words}" if words else "")
+            _log.info("%s: %.0f %% loaded%s", one_line(replica.id), 100 * share, f", {words}" if words else "")
 
     def _arrive(self, replica: Replica, before: State | None, now: float) -> None:
-        since = self._since.pop(replica.id, None)
-        self._told.pop(replica.id, None)
-        task = self._tasks.pop(replica.id, None)
+        since = self._forget(replica.id)
+        name, reason = one_line(replica.id), one_line(replica.reason)
+        if replica.state is State.READY and since is not None:
+            _log.info("%s: ready after %.1f s", name, now - since)
+        elif before is not None or replica.state is State.DOWN:
+            _log.info("%s: %s%s", name, replica.state.value, f", {reason}" if reason else "")
+
+    def _forget(self, replica_id: str) -> float | None:
+        """It loads no longer; gives when it began."""
+        task = self._tasks.pop(replica_id, None)
         if task is not None:
             self._progress.remove_task(task)
-        if replica.state is State.READY and since is not None:
-            _log.info("%s: ready after %.1f s", replica.id, now - since)
-        elif before is not None or replica.state is State.DOWN:
-            _log.info("%s: %s%s", replica.id, replica.state.value, f", {replica.reason}" if replica.reason else "")
+        self._told.pop(replica_id, None)
+        return self._since.pop(replica_id, None)
 
     def _draw(self) -> None:
         if self._tasks and not self._progress.live.is_started:
@@ -186,6 +220,11 @@ def _left_s(replica: Replica, elapsed_s: float) -> float | None:
     if replica.progress:
         return elapsed_s * (1 - replica.progress) / replica.progress
     return None if replica.load_s is None else max(0.0, replica.load_s - elapsed_s)
+
+
+def _name(text: str) -> str:
+    """A name from outside, as a table takes it."""
+    return escape(one_line(text))
 
 
 def _rate(value: float | None) -> str:

@@ -18,6 +18,7 @@ for our own processes.
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -34,8 +35,11 @@ from promptai.engine.flags import EngineFlags
 from promptai.engine.locate import EngineBinary
 from promptai.errors import EngineDiedError, EngineError, EngineStartError
 
+_LOG = logging.getLogger("promptai.engine")
 _POLL_S = 0.05
 _STOP_S = 5.0
+# What the kernel itself holds, by a disk that does not answer, cannot even be killed.
+_KILL_S = 10.0
 _REAP_S = 1.0
 # Loading reads the file once. 10 MB/s is a slow SD card; below that something is wrong.
 _SLOWEST_DISK_BYTES_PER_S = 10_000_000
@@ -105,15 +109,32 @@ class RunningEngine:
             raise EngineStartError(f"the engine could not be started: {error}", hint="see promptai doctor") from None
         try:
             await self._until_ready(started, allowed_s)
-        except BaseException:
+        except GeneratorExit:  # no loop drives it any longer
             self.stop()
+            raise
+        except BaseException:
+            await self._end()
             raise
         self.load_s = time.monotonic() - started
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
         """Stop it."""
-        await asyncio.to_thread(self.stop)
+        await self._end()
+
+    async def _end(self) -> None:
+        """Stop it in a thread, so that nothing else stands still; cancelled, tell so only when it is gone."""
+        # No task: when a loop closes it cancels every task, and would not wait for this one.
+        ending = asyncio.get_running_loop().run_in_executor(None, self.stop)
+        cancelled: asyncio.CancelledError | None = None
+        while not ending.done():
+            try:
+                await asyncio.wait([ending])
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
+        ending.result()
 
     def death(self) -> EngineDiedError | None:
         """
@@ -129,15 +150,16 @@ class RunningEngine:
         return EngineDiedError(f"the engine of {self.flags.alias} died: {reason}", hint=hint)
 
     def stop(self) -> None:
-        """End it and whatever it started: politely, then not; returns when it is gone."""
+        """End it and whatever it started: politely, then not; returns when it is gone or cannot be ended."""
         if self._process is None or self._code(0) is not None:
             return
         _signal_group(self._process.pid, signal.SIGTERM)
         if self._code(_STOP_S) is None:
             _signal_group(self._process.pid, signal.SIGKILL)
-            self._code(None)
+            if self._code(_KILL_S) is None:
+                _LOG.warning("process %d of %s cannot be ended", self._process.pid, self.flags.alias)
 
-    def _code(self, within_s: float | None) -> int | None:
+    def _code(self, within_s: float) -> int | None:
         """Its exit code once it has ended, with what it left behind killed; ``None`` when it has not in that time."""
         process = self._process
         if process is None or process.returncode is not None:

@@ -1,10 +1,9 @@
 """Real engines for ``fleet.local``: one llama-server process for each model.
 
 ``engine.launch`` starts and stops one; what is added here is what a server that runs for months
-needs beside that. Stopping takes seconds for an engine that does not want to end, and happens in
-a thread, so that no stream of another engine stands still meanwhile; and it happens to its end,
-however often whoever waits for it is cancelled, so that no process is left over. Ports are not
-given twice while an engine that got one has not yet bound it. Logs do not fill an SD card.
+needs beside that. Ports are not given twice while an engine that got one has not yet bound it, and
+are given back only when the engine is gone. Logs are put aside when they are large, at each start
+and only then: between two starts of one model its log grows by about 0.75 kB for each request.
 """
 
 import asyncio
@@ -12,7 +11,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from promptai.device.process import ProcessTree
 from promptai.engine.flags import EngineFlags
@@ -21,7 +20,7 @@ from promptai.engine.locate import EngineBinary
 from promptai.errors import EngineDiedError
 from promptai.fleet.local import LocalModel
 
-#: An engine writes some hundred bytes for each request.
+#: So long a log is put aside: some 10 000 requests.
 _LOG_BYTES = 8_000_000
 
 
@@ -101,42 +100,19 @@ class LaunchedEngine:
             EngineStartError: It ended, or did not answer in time.
         """
         self._ports.add(self._engine.flags.port)
-        starting = asyncio.ensure_future(self._engine.__aenter__())
         try:
-            await asyncio.wait([starting])
-        except asyncio.CancelledError:
-            # Cancelling ``starting`` would end the process on this loop, for seconds. Once it has
-            # ended, ``starting`` notices and has nothing left to stop.
-            await self._end(starting)
-            raise
-        try:
-            starting.result()
+            await self._engine.__aenter__()
         except BaseException:
             self._let_go()
             raise
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
-        """End it."""
-        await self._end()
-
-    async def _end(self, starting: "asyncio.Future[RunningEngine] | None" = None) -> None:
-        """Stop it, and be told of cancellation only when it is gone."""
-        # No task: when a loop closes it cancels every task, and would not wait for this one.
-        ending: list[asyncio.Future[Any]] = [asyncio.get_running_loop().run_in_executor(None, self._engine.stop)]
-        if starting is not None:
-            ending.append(starting)
-        cancelled: asyncio.CancelledError | None = None
-        while not all(future.done() for future in ending):
-            try:
-                await asyncio.wait(ending)
-            except asyncio.CancelledError as error:
-                cancelled = error
-        if starting is not None and not starting.cancelled():
-            starting.exception()  # it was stopped: nothing to tell
-        self._let_go()
-        if cancelled is not None:
-            raise cancelled
+        """End it; cancelled, tell so only when it is gone."""
+        try:
+            await self._engine.__aexit__()
+        finally:
+            self._let_go()
 
     def _let_go(self) -> None:
         self._ports.discard(self._engine.flags.port)

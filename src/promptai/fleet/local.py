@@ -9,10 +9,11 @@ that is just answering. Here every model has one replica and one life:
       └── rest is over ── DOWN ◀──┴──fails───┘ dies
 
 Loads that have room begin at once; those that need memory of others queue, first come, first
-served. What is evicted is decided by ``fleet.placement`` and published in the same step, without
-an ``await`` between: no request can be routed to an engine that was just found idle. An engine
-that has become ready for somebody counts as busy until it has been used, for some seconds, or
-the next in the queue would take it from those who waited for it.
+served, and what has room past the first of them leaves it what it waits for. What is evicted is
+decided by ``fleet.placement`` and published in the same step, without an ``await`` between: no
+request can be routed to an engine that was just found idle. An engine that has become ready for
+somebody counts as busy until it has been used, for some seconds, or the next in the queue would
+take it from those who waited for it.
 
 Requests do not own a load: when the one that caused it is gone, it goes on.
 """
@@ -20,7 +21,7 @@ Requests do not own a load: when the one that caused it is gone, it goes on.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Protocol, Self
@@ -163,14 +164,14 @@ class _Entry:
         return self.task is None or self.task.done()
 
     def measure(self, now: float) -> None:
-        """Look how far it has loaded; what was once resident and then dropped counts as loaded."""
+        """Look how far it has loaded; what was resident and then dropped counts, the empty prompt cache does not."""
         if self.engine is None or now - self.measured_at < _PROGRESS_S:
             return
         self.measured_at = now
         resident = self.engine.resident_bytes()
+        loaded = max(1, self.model.needed_bytes - self.model.cache_ram_mib * 1024**2)
         if resident is not None and self.model.needed_bytes > 0:
-            share = round(min(0.99, resident / self.model.needed_bytes), 2)
-            self.progress = max(share, self.progress or 0.0)
+            self.progress = max(round(min(0.99, resident / loaded), 2), self.progress or 0.0)
 
 
 class LocalSource:
@@ -180,8 +181,8 @@ class LocalSource:
     Args:
         budget_bytes: What all engines of this machine together may take now, those that run included.
         busy: How many requests are in flight on a replica; the router's own count.
-        patience_s: A load that waits this long for busy engines lets them take nothing new, so that
-            a model with steady traffic does not keep all others out.
+        patience_s: A load that waits this long for busy engines lets all that must go for it take nothing
+            new until it has begun, so that models with steady traffic do not keep all others out.
     """
 
     def __init__(
@@ -289,13 +290,14 @@ class LocalSource:
         self._queue[:0] = sorted(wanted, key=lambda entry: not entry.model.pinned)
 
     def _serve_queue(self, now: float, budget: int, group: asyncio.TaskGroup) -> None:
-        """Begin the loads that can begin, in order; what comes after one that must wait waits too."""
-        self._yielding = frozenset()
+        """Begin the loads that can begin, in order."""
+        yielding, self._yielding = self._yielding, frozenset()
         while self._queue:
             entry = self._queue[0]
+            placed = placement.plan(entry.model.needed_bytes, self._running(now), budget, yielding)
             if entry.phase is _Phase.STOPPING:
+                self._pass(placed.makes_room, now, budget, group)
                 return
-            placed = placement.plan(entry.model.needed_bytes, self._running(now), budget)
             undemanded = not (entry.demanded or entry.model.pinned)
             if placed.fits and not (placed.evict and undemanded):
                 for replica_id in placed.evict:
@@ -305,13 +307,26 @@ class LocalSource:
                 entry.reason = placed.reason
                 entry.waiting_since = now if entry.waiting_since is None else entry.waiting_since
                 if now - entry.waiting_since >= self._patience_s:
-                    self._yielding = frozenset(placed.waits_for)
+                    self._yielding = frozenset(placed.makes_room)
+                self._pass(placed.makes_room, now, budget, group)
                 return
             elif undemanded:
                 entry.reason = "was not started by itself: there is no room now"
-            self._queue.pop(0)
-            entry.demanded = entry.automatic = False
-            entry.waiting_since = None
+            self._leave_queue(entry)
+
+    def _pass(self, going: Collection[str], now: float, budget: int, group: asyncio.TaskGroup) -> None:
+        """Begin what has room past the first, which waits until ``going`` are gone."""
+        first = self._queue[0].model.needed_bytes
+        for entry in self._queue[1:]:
+            needed = entry.model.needed_bytes
+            if entry.phase is _Phase.COLD and placement.may_pass(needed, first, going, self._running(now), budget):
+                self._load(entry, group)
+                self._leave_queue(entry)
+
+    def _leave_queue(self, entry: _Entry) -> None:
+        self._queue.remove(entry)
+        entry.demanded = entry.automatic = False
+        entry.waiting_since = None
 
     def _load(self, entry: _Entry, group: asyncio.TaskGroup) -> None:
         ending = [

@@ -10,7 +10,7 @@ for another caller's model. And nothing is stopped in vain: if that would not ma
 everything stays. ``fleet.local`` is the only caller.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
 
@@ -51,6 +51,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
         fits: It can be loaded as soon as ``evict`` have been stopped.
         evict: Ids of idle engines.
         waits_for: Ids of busy engines that must end first; empty with ``fits`` false: it never fits.
+        makes_room: Ids of all that must end, ``evict`` or ``waits_for`` and the idle ones beside them. One of these
+            that takes something new while another drains would be waited for in its turn, and so on for ever.
         reason: One line for people.
     """
 
@@ -58,9 +60,12 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     evict: tuple[str, ...] = ()
     waits_for: tuple[str, ...] = ()
+    makes_room: tuple[str, ...] = ()
 
 
-def plan(needed_bytes: int, engines: Sequence[Engine], budget_bytes: int) -> Placement:
+def plan(
+    needed_bytes: int, engines: Sequence[Engine], budget_bytes: int, yielding: Collection[str] = frozenset()
+) -> Placement:
     """
     Make room for one more engine.
 
@@ -68,18 +73,48 @@ def plan(needed_bytes: int, engines: Sequence[Engine], budget_bytes: int) -> Pla
         needed_bytes: What it will take.
         engines: All that hold memory now.
         budget_bytes: What all engines together may take.
+        yielding: Ids of those that take nothing new because it waits: it goes on to wait for them, though others
+            would be cheaper by now, unless it need not wait at all or they no longer suffice.
     """
     hopeless = never(needed_bytes, engines, budget_bytes)
     if hopeless:
         return Placement(fits=False, reason=hopeless)
     shortfall = needed_bytes + sum(engine.needed_bytes for engine in engines) - budget_bytes
     chosen = _cheapest([engine for engine in engines if not engine.pinned], shortfall)
+    if any(engine.busy for engine in chosen) and has_room(needed_bytes, engines, budget_bytes, without=yielding):
+        chosen = tuple(engine for engine in engines if engine.id in yielding)
+    ids = tuple(engine.id for engine in chosen)
     busy = [engine for engine in chosen if engine.busy]
     if busy:
         reason = f"waits until {_names(busy)} may be stopped"
-        return Placement(fits=False, reason=reason, waits_for=tuple(engine.id for engine in busy))
+        return Placement(fits=False, reason=reason, waits_for=tuple(engine.id for engine in busy), makes_room=ids)
     reason = f"takes the place of {_names(chosen)}" if chosen else "fits"
-    return Placement(fits=True, reason=reason, evict=tuple(engine.id for engine in chosen))
+    return Placement(fits=True, reason=reason, evict=ids, makes_room=ids)
+
+
+def has_room(
+    needed_bytes: int, engines: Iterable[Engine], budget_bytes: int, *, without: Collection[str] = frozenset()
+) -> bool:
+    """Whether one more engine fits beside all others, those with the ids ``without`` not counted."""
+    return needed_bytes + sum(engine.needed_bytes for engine in engines if engine.id not in without) <= budget_bytes
+
+
+def may_pass(
+    needed_bytes: int, first_bytes: int, going: Collection[str], engines: Sequence[Engine], budget_bytes: int
+) -> bool:
+    """
+    Whether one more engine may begin before another that came first and waits.
+
+    Args:
+        needed_bytes: What it will take.
+        first_bytes: What the other will take.
+        going: Ids of the engines whose end the other waits for.
+        engines: All that hold memory now.
+        budget_bytes: What all engines together may take.
+    """
+    return has_room(needed_bytes, engines, budget_bytes) and has_room(
+        needed_bytes + first_bytes, engines, budget_bytes, without=going
+    )
 
 
 def never(needed_bytes: int, engines: Iterable[Engine], budget_bytes: int) -> str:

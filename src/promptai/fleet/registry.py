@@ -10,7 +10,8 @@ reads it. So sources publish, and the registry makes a snapshot of what they pub
 
 A source that fails takes nothing with it: its replicas are down, and it is started again after
 a rest. When settings are read again, what has not changed goes on undisturbed, and what was
-removed first finishes what it has. Of two replicas with one id the first is kept, because
+removed first finishes what it has. Where another source of its name follows, no model is missing
+in between. Of two replicas with one id the first is kept, because
 requests, caches and breakers are booked under that id.
 
 Everything happens on one event loop. Subscribers are called at once and must not wait.
@@ -20,6 +21,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Container, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -30,6 +32,15 @@ _LOG = logging.getLogger("promptai.fleet")
 _FIRST_REST_S, _LONGEST_REST_S = 1.0, 60.0
 #: The longest answer that a removed replica is given time for.
 DRAIN_S = 600.0
+_AGAIN = "settings were changed; it is started again"
+
+
+class _Drain(NamedTuple):
+    """How a removed source drains; see ``_Feed.drain``."""
+
+    leaving: bool
+    stands_in: bool
+    going_on: Container[str]
 
 
 class Registry:
@@ -90,7 +101,12 @@ class Registry:
 
         One whose name and configuration are already there goes on. The replicas of one that is not
         named any more drain until each is forgotten; a source of the same name takes them over as
-        soon as it has published for the first time.
+        soon as it has published for the first time. What that one says is loading goes on until then
+        as its predecessor says, if both name the same URL: it may not have been asked yet.
+
+        A ``sole`` source begins when its predecessor has ended. Until it has published, everything that
+        the predecessor had is listed as draining, whether it has something to finish or not, so that
+        requests wait for it; models that only the successor has are missing until then.
         """
         names = [source.name for source in sources]
         self._repeated = tuple(dict.fromkeys(name for name in names if names.count(name) > 1))
@@ -144,7 +160,7 @@ class Registry:
         if feed.task is not None:
             feed.task.cancel()
             await asyncio.wait([feed.task])
-        self._leaving.remove(feed)
+        feed.ended = True
         self._rebuild()
 
     def _rebuild(self) -> None:
@@ -161,18 +177,39 @@ class Registry:
                     )
                 else:
                     merged[replica.id], origin[replica.id] = replica, feed.source.name
-        silent = {feed.source.name for feed in self._feeds if not (feed.spoken or feed.source.sole)}
-        for feed in self._leaving:
-            successor_silent = feed.source.name in silent
-            if not successor_silent:
-                feed.drain(taken_over=merged.keys())
-            for replica in feed.replicas:
-                merged.setdefault(replica.id, replica)
+        self._merge_leaving(merged)
         self.troubles = tuple(troubles)
         replicas = tuple(merged.values())
         if replicas != self._snapshot.replicas:
             self._snapshot = Snapshot(self._snapshot.version + 1, replicas)
             self._tell()
+
+    def _merge_leaving(self, merged: dict[str, Replica]) -> None:
+        """Add what removed sources still have, as what follows each of them makes it."""
+        successors = {feed.source.name: feed for feed in self._feeds}
+        staying = []
+        for feed in self._leaving:
+            after = successors.get(feed.source.name)
+            awaited = after is not None and after.source.sole and not after.spoken
+            if feed.ended and not awaited:
+                continue
+            staying.append(feed)
+            if awaited:
+                feed.drain(taken_over=(), stands_in=True)
+            elif after is None:
+                feed.drain(taken_over=merged, leaving=True)
+            elif after.spoken:
+                unsure = {replica.url for replica in after.replicas if replica.state is State.LOADING}
+                going_on = {
+                    replica.id: replica
+                    for replica in feed.going_on(unsure)
+                    if replica.id not in merged or merged[replica.id] in after.replicas
+                }
+                merged.update(going_on)
+                feed.drain(taken_over=merged.keys() - going_on.keys(), going_on=going_on, leaving=not after.source.sole)
+            for replica in feed.replicas:
+                merged.setdefault(replica.id, replica)
+        self._leaving = staying
 
     def _tell(self) -> None:
         for callback in tuple(self._subscribers):
@@ -183,7 +220,15 @@ class Registry:
 
 
 class _Feed:
-    """One source as the registry runs it, and what it published last."""
+    """
+    One source as the registry runs it, and what it published last.
+
+    Attributes:
+        replicas: As the fleet sees them.
+        spoken: It has published.
+        done: It was removed, and none of its replicas has anything left to do.
+        ended: It was removed, and does not run any more.
+    """
 
     def __init__(self, source: Source, changed: Callable[[], None]) -> None:
         self.source = source
@@ -191,8 +236,10 @@ class _Feed:
         self.spoken = False
         self.task: asyncio.Task[None] | None = None
         self.done = asyncio.Event()
+        self.ended = False
         self._changed = changed
-        self._draining = False
+        self._published: tuple[Replica, ...] = ()
+        self._drain: _Drain | None = None
         self._gone: set[str] = set()
 
     async def run(self, before: Sequence[asyncio.Task[None]]) -> None:
@@ -214,40 +261,67 @@ class _Feed:
             self._publish(
                 [
                     msgspec.structs.replace(replica, state=State.DOWN, reason=f"its source failed: {reason}")
-                    for replica in self.replicas
+                    for replica in self._published
                 ]
             )
             await asyncio.sleep(rest_s)
             rest_s = min(2 * rest_s, _LONGEST_REST_S)
 
-    def drain(self, *, taken_over: Container[str]) -> None:
-        """Let only those go on that may still be answering, and those drain; nothing that has a new source."""
-        self._draining = True
-        self._gone |= {replica.id for replica in self.replicas if replica.id in taken_over}
-        self._filter(self.replicas)
+    def drain(
+        self,
+        *,
+        taken_over: Container[str],
+        leaving: bool = False,
+        stands_in: bool = False,
+        going_on: Container[str] = (),
+    ) -> None:
+        """
+        Let only those go on that may still be answering, and those drain; nothing that has a new source.
+
+        Args:
+            leaving: No other source of its name follows: they will not be back.
+            stands_in: Show also what has nothing to finish, until the successor says what there is.
+            going_on: Ids of those that stay as they are.
+        """
+        self._drain = _Drain(leaving, stands_in, going_on)
+        self._gone |= {replica.id for replica in self._published if replica.id in taken_over}
+        self._filter()
+
+    def going_on(self, urls: Container[str]) -> list[Replica]:
+        """What takes requests at these URLs and has not been taken over."""
+        return [one for one in self._published if one.url in urls and one.usable and one.id not in self._gone]
 
     def forget(self, replica_id: str) -> None:
         """Let one replica go that drains."""
-        if self._draining:
+        if self._drain is not None and replica_id not in self._drain.going_on:
             self._gone.add(replica_id)
 
     def _publish(self, replicas: Sequence[Replica]) -> None:
         self.spoken = True
-        self._filter(replicas)
+        self._published = tuple(replicas)
+        self._filter()
         self._changed()
 
-    def _filter(self, replicas: Sequence[Replica]) -> None:
-        self.replicas = tuple(replicas)
-        if self._draining:
-            self.replicas = tuple(
-                msgspec.structs.replace(
-                    replica, state=State.DRAINING, reason="it was removed from the settings", leaving=True
-                )
-                for replica in replicas
-                if replica.state in {State.READY, State.DRAINING} and replica.id not in self._gone
-            )
-            if not self.replicas:
-                self.done.set()
+    def _filter(self) -> None:
+        drain = self._drain
+        if drain is None:
+            self.replicas = self._published
+            return
+        at_work = [
+            replica
+            for replica in self._published
+            if replica.id in drain.going_on
+            or (replica.state in {State.READY, State.DRAINING} and replica.id not in self._gone)
+        ]
+        if not at_work:
+            self.done.set()
+        reason = _AGAIN if drain.stands_in else "it was removed from the settings"
+        self.replicas = tuple(
+            replica
+            if replica.id in drain.going_on
+            else msgspec.structs.replace(replica, state=State.DRAINING, reason=reason, leaving=drain.leaving)
+            for replica in (self._published if drain.stands_in else at_work)
+        )
 
 
 def _one_line(error: BaseException) -> str:

@@ -4,7 +4,9 @@ Asking must never change anything. A health check that runs a prompt takes a boa
 for a minute, and reading the metrics of a server that manages several models has been seen to
 load one. So there are only four questions, all ``GET``: ``/health`` every two seconds, and after
 a target has become ready ``/props``, ``/v1/models`` and, where no llama-server answers,
-``/api/fleet``. How many requests are in flight is not asked: such a number is old when it comes.
+``/api/fleet``. What it serves is asked again at every fifth check, because it may have been
+started again with another model between two. How many requests are in flight is not asked: such
+a number is old when it comes.
 
 Each target is asked by a task of its own, so that a dead board, which costs a whole time limit,
 delays no other one. Another gateway (dialect ``promptai``) is one replica for each model that
@@ -33,8 +35,11 @@ _LONGEST_PAUSE_S = 15.0
 _LIMIT_S = 3.0
 #: Servers without a health check; whether they are well shows when they are asked for their models.
 _NO_HEALTH_CHECK = frozenset({404, 405, 501})
+_USABLE = frozenset(state.value for state in (State.COLD, State.LOADING, State.READY))
 #: How long the first publication waits for slow targets: it takes over from a source that was replaced.
 _FIRST_ROUND_S = 1.0
+#: After so many checks a target is asked again what it serves.
+_LEARN_EVERY = 5
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -84,7 +89,8 @@ class FleetModel(msgspec.Struct, frozen=True):
     One model of another gateway.
 
     Attributes:
-        slots: Of its ready replicas together; 0 while none is ready.
+        slots: Of its ready replicas together; 0 while none is ready. Only a gateway that does not list its
+            replicas is believed this: a model that is loaded on demand has none until it is asked for.
         context: Tokens of context of one slot.
         capability: What ``auto`` orders models by.
     """
@@ -95,9 +101,23 @@ class FleetModel(msgspec.Struct, frozen=True):
     capability: float | None = None
 
 
+class FleetReplica(msgspec.Struct, frozen=True):
+    """One replica of another gateway; ``dialect`` is ``promptai`` where it is behind a third one."""
+
+    model: str
+    state: str
+    slots: int = 1
+    dialect: str = ""
+
+    @property
+    def usable(self) -> bool:
+        """Whether that gateway would take a request for it, now or when it has loaded."""
+        return self.dialect != "promptai" and self.state in _USABLE
+
+
 class FleetAnswer(msgspec.Struct, frozen=True):
     """
-    What is read of ``GET /api/fleet``: ``{"gateway": "promptai", "models": [{"id": …, "slots": …}]}``.
+    What is read of ``GET /api/fleet``: ``{"gateway": "promptai", "models": [{"id": …}], "replicas": [{"model": …}]}``.
 
     A gateway tells of its own engines here, never of those behind another gateway: two that know
     each other would count each other's slots for ever.
@@ -105,6 +125,13 @@ class FleetAnswer(msgspec.Struct, frozen=True):
 
     gateway: str
     models: list[FleetModel] = []
+    replicas: list[FleetReplica] | None = None
+
+    def slots(self, model: FleetModel) -> int:
+        """Of the replicas that may answer for a model, those together that are loaded on demand too."""
+        if self.replicas is None:
+            return max(0, model.slots)
+        return sum(max(1, one.slots) for one in self.replicas if one.model == model.id and one.usable)
 
 
 class _Props(Props, frozen=True):
@@ -166,8 +193,11 @@ class StaticSource:
                 well = await probe.ask()
                 asked.add(number)
                 tell()
+                if well:
+                    pause_s = self._period_s
                 await asyncio.sleep(pause_s)
-                pause_s = self._period_s if well else min(2 * pause_s, max(_LONGEST_PAUSE_S, self._period_s))
+                if not well:
+                    pause_s = min(2 * pause_s, max(_LONGEST_PAUSE_S, self._period_s))
 
         async with asyncio.TaskGroup() as group:
             for number, probe in enumerate(self._probes):
@@ -195,8 +225,9 @@ class _Probe:
             _Facts(model=target.model or "", slots=target.slots or 1, context=None, dialect="llama-server"),
         )
         self._learned = False
-        self._late = 0
-        self.replicas = self._as_replicas(State.DOWN, "was not asked yet")
+        self._late = self._checks = 0
+        # Not down: whoever took over from another source would forget a board that is well, and only slow.
+        self.replicas = self._as_replicas(State.LOADING, "was not asked yet")
 
     async def ask(self) -> bool:
         """Ask it now; False when it is down."""
@@ -204,19 +235,27 @@ class _Probe:
         began = loop.time()
         try:
             await self._check_health()
-            if not self._learned or self._facts[0].dialect == "promptai":
+            self._checks += 1
+            if not self._learned:
                 self._facts = await self._learn()
-                self._learned = True
+            elif self._facts[0].dialect == "promptai" or self._checks >= _LEARN_EVERY:
+                self._facts = await self._learn_again()
+            else:
+                return self._well()
+            self._learned, self._checks = True, 0
         except EngineDiedError:
             # A board that computes with all cores may miss one time limit; nobody refuses a connection by mistake.
             self._late += 1
-            if self._learned and self._late == 1 and loop.time() - began >= _LIMIT_S:
+            if self._late == 1 and loop.time() - began >= _LIMIT_S:
                 return True
             return self._failed(State.DOWN, "does not answer")
         except EngineError as error:
             return self._failed(State.DOWN, error.message)
         except _Unusable as unusable:
             return self._failed(unusable.state, unusable.reason)
+        return self._well()
+
+    def _well(self) -> bool:
         self._late = 0
         self.replicas = self._as_replicas(State.READY, "")
         return True
@@ -279,7 +318,7 @@ class _Probe:
             if not served:
                 raise _Unusable(State.DOWN, f"does not serve {target.model}" if target.model else "serves no model")
             return tuple(
-                _Facts(model.id, max(0, model.slots), model.context, "promptai", f"/{model.id}", model.capability)
+                _Facts(model.id, fleet.slots(model), model.context, "promptai", f"/{model.id}", model.capability)
                 for model in served
             )
         models = [target.model] if target.model else await self._listed()
@@ -287,6 +326,13 @@ class _Probe:
             which = f"serves {len(models)} models; settings must say which" if models else "serves no model"
             raise _Unusable(State.DOWN, which)
         return (_Facts(models[0], 1, None, "openai"),)
+
+    async def _learn_again(self) -> tuple[_Facts, ...]:
+        """As ``_learn``; what is no llama-server is asked for its list alone while that stays the same."""
+        first = self._facts[0]
+        if first.dialect == "openai" and (self._target.model or await self._listed() == [first.model]):
+            return self._facts
+        return await self._learn()
 
     async def _listed(self) -> list[str]:
         """The models that it lists; raises ``_Unusable`` when it does not."""

@@ -283,7 +283,7 @@ class Accounts:
             new = self._known.find(old.id)
             if new is None:
                 self._forget(old.id)
-            elif old.state in _RUNNING and new.state not in _RUNNING:
+            elif (old.state in _RUNNING and new.state not in _RUNNING) or (old.model and new.model != old.model):
                 self.index.lose(old.id)
             elif new.state is State.READY and old.state is not State.READY:
                 # It answers again: whoever knows that need not wait until its rest is over.

@@ -1,0 +1,102 @@
+"""The life of a gateway: what a change of its settings may do, and may not."""
+
+import asyncio
+import gc
+import io
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from promptai.cli.serve_fleet import Boards
+from promptai.cli.serve_models import Machine
+from promptai.cli.serve_run import Plan, Running, identity
+from promptai.cli.serve_show import Loading
+from promptai.gateway.auth import Guard
+from promptai.gateway.keys import KeyStore
+from promptai.gateway.server import GatewayServer
+from promptai.settings import GatewaySettings, Settings
+
+PLAN = Plan(settings=Settings(gateway=GatewaySettings(port=0)), boards=Boards((), {}))
+
+
+@pytest.fixture(autouse=True)
+def _usual_collector() -> Iterator[None]:
+    """A gateway puts away what is there for good; a test must not."""
+    before = gc.get_threshold()
+    yield
+    gc.unfreeze()
+    gc.set_threshold(*before)
+
+
+def run(
+    tmp_path: Path,
+    replan: Callable[[Machine | None], Plan],
+    until: Callable[[], bool],
+    *,
+    file: Path | None = None,
+    seen: tuple[int, ...] | None = None,
+    signals: bool = False,
+) -> int:
+    """A gateway until something has happened; it is told to read its settings again, or finds out itself."""
+    running = Running(
+        PLAN,
+        Guard(KeyStore(tmp_path / "keys.json"), open=True, bind="127.0.0.1"),
+        file=lambda: file,
+        seen=seen,
+        replan=replan,
+    )
+    ending: list[asyncio.Task[None]] = []
+
+    async def end() -> None:
+        if signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+        for _ in range(150):
+            await asyncio.sleep(0.01)
+            if until():
+                break
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def started(_one: Running, _server: GatewayServer) -> None:
+        ending.append(asyncio.get_running_loop().create_task(end()))
+
+    with Loading(Console(file=io.StringIO())) as loading:
+        return asyncio.run(running.run(started, loading))
+
+
+@pytest.mark.real
+def test_a_bug_in_reading_settings_again_ends_no_gateway(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def replan(_machine: Machine | None) -> Plan:
+        raise PermissionError(13, "Permission denied", "/secret")
+
+    monitored = logging.getLogger("promptai.serve")
+    monitored.addHandler(caplog.handler)
+    try:
+        code = run(tmp_path, replan, lambda: "settings stay" in caplog.text, signals=True)
+    finally:
+        monitored.removeHandler(caplog.handler)
+
+    assert code == 0
+    assert "settings stay as they were" in caplog.text
+    assert "/secret" in caplog.text
+
+
+@pytest.mark.real
+def test_what_changes_between_the_reading_and_the_start_is_read_again(tmp_path: Path) -> None:
+    file, replanned = tmp_path / "promptai.toml", []
+    file.write_text("")
+    seen = identity(file)
+    file.write_text("[gateway]\nqueue = 3\n")
+
+    def replan(_machine: Machine | None) -> Plan:
+        replanned.append(True)
+        return msgspec.structs.replace(PLAN)
+
+    code = run(tmp_path, replan, lambda: bool(replanned), file=file, seen=seen)
+
+    assert (code, replanned) == (0, [True])

@@ -1,0 +1,92 @@
+"""How long the gateway waits for an engine, and what counts as a sign of life, over real sockets."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from promptai.engine.upstream import HttpUpstream, Piece
+from promptai.errors import EngineDiedError
+from support_engine import END, HELLO, STREAM_HEAD, Answer, chunked, raw_server, silent_after
+from support_simulator import CHAT, text
+
+
+async def heard(upstream: HttpUpstream, url: str) -> list[Piece]:
+    """Everything that one stream brings."""
+    return [piece async for piece in upstream.stream(url, CHAT, b"{}", silence_s=lambda: 0.2)]
+
+
+def against(answer: Answer, *, use: Callable[[HttpUpstream, str], Awaitable[Any]]) -> Any:
+    """What comes out of a server that gives this answer."""
+
+    async def play() -> Any:
+        async with raw_server(answer) as server, HttpUpstream() as upstream:
+            return await use(upstream, server.url)
+
+    return asyncio.run(play())
+
+
+def test_comments_keep_a_stream_alive_and_are_handed_on() -> None:
+    """Bytes are a sign of life, whatever they say; what they are worth is decided elsewhere."""
+
+    async def pings(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(STREAM_HEAD)
+        for _ in range(6):
+            await asyncio.sleep(0.05)
+            writer.write(chunked(b": ping\n\n"))
+        writer.write(END)
+
+    found = [event for piece in against(pings, use=heard) for event in piece.events]
+
+    assert [event.comment for event in found] == [True] * 6 + [False]
+
+
+def test_how_long_to_wait_is_asked_again_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patient with a prompt, less so between tokens: a stall is noticed by what holds now, not when it began."""
+    monkeypatch.setattr("promptai.engine.upstream._LOOK_S", 0.02)
+    patience = [5.0]
+
+    async def use(upstream: HttpUpstream, url: str) -> None:
+        asyncio.get_running_loop().call_later(0.1, patience.__setitem__, 0, 0.1)
+        async for _ in upstream.stream(url, CHAT, b"{}", silence_s=lambda: patience[0]):
+            pass
+
+    with pytest.raises(EngineDiedError, match=r"silent for 0.1 s in the middle"):
+        against(silent_after(HELLO), use=use)
+
+
+def test_a_head_may_come_late_where_more_has_to_be_computed_than_when_it_was_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A long prompt of somebody else came right behind ours, and its batch is computed first."""
+    monkeypatch.setattr("promptai.engine.upstream._LOOK_S", 0.02)
+    patience = [0.15]
+
+    async def use(upstream: HttpUpstream, url: str) -> str:
+        asyncio.get_running_loop().call_later(0.05, patience.__setitem__, 0, 5.0)
+        return text([piece async for piece in upstream.stream(url, CHAT, b"{}", silence_s=lambda: patience[0])])
+
+    async def late(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.4)
+        writer.write(HELLO + END)
+
+    assert against(late, use=use) != ""
+
+
+def test_what_a_slow_reader_takes_is_not_the_engines_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("promptai.engine.upstream._LOOK_S", 0.02)
+
+    async def use(upstream: HttpUpstream, url: str) -> int:
+        count = 0
+        async for _ in upstream.stream(url, CHAT, b"{}", silence_s=lambda: 0.1):
+            await asyncio.sleep(0.25)
+            count += 1
+        return count
+
+    async def two(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(HELLO)
+        await asyncio.sleep(0.2)
+        writer.write(END)
+
+    assert against(two, use=use) == 2
