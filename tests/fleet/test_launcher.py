@@ -11,6 +11,7 @@ from promptai.engine.client import EngineClient
 from promptai.engine.flags import EngineFlags
 from promptai.engine.launch import port_taken
 from promptai.engine.locate import EngineBinary
+from promptai.engine.upstream import HttpUpstream
 from promptai.errors import EngineStartError
 from promptai.fleet.launcher import EngineLauncher, LaunchedEngine
 from promptai.fleet.local import LocalModel, LocalSource
@@ -28,10 +29,10 @@ def flags_for(model: LocalModel, port: int) -> EngineFlags:
     return EngineFlags(model=str(model.path), port=port, threads=1, context=512)
 
 
-def launcher_of(folder: Path, *command: str) -> EngineLauncher:
+def launcher_of(folder: Path, *command: str, keys: dict[str, str] | None = None) -> EngineLauncher:
     """The real one; without a command with the embedded engine."""
     binary = EngineBinary("settings", command, None, None) if command else EMBEDDED
-    return EngineLauncher(binary, flags_for, folder / "logs")
+    return EngineLauncher(binary, flags_for, folder / "logs", {} if keys is None else keys)
 
 
 def tiny(name: str = "tiny") -> LocalModel:
@@ -65,6 +66,26 @@ def test_before_it_is_started_nothing_is_known_of_it(tmp_path: Path) -> None:
 
     assert engine.resident_bytes() is None
     assert asyncio.run(engine.death()) is None
+
+
+@pytest.mark.real
+def test_an_engine_answers_its_gateway_and_nobody_else(tmp_path: Path) -> None:
+    """A page in a browser of this machine, or another of its users, would get past all keys and limits."""
+    keys: dict[str, str] = {}
+
+    async def play() -> list[int]:
+        async with launcher_of(tmp_path, keys=keys).start(tiny()) as engine:
+            body = b'{"messages": [{"role": "user", "content": "up?"}], "max_tokens": 1}'
+            statuses = []
+            for known in (keys, {}, {engine.base_url: "wrong"}):
+                async with HttpUpstream(known) as upstream:
+                    answer = await upstream.ask(engine.base_url, "/v1/chat/completions", body, limit_s=10.0)
+                    statuses.append(answer.status)
+            assert keys[engine.base_url] not in " ".join(Path(f"/proc/{engine.pid}/cmdline").read_text().split("\0"))
+            return statuses
+
+    assert asyncio.run(play()) == [200, 401, 401]
+    assert keys == {}
 
 
 @pytest.mark.real

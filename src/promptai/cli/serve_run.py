@@ -13,6 +13,7 @@ import contextlib
 import gc
 import logging
 import signal
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -121,6 +122,7 @@ class Running:
     ) -> None:
         self.plan = plan
         self.keys = dict(plan.boards.keys)
+        self._engine_keys: dict[str, str] = {}
         self.budget = MemoryBudget(plan.settings.gateway.memory_mib)
         self._guard = guard
         self._file = file
@@ -143,7 +145,7 @@ class Running:
         gateway_settings = self.plan.settings.gateway
         loop = asyncio.get_running_loop()
         async with contextlib.AsyncExitStack() as stack:
-            self._upstream = await stack.enter_async_context(HttpUpstream(self.keys))
+            self._upstream = await stack.enter_async_context(HttpUpstream(ChainMap(self._engine_keys, self.keys)))
             for engine in self._engines:
                 await stack.enter_async_context(engine)
             self.registry = Registry(())
@@ -176,7 +178,8 @@ class Running:
     def _sources(self, plan: Plan) -> list[Source]:
         sources: list[Source] = []
         if plan.models and plan.machine is not None:
-            launcher = EngineLauncher(plan.machine.binary, flags_for(plan.machine), cache_directory() / "logs")
+            logs = cache_directory() / "logs"
+            launcher = EngineLauncher(plan.machine.binary, flags_for(plan.machine), logs, self._engine_keys)
             sources.append(LocalSource(plan.models, launcher, self.budget, self._accounts.running))
         if self._engines:
             sources.append(simulated_source(self._engines))

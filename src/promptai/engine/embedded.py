@@ -76,6 +76,8 @@ def _parameters(xllamacpp: Any, flags: EngineFlags) -> Any:
     p.fit_params = False  # it would change context and slots behind our back
     p.endpoint_metrics = True
     p.endpoint_slots = True
+    if key := os.environ.get("LLAMA_API_KEY"):  # which llama-server reads by itself
+        p.api_keys = [key]
     p.ui = False
     p.offline = True
     return p

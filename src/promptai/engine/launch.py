@@ -50,15 +50,19 @@ class RunningEngine:
     """
     A started engine: an async context manager that is ready inside its block.
 
+    Args:
+        api_key: What it demands of whoever asks it for more than its health; ``None``: nothing.
+
     Attributes:
         load_s: Seconds from its start until it could answer; ``None`` before that.
     """
 
-    def __init__(self, binary: EngineBinary, flags: EngineFlags, *, log: Path) -> None:
+    def __init__(self, binary: EngineBinary, flags: EngineFlags, *, log: Path, api_key: str | None = None) -> None:
         self.binary = binary
         self.flags = flags
         self.log = log
         self.load_s: float | None = None
+        self._api_key = api_key
         self._process: subprocess.Popen[bytes] | None = None
         self._log_start = 0
 
@@ -103,7 +107,7 @@ class RunningEngine:
                     start_new_session=True,
                     stdout=sink,
                     stderr=sink,
-                    env=_environment(self.binary),
+                    env=_environment(self.binary, self._api_key),
                 )
         except OSError as error:
             raise EngineStartError(f"the engine could not be started: {error}", hint="see promptai doctor") from None
@@ -209,13 +213,17 @@ def _signal_group(group: int, number: int) -> bool:
     return True
 
 
-def _environment(binary: EngineBinary) -> dict[str, str]:
+def _environment(binary: EngineBinary, api_key: str | None) -> dict[str, str]:
     """What an engine finds in its environment; ``guard`` takes its own word out of it."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_")}
     ours.pop("PROMPTAI_API_KEY", None)
     # The embedded engine is a module of ours: -P, which stands on the guard's command line, ends there.
-    safe_path = {"PYTHONSAFEPATH": "1"} if binary.embedded else {}
-    return {**ours, **safe_path, "PROMPTAI_GUARD_PARENT": str(os.getpid())}
+    added = {"PROMPTAI_GUARD_PARENT": str(os.getpid())}
+    if binary.embedded:
+        added["PYTHONSAFEPATH"] = "1"
+    if api_key is not None:
+        added["LLAMA_API_KEY"] = api_key  # not on the command line, which everybody may read
+    return ours | added
 
 
 def free_port() -> int:

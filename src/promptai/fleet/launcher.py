@@ -4,11 +4,14 @@
 needs beside that. Ports are not given twice while an engine that got one has not yet bound it, and
 are given back only when the engine is gone. Logs are put aside when they are large, at each start
 and only then: between two starts of one model its log grows by about 0.75 kB for each request.
+Each gets a key that nobody else has: the gateway's keys, limits and its guard against web pages
+would be worth nothing if its engines answered everybody on this machine.
 """
 
 import asyncio
 import os
 import re
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
@@ -29,11 +32,19 @@ class EngineLauncher:
     Starts ``binary`` with what ``flags_for`` says of a model and a port.
 
     Args:
+        keys: Where the keys of running engines are kept, by URL.
         logs: Directory with one log for each model, and the one before it once it has become large.
     """
 
-    def __init__(self, binary: EngineBinary, flags_for: Callable[[LocalModel, int], EngineFlags], logs: Path) -> None:
+    def __init__(
+        self,
+        binary: EngineBinary,
+        flags_for: Callable[[LocalModel, int], EngineFlags],
+        logs: Path,
+        keys: dict[str, str],
+    ) -> None:
         self._binary = binary
+        self._keys = keys
         self._flags_for = flags_for
         self._logs = logs
         self._ports: set[int] = set()
@@ -50,7 +61,9 @@ class EngineLauncher:
         while port in self._ports:
             port = free_port()
         flags = self._flags_for(model, port)
-        return LaunchedEngine(RunningEngine(self._binary, flags, log=self._log_of(model)), self._ports)
+        key = secrets.token_urlsafe(32)
+        engine = RunningEngine(self._binary, flags, log=self._log_of(model), api_key=key)
+        return LaunchedEngine(engine, key, self._ports, self._keys)
 
     def _log_of(self, model: LocalModel) -> Path:
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -63,9 +76,11 @@ class EngineLauncher:
 class LaunchedEngine:
     """One engine with what is known of its process."""
 
-    def __init__(self, engine: RunningEngine, ports: set[int]) -> None:
+    def __init__(self, engine: RunningEngine, key: str, ports: set[int], keys: dict[str, str]) -> None:
         self._engine = engine
+        self._key = key
         self._ports = ports
+        self._keys = keys
         self._tree: ProcessTree | None = None
 
     @property
@@ -100,6 +115,7 @@ class LaunchedEngine:
             EngineStartError: It ended, or did not answer in time.
         """
         self._ports.add(self._engine.flags.port)
+        self._keys[self.base_url] = self._key
         try:
             await self._engine.__aenter__()
         except BaseException:
@@ -116,6 +132,7 @@ class LaunchedEngine:
 
     def _let_go(self) -> None:
         self._ports.discard(self._engine.flags.port)
+        self._keys.pop(self.base_url, None)
         if self._tree is not None:
             self._tree.close()
 
