@@ -76,6 +76,7 @@ def rows(tally: Tally, wanted: int) -> list[Row]:
         ),
         Row("text equal to the undisturbed one", f">= {least}", f"{tally.same} (n {tally.interrupted})", tally.same
             >= least),
+        Row("the same of those that nothing interrupted", "no limit", f"{tally.calm_same} (n {tally.calm})", True),
         Row("longest silence of an interrupted answer", "no limit", pause, True),
     ]  # fmt: skip
 

@@ -40,13 +40,20 @@ class Question(NamedTuple):
 
 
 class Tally(msgspec.Struct):
-    """What became of all requests of one configuration."""
+    """
+    What became of all requests of one configuration.
+
+    Attributes:
+        calm: Answers that nothing interrupted, for comparison; ``calm_same`` of them have the undisturbed text.
+    """
 
     asked: int = 0
     interrupted: int = 0
     failed: list[str] = []
     hung: int = 0
     same: int = 0
+    calm: int = 0
+    calm_same: int = 0
     torn: int = 0
     odd: int = 0
     joints: int = 0
@@ -120,6 +127,8 @@ class Run:
             return
         tally.odd += heard.ended != 1 or heard.tokens > MAX_TOKENS
         if not joints:
+            tally.calm += 1
+            tally.calm_same += heard.text == asked.text
             return
         tally.interrupted += 1
         tally.joints += len(joints)

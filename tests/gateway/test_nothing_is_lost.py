@@ -36,8 +36,9 @@ def test_kill_9_in_the_middle_loses_nothing(tmp_path: Path, slots: int, how: Lit
     assert tally.failed == []
     assert tally.hung == tally.torn == tally.odd == 0
     assert tally.interrupted >= WANTED
-    # Of ten, one may be one of the few where rounding decides between two words (``make bench-failover`` counts 100).
-    assert tally.same >= tally.interrupted - 2
+    # Of a hundred, five or so are those where rounding decides between two words (``make bench-failover`` counts
+    # them); more than four of ten would come by chance once in ten thousand runs.
+    assert tally.same >= tally.interrupted - 4
     assert len(tally.worse) > 5 * WANTED
     assert max(tally.worse) <= TIE_NATS
     assert tally.unscored == 0
