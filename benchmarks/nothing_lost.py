@@ -1,4 +1,4 @@
-"""Is anything lost when boards die in the middle of answers? ``make bench-failover``; ten minutes.
+"""Is anything lost when boards die in the middle of answers? ``make bench-failover``; six minutes.
 
 Real engines with the bundled model behind a gateway, and a client that kills the engine it hears
 from with SIGKILL, again and again, until enough answers were interrupted after three tokens and

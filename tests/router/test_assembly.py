@@ -111,3 +111,13 @@ def test_what_the_request_began_is_a_part_of_the_answer() -> None:
 )
 def test_only_a_trailing_assistant_message_begins_an_answer(messages: list[dict[str, Any]], text: str) -> None:
     assert text == begun(PassingRequest(messages=messages))
+
+
+def test_what_one_alternative_does_not_tell_is_not_counted_as_nothing() -> None:
+    found = assembled(
+        delta(content="x"),
+        {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": None, "total_tokens": None}},
+        {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 3, "total_tokens": 7}},
+    )
+
+    assert found["usage"] == {"prompt_tokens": 4, "completion_tokens": None, "total_tokens": None}

@@ -102,7 +102,8 @@ def _merge_calls(into: list[dict[str, Any]], more: list[dict[str, Any]]) -> None
 
 
 def _both(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The usage of two alternatives of one prompt."""
-    generated = (one.get("completion_tokens") or 0) + (other.get("completion_tokens") or 0)
-    total = (other.get("prompt_tokens") or 0) + generated
+    """The usage of two alternatives of one prompt; what one of them does not tell, both do not."""
+    here, there, prompt = one.get("completion_tokens"), other.get("completion_tokens"), other.get("prompt_tokens")
+    generated = None if here is None or there is None else here + there
+    total = None if generated is None or prompt is None else prompt + generated
     return {**other, "completion_tokens": generated, "total_tokens": total}
