@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from promptai.engine.simulated import SimulatedEngine
 from promptai.engine.simulation import SimulationConfig
+from support_gateway import Answer
 from support_real_door import Site, request_of, soon
 from support_site import CHAT, EMBED, TEXT
 
@@ -104,35 +105,38 @@ def _words(number: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"{number} " + "is cell 12 up? " * (number % 20)}]
 
 
+def _is(answer: Answer, *statuses: int) -> None:
+    assert answer.status in statuses, (answer.status, answer.headers, answer.body[:500])
+
+
 async def _streamed(found: Site, number: int) -> None:
     heard = await found.door.stream(messages=_words(number), max_tokens=8)
     assert heard.whole
 
 
 async def _whole(found: Site, number: int) -> None:
-    assert (await found.door.chat(messages=_words(number))).status == 200
+    _is(await found.door.chat(messages=_words(number)), 200)
 
 
 async def _text(found: Site, number: int) -> None:
-    assert (await found.door.chat(TEXT, prompt=f"cell {number}")).status == 200
+    _is(await found.door.chat(TEXT, prompt=f"cell {number}"), 200)
 
 
 async def _embedding(found: Site, number: int) -> None:
-    assert (await found.door.chat(EMBED, input=f"cell {number}")).status == 200
+    _is(await found.door.chat(EMBED, input=f"cell {number}"), 200)
 
 
 async def _unknown_model(found: Site, number: int) -> None:
-    assert (await found.door.chat(model=f"none-{number}")).status == 404
+    _is(await found.door.chat(model=f"none-{number}"), 404)
 
 
 async def _nonsense(found: Site, number: int) -> None:
-    answer = await found.door.ask(CHAT, "POST", data=b"{" * (number % 50 + 1))
-    assert answer.status == 400
+    _is(await found.door.ask(CHAT, "POST", data=b"{" * (number % 50 + 1)), 400)
 
 
 async def _too_long(found: Site, number: int) -> None:
     words = [{"role": "user", "content": f"{number} " + "cell " * 60_000}] if number % 8 == 0 else []
-    assert (await found.door.chat(messages=words)).status == 400
+    _is(await found.door.chat(messages=words), 400)
 
 
 async def _left_before_an_answer(found: Site, number: int) -> None:
@@ -157,15 +161,20 @@ async def _leave(found: Site, number: int, *, read: bool, stream: bool) -> None:
 
 async def _looked_at(found: Site, number: int) -> None:
     path = ("/metrics", "/api/fleet", "/api/queue", "/v1/models", "/readyz", f"/nowhere/{number}")[number % 6]
-    assert (await found.door.ask(path)).status in {200, 404}
+    _is(await found.door.ask(path), 200, 404)
 
 
 async def _failed(found: Site, number: int) -> None:
-    """An engine that refuses; the other one answers."""
-    engine: SimulatedEngine = found.engines["ab"[number % 2]]
-    async with found.door.client.post(f"{engine.base_url}/simulated/fault", data=_REFUSES) as response:
-        assert response.status == 200
-    assert (await found.door.chat(messages=_words(number))).status in {200, 429, 503}
+    """
+    An engine that refuses one request, this one or another; somebody else answers it.
+
+    One in 33: of one in 11 that are refused, one in 15,000 is so four times, by chance, and then fails for good.
+    """
+    if number % 3 == 0:
+        engine: SimulatedEngine = found.engines["ab"[number % 2]]
+        async with found.door.client.post(f"{engine.base_url}/simulated/fault", data=_REFUSES) as response:
+            assert response.status == 200
+    _is(await found.door.chat(messages=_words(number)), 200)
 
 
 _REFUSES = b'{"kind": "refuse", "times": 1}'

@@ -116,15 +116,24 @@ class EngineRefusedError(EngineError):
         status: The HTTP status; ``None`` when the error came inside a stream.
         kind: The ``type`` of the error envelope, e.g. ``exceed_context_size_error``.
         body: What it sent, as far as it was kept.
+        retry_after_s: When it wants to be asked again; ``None``: it did not say.
     """
 
     def __init__(
-        self, message: str, *, status: int | None, kind: str | None, hint: str = "", body: bytes = b""
+        self,
+        message: str,
+        *,
+        status: int | None,
+        kind: str | None,
+        hint: str = "",
+        body: bytes = b"",
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message, hint=hint)
         self.status = status
         self.kind = kind
         self.body = body
+        self.retry_after_s = retry_after_s
 
 
 class EngineProtocolError(EngineError):

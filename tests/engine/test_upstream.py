@@ -109,6 +109,22 @@ def test_a_refusal_is_handed_on_as_it_came() -> None:
 
 
 @pytest.mark.parametrize(
+    ("told", "seconds"),
+    [(b"40", 40.0), (b"0", 0.0), (b"-1", None), (b"1e9", None), (b"9" * 400, None), (b"soon", None)],
+)
+def test_when_a_refusal_wants_to_be_asked_again_is_told_if_it_is_a_number_of_seconds(
+    told: bytes, seconds: float | None
+) -> None:
+    refusal = answer("503 Busy", REFUSAL).replace(b"\r\n\r\n", b"\r\nRetry-After: " + told + b"\r\n\r\n", 1)
+
+    with pytest.raises(EngineRefusedError) as caught:
+        against(refusal)
+    reply = against(refusal, use=lambda upstream, url: upstream.ask(url, CHAT, b"{}", limit_s=5))
+
+    assert caught.value.retry_after_s == reply.retry_after_s == seconds
+
+
+@pytest.mark.parametrize(
     "reply",
     [repeating(b"HTTP/1.1 500 Oops\r\n\r\n", b"x"), silent_after(b"HTTP/1.1 500 Oops\r\n\r\n")],
     ids=["slowly", "without-saying-why"],

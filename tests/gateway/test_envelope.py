@@ -136,6 +136,19 @@ def test_errors_of_ours_have_a_status_and_say_who_failed(
     assert (status, src, message) == (answer.status, answer.error["src"], answer.error["message"])
 
 
+@pytest.mark.parametrize(
+    ("status", "told", "after"),
+    [(503, 40.0, "40"), (503, None, "2"), (429, 0.0, "2"), (429, 1.2, "2"), (500, 40.0, None), (400, 40.0, None)],
+)
+def test_who_met_only_busy_engines_is_told_when_to_come_back(
+    status: int, told: float | None, after: str | None
+) -> None:
+    for body in (b"", b'{"error": {"message": "Loading model"}}'):
+        answer = asked(raising(EngineRefusedError("busy", status=status, kind=None, body=body, retry_after_s=told)))
+
+        assert answer.headers.get("retry-after") == after
+
+
 def test_every_field_of_an_error_arrives() -> None:
     error = ApiError(
         429, "the queue is full", code="queue_full", param="model", hint="wait", retry_after_s=2.1, headers={"X-A": "b"}

@@ -1,14 +1,16 @@
 """Boards that are gone: which of them are left out, and how long anybody waits."""
 
 import asyncio
+import itertools
 
 import pytest
 
-from promptai.errors import BrokenOffError, EngineDiedError, NoCapacityError
+from promptai.errors import BrokenOffError, EngineDiedError, EngineRefusedError, NoCapacityError
 from promptai.router.breaker import BreakerState
 from promptai.router.dispatch import Limits
 from support_clock import run_virtually
 from support_flight import FOR_EVER_S, Got, accept, arm, assert_one_answer, chat, hear, undisturbed, world
+from support_serve import World
 
 
 def test_a_killed_board_is_out_at_once_and_its_requests_are_elsewhere() -> None:
@@ -123,3 +125,74 @@ def test_it_is_sent_no_more_often_than_it_may_be() -> None:
     usual = undisturbed(chat()).text
     assert usual.startswith(got.text)
     assert got.text
+
+
+@pytest.mark.parametrize("names", [("one",), ("one", "two")])
+def test_boards_that_all_refuse_are_asked_again_after_a_pause(names: tuple[str, ...]) -> None:
+    """All attempts within milliseconds find what the first one found."""
+
+    async def play() -> Got:
+        async with world(*names).running() as running:
+            for name in names:
+                arm(running, name, "refuse", 0, times=None)
+            asyncio.get_running_loop().call_later(0.3, mend, running)
+            return await hear(accept(running, chat()))
+
+    def mend(running: World) -> None:
+        for engine in running.engines.values():
+            engine.fault = None
+
+    got = run_virtually(play())
+
+    assert_one_answer(undisturbed(chat()), got)
+    assert set(got.flight.retries) == {"busy"}
+    assert got.took_s < run_virtually(_alone()).took_s + 1.0
+
+
+async def _alone() -> Got:
+    async with world("one").running() as running:
+        return await hear(accept(running, chat()))
+
+
+def test_a_board_that_never_stops_refusing_is_asked_four_times_with_growing_pauses() -> None:
+    async def play() -> Got:
+        async with world("one").running() as running:
+            arm(running, "one", "refuse", 0, times=None)
+            return await hear(accept(running, chat()))
+
+    got = run_virtually(play())
+
+    sent = [grant.started for grant in got.flight.grants]
+    pauses = [after - before for before, after in itertools.pairwise(sent)]
+    assert isinstance(got.error, EngineRefusedError)
+    assert len(sent) == 4
+    assert pauses == pytest.approx([0.25, 0.5, 2.0], abs=0.05)  # then it is out, for as long as a breaker's first rest
+
+
+def test_while_it_pauses_a_board_that_comes_is_taken_at_once() -> None:
+    async def play() -> Got:
+        async with world("one", "two").running() as running:
+            running.source.fail("two")
+            arm(running, "one", "refuse", 0, times=1)
+            asyncio.get_running_loop().call_later(0.1, running.source.recover, "two")
+            return await hear(accept(running, chat()))
+
+    got = run_virtually(play())
+
+    assert_one_answer(undisturbed(chat()), got)
+    assert [grant.replica.id for grant in got.flight.grants] == ["one", "two"]
+    assert got.flight.grants[1].started - got.flight.grants[0].started == pytest.approx(0.1, abs=0.05)
+
+
+def test_whoever_pauses_counts_as_queued_and_holds_no_slot() -> None:
+    async def play() -> tuple[str, int]:
+        async with world("one").running() as running:
+            arm(running, "one", "refuse", 0, times=1)
+            ticket = accept(running, chat())
+            hearing = asyncio.create_task(hear(ticket))
+            await asyncio.sleep(0.2)
+            seen = ticket.flight.stage().stage, running.accounts.running("one")
+            assert (await hearing).error is None
+            return seen
+
+    assert run_virtually(play()) == ("queued", 0)

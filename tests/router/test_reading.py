@@ -11,6 +11,7 @@ from promptai.router.reading import (
     account_of,
     head_of,
     outcome_of,
+    pause_s,
     read_chunk,
     reason_of,
     refused,
@@ -94,6 +95,18 @@ def test_what_came_before_an_error_is_passed_on_with_it() -> None:
 )
 def test_a_failure_in_one_word(error: EngineError, word: str) -> None:
     assert word == reason_of(error)
+
+
+def test_pauses_double_and_keep_to_what_an_engine_wants_within_reason() -> None:
+    died = EngineDiedError("gone")
+
+    assert [pause_s(died, failures) for failures in (1, 2, 3, 6, 7, 5000)] == [0.25, 0.5, 1.0, 8.0, 10.0, 10.0]
+    told = {4.0: 4.0, 0.1: 0.25, 1e6: 10.0}
+    assert {after: pause_s(busy(after), 1) for after in told} == told
+
+
+def busy(retry_after_s: float) -> EngineRefusedError:
+    return EngineRefusedError("busy", status=503, kind=None, retry_after_s=retry_after_s)
 
 
 def test_an_answer_without_success_is_an_error_with_what_it_said() -> None:

@@ -20,6 +20,7 @@ from promptai.wire.sse import SseEvent, SseParser
 #: The largest honest body: the probabilities of a vocabulary of 256k tokens take about 30 MB.
 _MAX_BODY_BYTES = 64 * 1024 * 1024
 _MAX_REASON_BYTES = 64 * 1024
+_MAX_DIGITS = 7
 _REASON_S = 30.0
 _CONNECT_S = 10.0
 #: How often a silence is looked at whose limit may have become shorter.
@@ -28,11 +29,17 @@ _JSON = "application/json"
 
 
 class Reply(NamedTuple):
-    """A whole answer, whatever its status."""
+    """
+    A whole answer, whatever its status.
+
+    Attributes:
+        retry_after_s: What its ``Retry-After`` says; ``None``: nothing that is a number of seconds.
+    """
 
     status: int
     body: bytes
     content_type: str
+    retry_after_s: float | None = None
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -188,7 +195,7 @@ class HttpUpstream:
                 data = await _read(response, _MAX_BODY_BYTES + 1)
                 if len(data) > _MAX_BODY_BYTES:
                     raise EngineProtocolError(f"{url}{path} answered more than {_MAX_BODY_BYTES} bytes")
-                return Reply(response.status, data, response.headers.get("Content-Type", ""))
+                return Reply(response.status, data, response.headers.get("Content-Type", ""), _retry_after_s(response))
 
     def _headers(self, url: str, *, accept: str) -> dict[str, str]:
         headers = {"Content-Type": _JSON, "Accept": accept}
@@ -300,11 +307,15 @@ def broken_off(where: str, error: Exception | None = None) -> EngineDiedError:
     return EngineDiedError(f"{where} broke off in the middle of an answer{reason}")
 
 
-def refused(url: str, status: int, body: bytes) -> EngineRefusedError:
+def refused(url: str, status: int, body: bytes, retry_after_s: float | None = None) -> EngineRefusedError:
     """An HTTP status that is no success, with whatever envelope it came in."""
     error = error_in(body) or ErrorBody(body[:200].decode("utf-8", "replace").strip())
     return EngineRefusedError(
-        f"{url} answered HTTP {status}: {error.message[:300]}", status=status, kind=error.type, body=body
+        f"{url} answered HTTP {status}: {error.message[:300]}",
+        status=status,
+        kind=error.type,
+        body=body,
+        retry_after_s=retry_after_s,
     )
 
 
@@ -321,7 +332,15 @@ async def _no_stream(url: str, response: aiohttp.ClientResponse) -> EngineRefuse
     with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
         async with asyncio.timeout(_REASON_S):
             body = await _read(response, _MAX_REASON_BYTES)
-    return no_stream(url, body) if response.status == 200 else refused(url, response.status, body)
+    if response.status == 200:
+        return no_stream(url, body)
+    return refused(url, response.status, body, _retry_after_s(response))
+
+
+def _retry_after_s(response: aiohttp.ClientResponse) -> float | None:
+    """Of its two forms (RFC 9110, 10.2.3) the seconds; nothing is known of a board's clock, so dates say nothing."""
+    told = response.headers.get("Retry-After", "")
+    return float(told) if told.isascii() and told.isdecimal() and len(told) <= _MAX_DIGITS else None
 
 
 async def _read(response: aiohttp.ClientResponse, most: int) -> bytes:

@@ -58,6 +58,8 @@ _BEGUN = web.RequestKey("begun", bool)
 _ID = web.RequestKey("request_id", str)
 #: Longer than any error that a person reads; an engine that answers a page of HTML is cut.
 _MESSAGE_CHARS = 2000
+#: Of an engine that is busy and does not say for how long: so long a board rests that failed (``router.breaker``).
+_BUSY_S = 2.0
 #: Headers that describe the body that the envelope replaces.
 _OF_THE_BODY = {"content-type", "content-length", "content-encoding", "transfer-encoding"}
 
@@ -163,9 +165,11 @@ def from_error(error: PromptAIError) -> ApiError:
     """One of our own errors, as a client sees it."""
     if isinstance(error, EngineRefusedError):
         refusal = from_engine(error.status or 502, error.body)
-        if error_in(error.body) is not None:
-            return refusal
-        return ApiError(refusal.status, error.message, kind=error.kind, src="engine", hint=error.hint)
+        if error_in(error.body) is None:
+            refusal = ApiError(refusal.status, error.message, kind=error.kind, src="engine", hint=error.hint)
+        if refusal.status in {429, 503}:
+            refusal.retry_after_s = error.retry_after_s or _BUSY_S
+        return refusal
     if isinstance(error, EngineDiedError | EngineProtocolError):
         return _plain(502, error, "engine")
     if isinstance(error, EngineError):

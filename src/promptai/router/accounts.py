@@ -115,8 +115,9 @@ class Accounts:
         ]
         # Its length is an estimate: who holds only what it has at least is asked when nobody else is there.
         usable = [replica for replica in usable if _likely_holds(replica, job)] or usable
-        # Who has failed it is only asked again when nobody else is left.
-        return [replica for replica in usable if replica.id not in job.refused] or usable
+        # Who has failed it is only asked again when nobody else is left, and not at once.
+        others = [replica for replica in usable if replica.id not in job.refused]
+        return others if others or now < job.rests_until else usable
 
     def can_go_on(self, model: str) -> bool:
         """Whether an answer that was begun elsewhere could be continued by a replica of a model, now or later."""

@@ -222,6 +222,7 @@ class Dispatcher:
                 waiter.choice = self._choose(waiter.job, reserved)
             choice = waiter.choice
             if choice is None:
+                self._look_again(waiter.job.rests_until)
                 continue
             replica = choice.load.replica
             if choice.now:
@@ -234,7 +235,8 @@ class Dispatcher:
                 if replica.state is State.COLD:
                     self.accounts.fleet.wake(replica.id)
         self._mind_outage(model, now)
-        self._schedule()
+        if len(queue):
+            self._look_again(now + _TICK_S)
 
     def _choose(self, job: Job, reserved: dict[str, list[Work]]) -> Choice | None:
         loads = [self.accounts.load(replica, job, reserved) for replica in self.accounts.candidates(job)]
@@ -256,9 +258,13 @@ class Dispatcher:
                     waiter.granted.set_exception(self.no_capacity(model))
             self._dead_since.pop(model, None)
 
-    def _schedule(self) -> None:
-        if self._tick is None and any(len(queue) for queue in self._queues.values()):
-            self._tick = asyncio.get_running_loop().call_later(_TICK_S, self._ticked)
+    def _look_again(self, at: float) -> None:
+        """Go through all queues at that time, if not before; a time that is over says nothing."""
+        if at <= self._now() or (self._tick is not None and self._tick.when() <= at):
+            return
+        if self._tick is not None:
+            self._tick.cancel()
+        self._tick = asyncio.get_running_loop().call_at(at, self._ticked)
 
     def _ticked(self) -> None:
         self._tick = None

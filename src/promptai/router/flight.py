@@ -36,6 +36,7 @@ from promptai.router.reading import (
     account_of,
     head_of,
     outcome_of,
+    pause_s,
     read_chunk,
     reason_of,
     refused,
@@ -375,6 +376,7 @@ class Flight:
         self.job = msgspec.structs.replace(
             self.job,
             refused=self.job.refused | {grant.replica.id},
+            rests_until=self._accounts.now() + pause_s(error, self._sent),
             again=True,
             goes_on=self.said.anything,
             tokens=self._prompt_tokens + self.said.tokens,

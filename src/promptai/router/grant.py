@@ -25,7 +25,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         key: Whose fair share it takes.
         batch: It may wait behind everybody who waits in person.
         wait_s: The longest that it may be queued.
-        refused: Replicas that failed it already.
+        refused: Replicas that failed it already; ``rests_until`` (the loop's time) none of them is asked again.
         again: It was accepted before: the queue's bound does not count for it.
         goes_on: A part of its answer has been sent, and only a llama-server can go on from there.
     """
@@ -38,6 +38,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     batch: bool = False
     wait_s: float = 600.0
     refused: frozenset[str] = frozenset()
+    rests_until: float = 0.0
     again: bool = False
     goes_on: bool = False
 

@@ -15,6 +15,7 @@ from promptai.wire.passing import NativeChunk, PassingChunk, PassingReply
 from promptai.wire.sse import SseEvent
 
 AnyChunk = TypeVar("AnyChunk", PassingChunk, NativeChunk)
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
 _OWN_OF_CHUNK = frozenset(("choices", "usage", "timings", "prompt_progress"))
 
 
@@ -59,6 +60,7 @@ def refused(replica_id: str, reply: Reply) -> EngineRefusedError:
         status=reply.status,
         kind=found.type,
         body=reply.body,
+        retry_after_s=reply.retry_after_s,
     )
 
 
@@ -67,6 +69,22 @@ def reason_of(error: EngineError) -> str:
     if isinstance(error, EngineRefusedError):
         return "busy" if error.status in {429, 503} else "refused"
     return "protocol" if isinstance(error, EngineProtocolError) else "died"
+
+
+def pause_s(error: EngineError, failures: int) -> float:
+    """
+    How long those that failed a request are left alone by it, where there is nobody else to ask.
+
+    A board that is loading, or as full as it can be, refuses within milliseconds: without a pause all attempts are
+    spent before anything can have changed there.
+
+    Args:
+        error: The last failure; what it says of the time is kept to, within reason.
+        failures: So far, at least 1.
+    """
+    told = error.retry_after_s if isinstance(error, EngineRefusedError) else None
+    doubled = _FIRST_PAUSE_S * 2.0 ** min(failures - 1, 10)
+    return min(max(doubled, told or 0.0), _LONGEST_PAUSE_S)
 
 
 def stops(event: SseEvent) -> bool:
