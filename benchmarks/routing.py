@@ -1,4 +1,4 @@
-"""What does it gain to send people where their cache is? ``make bench-routing``; about a quarter of an hour.
+"""What does it gain to send people where their cache is? ``make bench-routing``; about half an hour.
 
 Four simulated Raspberry Pi 5, sixteen people, the fifty bundled conversations. First on virtual time, where the
 same figures come out on every machine: each strategy, two classes of models, two ways of keeping caches, a usual
@@ -37,6 +37,8 @@ STRATEGIES = ("affinity", "least-busy", "round-robin")
 THINK_S = {"1.5b": (60.0, 30.0), "7b": (120.0, 60.0)}
 #: Slots, and tokens of prompt cache beside them.
 CACHES = ((8, 0), (4, 65536))
+#: What is played over HTTP: class of model, seconds of thought, slots, tokens of prompt cache.
+OVER_HTTP = ("1.5b:60:4:65536", "7b:120:8:0")
 AIM_ROUND_ROBIN, AIM_ORACLE, AIM_SHARE = 5.0, 1.3, 1.5
 
 
@@ -175,9 +177,16 @@ def virtual(console: Console, seeds: int) -> int:
     return failed
 
 
-async def over_http(console: Console, *, seed: int, faster: float, doors: Sequence[str]) -> int:
+def setting_of(text: str) -> Setting:
+    """``1.5b:60:4:65536``; raises ``ValueError`` where it is none."""
+    kind, think_s, slots, host_cache = text.split(":")
+    if kind not in THINK_S:
+        raise ValueError(f"no class of models is called {kind}")
+    return Setting(kind, float(think_s), int(slots), int(host_cache))
+
+
+async def over_http(console: Console, setting: Setting, *, seed: int, faster: float, doors: Sequence[str]) -> int:
     """Part three; how many aims do not hold."""
-    setting = Setting("1.5b", 60.0, 4, 65536)
     script, boards = setting.script(seed), setting.boards
     questions = sum(conversation.user_turns for conversation in script.order())
     seen: dict[str, Seen] = {}
@@ -252,6 +261,14 @@ def main() -> int:
     parser.add_argument("--faster", type=float, default=20.0, help="than a board, over HTTP; 0 leaves HTTP out")
     parser.add_argument("--seed", type=int, default=0, help="of the runs over HTTP")
     parser.add_argument("--doors", default=",".join([*STRATEGIES, LITELLM]), help="over HTTP, beside affinity")
+    parser.add_argument(
+        "--over-http",
+        type=setting_of,
+        nargs="+",
+        default=[setting_of(one) for one in OVER_HTTP],
+        metavar="CLASS:THINK_S:SLOTS:CACHE",
+        help=f"what is played there ({' '.join(OVER_HTTP)})",
+    )
     options = parser.parse_args()
     console, failed = Console(width=None if sys.stdout.isatty() else 140), 0
     if options.seeds:
@@ -264,7 +281,9 @@ def main() -> int:
         what = f"LiteLLM {LITELLM_VERSION}, as it is by default"
         console.print(what if installed else "LiteLLM cannot be installed here; its row is left out", highlight=False)
         try:
-            failed += asyncio.run(over_http(console, seed=options.seed, faster=options.faster, doors=doors))
+            for one in options.over_http:
+                played = over_http(console, one, seed=options.seed, faster=options.faster, doors=doors)
+                failed += asyncio.run(played)
         except PromptAIError as error:
             console.print(f"{error.message}\n{error.hint}", style="red", markup=False)
             return 1

@@ -122,6 +122,33 @@ def test_two_models_of_one_server_and_two_servers_of_one_machine_are_two_boards(
     assert [len(boards(entries, {}).targets) for entries in (models, ports)] == [2, 2]
 
 
+@pytest.mark.parametrize(
+    ("entries", "names"),
+    [
+        ([FleetEntry(PI, model="yi"), FleetEntry(PI, model="gemma")], ["pi-1:8080/yi", "pi-1:8080/gemma"]),
+        ([FleetEntry("http://hub/a/v1"), FleetEntry("http://hub/b")], ["hub:80/a", "hub:80/b"]),
+        ([FleetEntry(PI, model="yi"), FleetEntry(PI, name="kitchen", model="gemma")], ["pi-1:8080", "kitchen"]),
+        ([FleetEntry(PI, model="yi"), FleetEntry("http://pi-2:8080")], ["pi-1:8080", "pi-2:8080"]),
+    ],
+)
+def test_boards_without_names_are_called_by_what_tells_them_apart(entries: list[FleetEntry], names: list[str]) -> None:
+    """Of two that were called alike only the first one was in the fleet."""
+    assert [target.replica_id for target in boards(entries, {}).targets] == names
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [FleetEntry("http://pi-1:80", name="kitchen"), FleetEntry("http://pi-2:80", name="kitchen")],
+        [FleetEntry("http://pi-1:80", name="pi-2:80"), FleetEntry("http://pi-2:80")],
+        [FleetEntry("http://pi-1:443"), FleetEntry("https://pi-1")],
+    ],
+)
+def test_two_boards_of_one_name_are_refused(entries: list[FleetEntry]) -> None:
+    with pytest.raises(SettingsError, match=r"^2 boards are called (kitchen|pi-2:80|pi-1:443) "):
+        boards(entries, {})
+
+
 @pytest.mark.parametrize("url", ["http://user:secret@pi:8080", "http://secret@pi:8080", "user:se/cret@pi:8080"])
 def test_an_address_with_a_secret_is_refused_without_repeating_it(url: str) -> None:
     with pytest.raises(SettingsError, match=r"^the address of pi:8080 holds a user or a password ") as refusal:

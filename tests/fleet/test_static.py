@@ -345,7 +345,7 @@ def test_of_another_gateway_only_the_named_model_is_taken() -> None:
     served = [{"id": "yi", "slots": 6}, {"id": "qwen", "slots": 1}]
     host = Host({**PROMPTAI, "/api/fleet": (200, {"gateway": "promptai", "models": served})})
 
-    assert [replica.id for replica in found({PI: host}, Target(PI, model="qwen", name="far"))] == ["far/qwen"]
+    assert [replica.id for replica in found({PI: host}, Target(PI, model="qwen", name="far"))] == ["far"]
     assert found({PI: host}, Target(PI, model="phi"))[0].reason == "does not serve phi"
 
 

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -69,7 +70,28 @@ def boards(entries: Sequence[FleetEntry], environ: Mapping[str, str] = os.enviro
         if key is not None:
             keys[target.base_url] = key
         targets.append(target)
-    return Boards(tuple(targets), keys)
+    return Boards(_told_apart(targets), keys)
+
+
+def _told_apart(targets: Sequence[Target]) -> tuple[Target, ...]:
+    """
+    No two of one name: several models of one server, or servers behind one host, are called by what tells them apart.
+
+    Raises:
+        SettingsError: Settings call two by one name.
+    """
+    ids = Counter(target.replica_id for target in targets)
+    found = []
+    for target in targets:
+        if target.name is None and ids[target.replica_id] > 1:
+            apart = [urlsplit(target.base_url).path.strip("/"), target.model]
+            found.append(msgspec.structs.replace(target, name="/".join([target.replica_id, *filter(None, apart)])))
+        else:
+            found.append(target)
+    called, times = Counter(target.replica_id for target in found).most_common(1)[0] if found else ("", 0)
+    if times > 1:
+        raise SettingsError(f"{times} boards are called {called}", hint="give each a name of its own")
+    return tuple(found)
 
 
 def _once_each(entries: Sequence[FleetEntry]) -> list[FleetEntry]:

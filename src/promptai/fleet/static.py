@@ -318,7 +318,14 @@ class _Probe:
             if not served:
                 raise _Unusable(State.DOWN, f"does not serve {target.model}" if target.model else "serves no model")
             return tuple(
-                _Facts(model.id, fleet.slots(model), model.context, "promptai", f"/{model.id}", model.capability)
+                _Facts(
+                    model.id,
+                    fleet.slots(model),
+                    model.context,
+                    "promptai",
+                    suffix="" if target.model else f"/{model.id}",
+                    capability=model.capability,
+                )
                 for model in served
             )
         models = [target.model] if target.model else await self._listed()
