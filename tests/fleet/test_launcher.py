@@ -89,6 +89,34 @@ def test_an_engine_answers_its_gateway_and_nobody_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
+def test_the_log_of_an_engine_that_runs_for_months_does_not_fill_its_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on writing at the new beginning, and its last words are still found there."""
+    monkeypatch.setattr("promptai.fleet.launcher._LOG_BYTES", 1_000)
+    log, keys = tmp_path / "logs" / "tiny.log", dict[str, str]()
+
+    async def play() -> tuple[int, bytes, str]:
+        async with launcher_of(tmp_path, keys=keys).start(tiny()) as engine, HttpUpstream(keys) as upstream:
+            begun = log.stat().st_size
+            assert await engine.death() is None
+            assert log.with_suffix(".log.old").stat().st_size == begun
+            await upstream.ask(engine.base_url, "/completion", b'{"prompt": "up?", "n_predict": 1}', limit_s=10.0)
+            written = log.read_bytes()
+            assert engine.pid is not None
+            os.kill(engine.pid, signal.SIGKILL)
+            while (death := await engine.death()) is None:
+                await asyncio.sleep(0.02)
+            return begun, written, death.message
+
+    begun, written, message = asyncio.run(play())
+
+    assert 0 < len(written) < begun
+    assert b"\0" not in written
+    assert "killed by signal 9" in message
+
+
+@pytest.mark.real
 def test_a_start_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
     engine = launcher_of(tmp_path, sys.executable, "-c", "import sys; sys.exit('boom')").start(tiny())
 

@@ -21,6 +21,7 @@ import contextlib
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -152,6 +153,20 @@ class RunningEngine:
             return None
         reason, hint = explain_exit(code, self._log_tail())
         return EngineDiedError(f"the engine of {self.flags.alias} died: {reason}", hint=hint)
+
+    def put_log_aside(self, above_bytes: int) -> None:
+        """
+        Begin its log anew once it is longer than that; what stood there is kept beside it.
+
+        The engine goes on writing: to a file that is opened for appending, as its log is, that is the new beginning.
+        """
+        with contextlib.suppress(OSError):
+            if self.log.stat().st_size <= above_bytes:
+                return
+            with contextlib.suppress(OSError):  # where there is no room to keep it, room is what is needed
+                shutil.copyfile(self.log, self.log.with_suffix(".log.old"))
+            os.truncate(self.log, 0)
+            self._log_start = 0
 
     def stop(self) -> None:
         """End it and whatever it started: politely, then not; returns when it is gone or cannot be ended."""

@@ -2,8 +2,8 @@
 
 ``engine.launch`` starts and stops one; what is added here is what a server that runs for months
 needs beside that. Ports are not given twice while an engine that got one has not yet bound it, and
-are given back only when the engine is gone. Logs are put aside when they are large, at each start
-and only then: between two starts of one model its log grows by about 0.75 kB for each request.
+are given back only when the engine is gone. Logs are put aside when they are large: each request
+adds about 0.75 kB, and the card that a board boots from is small.
 Each gets a key that nobody else has: the gateway's keys, limits and its guard against web pages
 would be worth nothing if its engines answered everybody on this machine.
 """
@@ -104,8 +104,11 @@ class LaunchedEngine:
         return sum(part for part in parts if part is not None) if any(parts) else None
 
     async def death(self) -> EngineDiedError | None:
-        """Why it is gone; ``None`` while it lives."""
-        return await asyncio.to_thread(self._engine.death) if self._ended() else None
+        """Why it is gone; ``None`` while it lives. Whoever asks again and again keeps its log short."""
+        if self._ended():
+            return await asyncio.to_thread(self._engine.death)
+        await asyncio.to_thread(self._engine.put_log_aside, _LOG_BYTES)
+        return None
 
     async def __aenter__(self) -> Self:
         """
