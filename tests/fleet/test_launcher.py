@@ -3,6 +3,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -105,9 +106,14 @@ def test_the_log_of_an_engine_that_runs_for_months_does_not_fill_its_card(
             written = log.read_bytes()
             assert engine.pid is not None
             os.kill(engine.pid, signal.SIGKILL)
-            while (death := await engine.death()) is None:
-                await asyncio.sleep(0.02)
-            return begun, written, death.message
+            await until(gone(engine))
+            return begun, written, str(await engine.death())
+
+    def gone(engine: LaunchedEngine) -> Callable[[], Awaitable[bool]]:
+        async def ended() -> bool:
+            return await engine.death() is not None
+
+        return ended
 
     begun, written, message = asyncio.run(play())
 
