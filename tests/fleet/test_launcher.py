@@ -47,6 +47,15 @@ async def hold(engine: LaunchedEngine) -> None:
         await asyncio.get_running_loop().create_future()
 
 
+def gone(engine: LaunchedEngine) -> Callable[[], Awaitable[bool]]:
+    """Whether it is, to wait for."""
+
+    async def ended() -> bool:
+        return await engine.death() is not None
+
+    return ended
+
+
 def test_no_two_engines_get_one_port_and_logs_are_called_after_models(tmp_path: Path) -> None:
     """A log that has become large is put aside."""
     launcher = launcher_of(tmp_path, "/bin/true")
@@ -109,17 +118,36 @@ def test_the_log_of_an_engine_that_runs_for_months_does_not_fill_its_card(
             await until(gone(engine))
             return begun, written, str(await engine.death())
 
-    def gone(engine: LaunchedEngine) -> Callable[[], Awaitable[bool]]:
-        async def ended() -> bool:
-            return await engine.death() is not None
-
-        return ended
-
     begun, written, message = asyncio.run(play())
 
     assert 0 < len(written) < begun
     assert b"\0" not in written
     assert "killed by signal 9" in message
+
+
+@pytest.mark.real
+def test_an_engine_that_lives_and_answers_nothing_counts_as_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped here by a signal. Whoever hears of it ends it, and what does not hear is killed."""
+    monkeypatch.setattr("promptai.fleet.launcher._PULSE_S", 0.05)
+    monkeypatch.setattr("promptai.fleet.launcher._HANGS_S", 0.4)
+    monkeypatch.setattr("promptai.engine.launch._STOP_S", 0.2)
+
+    async def play() -> tuple[bool, str, int | None]:
+        async with launcher_of(tmp_path).start(tiny()) as engine:
+            await asyncio.sleep(0.6)
+            well = await engine.death() is None
+            assert engine.pid is not None
+            os.killpg(engine.pid, signal.SIGSTOP)
+            await until(gone(engine))
+            return well, str(await engine.death()), engine.pid
+
+    well, message, pid = asyncio.run(play())
+
+    assert well
+    assert "hangs: it lives, and has answered nothing for 0.4 s" in message
+    assert not alive(pid)
 
 
 @pytest.mark.real

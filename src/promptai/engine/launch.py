@@ -154,17 +154,22 @@ class RunningEngine:
         reason, hint = explain_exit(code, self._log_tail())
         return EngineDiedError(f"the engine of {self.flags.alias} died: {reason}", hint=hint)
 
-    def put_log_aside(self, above_bytes: int) -> None:
+    def log_bytes(self) -> int:
+        """How long its log is."""
+        try:
+            return self.log.stat().st_size
+        except OSError:
+            return 0
+
+    def put_log_aside(self) -> None:
         """
-        Begin its log anew once it is longer than that; what stood there is kept beside it.
+        Begin its log anew; what stood there is kept beside it.
 
         The engine goes on writing: to a file that is opened for appending, as its log is, that is the new beginning.
         """
+        with contextlib.suppress(OSError):  # where there is no room to keep it, room is what is needed
+            shutil.copyfile(self.log, self.log.with_suffix(".log.old"))
         with contextlib.suppress(OSError):
-            if self.log.stat().st_size <= above_bytes:
-                return
-            with contextlib.suppress(OSError):  # where there is no room to keep it, room is what is needed
-                shutil.copyfile(self.log, self.log.with_suffix(".log.old"))
             os.truncate(self.log, 0)
             self._log_start = 0
 

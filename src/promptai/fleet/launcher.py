@@ -4,11 +4,13 @@
 needs beside that. Ports are not given twice while an engine that got one has not yet bound it, and
 are given back only when the engine is gone. Logs are put aside when they are large: each request
 adds about 0.75 kB, and the card that a board boots from is small.
+A process may live and compute nothing any more; nobody is at a board at night to end it, so it is ended here.
 Each gets a key that nobody else has: the gateway's keys, limits and its guard against web pages
 would be worth nothing if its engines answered everybody on this machine.
 """
 
 import asyncio
+import contextlib
 import os
 import re
 import secrets
@@ -20,11 +22,14 @@ from promptai.device.process import ProcessTree
 from promptai.engine.flags import EngineFlags
 from promptai.engine.launch import RunningEngine, free_port
 from promptai.engine.locate import EngineBinary
-from promptai.errors import EngineDiedError
+from promptai.engine.upstream import HttpUpstream
+from promptai.errors import EngineDiedError, EngineError
 from promptai.fleet.local import LocalModel
 
 #: So long a log is put aside: some 10 000 requests.
 _LOG_BYTES = 8_000_000
+#: Engines answer ``/slots`` between two steps, and 512 tokens of a prompt are one: four minutes on the slowest board.
+_PULSE_S, _HANGS_S = 30.0, 600.0
 
 
 class EngineLauncher:
@@ -82,6 +87,8 @@ class LaunchedEngine:
         self._ports = ports
         self._keys = keys
         self._tree: ProcessTree | None = None
+        self._pulse: asyncio.Task[None] | None = None
+        self._hangs: EngineDiedError | None = None
 
     @property
     def base_url(self) -> str:
@@ -104,11 +111,12 @@ class LaunchedEngine:
         return sum(part for part in parts if part is not None) if any(parts) else None
 
     async def death(self) -> EngineDiedError | None:
-        """Why it is gone; ``None`` while it lives. Whoever asks again and again keeps its log short."""
+        """Why it is gone, or as good as; ``None`` while it lives. Whoever asks again and again keeps its log short."""
         if self._ended():
             return await asyncio.to_thread(self._engine.death)
-        await asyncio.to_thread(self._engine.put_log_aside, _LOG_BYTES)
-        return None
+        if self._engine.log_bytes() > _LOG_BYTES:
+            await asyncio.to_thread(self._engine.put_log_aside)
+        return self._hangs
 
     async def __aenter__(self) -> Self:
         """
@@ -124,14 +132,34 @@ class LaunchedEngine:
         except BaseException:
             self._let_go()
             raise
+        self._pulse = asyncio.create_task(self._feel_pulse())
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
         """End it; cancelled, tell so only when it is gone."""
+        if self._pulse is not None:
+            self._pulse.cancel()
         try:
             await self._engine.__aexit__()
         finally:
             self._let_go()
+
+    async def _feel_pulse(self) -> None:
+        """Notice that it computes no longer, though its process lives."""
+        loop = asyncio.get_running_loop()
+        answered_at = loop.time()
+        async with HttpUpstream({self.base_url: self._key}) as upstream:
+            while self._hangs is None:
+                await asyncio.sleep(_PULSE_S)
+                with contextlib.suppress(EngineError):
+                    await upstream.get(self.base_url, "/slots", limit_s=_HANGS_S)
+                    answered_at = loop.time()
+                if loop.time() - answered_at >= _HANGS_S:
+                    name = self._engine.flags.alias
+                    self._hangs = EngineDiedError(
+                        f"the engine of {name} hangs: it lives, and has answered nothing for {_HANGS_S:g} s",
+                        hint="it is started again",
+                    )
 
     def _let_go(self) -> None:
         self._ports.discard(self._engine.flags.port)
