@@ -22,6 +22,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         model: A model of the fleet.
         prompt: Its prompt, as a chain; ``tokens`` of it, as estimated.
         limit: Most tokens of its answer; ``None``: until it ends.
+        answers: How many it asks for, each as long as one.
         key: Whose fair share it takes.
         batch: It may wait behind everybody who waits in person.
         wait_s: The longest that it may be queued.
@@ -34,6 +35,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     prompt: Chain
     tokens: float
     limit: int | None = None
+    answers: int = 1
     key: str = "local"
     batch: bool = False
     wait_s: float = 600.0
