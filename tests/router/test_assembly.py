@@ -9,8 +9,8 @@ from promptai.wire.passing import PassingRequest
 HEAD = {"id": "a", "created": 1, "model": "m", "object": "chat.completion.chunk"}
 
 
-def assembled(*chunks: dict[str, Any], chat: bool = True, prefilled: str = "") -> dict[str, Any]:
-    assembly = Assembly(chat=chat, begun=prefilled)
+def assembled(*chunks: dict[str, Any], chat: bool = True, prefilled: str = "", alternatives: int = 1) -> dict[str, Any]:
+    assembly = Assembly(chat=chat, begun=prefilled, alternatives=alternatives)
     for chunk in chunks:
         assembly.add([msgspec.json.encode({**HEAD, **chunk})])
     return msgspec.json.decode(assembly.answer(), type=dict[str, Any])
@@ -82,9 +82,10 @@ def test_two_answers_are_kept_apart_and_counted_together() -> None:
         delta(1, content="b"),
         delta(0, content="a"),
         delta(0, "stop"),
-        delta(1, "length"),
         {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 2, "total_tokens": 6}},
+        delta(1, "length"),
         {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 3, "total_tokens": 7}},
+        alternatives=2,
     )
 
     assert [(c["index"], c["message"]["content"], c["finish_reason"]) for c in found["choices"]] == [
@@ -113,11 +114,39 @@ def test_only_a_trailing_assistant_message_begins_an_answer(messages: list[dict[
     assert text == begun(PassingRequest(messages=messages))
 
 
+def test_each_prompt_is_counted_once_however_many_answers_it_has() -> None:
+    """Four answers to two prompts of 11 and 8 tokens, of which 3 and none were cached."""
+    told = ((11, 3), (11, 3), (8, 0), (8, 0))
+    chunks = [
+        {
+            "choices": [{"index": index, "text": "x"}],
+            "usage": {
+                "prompt_tokens": prompt,
+                "completion_tokens": 4,
+                "total_tokens": prompt + 4,
+                "prompt_tokens_details": {"cached_tokens": cached},
+            },
+        }
+        for index, (prompt, cached) in enumerate(told)
+    ]
+
+    found = assembled(*chunks, chat=False, alternatives=2)
+
+    assert found["usage"] == {
+        "prompt_tokens": 19,
+        "completion_tokens": 16,
+        "total_tokens": 35,
+        "prompt_tokens_details": {"cached_tokens": 3},
+    }
+
+
 def test_what_one_alternative_does_not_tell_is_not_counted_as_nothing() -> None:
     found = assembled(
-        delta(content="x"),
+        delta(0, content="x"),
         {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": None, "total_tokens": None}},
+        delta(1, content="x"),
         {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 3, "total_tokens": 7}},
+        alternatives=2,
     )
 
     assert found["usage"] == {"prompt_tokens": 4, "completion_tokens": None, "total_tokens": None}

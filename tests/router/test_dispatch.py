@@ -1,20 +1,75 @@
 """Moments between two states of a request; what admission promises is in gateway/test_admission."""
 
 import asyncio
+from typing import Any
 
+import msgspec
 import pytest
 
 from promptai.engine.simulation import SimulationConfig
 from promptai.engine.simulator import Fault
-from promptai.errors import NoCapacityError
-from promptai.router.dispatch import Waiter
-from promptai.router.grant import Job
+from promptai.errors import NoCapacityError, SaturatedError
+from promptai.router.breaker import Breaker
+from promptai.router.dispatch import Limits, Waiter
+from promptai.router.grant import Job, Outcome
 from promptai.router.policy import Affinity, Ask, Choice, Load
 from promptai.router.prefix import chain
+from promptai.wire.llamaserver import Timings
 from support_clock import run_virtually
 from support_serve import World, listen
 
 JOB = Job(model="yi", prompt=chain("Is cell 12 up?"), tokens=4.0)
+#: Has 857 tokens at least.
+LONG = Job(model="yi", prompt=chain("up? " * 1500), tokens=1500.0)
+
+
+class Crowd:
+    """
+    Requests that keep their slots until they are told to leave.
+
+    Attributes:
+        waiters: By name.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.waiters: dict[str, Waiter] = {}
+        self._world = world
+        self._leave: dict[str, asyncio.Event] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def ask(self, name: str, job: Job = JOB, **fields: Any) -> None:
+        """Let one come."""
+        self._tasks[name] = asyncio.create_task(self._hold(name, msgspec.structs.replace(job, **fields)))
+        await asyncio.sleep(0)
+
+    async def leave(self, name: str) -> None:
+        """Let one that has its slot give it back."""
+        self._leave[name].set()
+        await self._tasks[name]
+
+    def served(self) -> list[str]:
+        """Who was given a slot."""
+        return [name for name, it in self.waiters.items() if it.granted.done() and not it.granted.exception()]
+
+    async def refused(self, kind: type[Exception]) -> list[str]:
+        """Who has been told so; everybody else leaves."""
+        await asyncio.sleep(0)
+        ended = [name for name, task in self._tasks.items() if task.done()]
+        for task in self._tasks.values():
+            task.cancel()
+        found = dict(zip(self._tasks, await asyncio.gather(*self._tasks.values(), return_exceptions=True), strict=True))
+        return [name for name in ended if isinstance(found[name], kind)]
+
+    async def _hold(self, name: str, job: Job) -> None:
+        leave = self._leave[name] = asyncio.Event()
+        async with self._world.dispatcher.grant(job, entered=lambda waiter: self.waiters.update({name: waiter})):
+            await leave.wait()
+
+
+def mixed(*, limits: Limits | None = None) -> World:
+    """A board that holds long prompts, and one that does not; each has one slot."""
+    configs = {"big": SimulationConfig(model="yi"), "small": SimulationConfig(model="yi", context=512)}
+    return World(configs, limits=limits)
 
 
 def test_a_request_that_has_its_slot_and_was_not_told_yet_has_nobody_before_it() -> None:
@@ -136,3 +191,150 @@ def test_nobody_waits_for_a_board_that_was_removed() -> None:
                     pass
 
     run_virtually(play())
+
+
+@pytest.mark.parametrize(
+    ("queued", "newcomer", "goes"),
+    [
+        # Whose key, and whether it is of the batch class or was accepted before.
+        ("n:batch n:batch n:batch", "a", "2"),
+        ("n:batch m:batch n:batch", "a", "2"),
+        ("k:batch k:batch a", "k", "1"),
+        ("a a n:batch", "c", "2"),
+        ("n:batch n:again-batch a", "c", "0"),
+        ("n:again-batch a a", "c", "2"),
+        ("a a b", "c", "1"),
+        ("a b c", "d", "newcomer"),
+        ("a a a", "n:batch", "newcomer"),
+        ("a n:batch n:batch", "m:batch", "2"),
+        ("a m:batch n:batch", "n:batch", "newcomer"),
+        ("a n:again-batch n:batch", "n:batch", "newcomer"),
+    ],
+)
+def test_batch_work_makes_room_for_people_and_only_for_its_like(queued: str, newcomer: str, goes: str) -> None:
+    def fields(of: str) -> dict[str, Any]:
+        key, _, kind = of.partition(":")
+        return {"key": key, "batch": kind.endswith("batch"), "again": kind.startswith("again")}
+
+    async def play() -> list[str]:
+        world = World({"a": SimulationConfig(model="yi")}, limits=Limits(queue=3))
+        async with world.running():
+            crowd = Crowd(world)
+            await crowd.ask("has the slot")
+            for number, of in enumerate(queued.split()):
+                await crowd.ask(str(number), **fields(of))
+            await crowd.ask("newcomer", **fields(newcomer))
+            return await crowd.refused(SaturatedError)
+
+    assert run_virtually(play()) == [goes]
+
+
+def test_batch_work_that_has_lost_its_patience_makes_room_for_nobody() -> None:
+    async def play() -> list[str]:
+        world = World({"a": SimulationConfig(model="yi")}, limits=Limits(queue=3))
+        async with world.running():
+            crowd = Crowd(world)
+            await crowd.ask("has the slot")
+            await crowd.ask("batch", key="n", batch=True)
+            await asyncio.sleep(301)
+            for number in range(2):
+                await crowd.ask(str(number), key="a")
+            await crowd.ask("newcomer", key="c")
+            return await crowd.refused(SaturatedError)
+
+    assert run_virtually(play()) == ["1"]
+
+
+def test_who_stands_behind_many_that_cannot_use_a_free_board_gets_it() -> None:
+    async def play() -> list[str]:
+        world = mixed(limits=Limits(queue=100))
+        async with world.running():
+            crowd = Crowd(world)
+            for number in range(71):
+                await crowd.ask(str(number), LONG)
+            await crowd.ask("short")
+            return [*crowd.served(), *await crowd.refused(SaturatedError)]
+
+    assert run_virtually(play()) == ["0", "short"]
+
+
+def test_as_long_as_no_slot_is_free_who_stands_behind_many_is_not_looked_at() -> None:
+    async def play() -> int:
+        world = World({"a": SimulationConfig(model="yi")}, limits=Limits(queue=200))
+        async with world.running():
+            crowd = Crowd(world)
+            for number in range(101):
+                await crowd.ask(str(number))
+            await asyncio.sleep(1.5)
+            await crowd.refused(SaturatedError)
+            return sum(waiter.choice is not None for waiter in crowd.waiters.values())
+
+    assert run_virtually(play()) == 1 + 64
+
+
+def test_a_board_that_is_only_too_small_is_not_said_to_fail_nor_waited_for() -> None:
+    async def play() -> NoCapacityError:
+        world = mixed()
+        async with world.running():
+            world.accounts.breakers["big"] = Breaker(failures=3, opened_at=world.accounts.now(), cooldown_s=40.0)
+            with pytest.raises(NoCapacityError) as refused:
+                async with world.dispatcher.grant(LONG):
+                    pass
+            return refused.value
+
+    error = run_virtually(play())
+
+    assert error.message == "no replica of yi can serve now (big: failing; small: too small for this prompt)"
+    assert error.retry_after_s == pytest.approx(40.0)
+
+
+def test_a_board_that_is_well_is_not_said_to_fail_whatever_is_asked() -> None:
+    async def play() -> NoCapacityError:
+        world = mixed()
+        async with world.running():
+            world.source.fail("big")
+            return world.dispatcher.no_capacity("yi")
+
+    assert "(big: does not answer; small: ready)" in run_virtually(play()).message
+
+
+def test_a_board_that_is_tried_again_is_no_hope_for_a_prompt_that_it_does_not_hold() -> None:
+    async def play() -> tuple[bool, bool]:
+        world = mixed()
+        async with world.running():
+            world.source.fail("big")
+            await asyncio.sleep(1)
+            world.accounts.breakers["small"] = Breaker(failures=3, opened_at=0.0, cooldown_s=0.5, trial_at=0.9)
+            with pytest.raises(NoCapacityError):
+                async with asyncio.timeout(0.1), world.dispatcher.grant(LONG):
+                    pass
+            return world.accounts.comes_back(JOB), world.accounts.comes_back(LONG)
+
+    assert run_virtually(play()) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("answers", "tokens", "timings", "took"),
+    [(1, 12, 10, 10), (3, 30, 10, 30), (3, 0, 10, 30), (3, 7, None, 7), (3, 0, None, 0)],
+)
+def test_a_key_is_charged_all_answers_that_its_request_asks_for(
+    answers: int, tokens: int, timings: int | None, took: int
+) -> None:
+    """The engine's account is of one of them, and what comes in one piece has no pieces to count."""
+
+    async def play() -> tuple[float, float]:
+        world = World({"a": SimulationConfig(model="yi")})
+        async with world.running():
+            finish = world.dispatcher._queue("yi")._finish
+            job = msgspec.structs.replace(JOB, answers=answers, limit=20, key="k")
+            async with world.dispatcher.grant(job) as grant:
+                charged = finish["k"]
+                for _ in range(tokens):
+                    world.accounts.token(grant, world.accounts.now())
+                account = (
+                    Timings(prompt_n=4, prompt_ms=10.0, predicted_n=timings, predicted_ms=10.0) if timings else None
+                )
+                grant.outcome = Outcome(timings=account)
+            return charged, finish["k"]
+
+    assert run_virtually(play()) == (JOB.tokens + answers * 20, JOB.tokens + took)

@@ -152,6 +152,18 @@ def test_batch_comes_after_interactive_until_its_patience_is_over() -> None:
     assert queue.ordered(300.0) == ["batch", "late"]
 
 
+def test_who_is_patient_is_told() -> None:
+    queue = FairQueue[str](patience_s=300.0)
+    queue.push("batch", key="night", cost=10.0, batch=True, now=0.0)
+    queue.push("again", key="night", cost=10.0, batch=True, first=True, now=0.0)
+    queue.push("person", key="bob", cost=10.0, now=0.0)
+
+    assert [queue.patient(name, 299.9) for name in ("batch", "again", "person")] == [True, False, False]
+    assert not queue.patient("batch", 300.0)
+    with pytest.raises(KeyError):
+        queue.patient("nobody", 0.0)
+
+
 def test_a_patient_crowd_of_batch_items_takes_turns_like_everybody() -> None:
     """A thousand of them lose their patience at once; a person who comes then waits for one of them."""
     queue = FairQueue[str](patience_s=300.0)

@@ -2,14 +2,30 @@
 
 import asyncio
 import itertools
+from typing import Any
 
+import msgspec
 import pytest
 
 from promptai.errors import BrokenOffError, EngineDiedError, EngineRefusedError, NoCapacityError
 from promptai.router.breaker import BreakerState
 from promptai.router.dispatch import Limits
 from support_clock import run_virtually
-from support_flight import FOR_EVER_S, Got, accept, arm, assert_one_answer, chat, hear, undisturbed, world
+from support_cold import Cold
+from support_fleet import model
+from support_flight import (
+    FOR_EVER_S,
+    PACE,
+    Got,
+    accept,
+    arm,
+    assert_one_answer,
+    chat,
+    first,
+    hear,
+    undisturbed,
+    world,
+)
 from support_serve import World
 
 
@@ -196,3 +212,160 @@ def test_whoever_pauses_counts_as_queued_and_holds_no_slot() -> None:
             return seen
 
     assert run_virtually(play()) == ("queued", 0)
+
+
+def mixed(*, queue: int = 64) -> World:
+    """A board that holds long prompts, and one that does not; each has one slot."""
+    big = msgspec.structs.replace(PACE, slots=1)
+    configs = {"big": big, "small": msgspec.structs.replace(big, context=512)}
+    return World(configs, limits=Limits(queue=queue, outage_s=30))
+
+
+def long_chat(**fields: Any) -> dict[str, Any]:
+    return chat(messages=[{"role": "user", "content": "up? " * 1500}], **fields)
+
+
+def begin(running: World, body: dict[str, Any]) -> asyncio.Task[Got]:
+    return asyncio.create_task(hear(accept(running, body)))
+
+
+def test_a_prompt_that_only_a_dead_board_could_hold_does_not_wait_because_others_are_served() -> None:
+    async def play() -> tuple[list[Got], list[Got]]:
+        async with mixed().running() as running:
+            before = begin(running, long_chat(max_tokens=5))
+            await asyncio.sleep(0.1)
+            waiting = [begin(running, long_chat()) for _ in range(2)]
+            await asyncio.sleep(0.1)
+            running.source.fail("big")
+            shorts = [begin(running, chat()) for _ in range(30)]
+            assert (await before).error is None
+            return [await one for one in waiting], [await one for one in shorts]
+
+    waited, shorts = run_virtually(play())
+
+    assert [one.error for one in shorts] == [None] * 30
+    assert max(one.took_s for one in shorts) > 50
+    assert [type(one.error) for one in waited] == [NoCapacityError] * 2
+    assert all(30 <= one.took_s <= 32 for one in waited)
+    assert "small: too small for this prompt" in str(waited[0].error)
+
+
+def test_who_can_be_served_is_not_sent_away_with_those_who_cannot() -> None:
+    """The one board is gone; for the other one somebody waits behind all who wait for the first."""
+
+    async def play() -> tuple[list[Got], Got]:
+        async with mixed(queue=100).running() as running:
+            tasks = [begin(running, long_chat(max_tokens=5)), begin(running, chat(max_tokens=450))]
+            await asyncio.sleep(0.1)
+            waiting = [begin(running, long_chat()) for _ in range(70)]
+            await asyncio.sleep(0.1)
+            short = begin(running, chat())
+            await asyncio.sleep(0)
+            running.source.fail("big")
+            found = [await one for one in waiting], await short
+            await asyncio.gather(*tasks)
+            return found
+
+    waited, short = run_virtually(play())
+
+    assert all(isinstance(one.error, NoCapacityError) and 30 <= one.took_s <= 32 for one in waited)
+    assert short.error is None
+    assert short.took_s > 40
+
+
+def test_whoever_pauses_longer_than_an_outage_is_served_afterwards() -> None:
+    async def play() -> float:
+        async with world("one", limits=Limits(outage_s=30)).running() as running:
+            job = accept(running, chat()).flight.job
+            now = running.accounts.now()
+            pausing = msgspec.structs.replace(job, refused=frozenset({"one"}), rests_until=now + 50, again=True)
+            async with running.dispatcher.grant(pausing) as grant:
+                return grant.started - now
+
+    assert run_virtually(play()) == pytest.approx(50.0, abs=0.1)
+
+
+def test_an_outage_begins_anew_once_the_board_was_back() -> None:
+    async def play() -> Got:
+        async with world("one", config=msgspec.structs.replace(PACE, slots=1)).running() as running:
+            before = begin(running, chat(max_tokens=500))
+            await asyncio.sleep(0.1)
+            waiting = begin(running, chat())
+            await asyncio.sleep(0.1)
+            running.source.fail("one")
+            await asyncio.sleep(20)
+            running.source.recover("one")
+            await asyncio.sleep(5)
+            running.source.fail("one")
+            got = await waiting
+            before.cancel()
+            return got
+
+    got = run_virtually(play())
+
+    assert isinstance(got.error, NoCapacityError)
+    assert 55 <= got.took_s <= 57
+
+
+def test_a_request_that_every_engine_objects_to_takes_no_board_out() -> None:
+    """In the stream, after its head: of a grammar that allows nothing, for example. Everybody else goes on there."""
+
+    async def play() -> tuple[Got, BreakerState, Got]:
+        async with world("one").running() as running:
+            arm(running, "one", "error", 0, times=2)
+            refused = await hear(accept(running, chat()))
+            state = running.accounts.breaker("one").state(running.accounts.now())
+            return refused, state, await hear(accept(running, chat()))
+
+    refused, state, other = run_virtually(play())
+
+    assert isinstance(refused.error, EngineRefusedError)
+    assert refused.error.status == 400
+    assert "one says so, as one before it" in refused.error.hint
+    assert state is BreakerState.CLOSED
+    assert other.error is None
+
+
+@pytest.mark.parametrize("after", [0, 6])
+def test_what_one_engine_objects_to_and_another_answers_is_held_against_the_first(after: int) -> None:
+    async def play() -> tuple[Got, int]:
+        async with world().running() as running:
+            ticket = accept(running, chat())
+            name = first(running, ticket)
+            arm(running, name, "error", after)
+            return await hear(ticket), running.accounts.breaker(name).failures
+
+    got, failures = run_virtually(play())
+
+    assert_one_answer(undisturbed(chat()), got)
+    assert failures == 1
+
+
+def test_where_a_board_is_stays_with_us() -> None:
+    async def play() -> Got:
+        async with world("one").running() as running:
+            arm(running, "one", "cut", 3, times=None)
+            return await hear(accept(running, chat(max_tokens=None, tools=[{"type": "function"}])))
+
+    got = run_virtually(play())
+
+    assert isinstance(got.error, BrokenOffError)
+    assert "sim://" not in str(got.error)
+    assert "one broke off" in str(got.error)
+
+
+def test_a_model_that_cannot_be_loaded_is_given_up_with_its_reason() -> None:
+    """Each of its attempts, and the rests between them, count."""
+
+    async def play() -> tuple[Got, int]:
+        cold = Cold(model("yi"), config=PACE, limits=Limits(outage_s=30))
+        cold.launcher.broken.add("yi")
+        async with cold.running() as running:
+            got = await hear(running.ticket("yi", [{"role": "user", "content": "up?"}]))
+            return got, len(cold.launcher.starts)
+
+    got, starts = run_virtually(play())
+
+    assert isinstance(got.error, NoCapacityError)
+    assert got.took_s < 30 + 2 * 10 + 10
+    assert starts <= 3

@@ -1,5 +1,6 @@
 from collections.abc import Mapping
 
+import msgspec
 import pytest
 
 from promptai.fleet.replica import Replica, State
@@ -91,20 +92,27 @@ def test_aliases_that_go_in_circles_lead_nowhere() -> None:
 
 @pytest.mark.parametrize("name", [None, "", "default"])
 def test_a_single_model_needs_no_name(name: str | None) -> None:
-    assert wanted(name, ("only",)) == Wanted(name="default", model="only")
+    assert wanted(name, ("only",)) == Wanted(name="default", meant="only", model="only")
     assert wanted(name, names=Names(default="phi-3.5-mini")).model == "phi-3.5-mini"
     assert wanted(name, names=Names(aliases={"default": Alias("phi-3.5-mini")})).model == "phi-3.5-mini"
 
 
 def test_a_name_is_itself_or_an_alias() -> None:
-    assert wanted("phi-3.5-mini") == Wanted(name="phi-3.5-mini", model="phi-3.5-mini")
-    assert wanted("fast") == Wanted(name="fast", model="llama-3.2-1b")
+    assert wanted("phi-3.5-mini") == Wanted(name="phi-3.5-mini", meant="phi-3.5-mini", model="phi-3.5-mini")
+    assert wanted("fast") == Wanted(name="fast", meant="fast", model="llama-3.2-1b")
+
+
+@pytest.mark.parametrize("name", [None, "", "default"])
+@pytest.mark.parametrize("default", ["fast", "gpt-4o-mini", "phi-3.5-mini", "auto"])
+def test_what_the_default_is_counts_as_asked_for(name: str | None, default: str) -> None:
+    assert wanted(name, names=msgspec.structs.replace(NAMES, default=default)).meant == default
 
 
 def test_an_alias_of_an_alias_has_the_params_of_both_and_the_outer_ones_win() -> None:
     found = wanted("gpt-4o-mini")
 
-    assert found == Wanted(name="gpt-4o-mini", model="phi-3.5-mini", params={"max_tokens": 200, "temperature": 0.7})
+    params = {"max_tokens": 200, "temperature": 0.7}
+    assert found == Wanted(name="gpt-4o-mini", meant="gpt-4o-mini", model="phi-3.5-mini", params=params)
 
 
 def test_an_alias_may_give_params_to_the_model_of_its_own_name() -> None:
@@ -115,7 +123,7 @@ def test_an_alias_may_give_params_to_the_model_of_its_own_name() -> None:
 
 def test_auto_is_a_name_and_may_have_aliases() -> None:
     assert wanted("auto").auto
-    assert wanted("best") == Wanted(name="best", model="auto", params={"temperature": 0.0})
+    assert wanted("best") == Wanted(name="best", meant="best", model="auto", params={"temperature": 0.0})
     assert not wanted("fast").auto
 
 

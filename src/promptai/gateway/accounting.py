@@ -53,10 +53,12 @@ def _counted(flight: Flight) -> tuple[int | None, int | None, int]:
     timings, usage = flight.timings, flight.usage
     # What an engine generated whose successor went on is a part of the successor's prompt, and of the answer.
     before, last = sum(grant.generated for grant in flight.grants[:-1]), flight.grants[-1].generated
-    if timings is not None:
-        computed = max(0, timings.prompt_n + (timings.cache_n or 0) - before)
-        return computed, timings.cache_n, before + timings.predicted_n
     told = flight.said.prompt_tokens
+    if timings is not None:
+        read = timings.prompt_n + (timings.cache_n or 0)
+        prompt = told if flight.continuations and told is not None else max(0, read - before)
+        cached = None if timings.cache_n is None else min(timings.cache_n, prompt)
+        return prompt, cached, before + timings.predicted_n
     if usage is None:
         return told, None, before + last
     details = usage.prompt_tokens_details

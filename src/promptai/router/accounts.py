@@ -106,26 +106,33 @@ class Accounts:
 
     def candidates(self, job: Job) -> list[Replica]:
         """Replicas that a request may be planned for now."""
+        able = self._able(job)
+        # Who has failed it is only asked again when nobody else is left, and not at once.
+        others = [replica for replica in able if replica.id not in job.refused]
+        return others if others or self.now() < job.rests_until else able
+
+    def _able(self, job: Job) -> list[Replica]:
+        """Replicas that could take a request, whether or not it pauses."""
         now = self.now()
-        usable = [
+        able = [
             replica
             for replica in self.fleet.snapshot.of(job.model)
-            if replica.usable and self.breaker(replica.id).allows(now) and _holds(replica, job)
-            if replica.dialect == "llama-server" or not job.goes_on
+            if replica.usable and self.breaker(replica.id).allows(now) and suits(replica, job)
         ]
         # Its length is an estimate: who holds only what it has at least is asked when nobody else is there.
-        usable = [replica for replica in usable if _likely_holds(replica, job)] or usable
-        # Who has failed it is only asked again when nobody else is left, and not at once.
-        others = [replica for replica in usable if replica.id not in job.refused]
-        return others if others or now < job.rests_until else usable
+        return [replica for replica in able if _likely_holds(replica, job)] or able
+
+    def hope(self, job: Job) -> bool:
+        """Whether some replica can take this request: now, once it has paused, or when one is back."""
+        return bool(self._able(job)) or self.comes_back(job)
 
     def can_go_on(self, model: str) -> bool:
         """Whether an answer that was begun elsewhere could be continued by a replica of a model, now or later."""
         return any(replica.dialect == "llama-server" for replica in self.fleet.snapshot.of(model))
 
-    def comes_back(self, model: str) -> bool:
+    def comes_back(self, job: Job) -> bool:
         """
-        Whether a replica of a model may soon take requests again.
+        Whether a replica that suits a request may soon take requests again.
 
         One that drains makes room, and will be cold then, and can be woken; one on trial shows what it is worth.
         """
@@ -133,7 +140,8 @@ class Accounts:
         return any(
             (replica.state is State.DRAINING and not replica.leaving)
             or (replica.usable and self.breaker(replica.id).state(now) is BreakerState.TRIAL)
-            for replica in self.fleet.snapshot.of(model)
+            for replica in self.fleet.snapshot.of(job.model)
+            if suits(replica, job)
         )
 
     def forget_idle(self) -> None:
@@ -337,15 +345,20 @@ class _Integral:
         return self._sum + self._streams * (now - self._since)
 
 
+def holds(replica: Replica, job: Job) -> bool:
+    """Whether a replica's context may hold a request's prompt, which is estimated; the engine counts."""
+    return replica.context is None or job.fewest < replica.context
+
+
+def suits(replica: Replica, job: Job) -> bool:
+    """Whether a replica could serve a request if it is well: by its context and its dialect."""
+    return holds(replica, job) and (replica.dialect == "llama-server" or not job.goes_on)
+
+
 def _prompts(job: Job, grants: Iterable[Grant]) -> Iterator[Chain]:
     yield job.prompt
     for grant in grants:
         yield grant.job.prompt
-
-
-def _holds(replica: Replica, job: Job) -> bool:
-    """Whether its context may hold the prompt, which is estimated; the engine counts."""
-    return replica.context is None or job.fewest < replica.context
 
 
 def _likely_holds(replica: Replica, job: Job) -> bool:

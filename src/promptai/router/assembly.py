@@ -18,33 +18,57 @@ _OBJECTS = {"chat.completion.chunk": "chat.completion"}
 
 
 class Assembly:
-    """One answer in the making."""
+    """
+    One answer in the making.
 
-    def __init__(self, *, chat: bool, begun: str = "") -> None:
+    Args:
+        begun: What the request wrote of it.
+        alternatives: Answers to each prompt; their indices stand together.
+    """
+
+    def __init__(self, *, chat: bool, begun: str = "", alternatives: int = 1) -> None:
         self._chat = chat
         self._begun = begun
+        self._alternatives = max(1, alternatives)
         self._head: dict[str, Any] = {}
         self._choices: dict[int, dict[str, Any]] = {}
-        self._usage: dict[str, Any] | None = None
+        self._usages: dict[int, dict[str, Any]] = {}
+        self._index = 0
 
     def add(self, chunks: Iterable[bytes]) -> None:
         """Take chunks as they came."""
         for data in chunks:
             chunk = msgspec.json.decode(data, type=dict[str, Any])
             for choice in chunk.pop("choices", None) or ():
+                self._index = choice.get("index", 0)
                 self._merge_choice(choice)
             usage = chunk.pop("usage", None)
-            if isinstance(usage, dict):
-                self._usage = usage if self._usage is None else _both(self._usage, usage)
+            if isinstance(usage, dict):  # without a choice beside it, of the one before it
+                self._usages[self._index] = usage
             chunk.pop("prompt_progress", None)  # of a stream alone
             self._head.update(chunk)
 
     def answer(self) -> bytes:
         """The answer as JSON."""
         kind = self._head.get("object")
-        usage = {} if self._usage is None else {"usage": self._usage}
+        usage = {"usage": self._usage()} if self._usages else {}
         choices = [self._choices[index] for index in sorted(self._choices)]
         return msgspec.json.encode({**self._head, "object": _OBJECTS.get(str(kind), kind), "choices": choices, **usage})
+
+    def _usage(self) -> dict[str, Any]:
+        """Of all answers; those to one prompt share it. What one of them does not tell is not known of all."""
+        told = [self._usages[index] for index in sorted(self._usages)]
+        if len(told) == 1:
+            return told[0]
+        prompts = {index // self._alternatives: usage for index, usage in sorted(self._usages.items(), reverse=True)}
+        prompt = _sum(usage.get("prompt_tokens") for usage in prompts.values())
+        generated = _sum(usage.get("completion_tokens") for usage in told)
+        total = None if prompt is None or generated is None else prompt + generated
+        found = {**told[-1], "prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": total}
+        cached = _sum((usage.get("prompt_tokens_details") or {}).get("cached_tokens") for usage in prompts.values())
+        if "prompt_tokens_details" in found:
+            found["prompt_tokens_details"] = {"cached_tokens": cached}
+        return found
 
     def _merge_choice(self, choice: dict[str, Any]) -> None:
         index = choice.get("index", 0)
@@ -101,9 +125,6 @@ def _merge_calls(into: list[dict[str, Any]], more: list[dict[str, Any]]) -> None
         call["function"]["arguments"] += function.get("arguments") or ""
 
 
-def _both(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The usage of two alternatives of one prompt; what one of them does not tell, both do not."""
-    here, there, prompt = one.get("completion_tokens"), other.get("completion_tokens"), other.get("prompt_tokens")
-    generated = None if here is None or there is None else here + there
-    total = None if generated is None or prompt is None else prompt + generated
-    return {**other, "completion_tokens": generated, "total_tokens": total}
+def _sum(numbers: Iterable[int | None]) -> int | None:
+    known = list(numbers)
+    return None if None in known else sum(number for number in known if number is not None)

@@ -20,14 +20,16 @@ from collections.abc import AsyncGenerator, Callable
 from typing import NamedTuple
 
 from promptai.errors import NoCapacityError, SaturatedError
-from promptai.fleet.replica import Snapshot, State
-from promptai.router.accounts import Accounts
+from promptai.fleet.replica import Replica, Snapshot, State
+from promptai.router.accounts import Accounts, holds, suits
+from promptai.router.breaker import BreakerState
 from promptai.router.fairqueue import FairQueue
 from promptai.router.grant import Grant, Job
 from promptai.router.policy import Ask, Choice, Strategy, Work, free_in_s
 from promptai.router.prefix import chain
 
-#: Who waits behind so many others is not looked at: none of them would get a slot either.
+#: As long as no slot is free, who waits behind so many that have a choice is not looked at: its turn is far off. A
+#: free slot may be of a replica that all of those cannot use.
 _LOOK = 64
 _TICK_S = 1.0
 
@@ -51,12 +53,15 @@ class Waiter:
 
     Attributes:
         choice: Where it would go, as of the last look; ``None``: nowhere.
+        hopeless_since: From when on every look has found no replica that is ready and could take it, nor one that
+            may come back and could; it begins when there is none at all, not even one to load. ``None``: it has not.
     """
 
     def __init__(self, job: Job, now: float) -> None:
         self.job = job
         self.since = now
         self.choice: Choice | None = None
+        self.hopeless_since: float | None = None
         self.granted: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
 
 
@@ -74,7 +79,6 @@ class Dispatcher:
         self.strategy = strategy
         self.limits = limits or Limits()
         self._queues: dict[str, FairQueue[Waiter]] = {}
-        self._dead_since: dict[str, float] = {}
         self._pumping: dict[str, bool] = {}
         self._tick: asyncio.TimerHandle | None = None
         self._unsubscribe = accounts.fleet.subscribe(self._changed)
@@ -97,7 +101,7 @@ class Dispatcher:
 
         Raises:
             SaturatedError: Too many wait already, or it waited too long.
-            NoCapacityError: Nothing can serve this model.
+            NoCapacityError: Nothing can serve it.
         """
         waiter = self._enter(job)
         entered(waiter)
@@ -144,10 +148,9 @@ class Dispatcher:
 
     def _end(self, grant: Grant) -> None:
         self.accounts.end(grant)
-        timings = grant.outcome.timings if grant.outcome is not None else None
-        generated = timings.predicted_n if timings is not None else grant.generated
-        charged = 0.0 if grant.job.again else grant.expected  # who is sent again is not charged when it is given a slot
-        self._queue(grant.job.model).settle(grant.job.key, generated - charged)
+        # Who is sent again is not charged when it is given a slot.
+        charged = 0.0 if grant.job.again else grant.job.answers * grant.expected
+        self._queue(grant.job.model).settle(grant.job.key, _generated(grant) - charged)
         if self._known(grant.replica.id) is not State.READY:
             self.accounts.forget_idle()
         self._pump(grant.job.model)
@@ -169,9 +172,9 @@ class Dispatcher:
         now = self._now()
         queue = self._queue(job.model)
         waiter = Waiter(job, now)
-        if not job.again and not self.accounts.candidates(job) and not self.accounts.comes_back(job.model):
-            raise self.no_capacity(job.model)
-        cost = job.tokens + self.accounts.expected(job)
+        if not job.again and not self.accounts.hope(job):
+            raise self.no_capacity(job.model, job)
+        cost = job.tokens + job.answers * self.accounts.expected(job)
         queue.push(waiter, key=job.key, cost=cost, batch=job.batch, first=job.again, now=now)
         self._pump(job.model)
         if not job.again and not waiter.granted.done() and len(queue) > self.limits.queue:
@@ -179,14 +182,15 @@ class Dispatcher:
         return waiter
 
     def _turn_away(self, queue: FairQueue[Waiter], waiter: Waiter) -> None:
-        """One too many waits: the newest of whoever has most in the queue goes, so that nobody fills it for all."""
-        model = waiter.job.model
-        by_key: dict[str, list[Waiter]] = {}
-        for one in queue.ordered(self._now()):
-            if not one.job.again:
-                by_key.setdefault(one.job.key, []).append(one)
-        most = max(by_key.values(), key=len)
-        goes = most[-1] if len(most) > len(by_key[waiter.job.key]) else waiter
+        """
+        One too many waits: the newest of whoever has most in the queue goes, so that nobody fills it for all.
+
+        Batch work goes before anybody who waits in person, as long as it lets them go before it in the queue.
+        """
+        model, now = waiter.job.model, self._now()
+        waiting = [one for one in queue.ordered(now) if not one.job.again]
+        patient = [one for one in waiting if queue.patient(one, now)]
+        goes = _one_too_many(patient or waiting, waiter)
         queue.remove(goes)
         refusal = self._saturated(model, f"{self.limits.queue} requests wait for {model} already")
         if goes is waiter:
@@ -210,21 +214,26 @@ class Dispatcher:
     def _give_out(self, model: str, *, anew: bool) -> None:
         queue = self._queue(model)
         if not len(queue):
-            self._dead_since.pop(model, None)
             return
         now = self._now()
         reserved: dict[str, list[Work]] = {}
         free = self.accounts.free(model)
-        for waiter in queue.ordered(now)[:_LOOK]:
-            if waiter.granted.done():  # cancelled, and not yet told so
-                continue
-            if anew or free or waiter.choice is None:
+        planned = 0
+        # Who was cancelled is there until it has been told so.
+        for waiter in (one for one in queue.ordered(now) if not one.granted.done()):
+            if planned >= _LOOK and free <= 0:
+                break
+            if anew or free > 0 or waiter.choice is None:
                 waiter.choice = self._choose(waiter.job, reserved)
             choice = waiter.choice
             if choice is None:
                 self._look_again(waiter.job.rests_until)
+                self._mind_outage(queue, waiter, now)
                 continue
+            planned += 1
             replica = choice.load.replica
+            if replica.state is State.READY:  # one that has failed to load and is loaded again may fail again
+                waiter.hopeless_since = None
             if choice.now:
                 free -= 1
                 queue.take(waiter)
@@ -234,7 +243,6 @@ class Dispatcher:
                 reserved.setdefault(replica.id, []).append(self._work_of(waiter.job, choice))
                 if replica.state is State.COLD:
                     self.accounts.fleet.wake(replica.id)
-        self._mind_outage(model, now)
         if len(queue):
             self._look_again(now + _TICK_S)
 
@@ -243,20 +251,17 @@ class Dispatcher:
         ask = Ask(tokens=job.tokens, expected=self.accounts.expected(job), head=job.prompt.head)
         return self.strategy.choose(ask, loads)
 
-    def _mind_outage(self, model: str, now: float) -> None:
-        """Nobody waits for ever for replicas that do not come back."""
-        queue = self._queue(model)
-        hope = any(waiter.choice is not None for waiter in queue.ordered(now)[:_LOOK]) if len(queue) else True
-        if hope or self.accounts.comes_back(model):
-            self._dead_since.pop(model, None)
+    def _mind_outage(self, queue: FairQueue[Waiter], waiter: Waiter, now: float) -> None:
+        """Nobody who has no choice waits for ever for replicas that do not come back."""
+        job = waiter.job
+        if self.accounts.hope(job):
+            waiter.hopeless_since = None
             return
-        since = self._dead_since.setdefault(model, now)
-        if now - since >= self.limits.outage_s:
-            for waiter in queue.ordered(now):
-                queue.remove(waiter)
-                if not waiter.granted.done():
-                    waiter.granted.set_exception(self.no_capacity(model))
-            self._dead_since.pop(model, None)
+        if waiter.hopeless_since is None:
+            waiter.hopeless_since = now
+        if now - waiter.hopeless_since >= self.limits.outage_s:
+            queue.remove(waiter)
+            waiter.granted.set_exception(self.no_capacity(job.model, job))
 
     def _look_again(self, at: float) -> None:
         """Go through all queues at that time, if not before; a time that is over says nothing."""
@@ -271,19 +276,28 @@ class Dispatcher:
         for model in list(self._queues):
             self._pump(model, anew=True)
 
-    def no_capacity(self, model: str) -> NoCapacityError:
-        """That no replica of a model can serve, and why."""
+    def no_capacity(self, model: str, job: Job | None = None) -> NoCapacityError:
+        """That no replica of a model can serve, and why; ``job``: what it is that they cannot serve."""
         now = self._now()
         replicas = self.accounts.fleet.snapshot.of(model)
         if not replicas:
             return NoCapacityError(f"no replica serves {model}", hint="see /api/fleet")
-        rests = [self.accounts.breaker(r.id).rest_s(now) for r in replicas if r.usable]
-        why = "; ".join(f"{r.id}: {r.reason or ('failing' if r.usable else r.state.value)}" for r in replicas[:4])
+        able = [r for r in replicas if r.usable and (job is None or suits(r, job))]
+        rests = [self.accounts.breaker(r.id).rest_s(now) for r in able]
+        why = "; ".join(f"{r.id}: {self._why_not(r, job)}" for r in replicas[:4])
         return NoCapacityError(
             f"no replica of {model} can serve now ({why})",
             retry_after_s=max(1.0, min(rests, default=5.0)),
             hint="try again later; see /api/fleet",
         )
+
+    def _why_not(self, replica: Replica, job: Job | None) -> str:
+        if job is not None and not holds(replica, job):
+            return "too small for this prompt"
+        if job is not None and not suits(replica, job):
+            return "cannot go on with an answer"
+        closed = self.accounts.breaker(replica.id).state(self._now()) is BreakerState.CLOSED
+        return replica.reason or (replica.state.value if closed or not replica.usable else "failing")
 
     def _saturated(self, model: str, message: str) -> SaturatedError:
         return SaturatedError(message, retry_after_s=self.moves_in_s(model), hint="try again after Retry-After")
@@ -302,6 +316,25 @@ class Dispatcher:
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+def _one_too_many(waiting: list[Waiter], newcomer: Waiter) -> Waiter:
+    """The newest of the key with most of those who wait; the newcomer, if it is among them and no key has more."""
+    by_key: dict[str, list[Waiter]] = {}
+    for one in waiting:
+        by_key.setdefault(one.job.key, []).append(one)
+    most = max(by_key.values(), key=len)
+    if newcomer in waiting and len(by_key[newcomer.job.key]) == len(most):
+        return newcomer
+    return most[-1]
+
+
+def _generated(grant: Grant) -> float:
+    """Tokens of all answers of a request; the engine's account is of one of them."""
+    timings = grant.outcome.timings if grant.outcome is not None else None
+    if timings is None or (grant.job.answers > 1 and grant.generated):
+        return grant.generated
+    return grant.job.answers * timings.predicted_n
 
 
 _NOTHING = chain("")

@@ -124,10 +124,18 @@ class FairQueue(Generic[T]):
             if entry.first:
                 first.append(item)
                 continue
-            patient = entry.batch and now - entry.since < self._patience_s
-            (batch if patient else interactive).append((item, entry))
+            (batch if self._waits_behind(entry, now) else interactive).append((item, entry))
         reached: dict[str, float] = {}
         return first + self._by_start(interactive, reached) + self._by_start(batch, reached)
+
+    def patient(self, item: T, now: float) -> bool:
+        """
+        Whether an item is of the batch class and still lets every interactive one go before it.
+
+        Raises:
+            KeyError: It is not in the queue.
+        """
+        return self._waits_behind(self._entries[item], now)
 
     def position(self, item: T, now: float) -> int:
         """
@@ -139,6 +147,9 @@ class FairQueue(Generic[T]):
         if item not in self._entries:
             raise KeyError(item)
         return self.ordered(now).index(item)
+
+    def _waits_behind(self, entry: _Entry, now: float) -> bool:
+        return entry.batch and not entry.first and now - entry.since < self._patience_s
 
     def _by_start(self, waiting: list[tuple[T, _Entry]], reached: dict[str, float]) -> list[T]:
         """Sort by start tag; ``reached`` is where each key's next item starts, and is carried on."""

@@ -26,14 +26,17 @@ from promptai.errors import (
     EngineRefusedError,
 )
 from promptai.router.assembly import Assembly, begun
+from promptai.router.bill import Bill
 from promptai.router.continuation import Said, answers, as_answer, continued_body, obstacle, rest
 from promptai.router.dispatch import Dispatcher, Waiter
 from promptai.router.grant import Grant, Job, Outcome
 from promptai.router.joint import find_joint
-from promptai.router.outgoing import first_body, only_text, own_fields
+from promptai.router.order import Order, Stage
+from promptai.router.outgoing import counts, first_body, own_fields
 from promptai.router.prefix import chain
 from promptai.router.reading import (
     account_of,
+    adds,
     head_of,
     outcome_of,
     pause_s,
@@ -44,63 +47,22 @@ from promptai.router.reading import (
     stops,
     taken,
     without_progress,
+    words_of,
 )
 from promptai.wire.llamaserver import Timings
 from promptai.wire.malformed import MALFORMED
-from promptai.wire.passing import NativeChunk, PassingChunk, PassingRequest, PassingUsage, answered
+from promptai.wire.passing import NativeChunk, PassingChunk, PassingUsage, answered
 from promptai.wire.sse import SseEvent
 
 _DONE = "[DONE]"
 _NOT_IMPLEMENTED = 501
 #: Of an engine that says so in good order and lives. It may be broken all the same; but llama-server also says 500 to
-#: a message without a role or to an image (b11549), and whoever sends those must not take one board after another out.
+#: an image, or in the stream to a grammar that allows nothing (b11549), and whoever sends those must not take one board
+#: after another out.
 _OBJECTIONS = {500, _NOT_IMPLEMENTED}
 _QUICK_S = 30.0
 #: An answer in one piece says nothing while it comes: seconds a token of a board that nobody knows, at most for all.
 _SLOW_STEP_S, _WHOLE_S = 2.0, 3600.0
-
-
-class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """
-    What is to be done.
-
-    Attributes:
-        path: Of the engine's API.
-        body: As it came, after names were resolved; goes to the engine with a few fields of ours.
-        request: What was read of it.
-        text: The prompt as one text.
-        attempts: How often it may be sent, whatever happens.
-        stall_s: Silence beyond what computing explains.
-    """
-
-    path: str
-    body: dict[str, Any]
-    request: PassingRequest
-    text: str
-    attempts: int = 4
-    stall_s: float = 15.0
-
-    @property
-    def chat(self) -> bool:
-        """Whether it is a chat."""
-        return self.request.messages is not None
-
-
-class Stage(msgspec.Struct, frozen=True, kw_only=True):
-    """
-    Where a request is, for whoever waits.
-
-    Attributes:
-        stage: ``queued``, ``loading``, ``prefill`` or ``decode``.
-        place: How many are before it in the queue.
-        share: Of loading or prefill that is done, 0 to 1.
-        left_s: Seconds to the first token, as it looks.
-    """
-
-    stage: str
-    place: int | None = None
-    share: float | None = None
-    left_s: float | None = None
 
 
 class Flight:
@@ -111,7 +73,7 @@ class Flight:
         grants: The slots that it had, one after another.
         retries: Why it was sent again from the start, each time.
         continuations: How its answer went on elsewhere, each time: by ``ids`` that the engine told, or by ``text``.
-        timings: The engine's account, once it has come; ``usage``: what it has instead, if it is no llama-server.
+        usage: The engine's account, if it is no llama-server; else it is in ``timings``.
     """
 
     def __init__(self, order: Order, job: Job, dispatcher: Dispatcher, upstream: Upstream) -> None:
@@ -120,7 +82,6 @@ class Flight:
         self.grants: list[Grant] = []
         self.retries: list[str] = []
         self.continuations: list[Literal["ids", "text"]] = []
-        self.timings: Timings | None = None
         self.usage: PassingUsage | None = None
         self.said = Said(answers(order.request))
         self._dispatcher = dispatcher
@@ -129,13 +90,19 @@ class Flight:
         self._waiter: Waiter | None = None
         self._sent = 0
         self._prompt_tokens = job.tokens
-        self._opened = False
-        self._objector: Grant | None = None
+        self._bill = Bill(order.request.n or 1)
+        self._objectors: list[Grant] = []
+        self._objection = ""
 
     @property
     def grant(self) -> Grant | None:
         """The slot that it has, or had last."""
         return self.grants[-1] if self.grants else None
+
+    @property
+    def timings(self) -> Timings | None:
+        """The engine's account of all its answers together, once it has come."""
+        return self._bill.total()
 
     def stage(self) -> Stage:
         """Where it is now."""
@@ -182,7 +149,7 @@ class Flight:
         if not self._streamable():
             return await self._asked()
         request, body = self.order.request, self.order.body
-        assembly = Assembly(chat=self.order.chat, begun=begun(request))
+        assembly = Assembly(chat=self.order.chat, begun=begun(request), alternatives=request.n or 1)
         options = {**(request.stream_options or {}), "include_usage": True}
         self.order = msgspec.structs.replace(
             self.order,
@@ -215,8 +182,10 @@ class Flight:
                     self._failed(grant, error)
                     continue
                 account = account_of(reply)
-                self.timings, self.usage = account.timings, account.usage
-                grant.outcome = outcome_of(account, chain(self.order.text), counted=only_text(self.order.request))
+                self.usage = account.usage
+                if account.timings is not None:
+                    self._bill.note(account.timings)
+                grant.outcome = outcome_of(account, chain(self.order.text), counted=counts(self.order.request))
                 self._blame()
                 return reply
 
@@ -228,7 +197,7 @@ class Flight:
 
     def _sends(self, grant: Grant) -> None:
         self.grants.append(grant)
-        self._waiter, self._opened = None, False
+        self._waiter = None
         self._sent += 1
 
     async def _begin(self, grant: Grant) -> AsyncGenerator[list[bytes], None]:
@@ -237,7 +206,6 @@ class Flight:
             self._upstream.stream(grant.replica.url, self.order.path, self._body(grant), silence_s=self._silence(grant))
         ) as pieces:
             async for piece in pieces:
-                self._opened = True
                 out, error = taken(piece.events, partial(self._take, grant, piece.t))
                 if out:
                     yield out
@@ -247,12 +215,14 @@ class Flight:
 
     def _ended(self, grant: Grant) -> Outcome:
         self._blame()
+        if answers(self.order.request) > 1:  # nobody knows which of them lies in which slot, or how they shared time
+            return Outcome()
         text = self.said.text
         held = chain(self.order.text + (answered(text) if self.order.chat else text))
         limit = self.order.request.limit
         # The engine's account of a part says nothing of how long answers are.
         capped = bool(self.continuations) or (limit is not None and grant.generated >= limit)
-        counted = not self.continuations and only_text(self.order.request)
+        counted = not self.continuations and counts(self.order.request)
         return Outcome(answer=held, timings=self.timings, capped=capped, counted=counted)
 
     def _take(self, grant: Grant, t: float, event: SseEvent) -> Sequence[bytes]:
@@ -261,8 +231,7 @@ class Flight:
         if event.comment or event.data in {_DONE, "null"}:
             return ()
         chunk = read_chunk(event, PassingChunk, grant.replica.id)
-        if chunk.timings is not None:
-            self.timings = chunk.timings
+        self._bill.take(chunk)
         self.usage = chunk.usage or self.usage
         progress = chunk.prompt_progress
         if progress is not None:
@@ -273,7 +242,7 @@ class Flight:
             self._accounts.token(grant, t)
         data = event.data
         if progress is not None and not self.order.request.return_progress:
-            if not text:
+            if not adds(chunk):
                 return ()
             data = without_progress(data)
         if not self.said.head:
@@ -316,7 +285,7 @@ class Flight:
             grant.progress(p.processed, p.cache, p.total, t)
             return ()
         if chunk.timings is not None:
-            self.timings = chunk.timings
+            self._bill.note(chunk.timings)
         self.said.add_native(chunk)
         if chunk.content:
             self._accounts.token(grant, t)
@@ -335,18 +304,21 @@ class Flight:
 
     def _failed(self, grant: Grant, error: EngineError) -> bool:
         """Decide what follows: True when the answer is whole all the same; raises when nothing can follow."""
+        # Where boards are is not for everybody who may ask them; how they are called is in the answer's head.
+        error.message = error.message.replace(grant.replica.url, grant.replica.id)
         refusal = error.status if isinstance(error, EngineRefusedError) else None
         if refusal is not None and 400 <= refusal < 500 and refusal != 429:
             grant.outcome = Outcome()
             if self.said.anything:
                 raise self._broken_off(grant, error, "it was to go on with what another one began")
             raise error
-        if refusal in _OBJECTIONS and not self._opened and not self.said.anything:
-            if refusal == _NOT_IMPLEMENTED or self._objector is not None or self._sent >= self.order.attempts:
-                raise error
-            self._objector = grant
-            return self._again(grant, error)
-        self._accounts.failed(grant, weight=3 if isinstance(error, EngineDiedError) and not grant.first_at else 1)
+        if isinstance(error, EngineRefusedError) and refusal in _OBJECTIONS:
+            self._objectors.append(grant)
+            if not self.said.anything:
+                return self._objected(grant, error)
+        else:
+            dead = isinstance(error, EngineDiedError) and not grant.first_at
+            self._accounts.failed(grant, weight=3 if dead else 1)
         if self.said.finished:
             return True
         why = obstacle(self.order.request, self.said) if self.said.anything else None
@@ -361,13 +333,24 @@ class Flight:
             raise error
         return self._again(grant, error)
 
+    def _objected(self, grant: Grant, error: EngineRefusedError) -> Literal[False]:
+        """Ask one more; who says the same means the request."""
+        before, self._objection = self._objection, words_of(error)
+        if before and before == self._objection:
+            raise EngineRefusedError(
+                before, status=400, kind=None, hint=f"{grant.replica.id} says so, as one before it"
+            )
+        if before or error.status == _NOT_IMPLEMENTED or self._sent >= self.order.attempts:
+            raise error
+        return self._again(grant, error)
+
     def _broken_off(self, grant: Grant, error: EngineError, why: str) -> BrokenOffError:
         return BrokenOffError(f"{grant.replica.id} failed in the middle of the answer: {error.message}", hint=why)
 
     def _blame(self) -> None:
-        """What one engine objected to another one has answered."""
-        if self._objector is not None:
-            self._accounts.failed(self._objector)
+        """What engines objected to has been answered."""
+        for grant in self._objectors:
+            self._accounts.failed(grant)
 
     def _again(self, grant: Grant, error: EngineError) -> Literal[False]:
         """Let it be sent to another replica."""

@@ -4,6 +4,7 @@ from typing import Any
 
 import msgspec
 
+from promptai.router.continuation import answers
 from promptai.router.grant import Grant
 from promptai.wire.passing import PassingRequest
 
@@ -24,14 +25,14 @@ def own_fields(grant: Grant, request: PassingRequest, body: dict[str, Any]) -> d
         return body
     # Its HTTP thread says every 30 s that it lives (b11549), also where nothing is computed any more.
     sent = {**body, "sse_ping_interval": -1}
-    if replica.slots > 1 and replica.host_cache_tokens == 0 and (request.n or 1) == 1:
+    if replica.slots > 1 and replica.host_cache_tokens == 0 and answers(request) == 1:
         # Without a prompt cache, a slot of its own choosing might be the one that somebody comes back to.
         sent["id_slot"] = grant.slot
     return sent
 
 
-def only_text(request: PassingRequest) -> bool:
-    """Whether its prompt is text and nothing else: pictures have tokens, and no characters."""
+def counts(request: PassingRequest) -> bool:
+    """Whether what an engine counts is the text that is counted here: one prompt, and no pictures."""
     contents = [message.get("content") for message in request.messages or ()]
     parts = [part for content in contents if isinstance(content, list) for part in content]
-    return all(isinstance(part, dict) and part.get("type") == "text" for part in parts)
+    return answers(request) == 1 and all(isinstance(part, dict) and part.get("type") == "text" for part in parts)

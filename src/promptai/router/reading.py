@@ -64,6 +64,21 @@ def refused(replica_id: str, reply: Reply) -> EngineRefusedError:
     )
 
 
+def words_of(error: EngineRefusedError) -> str:
+    """What an engine said, without who said it."""
+    found = error_in(error.body)
+    return found.message if found is not None and found.message else error.message
+
+
+def adds(chunk: PassingChunk) -> bool:
+    """Whether there is something for the client in a chunk that also tells progress."""
+    for choice in chunk.choices or ():
+        delta = choice.delta
+        if choice.text or (delta and (delta.content or delta.reasoning_content or delta.reasoning or delta.tool_calls)):
+            return True
+    return False
+
+
 def reason_of(error: EngineError) -> str:
     """What went wrong with an engine, in one word."""
     if isinstance(error, EngineRefusedError):

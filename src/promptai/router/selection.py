@@ -64,12 +64,14 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     What a request is for.
 
     Attributes:
-        name: As it was asked for.
+        name: As it was asked for; ``default`` where the request names none.
+        meant: The same, or what the default is: a model, an alias or ``auto``.
         model: A served model, or ``auto``.
         params: Of the aliases on the way; see ``filled``.
     """
 
     name: str
+    meant: str
     model: str
     params: dict[str, Any] = {}
 
@@ -136,7 +138,7 @@ def resolve(name: str | None, models: Sequence[str], names: Names) -> Wanted | M
     """
     params: dict[str, Any] = {}
     passed: set[str] = set()
-    reached = _or_default(name or DEFAULT, models, names)
+    reached = meant = _or_default(name or DEFAULT, models, names)
     # An alias of an alias is followed; one that leads back to itself ends at its own name.
     while reached in names.aliases and reached not in passed:
         passed.add(reached)
@@ -144,7 +146,7 @@ def resolve(name: str | None, models: Sequence[str], names: Names) -> Wanted | M
         params = {**alias.params, **params}
         reached = alias.model
     if reached == AUTO or reached in models:
-        return Wanted(name=name or DEFAULT, model=reached, params=params)
+        return Wanted(name=name or DEFAULT, meant=meant, model=reached, params=params)
     asked = "" if name in {None, DEFAULT} else str(name)
     meaning = reached if reached != (name or DEFAULT) else ""
     known = tuple(dict.fromkeys([*models, *(other for other in names.aliases if other != name)]))
