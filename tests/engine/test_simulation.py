@@ -186,6 +186,24 @@ def test_a_request_goes_to_the_slot_that_knows_most_of_it() -> None:
     assert scheduler.slots[2].cache[0] == 2000
 
 
+@pytest.mark.parametrize(("template", "slot"), [(10, 1), (11, 2)], ids=["a tenth", "more"])
+def test_what_begins_alike_by_no_more_than_a_tenth_takes_the_slot_that_was_left_first(template: int, slot: int) -> None:
+    """As llama-server: or the words of a template would cost a conversation its cache."""
+    scheduler = Scheduler(msgspec.structs.replace(CONFIG, slots=3))
+    marks = list(range(template))
+    lives = [[n] * 50 for n in (1000, 2000)] + [marks + [3000] * 50]
+    # The second one ends first, then the third, then the first.
+    play(
+        scheduler,
+        *(Request(life, max_tokens=most, use_cache=True) for life, most in zip(lives, (3, 1, 2), strict=True)),
+    )
+
+    question = Request(marks + [4000] * (100 - template), max_tokens=1, use_cache=True)
+    play(scheduler, question)
+
+    assert question.slot == slot
+
+
 def test_who_leaves_frees_the_slot_and_only_what_was_computed_is_remembered() -> None:
     """In the middle of prefill, with somebody waiting, and somebody else waiting who leaves too."""
     scheduler = Scheduler(msgspec.structs.replace(CONFIG, batch=64))
