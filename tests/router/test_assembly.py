@@ -108,6 +108,8 @@ def test_what_the_request_began_is_a_part_of_the_answer() -> None:
         ([{"role": "user", "content": "a"}], ""),
         ([{"role": "assistant", "content": "a"}], "a"),
         ([{"role": "assistant", "content": None}], ""),
+        ([{"role": "assistant", "content": [{"type": "text", "text": "A"}, {"type": "text", "text": "b"}]}], "A\n\nb"),
+        ([{"role": "assistant", "content": [{"type": "image_url"}, "x", {"text": 3}]}], ""),
     ],
 )
 def test_only_a_trailing_assistant_message_begins_an_answer(messages: list[dict[str, Any]], text: str) -> None:

@@ -14,6 +14,7 @@ import msgspec
 
 from promptai.wire.passing import PassingRequest
 
+_BETWEEN_PARTS = "\n\n"
 _OBJECTS = {"chat.completion.chunk": "chat.completion"}
 
 
@@ -93,6 +94,9 @@ def begun(request: PassingRequest) -> str:
     """What the answer of a chat begins with because the request wrote it (assistant prefill)."""
     last = request.messages[-1] if request.messages else {}
     content = last.get("content") if last.get("role") == "assistant" else None
+    if isinstance(content, list):  # as llama-server joins them (b11549)
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        return _BETWEEN_PARTS.join(text for text in texts if isinstance(text, str))
     return content if isinstance(content, str) else ""
 
 
