@@ -1,11 +1,17 @@
 """What is written down of a request that had two engines."""
 
 import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import msgspec
 
 from promptai.engine.simulation import SimulationConfig
+from promptai.engine.upstream import Piece
 from promptai.gateway.accounting import outcome_of, used
 from promptai.gateway.auth import Caller
 from promptai.gateway.metrics import Outcome
+from promptai.wire.sse import SseEvent
 from support_clock import run_virtually
 from support_serve import World, listen
 
@@ -75,3 +81,57 @@ def test_embeddings_are_charged_what_the_engine_counted() -> None:
 
     assert outcome.prompt_tokens is not None
     assert 90 < outcome.prompt_tokens == charged
+
+
+def test_several_prompts_and_answers_are_counted_and_charged_together() -> None:
+    """llama-server tells of each answer by itself; the last account alone would be a fraction."""
+
+    async def play() -> tuple[Outcome, int]:
+        world = World({"a": PI})
+        async with world.running():
+            world.desk.upstream = Several()  # type: ignore[assignment]
+            ticket = world.desk.accept("/v1/completions", {"model": "yi", "prompt": ["a", "b"], "n": 2}, {}, Caller())
+            await ticket.flight.whole()
+            outcome = outcome_of(ticket, 200, 0.0)
+            return outcome, used(ticket, outcome)
+
+    outcome, charged = run_virtually(play())
+
+    assert (outcome.prompt_tokens, outcome.cached_tokens, outcome.generated_tokens) == (19, 3, 16)
+    assert charged == 35
+
+
+def test_what_was_cached_is_a_part_of_the_prompt_also_after_a_joint() -> None:
+    """What the first engine said lies in the second one's cache as well, and is no part of the prompt."""
+
+    async def play() -> Outcome:
+        world = World({"a": PI})
+        async with world.running():
+            ticket = world.ticket(TALK, max_tokens=50)
+            hearing = asyncio.create_task(listen(ticket))
+            await asyncio.sleep(4.0)
+            world.kill("a")
+            await asyncio.sleep(3.0)
+            world.upstream.revive("sim://a")
+            await hearing
+            timings = ticket.flight.timings
+            assert timings is not None
+            ticket.flight._bill.note(msgspec.structs.replace(timings, prompt_n=1, cache_n=500))
+            return outcome_of(ticket, 200, 0.0)
+
+    outcome = run_virtually(play())
+
+    assert outcome.cached_tokens == outcome.prompt_tokens
+    assert outcome.generated_tokens == 50
+
+
+class Several:
+    """An engine that answers two prompts twice each, with an account of each answer."""
+
+    async def stream(self, *_args: Any, **_settings: Any) -> AsyncGenerator[Piece, None]:
+        """Whatever it is asked."""
+        for index, (computed, cached) in enumerate(((8, 3), (1, 10), (8, 0), (1, 7))):
+            choice = {"index": index, "text": " up", "finish_reason": "length"}
+            timings = {"prompt_n": computed, "prompt_ms": 1, "cache_n": cached, "predicted_n": 4, "predicted_ms": 1}
+            data = msgspec.json.encode({"choices": [choice], "timings": timings}).decode()
+            yield Piece(0.0, [SseEvent(event="message", data=data)])

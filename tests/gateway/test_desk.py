@@ -92,7 +92,7 @@ def test_what_one_model_does_not_hold_goes_to_its_fallback_or_is_refused_with_th
     assert (moved.model, moved.flight.job.model) == ("small", "small")
     assert moved.why == "large holds 2048 tokens, the prompt has about 4173"
     assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
-    assert "the prompt has about 2" in refused.value.message
+    assert "the prompt has about 4173 tokens" in refused.value.message
     assert "large holds 2048" in refused.value.message
 
 
@@ -190,3 +190,155 @@ def test_a_request_without_a_path_belongs_where_its_field_is_that_is_not_null() 
     assert path_for({"messages": None, "prompt": "a"}) == TEXT
     assert path_for({"messages": None, "prompt": None, "input": "a"}) == EMBED
     assert path_for({"messages": None}) == CHAT
+
+
+def small_and_large_boards() -> World:
+    """Two models; of each a board with a small context and one with a large one."""
+    boards = {
+        f"{model}-{context}": msgspec.structs.replace(ALONE, model=model, context=context)
+        for model in ("small", "large")
+        for context in (512, 4096)
+    }
+    return World(boards)
+
+
+def test_a_prompt_that_only_boards_hold_that_are_away_for_the_moment_is_not_too_long_for_auto() -> None:
+    long = [{"role": "user", "content": "cell " * 2000}]
+
+    async def use(world: World) -> NoCapacityError:
+        for name in ("small-4096", "large-4096"):
+            world.source.fail(name, "is unplugged")
+        with pytest.raises(NoCapacityError) as refused:
+            world.ticket(long, model="auto")
+        return refused.value
+
+    assert "is unplugged" in play(small_and_large_boards, use).message
+
+
+def test_a_prompt_that_no_board_holds_is_too_long_for_auto_whoever_is_away() -> None:
+    async def use(world: World) -> RequestRefusedError:
+        world.source.fail("large-4096", "is unplugged")
+        with pytest.raises(RequestRefusedError) as refused:
+            world.ticket([{"role": "user", "content": "cell " * 9000}], model="auto")
+        return refused.value
+
+    refused = play(small_and_large_boards, use)
+
+    assert (refused.status, refused.code, refused.param) == (400, "context_length_exceeded", "messages")
+
+
+@pytest.mark.parametrize("limit", [100_000, 2**63 - 1])
+def test_auto_expects_no_more_of_an_answer_than_the_context_leaves(limit: int) -> None:
+    """The large model makes ten tokens a second in a context of 2048."""
+
+    async def use(world: World) -> Ticket:
+        return world.ticket(TALK, model="auto", headers={"x-promptai-budget": "4m"}, max_tokens=limit)
+
+    ticket = play(pair(), use)
+
+    assert ticket.model == "large"
+    assert ticket.why.startswith("auto: large, predicted 203")
+
+
+def accepted(path: str, **fields: Any) -> Callable[[World], Any]:
+    """Accepts a request of that path."""
+
+    async def use(world: World) -> Ticket:
+        return world.desk.accept(path, {**asking(path, fields), "model": fields.get("model", "large")}, {}, Caller())
+
+    return use
+
+
+BATCHES = pytest.mark.parametrize(
+    ("path", "field"), [(EMBED, "input"), (TEXT, "prompt")], ids=["embeddings", "completions"]
+)
+
+
+@BATCHES
+@pytest.mark.parametrize("one", ["cell " * 15, list(range(100_000, 100_015))], ids=["text", "ids"])
+def test_of_many_prompts_a_context_has_to_hold_only_the_longest(path: str, field: str, one: Any) -> None:
+    async def use(world: World) -> tuple[Ticket, int]:
+        ticket = await accepted(path, **{field: [one] * 150})(world)
+        return ticket, len(world.accounts.candidates(ticket.flight.job))
+
+    ticket, boards = play(lambda: World({"l": msgspec.structs.replace(LARGE, context=1024)}), use)
+
+    assert (boards, ticket.model) == (1, "large")
+    assert ticket.flight.job.tokens == pytest.approx(150 * 15, rel=0.5)
+
+
+@BATCHES
+@pytest.mark.parametrize(
+    ("given", "tokens"),
+    [
+        (["a", "cell " * 4000], 6667),
+        ("cell " * 4000, 6667),
+        ([7] * 3000, 3000),
+        ([[7], [123_456] * 2048], 2048),
+        (["a", [7] * 2048], 2048),
+    ],
+    ids=["texts", "text", "ids", "lists-of-ids", "both"],
+)
+def test_the_longest_prompt_that_no_context_holds_is_refused_by_its_field_and_length(
+    path: str, field: str, given: Any, tokens: int
+) -> None:
+    with pytest.raises(RequestRefusedError) as refused:
+        play(pair(), accepted(path, **{field: given}))
+
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", field)
+    told = int(refused.value.message.split("has about ")[1].split()[0])
+    assert told == pytest.approx(tokens, rel=0.2 if tokens > 6000 else 0)
+
+
+@BATCHES
+def test_token_ids_are_counted_by_their_number(path: str, field: str) -> None:
+    one = play(pair(), accepted(path, **{field: [151_643] * 2047}))
+    several = play(pair(), accepted(path, **{field: [[151_643] * 500, [7] * 300]}))
+
+    assert (one.flight.job.tokens, several.flight.job.tokens) == (2047, 800)
+
+
+@BATCHES
+@pytest.mark.parametrize("given", ["", [""], [[]]], ids=str)
+def test_an_empty_text_is_one(path: str, field: str, given: Any) -> None:
+    assert play(pair(), accepted(path, **{field: given})).model == "large"
+
+
+@pytest.mark.parametrize(("path", "field"), [(CHAT, "messages"), (TEXT, "prompt"), (EMBED, "input")])
+@pytest.mark.parametrize("nothing", [None, []], ids=str)
+def test_a_request_without_what_its_path_needs_is_refused(path: str, field: str, nothing: Any) -> None:
+    with pytest.raises(RequestRefusedError, match=f"the request has no {field}") as refused:
+        play(pair(), accepted(path, **{field: nothing}))
+
+    assert (refused.value.code, refused.value.param) == ("missing_field", field)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "answers"),
+    [
+        (CHAT, {}, 1),
+        (CHAT, {"n": 3}, 3),
+        (TEXT, {"prompt": ["a", "b"], "n": 2}, 4),
+        (TEXT, {"prompt": [1, 2]}, 1),
+        (EMBED, {"input": ["a", "b"]}, 1),
+    ],
+)
+def test_a_job_says_how_many_answers_are_asked_for(path: str, fields: dict[str, Any], answers: int) -> None:
+    assert play(pair(), accepted(path, **fields)).flight.job.answers == answers
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "tokens"),
+    [
+        (TEXT, {"prompt": [7] * 100, "max_tokens": 50}, 150),
+        (TEXT, {"prompt": [7] * 100, "max_tokens": 50, "n": 3}, 250),
+        (TEXT, {"prompt": [[7] * 100] * 2, "max_tokens": 50}, 300),
+        (TEXT, {"prompt": [7] * 100, "max_tokens": None}, 300),
+        (TEXT, {"prompt": [7] * 100, "max_tokens": 2**63 - 1}, 2048),
+        (TEXT, {"prompt": [7] * 100, "n": 2**63 - 1}, 10**9),
+        (EMBED, {"input": [7] * 100}, 100),
+    ],
+)
+def test_a_ticket_says_how_many_tokens_may_be_used(path: str, fields: dict[str, Any], tokens: int) -> None:
+    """Answers that nothing limits are expected to have 200."""
+    assert play(pair(), accepted(path, **fields)).tokens == tokens

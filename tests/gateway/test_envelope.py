@@ -19,7 +19,7 @@ from promptai.errors import (
 from promptai.gateway.envelope import ApiError, from_engine, kind_of
 from support_gateway import Answer, Site, asked, visit
 
-ID = "x-promptai-request-id"
+ID, OPENAI_ID = "x-promptai-request-id", "x-request-id"
 SECRET = b"pk-very-secret"
 
 
@@ -66,7 +66,7 @@ def test_what_is_not_http_gets_the_envelope_and_is_not_quoted(
 
     assert (status, code) == (answer.status, answer.error["code"])
     assert answer.headers["content-type"] == "application/json"
-    assert answer.headers[ID]
+    assert answer.headers[ID] == answer.headers[OPENAI_ID] != ""
     assert SECRET.decode() not in answer.body.decode() + caplog.text
     assert [record for record in caplog.records if record.levelno > logging.DEBUG] == []
 
@@ -75,7 +75,7 @@ def test_an_unknown_expectation_gets_the_envelope() -> None:
     answer = sent_raw(b"GET /it HTTP/1.1\r\nHost: a\r\nExpect: wonders\r\nConnection: close\r\n\r\n")
 
     assert answer.line[:2] == (417, "invalid_request_error")
-    assert answer.headers[ID]
+    assert answer.headers[ID] == answer.headers[OPENAI_ID] != ""
 
 
 def test_an_unknown_path_says_where_the_known_ones_are() -> None:
@@ -179,7 +179,7 @@ def test_a_plain_request_id_of_the_client_is_kept(given: str, *, kept: bool) -> 
     answer = asked(well, headers={"X-Request-Id": given})
 
     assert kept == (answer.headers[ID] == given)
-    assert answer.headers[ID]
+    assert answer.headers[ID] == answer.headers[OPENAI_ID] != ""
 
 
 def test_redirections_are_no_errors() -> None:
@@ -228,11 +228,31 @@ def test_an_engines_status_passes_unless_it_would_blame_the_wrong_one(status: in
 
 
 def test_the_numbers_of_a_prompt_that_is_too_long_are_kept() -> None:
-    told = {"code": 400, "type": "exceed_context_size_error", "message": "m", "n_prompt_tokens": 9, "n_ctx": 4}
+    told = {"type": "exceed_context_size_error", "message": "m", "n_prompt_tokens": 9, "n_ctx": 4}
 
-    error = msgspec.json.decode(from_engine(400, msgspec.json.encode({"error": told})).body())["error"]
+    error = msgspec.json.decode(from_engine(400, msgspec.json.encode({"error": {"code": 400, **told}})).body())["error"]
 
     assert told == {name: error[name] for name in told}
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "answered"),
+    [
+        ("exceed_context_size_error", 400, "context_length_exceeded"),
+        ("exceed_context_size_error", None, "context_length_exceeded"),
+        ("exceed_context_size_error", "context_length_exceeded", "context_length_exceeded"),
+        ("invalid_request_error", 400, 400),
+        ("invalid_request_error", "invalid_prompt", "invalid_prompt"),
+        (None, None, None),
+    ],
+)
+def test_a_prompt_that_is_too_long_has_the_code_that_clients_compare(
+    kind: str | None, code: int | str | None, answered: int | str | None
+) -> None:
+    """The same as where the gateway refuses it by its estimate; other codes are the engine's."""
+    body = msgspec.json.encode({"error": {"type": kind, "code": code, "message": "m"}})
+
+    assert from_engine(400, body).code == answered
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"\xff", b"[" * 5000, b'{"error": {"message": ""}}'])

@@ -236,6 +236,18 @@ def test_a_file_that_appears_or_goes_is_seen(path: Path) -> None:
     assert gateway.list() == ()
 
 
+def test_that_there_was_a_key_is_not_forgotten_when_the_file_goes(path: Path) -> None:
+    gateway = KeyStore(path)
+    assert not gateway.had_keys
+    _, secret = KeyStore(path).add("a")
+    gateway.refresh(1.0)
+    path.unlink()
+    gateway.refresh(2.0)
+
+    assert (gateway.had_keys, gateway.find(secret)) == (True, None)
+    assert not KeyStore(path).had_keys
+
+
 def test_admin_opens_everything_and_others_what_they_name(path: Path) -> None:
     store = KeyStore(path)
     admin, _ = store.add("admin", scopes=("admin",))

@@ -59,6 +59,53 @@ def test_tokens_may_run_into_debt_once_and_are_paid_off() -> None:
     assert begun(meter, limits, 100.0) == [None]
 
 
+def test_what_is_reserved_is_not_there_for_the_next_until_it_is_charged() -> None:
+    meter, limits = Meter(), Limits(tokens_per_min=60)
+
+    assert [meter.reserve("k", limits, 50, 0.0) for _ in range(3)] == [None, None, Refusal("tokens", 41.0)]
+    assert begun(meter, limits, 0.0) == [Refusal("tokens", 41.0)]
+    assert meter.reserve("other", limits, 50, 0.0) is None
+    meter.charge("k", limits, 20, 0.0, reserved=50)
+    assert begun(meter, limits, 0.0) == [Refusal("tokens", 11.0)]
+    meter.charge("k", limits, 70, 0.0, reserved=50)
+    assert begun(meter, limits, 0.0) == [Refusal("tokens", 31.0)]
+
+
+def test_a_request_that_uses_nothing_gives_all_back_that_was_reserved_and_no_more() -> None:
+    meter, limits = Meter(), Limits(tokens_per_min=60)
+    meter.reserve("k", limits, 10**9, 0.0)
+    meter.charge("k", limits, 0, 30.0, reserved=10**9)
+
+    assert meter.reserve("k", limits, 60, 30.0) is None
+    assert begun(meter, limits, 30.0) == [Refusal("tokens", 1.0)]
+
+
+def test_a_request_larger_than_the_limit_is_possible_once() -> None:
+    meter, limits = Meter(), Limits(tokens_per_min=60)
+
+    assert meter.reserve("k", limits, 600, 0.0) is None
+    meter.charge("k", limits, 600, 0.0, reserved=600)
+    assert begun(meter, limits, 540.0) == [Refusal("tokens", 1.0)]
+    assert begun(meter, limits, 541.0) == [None]
+
+
+def test_a_request_whose_tokens_others_have_reserved_meanwhile_costs_no_request() -> None:
+    meter, limits = Meter(), Limits(tokens_per_min=60, requests_per_min=2)
+    assert begun(meter, limits, 0.0, times=2) == [None, None]
+    assert meter.reserve("k", limits, 60, 0.0) is None
+    assert meter.reserve("k", limits, 60, 0.0) == Refusal("tokens", 1.0)
+    meter.charge("k", limits, 0, 0.0, reserved=60)
+
+    assert begun(meter, limits, 0.0, times=2) == [None, Refusal("requests", 30.0)]
+
+
+def test_without_a_limit_of_tokens_nothing_is_reserved() -> None:
+    meter = Meter()
+
+    assert [meter.reserve("k", Limits(), 10**9, 0.0) for _ in range(2)] == [None, None]
+    assert meter._tokens == {}
+
+
 def test_a_request_that_is_refused_for_its_tokens_costs_no_request() -> None:
     meter, limits = Meter(), Limits(tokens_per_min=60, requests_per_min=1)
     meter.charge("k", limits, 60, 0.0)

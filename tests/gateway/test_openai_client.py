@@ -170,6 +170,23 @@ def test_the_answer_s_headers_can_be_read(client: openai.OpenAI) -> None:
     assert (answer.headers["x-promptai-replica"], answer.headers["x-promptai-model"]) == ("a", "yi")
 
 
+def test_answers_and_errors_name_their_request(client: openai.OpenAI) -> None:
+    """As its own choice where it made one; the name is in the gateway's log."""
+    named = {"X-Request-Id": "abc-1"}
+    answer = client.chat.completions.create(model="yi", messages=TALK, max_tokens=1, extra_headers=named)
+    other = client.chat.completions.create(model="yi", messages=TALK, max_tokens=1)
+    with client.chat.completions.create(
+        model="yi", messages=TALK, max_tokens=1, stream=True, extra_headers=named
+    ) as stream:
+        streamed = stream.response.headers
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="yo", messages=TALK, extra_headers=named)
+
+    assert (answer._request_id, caught.value.request_id) == ("abc-1", "abc-1")
+    assert other._request_id not in {None, "", "abc-1"}
+    assert streamed["x-request-id"] == streamed["x-promptai-request-id"] == "abc-1"
+
+
 def test_the_asynchronous_client_asks_many_at_once(gateway: Threaded) -> None:
     async def main() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none") as client:
@@ -212,6 +229,7 @@ def test_what_the_engine_refuses_is_a_bad_request_too(client: openai.OpenAI, str
 
     assert isinstance(caught.value.body, dict)
     assert (caught.value.body["src"], caught.value.body["n_ctx"]) == ("engine", 8192)
+    assert (caught.value.code, caught.value.type) == ("context_length_exceeded", "exceed_context_size_error")
 
 
 def test_a_wrong_type_is_a_bad_request_that_names_the_field(client: openai.OpenAI) -> None:

@@ -70,6 +70,18 @@ def test_every_reference_leads_somewhere_and_every_part_is_used() -> None:
     assert used == there
 
 
+def test_every_refusal_names_the_request_in_both_headers() -> None:
+    for response in DOCUMENT["components"]["responses"].values():
+        assert {"x-promptai-request-id", "x-request-id"} <= set(response["headers"])
+
+
+@pytest.mark.parametrize("schema", ["ChatRequest", "CompletionRequest"])
+def test_it_says_how_many_answers_an_engine_gives_to_one_request(schema: str) -> None:
+    described = DOCUMENT["components"]["schemas"][schema]["properties"]["n"]["description"]
+
+    assert all(words in described for words in ("at most", "slots", "HTTP 400"))
+
+
 def test_operations_have_names_of_their_own() -> None:
     names = [operation["operationId"] for _, _, operation in OPERATIONS]
 
@@ -88,7 +100,7 @@ def test_each_operation_says_which_key_it_wants_and_what_goes_wrong(
     assert ("401" in responses) == (scope is not None)
     assert {"200", "400", "403", "500"} <= set(responses)
     assert ("requestBody" in operation) == (method == "post") == ("413" in responses)
-    assert "x-promptai-request-id" in responses["200"]["headers"]
+    assert {"x-promptai-request-id", "x-request-id"} <= set(responses["200"]["headers"])
 
 
 def asked_of(path: str) -> dict[str, dict[str, Any]]:

@@ -136,6 +136,45 @@ def test_what_fails_after_a_wait_is_said_in_the_stream(headers: dict[str, str]) 
     assert (error["code"], error["type"], error["src"]) == ("saturated", "rate_limit_error", "gateway")
 
 
+@pytest.mark.parametrize("deadline", ["300ms", "3s"])
+def test_who_asks_is_told_no_stage_behind_an_error(deadline: str) -> None:
+    """It never came to decoding; and the stream ends right behind the error."""
+
+    async def use(at: Door) -> Streamed:
+        before = asyncio.create_task(at.chat(max_tokens=100))
+        await asyncio.sleep(0.5)
+        found = await at.stream(headers={"x-promptai-deadline": deadline, **ASKS})
+        await before
+        return found
+
+    answer = visit(one(), use)
+
+    *waited, failed, end = answer.lines
+    assert {line.kind for line in waited} == {"promptai.status"}
+    assert (stages(answer), failed.value["error"]["code"], end.data) == (["queued"], "saturated", "[DONE]")
+
+
+def test_no_stage_is_told_while_a_client_is_slow_to_read_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = web.StreamResponse.write
+
+    async def slow(self: web.StreamResponse, data: bytes) -> None:
+        await write(self, data)
+        await asyncio.sleep(5.0 if b'"error"' in data else 0.0)
+
+    monkeypatch.setattr(web.StreamResponse, "write", slow)
+
+    async def use(at: Door) -> Streamed:
+        before = asyncio.create_task(at.chat(max_tokens=100))
+        await asyncio.sleep(0.5)
+        found = await at.stream(headers={"x-promptai-deadline": "300ms", **ASKS})
+        await before
+        return found
+
+    answer = visit(one(), use)
+
+    assert (len(answer.of("promptai.status")), len(answer.chunks), answer.whole) == (1, 1, True)
+
+
 def test_what_fails_at_once_is_a_status() -> None:
     async def use(at: Door) -> Streamed:
         before = asyncio.create_task(at.chat(max_tokens=100))

@@ -56,9 +56,9 @@ def _counted(flight: Flight) -> tuple[int | None, int | None, int]:
     told = flight.said.prompt_tokens
     if timings is not None:
         read = timings.prompt_n + (timings.cache_n or 0)
-        prompt = told if flight.continuations and told is not None else max(0, read - before)
-        cached = None if timings.cache_n is None else min(timings.cache_n, prompt)
-        return prompt, cached, before + timings.predicted_n
+        whole = told if flight.continuations and told is not None else max(0, read - before)
+        found = None if timings.cache_n is None else min(timings.cache_n, whole)
+        return whole, found, before + timings.predicted_n
     if usage is None:
         return told, None, before + last
     details = usage.prompt_tokens_details

@@ -25,7 +25,7 @@ from promptai.gateway.accounting import account, outcome_of, used, write_line
 from promptai.gateway.auth import CALLER, Caller, Guard
 from promptai.gateway.body import read_json
 from promptai.gateway.desk import Desk, Serving, Ticket, path_for
-from promptai.gateway.envelope import ApiError, envelope, request_id, stamp
+from promptai.gateway.envelope import ApiError, Handler, envelope, request_id, stamp
 from promptai.gateway.metrics import Metrics, Now, Outcome, ReplicaNow
 from promptai.gateway.relay import Rhythm, answer, as_api_error, stream, told
 from promptai.gateway.views import fleet_view, models_view, queue_view
@@ -35,6 +35,8 @@ _log = logging.getLogger("promptai.gateway")
 
 T = TypeVar("T")
 
+#: The request has a ticket, and is accounted with that.
+_ACCEPTED = web.RequestKey("accepted", bool)
 _CLIENT_GONE = 499
 _RETRY_WHEN_DRAINING_S = 10.0
 
@@ -87,7 +89,10 @@ class Gateway:
 
     def application(self) -> web.Application:
         """The application; to be run with ``envelope.Runner`` and ``handler_cancellation``."""
-        app = web.Application(middlewares=[envelope, self._guard.middleware], client_max_size=self._limits.body_bytes)
+        app = web.Application(
+            middlewares=[envelope, self._note_refusals, self._guard.middleware],
+            client_max_size=self._limits.body_bytes,
+        )
         app.on_response_prepare.append(stamp)
         app.on_response_prepare.append(self._guard.allow_origin)
         app.add_routes(
@@ -127,15 +132,12 @@ class Gateway:
     async def _infer(self, request: web.Request) -> web.StreamResponse:
         self._demand_open()
         caller: Caller = request[CALLER]
+        body = await read_json(request, limit_bytes=self._limits.body_bytes, limit_s=self._limits.body_s)
+        self._demand_open()
         arrived = asyncio.get_running_loop().time()
-        try:
-            body = await read_json(request, limit_bytes=self._limits.body_bytes, limit_s=self._limits.body_s)
-            self._demand_open()
-            arrived = asyncio.get_running_loop().time()
-            ticket = _refusals(lambda: self.desk.accept(request.path, body, request.headers, caller))
-        except ApiError as error:
-            self._refused(request, caller, error.status, arrived)
-            raise
+        ticket = _refusals(lambda: self.desk.accept(request.path, body, request.headers, caller))
+        self._guard.reserve(caller, ticket.tokens)
+        request[_ACCEPTED] = True
         self._open += 1
         self._idle.clear()
         status = _CLIENT_GONE
@@ -157,12 +159,24 @@ class Gateway:
         if self.draining:
             raise ApiError(503, "the gateway is shutting down", code="draining", retry_after_s=_RETRY_WHEN_DRAINING_S)
 
-    def _refused(self, request: web.Request, caller: Caller, status: int, arrived: float) -> None:
+    @web.middleware
+    async def _note_refusals(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Account for requests that the guard, or what follows it, refuses; comes before the guard."""
+        arrived = asyncio.get_running_loop().time()
+        try:
+            return await handler(request)
+        except ApiError as error:
+            if request.match_info.handler == self._infer and _ACCEPTED not in request:
+                self._refused(request, error.status, arrived)
+            raise
+
+    def _refused(self, request: web.Request, status: int, arrived: float) -> None:
         outcome = Outcome(model="", replica="", status=status)
         self.metrics.observe_request(outcome)
-        write_line(
-            request_id(request), caller.key_id, request.path, outcome, asyncio.get_running_loop().time() - arrived
-        )
+        # Without a caller it had no key that is known; what it had instead is nobody's business.
+        caller = request.get(CALLER)
+        key = "-" if caller is None else caller.key_id
+        write_line(request_id(request), key, request.path, outcome, asyncio.get_running_loop().time() - arrived)
 
     def _ended(self, request: web.Request, caller: Caller, ticket: Ticket, status: int, arrived: float) -> None:
         self._open -= 1
@@ -170,7 +184,7 @@ class Gateway:
             self._idle.set()
         outcome = outcome_of(ticket, status, arrived)
         account(self.metrics, ticket, outcome)
-        self._guard.charge(caller, used(ticket, outcome))
+        self._guard.charge(caller, used(ticket, outcome), reserved=ticket.tokens)
         total_s = asyncio.get_running_loop().time() - arrived
         write_line(request_id(request), caller.key_id, request.path, outcome, total_s)
 

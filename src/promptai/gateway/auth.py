@@ -1,8 +1,8 @@
 """Who may do what: API keys, their limits, and what a browser may not do.
 
 Bound to loopback and without keys the gateway is open. As soon as there is a key (even a
-revoked one: revoking the last must not open the door), or when it is bound wider, every
-request needs one.
+revoked one, and even if the file is removed: neither must open the door), or when it is bound
+wider, every request needs one.
 
 An open gateway on loopback still has an enemy: a page in a browser on the same machine.
 It reaches the gateway under a name of its own that resolves to loopback (then ``Host``
@@ -17,6 +17,7 @@ refused. Pages of the origins in ``cors_origins`` are let in, and only they get 
 import asyncio
 import ipaddress
 import logging
+import math
 import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -25,7 +26,7 @@ import msgspec
 from aiohttp import web
 
 from promptai.errors import SettingsError
-from promptai.gateway.envelope import REQUEST_ID, ApiError, Handler
+from promptai.gateway.envelope import OPENAI_REQUEST_ID, REQUEST_ID, ApiError, Handler
 from promptai.gateway.keys import Key, KeyStore, Scope
 from promptai.gateway.limits import Limits, Meter, Refusal
 
@@ -38,6 +39,7 @@ _HEADER_NAMES = re.compile(r"[A-Za-z0-9-]{1,64}( *, *[A-Za-z0-9-]{1,64}){0,63}")
 _EXPOSED = ", ".join(
     [
         REQUEST_ID,
+        OPENAI_REQUEST_ID,
         *(f"x-promptai-{name}" for name in ("model", "replica", "route-reason", "cached-tokens", "queue-ms")),
         "Retry-After",
     ]
@@ -60,7 +62,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
 
     def demand_model(self, model: str) -> None:
         """
-        Call it with the name that was asked for, and again with the one that was chosen.
+        See that its key may use what is called so: a model, an alias or ``auto``.
 
         Raises:
             ApiError: 403; the key may not use that model.
@@ -96,7 +98,7 @@ class Guard:
 
     Args:
         store: The keys; ``None``: there are none.
-        open: Whether requests need no key while there is none.
+        open: Whether requests need no key as long as there has been none.
         bind: The address that the gateway is bound to.
         hosts: Further names under which a gateway on loopback may be called, behind a proxy for instance.
         cors_origins: Origins whose pages may use it (scheme, host, port); ``*``: all.
@@ -138,9 +140,21 @@ class Guard:
         finally:
             self.meter.end(caller.key_id)
 
-    def charge(self, caller: Caller, tokens: int) -> None:
-        """Count tokens that a request used, prompt and generated, against its key."""
-        self.meter.charge(caller.key_id, caller.limits, tokens, asyncio.get_running_loop().time())
+    def reserve(self, caller: Caller, tokens: int) -> None:
+        """
+        Set tokens of its key aside that a request will probably use; ``charge`` ends that.
+
+        Raises:
+            ApiError: 429; requests that came at the same time have taken what was left.
+        """
+        refusal = self.meter.reserve(caller.key_id, caller.limits, tokens, asyncio.get_running_loop().time())
+        if refusal is not None:
+            raise _over_limit(refusal, caller.limits)
+
+    def charge(self, caller: Caller, tokens: int, *, reserved: int = 0) -> None:
+        """Count tokens that a request used, prompt and generated, against its key, in place of those reserved."""
+        now = asyncio.get_running_loop().time()
+        self.meter.charge(caller.key_id, caller.limits, tokens, now, reserved=reserved)
 
     async def allow_origin(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
         """Let a page of an allowed origin read the answer (``on_response_prepare``)."""
@@ -161,9 +175,11 @@ class Guard:
                 raise ApiError(
                     503, "the gateway cannot read its API keys", code="keys_unreadable", hint="its log says why"
                 ) from None
-        if self._open and (self._store is None or not self._store.list()):
+        if self._open and (self._store is None or not self._store.had_keys):
             return Caller()
         key = self._key_of(request)
+        # Also of a request that is refused it is known whose it was.
+        request[CALLER] = caller = Caller(key_id=key.id, name=key.name, limits=key.limits, admin=key.opens("admin"))
         if not key.opens(scope):
             raise ApiError(
                 403,
@@ -171,7 +187,7 @@ class Guard:
                 code="missing_scope",
                 hint=f"it has {', '.join(key.scopes)}; promptai keys add --scope {scope} makes another",
             )
-        return Caller(key_id=key.id, name=key.name, limits=key.limits, admin=key.opens("admin"))
+        return caller
 
     def _key_of(self, request: web.Request) -> Key:
         secret = _secret_in(request)
@@ -273,6 +289,6 @@ def _over_limit(refusal: Refusal, limits: Limits) -> ApiError:
         429,
         f"this API key is limited to {reached[refusal.reason]}",
         code="rate_limit_exceeded",
-        hint=f"try again in {max(1, round(refusal.retry_after_s + 0.5))} s",
+        hint=f"try again in {max(1, math.ceil(refusal.retry_after_s))} s",
         retry_after_s=refusal.retry_after_s,
     )

@@ -5,7 +5,7 @@ sent: unknown names, prompts that no context holds, fields of the wrong kind. No
 and no field that is unknown here is dropped; aliases fill only what the request left open.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -14,12 +14,16 @@ from promptai.engine.upstream import Upstream
 from promptai.errors import NoCapacityError, RequestRefusedError
 from promptai.fleet.replica import Snapshot
 from promptai.gateway.auth import Caller
+from promptai.router.continuation import answers
 from promptai.router.dispatch import Dispatcher
-from promptai.router.flight import Flight, Order
+from promptai.router.flight import Flight
 from promptai.router.grant import Job
+from promptai.router.order import Order
 from promptai.router.policy import Choice
-from promptai.router.prefix import chain
+from promptai.router.prefix import Chain, chain
 from promptai.router.selection import (
+    AUTO,
+    DEFAULT,
     Auto,
     ContextFits,
     ContextTooLong,
@@ -31,10 +35,14 @@ from promptai.router.selection import (
     parse_budget,
     resolve,
 )
-from promptai.wire.passing import PassingRequest
+from promptai.wire.passing import PassingRequest, Prompt
 
 #: Tokens that a chat template puts around a message: 3 to 8 in those of the catalogue.
 _MESSAGE_TOKENS = 5.0
+#: Of an estimate: as much as a context has to hold for ``auto`` to try it.
+_DOUBT = 0.9
+#: Nobody will use more, whatever a request says; a float that holds so many holds a thousandth of one beside it.
+_MOST_TOKENS = 10**9
 _PATHS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/embeddings": "input"}
 
 
@@ -63,12 +71,52 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         model: That was chosen; ``why`` is one line, empty where the name alone decided.
+        tokens: Of its prompt and its answers, as many as it may use as far as is known now.
     """
 
     flight: Flight
     request: PassingRequest
     model: str
     why: str
+    tokens: int
+
+
+class _Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that has been read, and whose it is."""
+
+    path: str
+    wanted: Wanted
+    body: dict[str, Any]
+    request: PassingRequest
+    prompts: tuple[Prompt, ...]
+    headers: Mapping[str, str]
+    caller: Caller
+
+    @property
+    def permitted(self) -> bool:
+        """Whether its key may use what it means, by the name that stands for it or by its own."""
+        return any(self.caller.limits.allow(name) for name in (self.wanted.meant, self.wanted.model))
+
+    def demand_permission(self) -> None:
+        """
+        See that its key may use the name that it gave, and what is meant.
+
+        Raises:
+            ApiError: 403.
+        """
+        if self.wanted.name != DEFAULT:
+            self.caller.demand_model(self.wanted.name)
+        if not self.permitted and not self.wanted.auto:
+            self.caller.demand_model(self.wanted.model)
+
+    @property
+    def text(self) -> str:
+        """See ``PassingRequest.text``."""
+        return self.prompts[0].text if len(self.prompts) == 1 else self.request.text()
+
+    def longest(self, chars_per_token: float) -> Prompt:
+        """The one of its prompts that needs the largest context."""
+        return max(self.prompts, key=lambda prompt: prompt.tokens(chars_per_token))
 
 
 class Desk:
@@ -87,24 +135,22 @@ class Desk:
             RequestRefusedError: It cannot be served as it is.
             ApiError: The key may not use that model.
         """
-        wanted, filled, request = self._read(path, body, caller)
-        caller.demand_model(wanted.name)
-        text = request.text()
-        job = self._job(wanted.model, request, text, headers, caller)
-        model, why = self._model(wanted, request, job, headers, caller)
+        asked = self._read(path, body, headers, caller)
+        asked.demand_permission()
+        job = self._job(asked.wanted.model, asked)
+        model, why = self._model(asked, job)
         if model != job.model:
-            job = self._job(model, request, text, headers, caller)
-        caller.demand_model(model)
+            job = self._job(model, asked)
         order = Order(
             path=path,
-            body=filled,
-            request=request,
-            text=text,
+            body=asked.body,
+            request=asked.request,
+            text=asked.text,
             attempts=self.serving.attempts,
             stall_s=self.serving.stall_s,
         )
         flight = Flight(order, job, self.dispatcher, self.upstream)
-        return Ticket(flight=flight, request=request, model=model, why=why)
+        return Ticket(flight=flight, request=asked.request, model=model, why=why, tokens=self._tokens(asked, job))
 
     def decide(
         self, path: str, body: dict[str, Any], headers: Mapping[str, str], caller: Caller
@@ -123,7 +169,7 @@ class Desk:
             message, hint = allowed.message, allowed.hint
         return RequestRefusedError(message, status=404, code="model_not_found", param="model", hint=hint)
 
-    def _read(self, path: str, body: dict[str, Any], caller: Caller) -> tuple[Wanted, dict[str, Any], PassingRequest]:
+    def _read(self, path: str, body: dict[str, Any], headers: Mapping[str, str], caller: Caller) -> _Asked:
         request = _convert(body)
         served = self.dispatcher.accounts.fleet.snapshot.models
         wanted = resolve(request.model, served, self.serving.names)
@@ -134,88 +180,114 @@ class Desk:
             request = _convert(filled)
         _demand_field(path, request)
         _demand_roles(request)
-        return wanted, filled, request
+        return _Asked(
+            path=path,
+            wanted=wanted,
+            body=filled,
+            request=request,
+            prompts=request.prompts(),
+            headers=headers,
+            caller=caller,
+        )
 
-    def _job(self, model: str, request: PassingRequest, text: str, headers: Mapping[str, str], caller: Caller) -> Job:
+    def _job(self, model: str, asked: _Asked) -> Job:
         per_token = self.dispatcher.accounts.book.chars_per_token(model)
+        request, headers = asked.request, asked.headers
+        text = asked.longest(per_token).text
+        tokens = sum(prompt.tokens(per_token) for prompt in asked.prompts)
         return Job(
             model=model,
-            prompt=chain(text),
-            tokens=max(1.0, len(text) / per_token + _MESSAGE_TOKENS * len(request.messages or ())),
+            # Which one of several a slot's cache will hold nobody knows; but a context has to hold the longest.
+            prompt=chain(text) if len(asked.prompts) == 1 else Chain((), len(text)),
+            tokens=max(1.0, tokens + _MESSAGE_TOKENS * len(request.messages or ())),
             limit=1 if request.input is not None else request.limit,
-            key=caller.key_id,
+            answers=answers(request),
+            key=asked.caller.key_id,
             batch=headers.get("x-promptai-priority", "").lower() == "batch",
             wait_s=min(self.serving.wait_s, _seconds(headers, "x-promptai-deadline") or self.serving.wait_s),
         )
 
-    def _model(
-        self,
-        wanted: Wanted,
-        request: PassingRequest,
-        job: Job,
-        headers: Mapping[str, str],
-        caller: Caller,
-    ) -> tuple[str, str]:
+    def _model(self, asked: _Asked, job: Job) -> tuple[str, str]:
         """The model that is meant, and why."""
-        snapshot = self.dispatcher.accounts.fleet.snapshot
-        if wanted.auto:
-            models = [model for model in snapshot.models if caller.limits.allow(model)]
-            if not models:
-                raise NoCapacityError("no model is served that auto could take", hint="see /v1/models")
-            autos = [self._auto(model, msgspec.structs.replace(job, model=model), snapshot) for model in models]
-            chosen = choose_auto(autos, _seconds(headers, "x-promptai-budget"), request.limit)
-            if chosen.model is None:
-                # Where nobody is there to ask, the dispatcher says so.
-                self._demand_somebody(autos, job)
-                raise RequestRefusedError(chosen.reason, code="context_length_exceeded", hint="shorten the prompt")
-            return chosen.model, chosen.reason
-
-        def check(tokens: float) -> ContextFits | ContextTooLong:
-            return check_context(
-                wanted.model,
-                round(tokens),
-                replicas=snapshot.replicas,
-                fallbacks=self.serving.fallbacks,
-            )
-
-        # An engine knows no fallback, so what is probably too long goes there; but only what is surely too long is
-        # refused here: the engine counts exactly.
-        found = check(job.tokens)
-        found = found if isinstance(found, ContextFits) else check(job.fewest)
+        if asked.wanted.auto:
+            return self._chosen(asked, job)
+        found = self._held_by(asked, job, self._longest(asked, job))
         if isinstance(found, ContextTooLong):
-            raise RequestRefusedError(
-                found.message.replace("has ", "has about ", 1),
-                code="context_length_exceeded",
-                param="messages" if request.messages is not None else "prompt",
-                hint=found.hint,
-            )
+            # An engine knows no fallback, so what is probably too long goes there; but only what is surely too long
+            # is refused here: the engine counts exactly.
+            surely = self._held_by(asked, job, max(job.fewest, *(prompt.ids for prompt in asked.prompts)))
+            if isinstance(surely, ContextTooLong):
+                message = found.message.replace("has ", "has about ", 1)
+                raise _too_long(asked, message, found.hint)
+            found = surely
         return found.model, found.reason.replace("prompt has ", "prompt has about ", 1)
 
-    def _demand_somebody(self, autos: Sequence[Auto], job: Job) -> None:
-        """Raise ``NoCapacityError`` where no model has a replica that could be asked, however short the prompt."""
-        short = msgspec.structs.replace(job, tokens=1.0, prompt=chain(""))
-        accounts = self.dispatcher.accounts
-        for auto in autos:
-            if accounts.candidates(msgspec.structs.replace(short, model=auto.model)):
-                return
-        raise self.dispatcher.no_capacity(autos[0].model)
+    def _held_by(self, asked: _Asked, job: Job, tokens: float) -> ContextFits | ContextTooLong:
+        """Who holds a prompt of so many tokens: the model that is meant, or a fallback that the key may use."""
+        allow = asked.caller.limits.allow
+        return check_context(
+            job.model,
+            round(tokens),
+            replicas=self.dispatcher.accounts.fleet.snapshot.replicas,
+            fallbacks={short: long for short, long in self.serving.fallbacks.items() if allow(long)},
+        )
 
-    def _auto(self, model: str, job: Job, snapshot: Snapshot) -> Auto:
-        own = snapshot.of(model)
+    def _chosen(self, asked: _Asked, job: Job) -> tuple[str, str]:
+        """The model that ``auto`` takes, and why."""
+        snapshot = self.dispatcher.accounts.fleet.snapshot
+        if not snapshot.models:
+            raise NoCapacityError("no model is served that auto could take", hint="see /v1/models")
+        models = [model for model in snapshot.models if asked.permitted or asked.caller.limits.allow(model)]
+        if not models:
+            asked.caller.demand_model(AUTO)
+        longest = self._longest(asked, job)
+        autos = [self._auto(msgspec.structs.replace(job, model=model), longest, snapshot) for model in models]
+        chosen = choose_auto(autos, _seconds(asked.headers, "x-promptai-budget"), asked.request.limit)
+        if chosen.model is None:
+            # Whoever holds it is away for the moment: it is not the prompt that is to blame.
+            away = next((model for model in models if _likely_holds(model, longest, snapshot)), None)
+            if away is not None:
+                raise self.dispatcher.no_capacity(away)
+            raise _too_long(asked, chosen.reason, "shorten the prompt")
+        return chosen.model, chosen.reason
+
+    def _auto(self, job: Job, longest: float, snapshot: Snapshot) -> Auto:
+        own = snapshot.of(job.model)
         accounts, choice = self.dispatcher.accounts, self.dispatcher.preview(job)
         finish: float | None = None
         if choice is not None and accounts.book.source(choice.load.replica) != "unknown":
             streams = len(choice.load.running) + 1
-            tokens = accounts.expected(job) if job.limit is None else float(job.limit)
+            tokens = self._answer_tokens(job, longest, choice.load.replica.context)
             finish = choice.estimate.ttft_s + tokens * choice.load.step(streams)
-        contexts = [replica.context for replica in own if replica.context is not None]
         return Auto(
-            model=model,
+            model=job.model,
             capability=max((r.capability for r in own if r.capability is not None), default=None),
             accuracy=max((r.accuracy for r in own if r.accuracy is not None), default=None),
             finish_s=finish,
-            fits_context=choice is not None and (not contexts or max(contexts) > job.tokens * 0.9),
+            fits_context=choice is not None and _likely_holds(job.model, longest, snapshot),
         )
+
+    def _longest(self, asked: _Asked, job: Job) -> float:
+        """Tokens that a context has to hold: those of the longest prompt, as estimated."""
+        if len(asked.prompts) == 1:
+            return job.tokens
+        per_token = self.dispatcher.accounts.book.chars_per_token(job.model)
+        return asked.longest(per_token).tokens(per_token)
+
+    def _answer_tokens(self, job: Job, longest: float, context: int | None) -> float:
+        """Tokens of one answer, if it is as long as it may be; as answers usually are where nothing limits them."""
+        if job.limit is None:
+            return self.dispatcher.accounts.expected(job)
+        return float(job.limit) if context is None else min(float(job.limit), max(1.0, context - longest))
+
+    def _tokens(self, asked: _Asked, job: Job) -> int:
+        """Tokens that a request may use: see ``Ticket``."""
+        if asked.request.input is not None:  # nothing is generated
+            return min(_MOST_TOKENS, round(job.tokens))
+        own = self.dispatcher.accounts.fleet.snapshot.of(job.model)
+        context = max((replica.context for replica in own if replica.context is not None), default=None)
+        answer = self._answer_tokens(job, self._longest(asked, job), context)
+        return min(_MOST_TOKENS, round(job.tokens + job.answers * answer))
 
 
 def path_for(body: Mapping[str, Any]) -> str:
@@ -232,6 +304,16 @@ def _convert(body: dict[str, Any]) -> PassingRequest:
         raise RequestRefusedError(f"the request is wrong: {text}", code="wrong_type", param=param) from None
 
 
+def _too_long(asked: _Asked, message: str, hint: str) -> RequestRefusedError:
+    return RequestRefusedError(message, code="context_length_exceeded", param=_PATHS[asked.path], hint=hint)
+
+
+def _likely_holds(model: str, tokens: float, snapshot: Snapshot) -> bool:
+    """Whether a replica of a model, there or away, has a context for so many tokens, which are an estimate."""
+    found = check_context(model, int(_DOUBT * tokens), replicas=snapshot.replicas, fallbacks={})
+    return isinstance(found, ContextFits)
+
+
 def _demand_field(path: str, request: PassingRequest) -> None:
     """
     Refuse a request that is not of its path alone.
@@ -243,7 +325,8 @@ def _demand_field(path: str, request: PassingRequest) -> None:
             hint = f"{field} goes to {home}; {path} takes {_PATHS[path]}"
             raise RequestRefusedError(f"{path} takes no {field}", code="wrong_field", param=field, hint=hint)
     field = _PATHS[path]
-    if not getattr(request, field):
+    # An empty text is one: engines answer it.
+    if getattr(request, field) in (None, []):
         raise RequestRefusedError(
             f"the request has no {field}", code="missing_field", param=field, hint=f"{path} needs {field}"
         )

@@ -40,6 +40,8 @@ from promptai.wire.openai import error_in
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 REQUEST_ID = "x-promptai-request-id"
+#: The same, under the name that clients made for OpenAI read.
+OPENAI_REQUEST_ID = "x-request-id"
 
 _log = logging.getLogger("promptai.gateway")
 
@@ -60,6 +62,8 @@ _ID = web.RequestKey("request_id", str)
 _MESSAGE_CHARS = 2000
 #: Of an engine that is busy and does not say for how long: so long a board rests that failed (``router.breaker``).
 _BUSY_S = 2.0
+#: llama-server's ``type`` of a prompt that is too long, and OpenAI's ``code`` of it, which clients compare.
+_TOO_LONG, _TOO_LONG_CODE = "exceed_context_size_error", "context_length_exceeded"
 #: Headers that describe the body that the envelope replaces.
 _OF_THE_BODY = {"content-type", "content-length", "content-encoding", "transfer-encoding"}
 
@@ -139,7 +143,8 @@ def from_engine(status: int, body: bytes) -> ApiError:
     What an engine answered, as the gateway passes it on.
 
     Its 4xx, 501 and 503 keep their status. Other 5xx become 502: the gateway itself works. So do 401 and 403,
-    because the key that an engine refused is the gateway's, not the client's.
+    because the key that an engine refused is the gateway's, not the client's. A prompt that is too long
+    has the code that OpenAI gives it, whether the gateway or the engine found it out.
     """
     told = error_in(body)
     passed = status in {501, 503} or (400 <= status < 500 and status not in {401, 403, 407})
@@ -152,7 +157,7 @@ def from_engine(status: int, body: bytes) -> ApiError:
         answered,
         told.message[:_MESSAGE_CHARS],
         kind=told.type or kind_of(answered),
-        code=told.code,
+        code=_TOO_LONG_CODE if told.type == _TOO_LONG else told.code,
         param=param,
         src="engine",
         # Another gateway's message ends with its hint already.
@@ -192,7 +197,7 @@ def request_id(request: web.BaseRequest) -> str:
 async def stamp(request: web.BaseRequest, response: web.StreamResponse) -> None:
     """Name the request in the head of its answer, and note that the answer has begun (``on_response_prepare``)."""
     request[_BEGUN] = True
-    response.headers[REQUEST_ID] = request_id(request)
+    _named(request, response)
 
 
 @web.middleware
@@ -258,6 +263,13 @@ class _Protocol(web.RequestHandler):
         response.force_close()
         return response
 
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """Log a failure; not that the rest of a body, read only to be thrown away after the answer, is broken."""
+        if isinstance(kw.get("exc_info"), web.RequestPayloadError):
+            _log.debug("the body behind an answer is not encoded as its headers say")
+        else:
+            super().log_exception(*args, **kw)
+
 
 def _answer(request: web.Request | web.BaseRequest, error: Exception) -> web.StreamResponse:
     """The answer to what a handler raised; raises where there can be none any more."""
@@ -275,7 +287,8 @@ def _answer(request: web.Request | web.BaseRequest, error: Exception) -> web.Str
         # Its status has gone out. Breaking the connection is the one way left to say that the rest is missing.
         raise ConnectionResetError("the answer broke off") from error
     response = (known or _unexpected(request)).response()
-    if response.status in {408, 413}:
+    # Where a body is broken or has not come to its end, nobody knows where the next request begins.
+    if response.status in {408, 413} or request.content.exception() is not None:
         response.force_close()
     return response
 
@@ -330,7 +343,7 @@ def _plain(
 
 
 def _named(request: web.BaseRequest, response: web.StreamResponse) -> web.StreamResponse:
-    response.headers[REQUEST_ID] = request_id(request)
+    response.headers[REQUEST_ID] = response.headers[OPENAI_REQUEST_ID] = request_id(request)
     return response
 
 

@@ -83,10 +83,14 @@ class KeyStore:
 
     Raises:
         SettingsError: The file is broken, or others may read or change it.
+
+    Attributes:
+        had_keys: There was a key in it at any look, even if it or the file is gone since.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.had_keys = False
         self._seen: tuple[int, ...] | None = None
         self._looked_at: float | None = None
         self._by_digest: dict[str, Key] = {}
@@ -209,6 +213,7 @@ class KeyStore:
 
     def _take(self, keys: tuple[Key, ...]) -> None:
         self._keys = keys
+        self.had_keys = self.had_keys or bool(keys)
         self._by_digest = {key.sha256: key for key in keys}
 
 

@@ -1,10 +1,11 @@
 """How much one API key may use: requests and tokens a minute, and requests at once.
 
 Token buckets that hold one minute's worth. What a request will generate is not known when
-it comes, so tokens are charged when they are known; a key may run into debt once, and
-waits until the debt is paid off.
+it comes, so an estimate is reserved when it is accepted, and corrected when it has ended. The
+request that takes the last tokens may run into debt; its key waits until the debt is paid off.
 
-Pure: the time comes in as ``now``. ``gateway.auth`` admits and releases, the relay charges.
+Pure: the time comes in as ``now``. ``gateway.auth`` admits and releases, ``gateway.app`` has
+tokens reserved and charged.
 """
 
 from typing import Literal
@@ -23,7 +24,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         requests_per_min: Requests a minute; a minute's worth may come at once.
         tokens_per_min: Prompt and generated tokens a minute.
         concurrent: Requests at once, those that wait in the queue included.
-        models: Names of the models that it may use.
+        models: Names that it may ask for: of models, of aliases with what they stand for, or ``auto`` with all models.
     """
 
     requests_per_min: int | None = None
@@ -38,7 +39,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 raise ValueError(f"{name} must be at least 1, not {value}")
 
     def allow(self, model: str) -> bool:
-        """Whether it may use that model."""
+        """Whether it may ask for that name."""
         return self.models is None or model in self.models
 
 
@@ -100,11 +101,28 @@ class Meter:
         else:
             self._running.pop(key_id, None)
 
-    def charge(self, key_id: str, limits: Limits, tokens: int, now: float) -> None:
-        """Charge tokens that were used."""
+    def reserve(self, key_id: str, limits: Limits, tokens: int, now: float) -> Refusal | None:
+        """
+        Set tokens aside that a request will probably use, until ``charge`` tells how many it did; or say why not.
+
+        A single token that is left is enough: a request larger than the whole limit runs into debt.
+        """
+        bucket = _filled(self._tokens, key_id, limits.tokens_per_min, now)
+        if limits.tokens_per_min is None or bucket is None:
+            return None
+        if wait_s := bucket.wait_s(limits.tokens_per_min):
+            requests = self._requests.get(key_id)
+            if requests is not None:  # whoever is refused for its tokens costs no request
+                requests.left += 1.0
+            return Refusal("tokens", wait_s)
+        bucket.left -= tokens
+        return None
+
+    def charge(self, key_id: str, limits: Limits, tokens: int, now: float, *, reserved: int = 0) -> None:
+        """Charge tokens that were used; ``reserved``: so many were set aside for them."""
         bucket = _filled(self._tokens, key_id, limits.tokens_per_min, now)
         if bucket is not None:
-            bucket.left -= tokens
+            bucket.left += reserved - tokens
 
     def running(self, key_id: str) -> int:
         """Requests of a key that have begun and not ended."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from promptai import __version__
-from promptai.gateway.envelope import REQUEST_ID
+from promptai.gateway.envelope import OPENAI_REQUEST_ID, REQUEST_ID
 
 _STATUSES = {
     400: "The request is malformed, or its prompt is longer than the context.",
@@ -162,6 +162,7 @@ _ASKED: dict[str, tuple[dict[str, Any], str, str]] = {
 
 _HEADERS = {
     REQUEST_ID: ("string", "Names the request in the gateway's log; the client's X-Request-Id where it sent one."),
+    OPENAI_REQUEST_ID: ("string", "The same, under the name that clients made for OpenAI read."),
     "x-promptai-model": ("string", "The model that answered."),
     "x-promptai-replica": ("string", "The replica that answered."),
     "x-promptai-route-reason": ("string", "Why that one."),
@@ -225,7 +226,7 @@ def page(base_url: str = "http://127.0.0.1:8400") -> str:
 
 def _operation(operation: _Operation) -> dict[str, Any]:
     codes = sorted({*operation.codes, *_ALWAYS, *(_KEYED if operation.scope else ())})
-    names = [REQUEST_ID]
+    names = [REQUEST_ID, OPENAI_REQUEST_ID]
     if operation.routed:
         names += [name for name in _HEADERS if name.startswith("x-promptai-") and name != REQUEST_ID]
     described: dict[str, Any] = {
@@ -259,7 +260,7 @@ def _operation(operation: _Operation) -> dict[str, Any]:
 
 
 def _error(status: int, text: str) -> dict[str, Any]:
-    names = [REQUEST_ID]
+    names = [REQUEST_ID, OPENAI_REQUEST_ID]
     names += ["Retry-After"] if status in {429, 503} else []
     names += ["WWW-Authenticate"] if status == 401 else []
     return {

@@ -133,6 +133,7 @@ class _Line:
         await self._spoken()
         if not self._prepared:
             raise error
+        self._answering = True  # an error ends the waiting, too
         await self._write(b"data: " + error.body() + b"\n\n")
 
     async def end(self) -> None:

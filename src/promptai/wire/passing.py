@@ -83,6 +83,25 @@ class PassingReply(msgspec.Struct, frozen=True):
     timings: Timings | None = None
 
 
+class Prompt(msgspec.Struct, frozen=True):
+    """
+    One of the texts that an engine computes each by itself.
+
+    Attributes:
+        text: As it is compared with others; of token ids their JSON.
+        chars: Characters that an engine has to tokenise.
+        ids: Tokens that came as their ids.
+    """
+
+    text: str
+    chars: int
+    ids: int = 0
+
+    def tokens(self, chars_per_token: float) -> float:
+        """How many it has, as far as characters tell."""
+        return self.ids + self.chars / chars_per_token
+
+
 class PassingRequest(msgspec.Struct, frozen=True):
     """
     A request's fields that decide something here; all others go to the engine as they are.
@@ -125,14 +144,38 @@ class PassingRequest(msgspec.Struct, frozen=True):
         """Whether the stream shall end with a usage chunk."""
         return bool((self.stream_options or {}).get("include_usage"))
 
-    def text(self) -> str:
-        """The prompt as one text, in the order in which an engine reads it: for counting and for comparing."""
+    def prompts(self) -> tuple[Prompt, ...]:
+        """What an engine computes each by itself: a chat, or a prompt or an input, or each of several."""
         if self.messages is not None:
             tools = msgspec.json.encode(self.tools).decode() if self.tools else ""
-            return tools + "".join(map(_message, self.messages))
-        if isinstance(self.prompt, str):
-            return self.prompt
+            text = tools + "".join(map(_message, self.messages))
+            return (Prompt(text, len(text)),)
+        given = self.prompt if self.prompt is not None else self.input
+        # As llama-server takes it: a list with a token id in it is one prompt.
+        if isinstance(given, list) and not any(map(_is_id, given)):
+            return tuple(map(_prompt, given))
+        return (_prompt(given),)
+
+    def text(self) -> str:
+        """The prompt as one text, in the order in which an engine reads it, for comparing; of several, their JSON."""
+        prompts = self.prompts()
+        if len(prompts) == 1:
+            return prompts[0].text
         return msgspec.json.encode(self.prompt if self.prompt is not None else self.input).decode()
+
+
+def _prompt(given: Any) -> Prompt:
+    if isinstance(given, dict):  # llama-server's: a text, and pictures beside it
+        given = given.get("prompt_string")
+    if isinstance(given, list):
+        chars = sum(len(part) for part in given if isinstance(part, str))
+        return Prompt(msgspec.json.encode(given).decode(), chars, sum(map(_is_id, given)))
+    text = given if isinstance(given, str) else ""
+    return Prompt(text, len(text))
+
+
+def _is_id(part: object) -> bool:
+    return isinstance(part, int) and not isinstance(part, bool)
 
 
 def _message(message: dict[str, Any]) -> str:
