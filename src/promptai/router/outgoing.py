@@ -32,7 +32,10 @@ def own_fields(grant: Grant, request: PassingRequest, body: dict[str, Any]) -> d
 
 
 def counts(request: PassingRequest) -> bool:
-    """Whether what an engine counts is the text that is counted here: one prompt, and no pictures."""
-    contents = [message.get("content") for message in request.messages or ()]
+    """Whether what an engine counts is the text that is counted here: one prompt, no pictures, no token ids."""
+    if request.messages is None:
+        given = request.prompt if request.prompt is not None else request.input
+        return isinstance(given, str) and answers(request) == 1
+    contents = [message.get("content") for message in request.messages]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     return answers(request) == 1 and all(isinstance(part, dict) and part.get("type") == "text" for part in parts)
