@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from promptai.settings import (
     Settings,
     board_key,
     cache_directory,
+    is_empty,
     keys_path,
     load_secrets,
     load_settings,
@@ -118,6 +120,26 @@ def test_a_file_that_was_named_must_be_there(by: str, name: str, reason: str) ->
 
 def test_without_a_file_everything_has_a_default() -> None:
     assert Settings() == load_settings(environ={})
+
+
+@pytest.mark.parametrize("text", ["", " \n\t\n"])
+def test_an_empty_file_is_valid_unless_it_is_to_be_refused(here: Path, text: str) -> None:
+    """A comment is a word: with it somebody says that there are no settings."""
+    file = here / CONFIG_NAME
+    file.write_text(text)
+
+    assert (load_settings(environ={}), is_empty(file)) == (Settings(), True)
+    with pytest.raises(SettingsError, match=f"settings {CONFIG_NAME} is empty"):
+        load_settings(environ={}, refuse_empty=True)
+
+    file.write_text("# none\n")
+    assert (load_settings(environ={}, refuse_empty=True), is_empty(file)) == (Settings(), False)
+
+
+def test_a_file_that_is_not_there_is_empty_and_a_pipe_is_not_read_for_that(here: Path) -> None:
+    os.mkfifo(here / "pipe")
+
+    assert [is_empty(None), is_empty(here / "absent"), is_empty(here / "pipe")] == [True, True, True]
 
 
 def test_the_file_beats_the_defaults(here: Path) -> None:

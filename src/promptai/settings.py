@@ -264,18 +264,22 @@ class Secrets(msgspec.Struct, frozen=True):
     api_key: str | None = None
 
 
-def load_settings(config: Path | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
+def load_settings(
+    config: Path | None = None, environ: Mapping[str, str] = os.environ, *, refuse_empty: bool = False
+) -> Settings:
     """
     Read the settings.
 
     Args:
         config: A file that must exist; ``None``: wherever one is found, if at all.
+        refuse_empty: A file without a word is an error: it had some before, and a full disk or an editor that is
+            just writing it leaves none.
 
     Raises:
-        SettingsError: The file cannot be read, has an unknown key or a value of the wrong kind.
+        SettingsError: The file cannot be read, has an unknown key or a value of the wrong kind, or is empty.
     """
     path = settings_file(config, environ)
-    settings = _read(path) if path is not None else Settings()
+    settings = _read(path, refuse_empty=refuse_empty) if path is not None else Settings()
     if environ.get("PROMPTAI_ENGINE"):
         engine = msgspec.structs.replace(settings.engine, path=environ["PROMPTAI_ENGINE"])
         settings = msgspec.structs.replace(settings, engine=engine)
@@ -293,6 +297,15 @@ def settings_file(config: Path | None = None, environ: Mapping[str, str] = os.en
     if environ.get("PROMPTAI_CONFIG"):
         return Path(environ["PROMPTAI_CONFIG"])
     return Path(CONFIG_NAME) if Path(CONFIG_NAME).is_file() else None
+
+
+def is_empty(path: Path | None) -> bool:
+    """Whether a file of settings holds nothing, not even a comment; one that is not there holds nothing either."""
+    try:
+        # A pipe can be read only once.
+        return path is None or not path.is_file() or not path.read_bytes().strip()
+    except OSError:
+        return True
 
 
 def load_secrets(environ: Mapping[str, str] = os.environ) -> Secrets:
@@ -341,9 +354,12 @@ def cache_directory(environ: Mapping[str, str] = os.environ) -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "promptai"
 
 
-def _read(path: Path) -> Settings:
+def _read(path: Path, *, refuse_empty: bool) -> Settings:
     try:
-        return msgspec.toml.decode(path.read_bytes(), type=Settings)
+        text = path.read_bytes()
+        if refuse_empty and not text.strip():
+            raise SettingsError(f"settings {path} is empty", hint="for no settings at all write a comment: # none")
+        return msgspec.toml.decode(text, type=Settings)
     except OSError as error:
         raise SettingsError(f"settings {path} cannot be read: {error.strerror}", hint="check the path") from None
     except MALFORMED as error:

@@ -229,15 +229,52 @@ def test_a_gateway_for_other_machines_makes_a_key_and_demands_it(tmp_path: Path)
     assert '-H "Authorization: Bearer $PROMPTAI_API_KEY"' in curl_again
 
 
-def test_the_log_says_what_only_counts_from_the_next_start(tmp_path: Path) -> None:
+def read_again(served: Served, config: Path, text: str) -> str:
+    """Change the settings, and what the log says to that."""
+    before = len(served.logged)
+    config.write_text(text)
+    served.process.send_signal(signal.SIGHUP)
+
+    def said() -> list[str]:
+        return [line for line in served.logged[before:] if "settings " in line]
+
+    wait_for(lambda: bool(said()), what="the reading")
+    return said()[0]
+
+
+def test_the_log_says_what_only_counts_from_the_next_start_as_long_as_it_is_not_in_force(tmp_path: Path) -> None:
     config = tmp_path / "promptai.toml"
     with serving("--simulate", "1", cwd=tmp_path) as served:
-        config.write_text("[gateway]\ncache_ram_mib = 7\n")
-        served.process.send_signal(signal.SIGHUP)
-        wait_for(lambda: any("settings were read again" in line for line in served.logged), what="the reading")
+        for _ in range(2):
+            said = read_again(served, config, "[gateway]\ncache_ram_mib = 7\n")
+            assert said.endswith("settings were read again; gateway.cache_ram_mib only counts from the next start")
+        said = read_again(served, config, "[gateway]\ncache_ram_mib = 7\nport = 1\n[engine]\nslots = 2\n")
+        assert said.endswith("read again; gateway.cache_ram_mib, engine only count from the next start")
+        assert read_again(served, config, "# as at the start\n").endswith("settings were read again")
 
-    said = "settings were read again; gateway.cache_ram_mib only count from the next start"
-    assert any(said in line for line in served.logged)
+
+def test_settings_that_were_emptied_stay_as_they_were(tmp_path: Path) -> None:
+    """A full disk, or an editor that is just writing; what was empty at the start may be so again."""
+    config = tmp_path / "promptai.toml"
+    config.write_text("")
+    with serving("--simulate", "1", cwd=tmp_path) as served:
+        assert "settings were read again" in read_again(served, config, "\n")
+        assert "read again" in read_again(served, config, "[aliases.short]\nmodel = 'simulated-1.5b'\n")
+        for text in ("", " \n"):
+            said = read_again(served, config, text)
+            assert "settings stay as they were: settings promptai.toml is empty" in said
+            assert served.get("/v1/models/short")[0] == 200
+        assert "settings were read again" in read_again(served, config, "# none\n")
+        assert served.get("/v1/models/short")[0] == 404
+
+
+def test_where_nothing_can_be_asked_no_example_is_printed(tmp_path: Path) -> None:
+    (tmp_path / "promptai.toml").write_text("[gateway]\nmemory_mib = 500\ncache_ram_mib = 1024\n")
+    with serving(*ONE_THREAD, cwd=tmp_path) as served:
+        said = served.line("nothing can be asked now: local/promptai-tiny: needs 1.1 GB of memory")
+
+    assert said.endswith("a smaller [gateway] cache_ram_mib (now 1024) would help")
+    assert not any(line.startswith(("try it", "curl ")) for line in served.printed)
 
 
 def test_the_greeting_makes_keys_where_the_gateway_looks_for_them(tmp_path: Path) -> None:

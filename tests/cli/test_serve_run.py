@@ -13,16 +13,27 @@ import msgspec
 import pytest
 from rich.console import Console
 
+from promptai.advisor.profile import Engine, Profiles
 from promptai.cli.serve_fleet import Boards
 from promptai.cli.serve_models import Machine
 from promptai.cli.serve_run import Plan, Running, identity
 from promptai.cli.serve_show import Loading
+from promptai.engine.locate import EngineBinary
 from promptai.gateway.auth import Guard
 from promptai.gateway.keys import KeyStore
 from promptai.gateway.server import GatewayServer
-from promptai.settings import GatewaySettings, Settings
+from promptai.settings import EngineSettings, GatewaySettings, Settings
 
 PLAN = Plan(settings=Settings(gateway=GatewaySettings(port=0)), boards=Boards((), {}))
+
+MACHINE = Machine(
+    binary=EngineBinary("PATH", ("llama-server",), "b1", None),
+    threads=4,
+    engine=EngineSettings(slots=2),
+    cache_ram_mib=7,
+    calibration=None,
+    profiles=Profiles(Path("absent"), Engine(cpu="a", label="b", threads=4), lambda _: None),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +95,43 @@ def test_a_bug_in_reading_settings_again_ends_no_gateway(tmp_path: Path, caplog:
     assert code == 0
     assert "settings stay as they were" in caplog.text
     assert "/secret" in caplog.text
+
+
+@pytest.mark.real
+def test_how_engines_are_started_is_settled_when_the_first_model_is_served(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then nobody has looked at this machine; what was read with the first model is in force then."""
+    sizes = iter([7, 8])
+
+    def replan(_machine: Machine | None) -> Plan:
+        gateway = GatewaySettings(port=0, cache_ram_mib=next(sizes))
+        return Plan(settings=Settings(gateway=gateway, engine=EngineSettings(slots=2)), machine=MACHINE)
+
+    def told(times: int) -> bool:
+        return caplog.text.count("were read again") == times
+
+    again = iter([signal.SIGHUP])
+
+    def until() -> bool:
+        if told(1):
+            for number in again:
+                os.kill(os.getpid(), number)
+        return told(2)
+
+    monitored = logging.getLogger("promptai.serve")
+    monkeypatch.setattr(monitored, "propagate", False)
+    monitored.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, "promptai.serve"):
+            run(tmp_path, replan, until, signals=True)
+    finally:
+        monitored.removeHandler(caplog.handler)
+
+    assert [line for line in caplog.messages if "read again" in line] == [
+        "settings were read again",
+        "settings were read again; gateway.cache_ram_mib only counts from the next start",
+    ]
 
 
 @pytest.mark.real

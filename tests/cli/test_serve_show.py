@@ -10,7 +10,17 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from promptai.cli.serve_show import Loading, LogHandler, asked_first, curl_line, elsewhere, explain, table, troubles
+from promptai.cli.serve_show import (
+    Loading,
+    LogHandler,
+    asked_first,
+    curl_line,
+    elsewhere,
+    explain,
+    no_example,
+    table,
+    troubles,
+)
 from promptai.fleet.replica import Rates, Replica, Snapshot, State
 from promptai.fleet.static import Target
 
@@ -173,6 +183,15 @@ def test_the_example_asks_a_board_that_answers() -> None:
     assert asked_first([down, Replica(id="c", url="u", model=""), cold, READY]) == "cold"
     assert asked_first([down]) == "gone"
     assert asked_first([]) == "default"
+
+
+def test_where_nothing_can_be_asked_one_line_says_why() -> None:
+    down = Replica(id="local/m", url="", model="m", state=State.DOWN, reason="needs 9.0 GB of memory")
+
+    assert no_example([down, READY]) == ""
+    assert no_example([down]) == "nothing can be asked now: local/m: needs 9.0 GB of memory"
+    assert no_example([down, down, down]).endswith("needs 9.0 GB of memory (and 2 more cannot serve)")
+    assert no_example([]) == "nothing can be asked yet: no board has answered so far"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What an engine takes over from those who start it, and what it leaves behind."""
 
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ import pytest
 from promptai.engine.client import EngineClient
 from promptai.engine.launch import RunningEngine, port_taken
 from promptai.engine.locate import EngineBinary
-from promptai.errors import EngineStartError
+from promptai.errors import EngineDiedError, EngineStartError
 from support_engine import STUBBORN, Script, alive, engine_of, start_and_stop
 
 pytestmark = pytest.mark.real
@@ -115,3 +116,39 @@ def test_a_script_in_python_finds_what_lies_beside_it(model: Path, script: Scrip
 
     with pytest.raises(EngineStartError, match="last words: found"):
         asyncio.run(start_and_stop(engine_of(script("fake", f"exec {sys.executable} {wrapper}"), model)))
+
+
+@pytest.mark.parametrize("what", ["gone", "dies", "silent"])
+def test_the_folder_of_a_model_is_for_the_log_and_not_for_clients(
+    model: Path, script: Script, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    """The error is the reason of a 503; an engine's own words have the path too, of all parts of a model."""
+    monkeypatch.setattr("promptai.engine.launch._START_BASE_S", 0.5)
+    said = f"error loading model: cannot open {model.parent}/yi-00002-of-00002.gguf"
+    engine = engine_of(script("fake", f"echo '{said}'", "exec sleep 60" if what == "silent" else "exit 3"), model)
+    if what == "gone":
+        model.unlink()
+
+    with caplog.at_level(logging.INFO, "promptai.engine"), pytest.raises(EngineStartError) as caught:
+        asyncio.run(start_and_stop(engine))
+
+    assert str(model.parent) not in str(caught.value)
+    assert "yi" in caught.value.message
+    assert what == "silent" or str(model) in caplog.text
+
+
+def test_the_folder_of_a_model_whose_engine_died_is_not_for_clients(model: Path) -> None:
+    server = model.with_name("server.py")
+    server.write_text(f"print('error loading model: cut {model}', flush=True)\n{STUBBORN}")
+    engine = engine_of((sys.executable, str(server)), model)
+
+    async def play() -> EngineDiedError | None:
+        async with engine:
+            assert engine.pid is not None
+            os.killpg(engine.pid, signal.SIGABRT)
+            return engine.death()
+
+    death = asyncio.run(play())
+
+    assert death is not None
+    assert death.message == "the engine of yi died: cut yi.gguf"

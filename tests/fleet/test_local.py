@@ -22,6 +22,25 @@ def test_a_model_that_can_never_fit_is_down_with_the_numbers_before_anybody_asks
     assert house.launcher.starts == ["large"]
 
 
+def test_a_model_that_its_prompt_cache_keeps_from_fitting_says_so() -> None:
+    """Beside a pinned one with a cache as large, too."""
+    house = House(model("kept", 1.2, pinned=True, cache_ram_mib=1024), model("small", 1.2, cache_ram_mib=1024))
+    house.budget = 2 * GB
+
+    async def test() -> None:
+        await asyncio.sleep(15)
+        assert house.state("kept") is State.READY
+        assert "unpinning, or a smaller [gateway] cache_ram_mib (now 1024)," in house.reason("small")
+        house.budget = GB // 2
+        await asyncio.sleep(1)
+        assert house.reason("small") == (
+            "needs 1.2 GB of memory and all engines together may take 0.5 GB; "
+            "a smaller [gateway] cache_ram_mib (now 1024) would help"
+        )
+
+    play(house, test)
+
+
 def test_a_herd_that_asks_for_a_cold_model_loads_it_once() -> None:
     """With progress that grows, never says it is done before it is, and comes twice a second."""
     house = House(model("yi", slots=2, context=2048, load_s=30.0))
@@ -352,6 +371,8 @@ def test_the_same_models_are_the_same_configuration() -> None:
     assert one.source.configuration == two.source.configuration
     assert one.source.configuration != other.source.configuration
     assert one.source.sole
+    assert "local/a" in (one.source.replica_ids or ())
+    assert "local/b" not in (one.source.replica_ids or ())
 
 
 def test_what_was_asked_for_before_it_ran_is_not_forgotten() -> None:

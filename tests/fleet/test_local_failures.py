@@ -2,7 +2,7 @@ import asyncio
 
 from promptai.fleet.replica import State
 from support_clock import run_virtually
-from support_fleet import FakeLauncher, House, model, play
+from support_fleet import GB, FakeLauncher, House, model, play
 
 
 def test_a_failed_start_is_down_with_the_engines_own_words_and_rests_twice_as_long_each_time() -> None:
@@ -117,5 +117,49 @@ def test_a_preloaded_model_that_comes_back_evicts_nobody() -> None:
         await asyncio.sleep(20)
         assert (house.state("pre"), house.state("x"), house.state("y")) == (State.COLD, State.READY, State.READY)
         await house.use("pre")
+
+    play(house, test)
+
+
+def test_a_pinned_model_that_a_short_dip_of_memory_dropped_from_the_queue_is_loaded_when_there_is_room() -> None:
+    """Another took its place while it rested, and is busy; and it does not wait for that one while it cannot fit."""
+    house = House(model("p", 2, pinned=True), model("q", 3), launcher=FakeLauncher(load_s=1))
+
+    async def test() -> None:
+        for _ in range(2):
+            await asyncio.sleep(3)
+            house.launcher.engine("p").kill()
+        await asyncio.sleep(1)
+        await house.use("q")
+        house.in_flight["local/q"] = 1
+        await asyncio.sleep(10)
+        assert (house.state("p"), house.reason("p")) == (State.COLD, "waits until q may be stopped")
+        house.budget = 1 * GB
+        await asyncio.sleep(0.6)
+        assert house.state("p") is State.DOWN
+        assert "needs 2.0 GB" in house.reason("p")
+        house.budget = 4 * GB
+        await asyncio.sleep(1)
+        assert (house.state("p"), house.reason("p")) == (State.COLD, "waits until q may be stopped")
+        house.in_flight["local/q"] = 0
+        await asyncio.sleep(5)
+        assert house.state("p") is State.READY
+
+    play(house, test)
+
+
+def test_what_was_asked_for_and_can_no_longer_fit_does_not_say_what_it_waited_for() -> None:
+    house = House(model("a", 3), model("b", 3))
+
+    async def test() -> None:
+        await house.use("a")
+        house.in_flight["local/a"] = 1
+        house.wake("b")
+        await asyncio.sleep(1)
+        house.budget = 1 * GB
+        await asyncio.sleep(0.6)
+        house.budget = 4 * GB
+        await asyncio.sleep(0.6)
+        assert (house.state("b"), house.reason("b")) == (State.COLD, "")
 
     play(house, test)

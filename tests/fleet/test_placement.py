@@ -1,5 +1,6 @@
 import itertools
 import random
+import re
 import time
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from promptai.fleet.placement import Engine, expired, has_room, may_pass, never, plan
 
 GB = 1_000_000_000
+SMALLER = "a smaller quantisation, less context or fewer slots"
+LESS_CACHE = "a smaller [gateway] cache_ram_mib"
 
 
 def engine(name: str, size: float = 1.0, **settings: object) -> Engine:
@@ -35,6 +38,26 @@ def test_a_model_that_has_no_room_beside_a_pinned_one_never_fits() -> None:
     assert "kept (pinned, 3.0 GB)" in placed.reason
     assert never(2 * GB, engines, 4 * GB) == placed.reason
     assert never(1 * GB, engines, 4 * GB) == ""
+
+
+@pytest.mark.parametrize(
+    ("cache", "pinned", "budget", "hint"),
+    [
+        (0.0, [], 4.0, f"; {SMALLER} would help"),
+        (2.0, [], 1.0, f"; {LESS_CACHE} with {SMALLER} would help"),
+        (2.0, [], 3.0, f"; {LESS_CACHE}, {SMALLER} would help"),
+        (4.5, [], 4.0, f"; {LESS_CACHE} would help"),
+        (1.0, [], 3.0, f"; {SMALLER} would help"),
+        (0.0, [engine("kept", 3, pinned=True)], 6.0, f"; unpinning, or {SMALLER}, would help"),
+        (3.0, [engine("kept", 3, pinned=True)], 5.5, f"; unpinning, or {LESS_CACHE}, would help"),
+        (3.0, [engine("kept", 3, pinned=True, cache_bytes=3 * GB)], 5.0, f"; unpinning, or {LESS_CACHE}, would help"),
+    ],
+)
+def test_the_hint_names_what_makes_a_model_fit(cache: float, pinned: list[Engine], budget: float, hint: str) -> None:
+    """Neither a smaller model where its prompt cache alone is too large, nor the cache where that is too small."""
+    reason = never(5 * GB, pinned, int(budget * GB), cache_bytes=int(cache * GB))
+
+    assert re.sub(r" \(now \d+\)", "", reason).endswith(hint)
 
 
 def test_nothing_is_evicted_in_vain() -> None:

@@ -14,11 +14,21 @@ from promptai.cli.keys import adding
 from promptai.cli.plain import one_line
 from promptai.cli.serve_models import Machine
 from promptai.cli.serve_run import Plan, Running, identity, make_plan
-from promptai.cli.serve_show import Loading, LogHandler, asked_first, curl_line, elsewhere, explain, table, troubles
+from promptai.cli.serve_show import (
+    Loading,
+    LogHandler,
+    asked_first,
+    curl_line,
+    elsewhere,
+    explain,
+    no_example,
+    table,
+    troubles,
+)
 from promptai.gateway.auth import Guard, is_loopback
 from promptai.gateway.keys import KeyStore
 from promptai.gateway.server import GatewayServer
-from promptai.settings import FleetEntry, ServeEntry, Settings, keys_path, load_settings, settings_file
+from promptai.settings import FleetEntry, ServeEntry, Settings, is_empty, keys_path, load_settings, settings_file
 
 _log = logging.getLogger("promptai.serve")
 
@@ -60,6 +70,7 @@ def serve(**options: Any) -> int:
     _log_to(console, quiet=options["quiet"])
     file = settings_file(options["config"])
     seen = identity(file)  # before it is read: what changes meanwhile is read again
+    filled = not is_empty(file)
     settings = _with_options(load_settings(options["config"]), options)
     plan = _plan(settings, None, options)
     door = _door(settings, options["config"])
@@ -71,7 +82,12 @@ def serve(**options: Any) -> int:
         return file
 
     def replan(machine: Machine | None) -> Plan:
-        return _plan(_with_options(load_settings(find()), options), machine, options)
+        nonlocal filled
+        found = find()
+        settings = load_settings(found, refuse_empty=filled)
+        plan = _plan(_with_options(settings, options), machine, options)
+        filled = filled or not is_empty(found)
+        return plan
 
     running = Running(plan, door.guard, simulated=options["simulate"], file=find, seen=seen, replan=replan)
     with Loading(console) as loading:
@@ -153,8 +169,10 @@ def _greet(running: Running, server: GatewayServer, door: _Door) -> None:
         lines.append("open to this machine alone; no API key is needed")
     if not door.loopback:
         lines.append(f"from other machines: {elsewhere(gateway.host, server.port)}/v1")
+    why_not = no_example(snapshot.replicas)
     curl = curl_line(server.url, asked_first(snapshot.replicas), key)
-    lines += ["", "try it:", curl, "", f"or: promptai chat --url {server.url}"]
+    lines += ["", one_line(why_not)] if why_not else ["", "try it:", curl]
+    lines += ["", f"{'then' if why_not else 'or'}: promptai chat --url {server.url}"]
     lines += [f"API: {server.url}/docs    fleet: {server.url}/api/fleet    metrics: {server.url}/metrics"]
     lines.append(f"Ctrl-C ends it; answers that are under way are finished first, for up to {gateway.drain_s:g} s")
     click.echo("\n".join(lines))

@@ -121,6 +121,7 @@ class Running:
         replan: Callable[[Machine | None], Plan],
     ) -> None:
         self.plan = plan
+        self._in_force = plan.settings
         self.keys = dict(plan.boards.keys)
         self._engine_keys: dict[str, str] = {}
         self.budget = MemoryBudget(plan.settings.gateway.memory_mib)
@@ -148,7 +149,7 @@ class Running:
             self._upstream = await stack.enter_async_context(HttpUpstream(ChainMap(self._engine_keys, self.keys)))
             for engine in self._engines:
                 await stack.enter_async_context(engine)
-            self.registry = Registry(())
+            self.registry = Registry((), busy=self._in_flight)
             self._accounts = Accounts(self.registry, RateBook())
             self.registry.replace(self._sources(self.plan))
             strategy = STRATEGIES[gateway_settings.strategy]()
@@ -184,6 +185,9 @@ class Running:
         if self._engines:
             sources.append(simulated_source(self._engines))
         return sources + static_sources(plan.boards.targets, self._upstream)
+
+    def _in_flight(self, replica_id: str) -> int:
+        return self._accounts.running(replica_id)
 
     def _catch_signals(self, loop: asyncio.AbstractEventLoop, stack: contextlib.AsyncExitStack) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -260,7 +264,9 @@ class Running:
         except Exception:  # noqa: BLE001  a border: no file, and no bug in reading it, ends what is under way
             _log.exception("settings stay as they were: they could not be read again")
             return
-        waits = _settled_at_the_start(self.plan.settings, plan.settings)
+        if self.plan.machine is None and plan.machine is not None:
+            self._in_force = _with_engine_of(self._in_force, plan.settings)
+        waits = _settled_at_the_start(self._in_force, plan.settings)
         self.keys.clear()
         self.keys.update(plan.boards.keys)
         self._gateway.desk.serving = serving
@@ -269,14 +275,20 @@ class Running:
         self.registry.replace(sources)
         for trouble in self.registry.troubles:
             _log.warning("%s", trouble)
-        _log.info("settings were read again%s", f"; {waits} only count from the next start" if waits else "")
+        _log.info("settings were read again%s", f"; {waits}" if waits else "")
 
 
-def _settled_at_the_start(before: Settings, after: Settings) -> str:
-    """Which settings have changed that nothing can be done about now."""
-    changed = [f"gateway.{name}" for name in _SETTLED if getattr(before.gateway, name) != getattr(after.gateway, name)]
-    changed += ["engine"] if before.engine != after.engine else []
-    return ", ".join(changed)
+def _settled_at_the_start(in_force: Settings, read: Settings) -> str:
+    """That settings differ from those in force and nothing can be done about it now; empty where none does."""
+    waits = [f"gateway.{name}" for name in _SETTLED if getattr(in_force.gateway, name) != getattr(read.gateway, name)]
+    waits += ["engine"] if in_force.engine != read.engine else []
+    return f"{', '.join(waits)} only {'counts' if len(waits) == 1 else 'count'} from the next start" if waits else ""
+
+
+def _with_engine_of(in_force: Settings, read: Settings) -> Settings:
+    """With what engines are started by: it is settled when the first model of this machine is served."""
+    gateway = msgspec.structs.replace(in_force.gateway, cache_ram_mib=read.gateway.cache_ram_mib)
+    return msgspec.structs.replace(in_force, engine=read.engine, gateway=gateway)
 
 
 def identity(path: Path | None) -> tuple[int, ...] | None:

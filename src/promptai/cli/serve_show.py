@@ -84,6 +84,17 @@ def asked_first(replicas: Sequence[Replica]) -> str:
     return next((replica.model for replica in sorted(named, key=lambda replica: not replica.usable)), "default")
 
 
+def no_example(replicas: Sequence[Replica]) -> str:
+    """Why nothing can be asked now; empty where something can."""
+    if any(replica.usable for replica in replicas):
+        return ""
+    if not replicas:
+        return "nothing can be asked yet: no board has answered so far"
+    first = replicas[0]
+    others = f" (and {len(replicas) - 1} more cannot serve)" if len(replicas) > 1 else ""
+    return f"nothing can be asked now: {first.id}: {first.reason or first.state.value}{others}"
+
+
 def curl_line(url: str, model: str, key: str | None) -> str:
     """A request that works as it is printed; ``key``: as it stands in the header, ``None`` where none is needed."""
     body = {"model": model, "messages": [{"role": "user", "content": "What is a base station?"}], "max_tokens": 60}

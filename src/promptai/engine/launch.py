@@ -92,8 +92,9 @@ class RunningEngine:
         try:
             file_bytes = Path(self.flags.model).stat().st_size
         except OSError as error:
+            _LOG.info("model %s cannot be read: %s", self.flags.model, error.strerror)
             raise EngineStartError(
-                f"model {self.flags.model} cannot be read: {error.strerror}", hint="is it still there?"
+                f"model {self._file} cannot be read: {error.strerror}", hint="is it still there?"
             ) from None
         allowed_s = _START_BASE_S + file_bytes / _SLOWEST_DISK_BYTES_PER_S
         started = time.monotonic()
@@ -151,7 +152,7 @@ class RunningEngine:
         code = self._code(_REAP_S)
         if code is None:
             return None
-        reason, hint = explain_exit(code, self._log_tail())
+        reason, hint = self._explained(code)
         return EngineDiedError(f"the engine of {self.flags.alias} died: {reason}", hint=hint)
 
     def log_bytes(self) -> int:
@@ -203,17 +204,35 @@ class RunningEngine:
             while time.monotonic() - started < allowed:
                 code = self._code(0)
                 if code is not None:
-                    reason, hint = explain_exit(code, self._log_tail())
-                    raise EngineStartError(f"the engine could not load {self.flags.model}: {reason}", hint=hint)
+                    reason, hint = self._explained(code)
+                    _LOG.info("the engine could not load %s: %s", self.flags.model, reason)
+                    raise EngineStartError(f"the engine could not load {self._file}: {reason}", hint=hint)
                 with contextlib.suppress(EngineError):
                     if await client.healthy():
                         return
                 await asyncio.sleep(_POLL_S)
         raise EngineStartError(
             f"the engine did not answer within {allowed:.0f} s of its start; its last words: "
-            f"{_last_line(self._log_tail())}",
+            f"{self._public(_last_line(self._log_tail()))}",
             hint="is the disk very slow, or the model on a network share?",
         )
+
+    @property
+    def _file(self) -> str:
+        return Path(self.flags.model).name
+
+    def _explained(self, code: int) -> tuple[str, str]:
+        """Why it ended, and what to do."""
+        reason, hint = explain_exit(code, self._log_tail())
+        return self._public(reason), hint
+
+    def _public(self, words: str) -> str:
+        """Its own words without the folder of its model: clients read them, as the reason of a 503."""
+        folder = Path(self.flags.model).parent
+        if not folder.is_absolute():
+            return words
+        files = rf"{re.escape(self._file)}|[^/\n]*\.gguf"  # others are the further parts of one that was split
+        return re.sub(rf"{re.escape(str(folder))}/(?={files})", "", words)
 
     def _log_tail(self) -> str:
         try:

@@ -21,15 +21,16 @@ Requests do not own a load: when the one that caused it is gone, it goes on.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol
 
 import msgspec
 
-from promptai.errors import EngineDiedError, PromptAIError
+from promptai.errors import PromptAIError
 from promptai.fleet import placement
+from promptai.fleet.local_engine import LocalEngine
 from promptai.fleet.replica import Rates, Replica, State
 
 _LOG = logging.getLogger("promptai.fleet")
@@ -71,29 +72,10 @@ class LocalModel(msgspec.Struct, frozen=True, kw_only=True):
     ttl_s: float | None = None
     preload: bool = False
 
-
-class LocalEngine(Protocol):
-    """An engine of this machine: ready inside its block, and gone after it, whatever interrupts."""
-
     @property
-    def base_url(self) -> str:
-        """Where its API is, inside the block."""
-
-    @property
-    def pid(self) -> int | None:
-        """Its process, as soon as there is one."""
-
-    def resident_bytes(self) -> int | None:
-        """What it holds in memory, already while it loads; ``None`` where nobody knows."""
-
-    async def death(self) -> EngineDiedError | None:
-        """Why it is gone; ``None``, at once, while it lives."""
-
-    async def __aenter__(self) -> Self:
-        """Start it; raises ``PromptAIError`` or ``OSError`` when that fails."""
-
-    async def __aexit__(self, *_exc: object) -> None:
-        """End it."""
+    def cache_bytes(self) -> int:
+        """Its engine's prompt cache, in bytes."""
+        return self.cache_ram_mib * 1024**2
 
 
 class Launcher(Protocol):
@@ -169,7 +151,7 @@ class _Entry:
             return
         self.measured_at = now
         resident = self.engine.resident_bytes()
-        loaded = max(1, self.model.needed_bytes - self.model.cache_ram_mib * 1024**2)
+        loaded = max(1, self.model.needed_bytes - self.model.cache_bytes)
         if resident is not None and self.model.needed_bytes > 0:
             self.progress = max(round(min(0.99, resident / loaded), 2), self.progress or 0.0)
 
@@ -203,6 +185,7 @@ class LocalSource:
         self._busy = busy
         self._patience_s = patience_s
         self._entries = {f"{name}/{model.name}": _Entry(model, f"{name}/{model.name}") for model in models}
+        self.replica_ids: Container[str] | None = frozenset(self._entries)
         self._queue: list[_Entry] = []
         self._yielding: frozenset[str] = frozenset()
         self._changed = asyncio.Event()
@@ -254,7 +237,8 @@ class LocalSource:
         running = self._running(now)
         for entry in self._entries.values():
             others = [engine for engine in running if engine.id != entry.id]
-            entry.unfit = placement.never(entry.model.needed_bytes, others, budget)
+            model = entry.model
+            entry.unfit = placement.never(model.needed_bytes, others, budget, cache_bytes=model.cache_bytes)
         for replica_id in placement.expired(running, now):
             self._stop(self._entries[replica_id], "was idle for too long")
         self._queue_automatic()
@@ -268,6 +252,7 @@ class LocalSource:
                 id=entry.id,
                 model=entry.model.name,
                 needed_bytes=entry.model.needed_bytes,
+                cache_bytes=entry.model.cache_bytes,
                 busy=entry.phase is _Phase.LOADING
                 or self._busy(entry.id) > 0
                 or (not entry.used and now < entry.ready_at + _SETTLE_S),
@@ -310,8 +295,8 @@ class LocalSource:
                     self._yielding = frozenset(placed.makes_room)
                 self._pass(placed.makes_room, now, budget, group)
                 return
-            elif undemanded:
-                entry.reason = "was not started by itself: there is no room now"
+            else:
+                entry.reason = "was not started by itself: there is no room now" if undemanded else ""
             self._leave_queue(entry)
 
     def _pass(self, going: Collection[str], now: float, budget: int, group: asyncio.TaskGroup) -> None:
@@ -324,8 +309,9 @@ class LocalSource:
                 self._leave_queue(entry)
 
     def _leave_queue(self, entry: _Entry) -> None:
+        """It loads, or has no room: one that is pinned comes again by itself when it has some."""
         self._queue.remove(entry)
-        entry.demanded = entry.automatic = False
+        entry.demanded, entry.automatic = False, entry.model.pinned and entry.phase is _Phase.COLD
         entry.waiting_since = None
 
     def _load(self, entry: _Entry, group: asyncio.TaskGroup) -> None:

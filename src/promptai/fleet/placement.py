@@ -26,6 +26,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
         id: Of its replica.
         model: Its name, for people.
         needed_bytes: What it takes of the budget.
+        cache_bytes: How much of that is its prompt cache.
         busy: It answers somebody, or is still loading for somebody.
         pinned: It stays whatever comes.
         idle_since: Seconds on the caller's clock at which it was last used.
@@ -36,6 +37,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     model: str
     needed_bytes: int
+    cache_bytes: int = 0
     busy: bool = False
     pinned: bool = False
     idle_since: float = 0.0
@@ -117,18 +119,43 @@ def may_pass(
     )
 
 
-def never(needed_bytes: int, engines: Iterable[Engine], budget_bytes: int) -> str:
-    """Why an engine has no room even when it is alone with the pinned ones; empty when it has."""
+def never(needed_bytes: int, engines: Iterable[Engine], budget_bytes: int, *, cache_bytes: int = 0) -> str:
+    """
+    Why an engine has no room even when it is alone with the pinned ones; empty when it has.
+
+    Args:
+        needed_bytes: What it will take.
+        engines: All that hold memory now.
+        budget_bytes: What all engines together may take.
+        cache_bytes: How much of ``needed_bytes`` is its prompt cache; only for what would help.
+    """
     pinned = [engine for engine in engines if engine.pinned]
     pinned_bytes = sum(engine.needed_bytes for engine in pinned)
     if needed_bytes + pinned_bytes <= budget_bytes:
         return ""
-    smaller = "a smaller quantisation, less context or fewer slots"
     limit = f"all engines together may take {_size(budget_bytes)}"
     if needed_bytes > budget_bytes:
-        return f"needs {_size(needed_bytes)} of memory and {limit}; {smaller} would help"
+        helps = _what_helps(needed_bytes, cache_bytes, (), budget_bytes)
+        return f"needs {_size(needed_bytes)} of memory and {limit}; {helps} would help"
     beside = f"beside {_names(pinned)} (pinned, {_size(pinned_bytes)})"
-    return f"needs {_size(needed_bytes)} of memory {beside}, and {limit}; unpinning, or {smaller}, would help"
+    helps = _what_helps(needed_bytes, cache_bytes, pinned, budget_bytes)
+    return f"needs {_size(needed_bytes)} of memory {beside}, and {limit}; unpinning, or {helps}, would help"
+
+
+def _what_helps(needed_bytes: int, cache_bytes: int, pinned: Sequence[Engine], budget_bytes: int) -> str:
+    """What of its settings makes an engine fit; the setting of the prompt cache is one for all engines."""
+    smaller = "a smaller quantisation, less context or fewer slots"
+    caches = cache_bytes + sum(engine.cache_bytes for engine in pinned)
+    if not caches:
+        return smaller
+    largest = max([cache_bytes, *(engine.cache_bytes for engine in pinned)])
+    smaller_cache = f"a smaller [gateway] cache_ram_mib (now {largest // 1024**2})"
+    pinned_bytes = sum(engine.needed_bytes for engine in pinned)
+    without_caches = needed_bytes + pinned_bytes - caches <= budget_bytes
+    beside_caches = cache_bytes + pinned_bytes < budget_bytes
+    if without_caches:
+        return f"{smaller_cache}, {smaller}" if beside_caches else smaller_cache
+    return smaller if beside_caches else f"{smaller_cache} with {smaller}"
 
 
 def expired(engines: Iterable[Engine], now: float) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ _LOG = logging.getLogger("promptai.fleet")
 _FIRST_REST_S, _LONGEST_REST_S = 1.0, 60.0
 #: The longest answer that a removed replica is given time for.
 DRAIN_S = 600.0
-_AGAIN = "settings were changed; it is started again"
+_AGAIN, _REMOVED = "settings were changed; it is started again", "was removed from the settings"
 
 
 class _Drain(NamedTuple):
@@ -40,6 +40,7 @@ class _Drain(NamedTuple):
 
     leaving: bool
     stands_in: bool
+    returning: Container[str] | None
     going_on: Container[str]
 
 
@@ -50,14 +51,22 @@ class Registry:
     Args:
         sources: In the order in which their replicas are listed; of one name only the first counts.
         drain_s: After this long the replicas of a removed source are gone, whatever they still do.
+        busy: How many requests are in flight on a replica that has not been forgotten; the router's own count.
 
     Attributes:
         troubles: What is wrong with the fleet's configuration, one line each.
     """
 
-    def __init__(self, sources: Sequence[Source], *, drain_s: float = DRAIN_S) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        drain_s: float = DRAIN_S,
+        busy: Callable[[str], int] = lambda _replica_id: 1,
+    ) -> None:
         self.troubles: tuple[str, ...] = ()
         self._drain_s = drain_s
+        self._busy = busy
         self._snapshot = Snapshot()
         self._subscribers: list[Callable[[Snapshot], None]] = []
         self._feeds: list[_Feed] = []
@@ -106,7 +115,8 @@ class Registry:
 
         A ``sole`` source begins when its predecessor has ended. Until it has published, everything that
         the predecessor had is listed as draining, whether it has something to finish or not, so that
-        requests wait for it; models that only the successor has are missing until then.
+        requests wait for it; what the successor will not have is listed as leaving, and nobody waits.
+        Models that only the successor has are missing until then.
         """
         names = [source.name for source in sources]
         self._repeated = tuple(dict.fromkeys(name for name in names if names.count(name) > 1))
@@ -153,15 +163,28 @@ class Registry:
                 feed.task = group.create_task(feed.run(before))
 
     async def _see_out(self, feed: "_Feed") -> None:
-        """Wait until a removed source has nothing left to do, then end it."""
-        with contextlib.suppress(TimeoutError):
+        """Wait until a removed source has nothing left to do, or too long, then end it."""
+        try:
             async with asyncio.timeout(self._drain_s):
                 await feed.done.wait()
+        except TimeoutError:
+            self._tell_of_the_cut(feed)
         if feed.task is not None:
             feed.task.cancel()
             await asyncio.wait([feed.task])
         feed.ended = True
         self._rebuild()
+
+    def _tell_of_the_cut(self, feed: "_Feed") -> None:
+        """Only a sole source has engines that end with it: what others list finishes its answers unseen."""
+        if feed.source.sole:
+            cut = sum(self._busy(replica.id) for replica in feed.unfinished)
+            _LOG.warning(
+                "source %s is ended: its answers had %g s to finish; still under way and cut off: %d",
+                feed.source.name,
+                self._drain_s,
+                cut,
+            )
 
     def _rebuild(self) -> None:
         """Make a snapshot of what was published last, and tell it if it differs."""
@@ -190,12 +213,12 @@ class Registry:
         staying = []
         for feed in self._leaving:
             after = successors.get(feed.source.name)
-            awaited = after is not None and after.source.sole and not after.spoken
-            if feed.ended and not awaited:
+            awaited = after if after is not None and after.source.sole and not after.spoken else None
+            if feed.ended and awaited is None:
                 continue
             staying.append(feed)
-            if awaited:
-                feed.drain(taken_over=(), stands_in=True)
+            if awaited is not None:
+                feed.drain(taken_over=(), stands_in=True, returning=awaited.source.replica_ids)
             elif after is None:
                 feed.drain(taken_over=merged, leaving=True)
             elif after.spoken:
@@ -273,6 +296,7 @@ class _Feed:
         taken_over: Container[str],
         leaving: bool = False,
         stands_in: bool = False,
+        returning: Container[str] | None = None,
         going_on: Container[str] = (),
     ) -> None:
         """
@@ -281,15 +305,24 @@ class _Feed:
         Args:
             leaving: No other source of its name follows: they will not be back.
             stands_in: Show also what has nothing to finish, until the successor says what there is.
+            returning: Ids of those stand-ins that the successor will have; ``None``: nobody knows, all of them.
             going_on: Ids of those that stay as they are.
         """
-        self._drain = _Drain(leaving, stands_in, going_on)
+        self._drain = _Drain(leaving, stands_in, returning, going_on)
         self._gone |= {replica.id for replica in self._published if replica.id in taken_over}
         self._filter()
 
     def going_on(self, urls: Container[str]) -> list[Replica]:
         """What takes requests at these URLs and has not been taken over."""
         return [one for one in self._published if one.url in urls and one.usable and one.id not in self._gone]
+
+    @property
+    def unfinished(self) -> list[Replica]:
+        """What may still be answering."""
+        return [replica for replica in self._published if self._works(replica)]
+
+    def _works(self, replica: Replica) -> bool:
+        return replica.state in {State.READY, State.DRAINING} and replica.id not in self._gone
 
     def forget(self, replica_id: str) -> None:
         """Let one replica go that drains."""
@@ -307,21 +340,23 @@ class _Feed:
         if drain is None:
             self.replicas = self._published
             return
-        at_work = [
-            replica
-            for replica in self._published
-            if replica.id in drain.going_on
-            or (replica.state in {State.READY, State.DRAINING} and replica.id not in self._gone)
-        ]
+        at_work = [replica for replica in self._published if replica.id in drain.going_on or self._works(replica)]
         if not at_work:
             self.done.set()
-        reason = _AGAIN if drain.stands_in else "it was removed from the settings"
         self.replicas = tuple(
-            replica
-            if replica.id in drain.going_on
-            else msgspec.structs.replace(replica, state=State.DRAINING, reason=reason, leaving=drain.leaving)
+            replica if replica.id in drain.going_on else _draining(replica, drain)
             for replica in (self._published if drain.stands_in else at_work)
         )
+
+
+def _draining(replica: Replica, drain: _Drain) -> Replica:
+    returns = drain.stands_in and (drain.returning is None or replica.id in drain.returning)
+    return msgspec.structs.replace(
+        replica,
+        state=State.DRAINING,
+        reason=_AGAIN if returns else _REMOVED,
+        leaving=drain.leaving or (drain.stands_in and not returns),
+    )
 
 
 def _one_line(error: BaseException) -> str:

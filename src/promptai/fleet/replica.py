@@ -51,7 +51,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
         host_cache_tokens: What its prompt cache beside the slots holds (``--cache-ram``); 0: it has none;
             ``None``: not known, and llama-server's default is large.
         state: Whether it takes requests; ``reason`` says why not.
-        leaving: It drains because its source was removed and no other of that name follows: it will not be back.
+        leaving: It drains and will not be back: settings do not have it any more, nor the source that it came from.
         dialect: ``llama-server``, ``promptai`` (another gateway) or ``openai`` (anything else).
         rates: What is expected of it.
         progress: Share of its model that is loaded, 0 to 1; ``None`` where nobody knows.

@@ -5,7 +5,7 @@ this process). Here they are only published, and fail and recover on command.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import msgspec
 
@@ -25,6 +25,7 @@ class SimulatedSource:
         self.configuration: object = tuple(replicas)
         self.sole = False
         self._replicas = {replica.id: replica for replica in replicas}
+        self.replica_ids: Container[str] | None = frozenset(self._replicas)
         self._publish: Callable[[Sequence[Replica]], None] | None = None
 
     async def run(self, publish: Callable[[Sequence[Replica]], None]) -> None:

@@ -1,6 +1,6 @@
 """Where replicas come from, as the registry sees it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Protocol
 
 from promptai.fleet.replica import Replica
@@ -15,11 +15,13 @@ class Source(Protocol):
         configuration: What it was made from; an equal one goes on when settings are read again.
         sole: Whether another of its name may begin only when this one has ended, because they would
             compete for something: the memory of this machine.
+        replica_ids: Of all replicas that it will publish; ``None``: it has to ask first.
     """
 
     name: str
     configuration: object
     sole: bool
+    replica_ids: Container[str] | None
 
     async def run(self, publish: Callable[[Sequence[Replica]], None]) -> None:
         """Publish all of its replicas whenever one changes, until cancelled; ends what it started."""

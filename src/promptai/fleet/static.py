@@ -15,7 +15,7 @@ it serves; what it tells is in ``FleetAnswer``.
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -174,6 +174,7 @@ class StaticSource:
         self.name = name
         self.configuration: object = (tuple(targets), period_s)
         self.sole = False
+        self.replica_ids: Container[str] | None = None
         self._period_s = period_s
         self._probes = [_Probe(target, upstream) for target in targets]
 

@@ -1,0 +1,273 @@
+"""Sources that are replaced while they run: who goes on, who drains, and who takes over."""
+
+import asyncio
+import logging
+
+import pytest
+
+from promptai.fleet.registry import Registry
+from promptai.fleet.replica import Replica, State
+from support_registry import Told, ids, play, replica, states
+
+
+def test_what_settings_leave_alone_goes_on_and_what_they_remove_drains_until_it_is_forgotten() -> None:
+    """Cold and dead ones have nothing to finish and are gone at once."""
+    stays = Told("stays", replica("s"), configuration=1)
+    goes = Told("goes", replica("a"), replica("b"), replica("c", state=State.COLD), replica("d", state=State.DOWN))
+    registry = Registry([stays, goes])
+
+    async def test() -> None:
+        await asyncio.sleep(1)
+        registry.forget("a")  # not removed yet: nothing happens
+        registry.replace([Told("stays", configuration=1), Told("new", replica("n"))])
+        assert states(registry) == {"s": State.READY, "a": State.DRAINING, "b": State.DRAINING}
+        assert [found.leaving for found in registry.snapshot.replicas] == [False, True, True]
+        await asyncio.sleep(0.1)
+        assert ids(registry) == ["s", "n", "a", "b"]
+        assert (stays.began, stays.ended, goes.ended) == ([0.0], 0, 0)
+        registry.wake("a")
+        registry.forget("a")
+        goes.publish([replica("a"), replica("b")])
+        assert ids(registry) == ["s", "n", "b"]
+        registry.forget("b")
+        await asyncio.sleep(0.1)
+        assert (ids(registry), goes.ended, goes.woken) == (["s", "n"], 1, [])
+
+    play(registry, test)
+    assert stays.ended == 1
+
+
+def test_what_drains_for_too_long_is_gone() -> None:
+    goes = Told("goes", replica("a"))
+    registry = Registry([goes], drain_s=30.0)
+
+    async def test() -> None:
+        await asyncio.sleep(1)
+        registry.replace([])
+        await asyncio.sleep(29)
+        assert ids(registry) == ["a"]
+        await asyncio.sleep(2)
+        assert (ids(registry), goes.ended) == ([], 1)
+
+    play(registry, test)
+
+
+def test_a_changed_source_takes_its_replicas_over_without_a_moment_of_none() -> None:
+    """What it does not name any more drains, from then on."""
+    old, new = Told("list", replica("a"), replica("b"), configuration=1), Told("list", configuration=2)
+    registry = Registry([old])
+
+    async def test() -> None:
+        await asyncio.sleep(1)
+        registry.replace([new])
+        await asyncio.sleep(1)
+        assert states(registry) == {"a": State.READY, "b": State.READY}
+        new.publish([replica("a"), replica("c")])
+        assert states(registry) == {"a": State.READY, "c": State.READY, "b": State.DRAINING}
+        assert [found.id for found in registry.snapshot.replicas if found.leaving] == ["b"]
+        registry.forget("b")
+        await asyncio.sleep(0.1)
+        assert (ids(registry), old.ended, new.ended) == (["a", "c"], 1, 0)
+
+    play(registry, test)
+
+
+def test_a_source_that_owns_the_memory_begins_only_when_its_predecessor_has_ended() -> None:
+    """Or two sets of engines would be loaded."""
+    old = Told("local", replica("a"), configuration=1, sole=True)
+    new = Told("local", replica("a", model="new"), configuration=2, sole=True)
+    registry = Registry([old])
+
+    async def test() -> None:
+        await asyncio.sleep(1)
+        registry.replace([new])
+        await asyncio.sleep(5)
+        assert (states(registry), new.began) == ({"a": State.DRAINING}, [])
+        assert not registry.snapshot.replicas[0].leaving
+        registry.forget("a")
+        await asyncio.sleep(0.1)
+        assert (old.ended, registry.snapshot.models) == (1, ("new",))
+
+    play(registry, test)
+
+
+def test_while_a_source_waits_for_its_predecessor_no_model_is_missing() -> None:
+    """Not even in the moment between the two; those that have nothing to finish hold nobody up."""
+    old = Told(
+        "local",
+        replica("a", model="streams"),
+        replica("b", model="idle"),
+        replica("c", model="cold", state=State.COLD),
+        replica("d", model="loads", state=State.LOADING),
+        configuration=1,
+        sole=True,
+    )
+    new = Told("local", configuration=2, sole=True)
+    registry = Registry([old])
+    models: list[tuple[str, ...]] = []
+    registry.subscribe(lambda snapshot: models.append(snapshot.models))
+
+    async def test() -> None:
+        await asyncio.sleep(1)
+        registry.replace([new])
+        for name in "bcd":
+            registry.forget(name)
+        await asyncio.sleep(5)
+        assert set(states(registry).values()) == {State.DRAINING}
+        assert {found.reason for found in registry.snapshot.replicas} == {"settings were changed; it is started again"}
+        assert not any(found.leaving for found in registry.snapshot.replicas)
+        assert (old.ended, new.began) == (0, [])
+        registry.forget("a")
+        await asyncio.sleep(0.1)
+        assert (old.ended, len(new.began)) == (1, 1)
+        assert set(models) == {("streams", "idle", "cold", "loads")}
+        new.publish([replica("c", model="cold", state=State.COLD), replica("e", model="new")])
+        assert states(registry) == {"c": State.COLD, "e": State.READY}
+
+    play(registry, test)
+
+
+def test_a_source_that_waits_and_is_removed_leaves_nothing_to_wait_for() -> None:
+    """What its predecessor had will not be back then; another one in its place changes nothing."""
+    old = Told("local", replica("a"), replica("b", state=State.COLD), configuration=1, sole=True)
+    registry = Registry([old])
+
+    async def test() -> None:
+        await asyncio.sleep(1)
+        registry.replace([Told("local", configuration=2, sole=True)])
+        registry.replace([Told("local", configuration=3, sole=True)])
+        await asyncio.sleep(1)
+        assert states(registry) == {"a": State.DRAINING, "b": State.DRAINING}
+        registry.replace([])
+        await asyncio.sleep(1)
+        assert [(found.id, found.leaving) for found in registry.snapshot.replicas] == [("a", True)]
+        registry.forget("a")
+        await asyncio.sleep(0.1)
+        assert (ids(registry), old.ended) == ([], 1)
+
+    play(registry, test)
+
+
+def test_what_a_changed_source_has_not_asked_yet_goes_on_as_it_was() -> None:
+    """Under whatever id: another gateway is known by one for each model only when it has answered."""
+    old = Told("list", replica("a"), replica("b", model="qwen"), replica("c", model="phi"), configuration=1)
+    new = Told("list", configuration=2)
+    registry = Registry([old])
+
+    async def test() -> None:
+        await asyncio.sleep(1)
+        registry.replace([new])
+        await asyncio.sleep(0.1)
+        unknown = Replica(id="b", url="http://b", model="", state=State.LOADING)
+        renamed = Replica(id="other", url="http://c", model="", state=State.LOADING)
+        new.publish([replica("a"), unknown, renamed])
+        registry.forget("c")
+        await asyncio.sleep(1)
+        assert registry.snapshot.models == ("yi", "qwen", "phi")
+        assert states(registry) == dict.fromkeys("abc", State.READY) | {"other": State.LOADING}
+        new.publish([replica("a"), replica("b", model="qwen"), replica("other", model="phi")])
+        assert states(registry) == {"a": State.READY, "b": State.READY, "other": State.READY, "c": State.DRAINING}
+        registry.forget("c")
+        await asyncio.sleep(0.1)
+        assert (ids(registry), old.ended) == (["a", "b", "other"], 1)
+
+    play(registry, test)
+
+
+def test_sources_that_are_replaced_before_anything_runs_leave_nothing() -> None:
+    first, second = Told("a", replica("a")), Told("a", replica("b"), configuration=2)
+    registry = Registry([first])
+    registry.replace([second])
+
+    async def test() -> None:
+        await asyncio.sleep(0.1)
+        assert (ids(registry), first.began) == (["b"], [])
+
+    play(registry, test)
+
+
+def test_what_the_successor_will_not_have_leaves_and_is_not_said_to_be_started_again() -> None:
+    """Nobody waits for it; what it answers it finishes, and the rest waits for the successor."""
+    old = Told(
+        "local",
+        replica("a"),
+        replica("b", model="gone"),
+        replica("c", model="cold", state=State.COLD),
+        configuration=1,
+        sole=True,
+    )
+    new = Told("local", configuration=2, sole=True, replica_ids={"a", "d"})
+    registry = Registry([old])
+
+    async def test() -> None:
+        await asyncio.sleep(1)
+        registry.replace([new])
+        registry.forget("a")
+        await asyncio.sleep(1)
+        assert [(found.id, found.state, found.leaving, found.reason) for found in registry.snapshot.replicas] == [
+            ("a", State.DRAINING, False, "settings were changed; it is started again"),
+            ("b", State.DRAINING, True, "was removed from the settings"),
+            ("c", State.DRAINING, True, "was removed from the settings"),
+        ]
+        assert (old.ended, new.began) == (0, [])
+        registry.forget("b")
+        await asyncio.sleep(0.1)
+        assert (old.ended, len(new.began)) == (1, 1)
+        new.publish([replica("a")])
+        assert states(registry) == {"a": State.READY}
+
+    play(registry, test)
+
+
+def test_what_was_removed_and_is_put_back_before_its_source_has_ended_does_not_leave() -> None:
+    old = Told("local", replica("a"), configuration=1, sole=True)
+    registry = Registry([old])
+
+    async def test() -> None:
+        await asyncio.sleep(1)
+        registry.replace([Told("local", configuration=2, sole=True, replica_ids=set())])
+        assert registry.snapshot.replicas[0].leaving
+        registry.replace([Told("local", configuration=3, sole=True, replica_ids={"a"})])
+        assert not registry.snapshot.replicas[0].leaving
+
+    play(registry, test)
+
+
+@pytest.mark.parametrize("sole", [True, False], ids=["own-engines", "boards"])
+def test_answers_that_are_cut_off_because_they_take_too_long_are_told_once(
+    caplog: pytest.LogCaptureFixture, *, sole: bool
+) -> None:
+    """Nothing is cut off at a board, whose engine goes on."""
+    old = Told("list", replica("a"), replica("b"), replica("c"), configuration=1, sole=sole)
+    registry = Registry([old], drain_s=30.0, busy=lambda replica_id: {"a": 2, "b": 1}.get(replica_id, 0))
+
+    async def test() -> None:
+        await asyncio.sleep(1)
+        registry.replace([Told("list", replica("a"), configuration=2, sole=sole)])
+        registry.forget("c")
+        await asyncio.sleep(29)
+        assert caplog.messages == []
+        await asyncio.sleep(60)
+        assert old.ended == 1
+
+    with caplog.at_level(logging.INFO, "promptai.fleet"):
+        play(registry, test)
+
+    said = "source list is ended: its answers had 30 s to finish; still under way and cut off: 3"
+    assert caplog.messages == ([said] if sole else [])
+
+
+def test_nothing_is_told_of_answers_that_end_in_time(caplog: pytest.LogCaptureFixture) -> None:
+    registry = Registry([Told("list", replica("a"), configuration=1, sole=True)], drain_s=30.0)
+
+    async def test() -> None:
+        await asyncio.sleep(1)
+        registry.replace([Told("list", replica("a"), configuration=2, sole=True)])
+        await asyncio.sleep(29)
+        registry.forget("a")
+        await asyncio.sleep(60)
+
+    with caplog.at_level(logging.INFO, "promptai.fleet"):
+        play(registry, test)
+
+    assert caplog.messages == []
