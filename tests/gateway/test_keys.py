@@ -236,6 +236,17 @@ def test_a_file_that_appears_or_goes_is_seen(path: Path) -> None:
     assert gateway.list() == ()
 
 
+def test_that_the_file_has_gone_is_said_once(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = KeyStore(path)
+    store.add("laptop")
+    path.unlink()
+
+    store.reload()
+    store.reload()
+
+    assert [record.getMessage() for record in caplog.records] == [f"{path} is gone: nobody is let in until it is back"]
+
+
 def test_that_there_was_a_key_is_not_forgotten_when_the_file_goes(path: Path) -> None:
     gateway = KeyStore(path)
     assert not gateway.had_keys

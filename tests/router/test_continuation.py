@@ -144,11 +144,31 @@ def test_plain_text_has_no_obstacle(fields: dict[str, Any]) -> None:
         {"echo": True},
         {"suffix": "x"},
         {"messages": None, "prompt": ["a", "b"]},
+        {"messages": None, "prompt": ["a"]},
+        {"messages": None, "prompt": [1, "a"]},
         {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
     ],
 )
 def test_obstacles_of_requests(fields: dict[str, Any]) -> None:
     assert "cannot be taken up elsewhere" in (obstacle(request(**fields), Said()) or "")
+
+
+@pytest.mark.parametrize(
+    ("fields", "count"),
+    [
+        ({}, 1),
+        ({"n": 3}, 3),
+        ({"messages": None, "prompt": "a", "n": 2}, 2),
+        ({"messages": None, "prompt": ["a", "b"], "n": 2}, 4),
+        ({"messages": None, "prompt": [[1, 2], [3]]}, 2),
+        ({"messages": None, "prompt": [1, 2, 3]}, 1),
+        ({"messages": None, "prompt": [1, "a"]}, 1),
+        ({"messages": None, "input": ["a", "b"]}, 1),
+    ],
+)
+def test_how_many_answers_there_will_be(fields: dict[str, Any], count: int) -> None:
+    """A list with a token id in it is one prompt."""
+    assert answers(request(**fields)) == count
 
 
 def test_the_body_keeps_what_decides_tokens_and_drops_what_is_a_chat_s() -> None:

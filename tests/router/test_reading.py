@@ -133,6 +133,12 @@ def test_a_text_beside_progress_is_told_without_it() -> None:
     assert msgspec.json.decode(without_progress('{"choices":[1],"prompt_progress":{"total":4}}')) == {"choices": [1]}
 
 
+def test_of_an_engine_without_timings_its_count_of_tokens_is_taken() -> None:
+    reply = Reply(200, b'{"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 40}}', "")
+
+    assert outcome_of(account_of(reply), chain("a"), counted=True) == Outcome(generated=40)
+
+
 def test_an_answer_in_one_piece_is_learned_from_where_it_tells() -> None:
     held = chain("a")
     timings = {"prompt_n": 1, "prompt_ms": 1, "predicted_n": 1, "predicted_ms": 1}

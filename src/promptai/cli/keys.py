@@ -47,7 +47,7 @@ def keys() -> None:
     show_default=True,
     help="What it opens; may be repeated. admin opens everything.",
 )
-@click.option("--models", metavar="A,B", help="The only models that it may use.")
+@click.option("--models", metavar="A,B", help="All that it may ask for: models, aliases, or auto.")
 @click.option("--rpm", type=_AT_LEAST_ONE, help="Requests a minute.")
 @click.option("--tpm", type=_AT_LEAST_ONE, help="Tokens a minute, of prompts and answers.")
 @click.option("--concurrent", type=_AT_LEAST_ONE, help="Requests at once.")

@@ -13,6 +13,7 @@ import contextlib
 import datetime as dt
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import secrets
@@ -27,6 +28,8 @@ import msgspec
 from promptai.errors import SettingsError
 from promptai.gateway.limits import Limits
 from promptai.wire.malformed import MALFORMED
+
+_log = logging.getLogger("promptai.gateway")
 
 Scope = Literal["infer", "admin", "metrics"]
 
@@ -125,6 +128,8 @@ class KeyStore:
             seen = _identity(self.path)
             if seen == self._seen:
                 return
+            if seen is None and self._keys:
+                _log.warning("%s is gone: nobody is let in until it is back", self.path)
             self._take(_read(self.path) if seen is not None else ())
             self._seen = seen
         except SettingsError:

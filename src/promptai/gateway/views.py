@@ -14,10 +14,14 @@ def models_view(dispatcher: Dispatcher, names: Names, allowed: Callable[[str], b
     """``GET /v1/models``: everything that a request may call a model, ``auto`` and aliases among them."""
     snapshot = dispatcher.accounts.fleet.snapshot
     entries = []
+    meant = {alias: found.model for alias, found in names.aliases.items()}
     for model in snapshot.models:
+        if meant.get(model, model) != model:  # whoever says its name gets another one
+            continue
         replicas = snapshot.of(model)
         entries.append({"id": model, "replicas": len(replicas), "context": _context(replicas)})
-    entries += [{"id": alias, "alias_of": found.model} for alias, found in names.aliases.items()]
+    own = [alias for alias, model in meant.items() if model == alias and model in snapshot.models]
+    entries += [{"id": alias, "alias_of": model} for alias, model in meant.items() if alias not in own]
     if len(snapshot.models) > 1:
         entries.append({"id": "auto"})
     return {

@@ -144,7 +144,7 @@ def obstacle(request: PassingRequest, said: Said) -> str | None:
             return f"an answer with {name} cannot be taken up elsewhere"
     if (request.response_format or {}).get("type", "text") != "text":
         return "an answer with response_format cannot be taken up elsewhere"
-    if answers(request) > 1 or (request.best_of or 1) > 1 or _several(request.prompt):
+    if answers(request) > 1 or (request.best_of or 1) > 1 or not _one_text(request.prompt):
         return "one of several answers cannot be taken up elsewhere"
     if any(_beside_text(message.get("content")) for message in request.messages or ()):
         return "an answer to more than text cannot be taken up elsewhere"
@@ -153,12 +153,13 @@ def obstacle(request: PassingRequest, said: Said) -> str | None:
 
 def answers(request: PassingRequest) -> int:
     """How many answers a request asks for."""
-    prompts = len(request.prompt) if isinstance(request.prompt, list) and _several(request.prompt) else 1
+    prompts = len(request.prompts()) if isinstance(request.prompt, list) else 1
     return max(1, request.n or 1) * prompts
 
 
-def _several(prompt: str | list[Any] | None) -> bool:
-    return isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt)
+def _one_text(prompt: str | list[Any] | None) -> bool:
+    """Whether a prompt is one text, or the ids of one; a list of one text, or of both parts, counts as several."""
+    return not isinstance(prompt, list) or all(isinstance(token, int) for token in prompt)
 
 
 def _beside_text(content: object) -> bool:

@@ -332,6 +332,8 @@ def _one_too_many(waiting: list[Waiter], newcomer: Waiter) -> Waiter:
 def _generated(grant: Grant) -> float:
     """Tokens of all answers of a request; the engine's account is of one of them."""
     timings = grant.outcome.timings if grant.outcome is not None else None
+    if grant.outcome is not None and grant.outcome.generated is not None:
+        return grant.outcome.generated
     if timings is None or (grant.job.answers > 1 and grant.generated):
         return grant.generated
     return grant.job.answers * timings.predicted_n

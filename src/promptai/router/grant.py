@@ -57,12 +57,14 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         answer: What its slot's cache holds now: prompt and answer as the next turn will begin; ``None``: unknown.
         timings: The engine's account; ``None`` where it gave none.
+        generated: Tokens, of an engine that tells nothing but those; ``None``: it does not tell.
         capped: It generated as much as it was allowed to.
         counted: The prompt that the engine counted is the text that was counted here: no pictures, no answer begun.
     """
 
     answer: Chain | None = None
     timings: Timings | None = None
+    generated: int | None = None
     capped: bool = False
     counted: bool = True
 

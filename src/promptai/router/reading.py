@@ -140,8 +140,8 @@ def account_of(reply: Reply) -> PassingReply:
 
 
 def outcome_of(found: PassingReply, held: Chain, *, counted: bool) -> Outcome:
-    """How a request ended that was answered in one piece; without an account it says only that its engine lives."""
+    """How a request ended that was answered in one piece; of its engine only timings tell more than that it lives."""
     if found.timings is None:
-        return Outcome()
+        return Outcome(generated=found.usage.completion_tokens if found.usage is not None else None)
     capped = any(choice.finish_reason == "length" for choice in found.choices or ())
     return Outcome(answer=held, timings=found.timings, capped=capped, counted=counted)
