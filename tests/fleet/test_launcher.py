@@ -132,6 +132,7 @@ def test_an_engine_that_lives_and_answers_nothing_counts_as_dead(
     """Stopped here by a signal. Whoever hears of it ends it, and what does not hear is killed."""
     monkeypatch.setattr("promptai.fleet.launcher._PULSE_S", 0.05)
     monkeypatch.setattr("promptai.fleet.launcher._HANGS_S", 0.4)
+    monkeypatch.setattr("promptai.fleet.launcher._SLOWEST_TOKEN_S", 0.0)
     monkeypatch.setattr("promptai.engine.launch._STOP_S", 0.2)
 
     async def play() -> tuple[bool, str, int | None]:

@@ -28,8 +28,8 @@ from promptai.fleet.local import LocalModel
 
 #: So long a log is put aside: some 10 000 requests.
 _LOG_BYTES = 8_000_000
-#: Engines answer ``/slots`` between two steps, and 512 tokens of a prompt are one: four minutes on the slowest board.
-_PULSE_S, _HANGS_S = 30.0, 600.0
+#: Engines answer ``/slots`` between two steps, and a batch of a prompt is one: no board takes a second a token.
+_PULSE_S, _HANGS_S, _SLOWEST_TOKEN_S = 30.0, 600.0, 1.0
 
 
 class EngineLauncher:
@@ -146,18 +146,17 @@ class LaunchedEngine:
 
     async def _feel_pulse(self) -> None:
         """Notice that it computes no longer, though its process lives."""
-        loop = asyncio.get_running_loop()
-        answered_at = loop.time()
+        loop, flags = asyncio.get_running_loop(), self._engine.flags
+        patience_s, answered_at = max(_HANGS_S, flags.batch * _SLOWEST_TOKEN_S), loop.time()
         async with HttpUpstream({self.base_url: self._key}) as upstream:
             while self._hangs is None:
                 await asyncio.sleep(_PULSE_S)
                 with contextlib.suppress(EngineError):
-                    await upstream.get(self.base_url, "/slots", limit_s=_HANGS_S)
+                    await upstream.get(self.base_url, "/slots", limit_s=patience_s)
                     answered_at = loop.time()
-                if loop.time() - answered_at >= _HANGS_S:
-                    name = self._engine.flags.alias
+                if loop.time() - answered_at >= patience_s:
                     self._hangs = EngineDiedError(
-                        f"the engine of {name} hangs: it lives, and has answered nothing for {_HANGS_S:g} s",
+                        f"the engine of {flags.alias} hangs: it lives, and has answered nothing for {patience_s:g} s",
                         hint="it is started again",
                     )
 
