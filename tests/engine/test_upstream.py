@@ -137,6 +137,18 @@ def test_a_refusal_that_does_not_end_is_a_refusal(reply: Answer, monkeypatch: py
         against(reply)
 
 
+def test_a_board_that_cannot_be_reached_is_named_once_and_by_its_url_alone() -> None:
+    """Whoever may not know where boards are is told the rest of the sentence."""
+
+    async def play() -> str:
+        async with HttpUpstream() as upstream:
+            with pytest.raises(EngineDiedError) as caught:
+                await upstream.get("http://127.0.0.1:1", "", limit_s=5)
+            return caught.value.message
+
+    assert asyncio.run(play()) == "no connection to http://127.0.0.1:1: Connection refused"
+
+
 @pytest.mark.parametrize("way", ["stream", "ask", "get"])
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://", "nonsense"])
 def test_where_nobody_listens_there_is_no_connection(url: str, way: str) -> None:

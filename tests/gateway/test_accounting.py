@@ -101,6 +101,26 @@ def test_several_prompts_and_answers_are_counted_and_charged_together() -> None:
     assert charged == 35
 
 
+def test_whoever_leaves_in_the_middle_of_several_answers_pays_what_was_made_for_them() -> None:
+    """One of two has ended after a token and told its account; the other had 200."""
+
+    async def play() -> tuple[Outcome, int]:
+        world = World({"a": PI})
+        async with world.running():
+            world.desk.upstream = Lopsided()  # type: ignore[assignment]
+            ticket = world.ticket(TALK, n=2)
+            hearing = asyncio.create_task(listen(ticket))
+            await asyncio.sleep(1.0)
+            hearing.cancel()
+            await asyncio.wait([hearing])
+            outcome = outcome_of(ticket, 499, 0.0)
+            return outcome, round(ticket.flight.job.tokens)
+
+    outcome, prompt = run_virtually(play())
+
+    assert (outcome.prompt_tokens, outcome.generated_tokens) == (prompt, 201)
+
+
 def test_what_was_cached_is_a_part_of_the_prompt_also_after_a_joint() -> None:
     """What the first engine said lies in the second one's cache as well, and is no part of the prompt."""
 
@@ -135,3 +155,19 @@ class Several:
             timings = {"prompt_n": computed, "prompt_ms": 1, "cache_n": cached, "predicted_n": 4, "predicted_ms": 1}
             data = msgspec.json.encode({"choices": [choice], "timings": timings}).decode()
             yield Piece(0.0, [SseEvent(event="message", data=data)])
+
+
+class Lopsided:
+    """An engine whose second answer does not end."""
+
+    async def stream(self, *_args: Any, **_settings: Any) -> AsyncGenerator[Piece, None]:
+        """Whatever it is asked."""
+        for number in range(201):
+            choice = {"index": int(number > 0), "delta": {"content": " up"}}
+            timings = {"prompt_n": 9, "prompt_ms": 1, "predicted_n": 1, "predicted_ms": 1}
+            end = {"timings": timings} if number == 0 else {}
+            choice |= {"finish_reason": "stop"} if number == 0 else {}
+            yield Piece(
+                0.0, [SseEvent(event="message", data=msgspec.json.encode({"choices": [choice], **end}).decode())]
+            )
+        await asyncio.get_running_loop().create_future()

@@ -147,7 +147,7 @@ def test_what_the_engine_stumbles_over_does_not_take_it_out(site: RealSite, fiel
     """llama-server says 500 to these, to the last in the stream; again and again, it would look broken."""
     for _ in range(4):
         status, found = asked(site.gateway, CHAT, {"model": NAME, "max_tokens": 2, **fields})
-        assert (status, found["error"]["src"]) == (400, "engine")
+        assert (status, found["error"]["src"]) == (502, "engine")
 
     status, _ = asked(site.gateway, CHAT, {"model": NAME, "messages": TALK, "max_tokens": 2})
 

@@ -14,7 +14,6 @@ from promptai.router.dispatch import Limits, Waiter
 from promptai.router.grant import Job, Outcome
 from promptai.router.policy import Affinity, Ask, Choice, Load
 from promptai.router.prefix import chain
-from promptai.wire.llamaserver import Timings
 from support_clock import run_virtually
 from support_serve import World, listen
 
@@ -313,14 +312,11 @@ def test_a_board_that_is_tried_again_is_no_hope_for_a_prompt_that_it_does_not_ho
     assert run_virtually(play()) == (True, False)
 
 
-@pytest.mark.parametrize(
-    ("answers", "tokens", "timings", "took"),
-    [(1, 12, 10, 10), (3, 30, 10, 30), (3, 0, 10, 30), (3, 7, None, 7), (3, 0, None, 0)],
-)
+@pytest.mark.parametrize(("answers", "pieces", "told", "took"), [(1, 12, 10, 10), (3, 7, 30, 30), (3, 7, None, 7)])
 def test_a_key_is_charged_all_answers_that_its_request_asks_for(
-    answers: int, tokens: int, timings: int | None, took: int
+    answers: int, pieces: int, told: int | None, took: int
 ) -> None:
-    """The engine's account is of one of them, and what comes in one piece has no pieces to count."""
+    """As many tokens as the engine says, else as many pieces as came."""
 
     async def play() -> tuple[float, float]:
         world = World({"a": SimulationConfig(model="yi")})
@@ -329,12 +325,29 @@ def test_a_key_is_charged_all_answers_that_its_request_asks_for(
             job = msgspec.structs.replace(JOB, answers=answers, limit=20, key="k")
             async with world.dispatcher.grant(job) as grant:
                 charged = finish["k"]
-                for _ in range(tokens):
+                for _ in range(pieces):
                     world.accounts.token(grant, world.accounts.now())
-                account = (
-                    Timings(prompt_n=4, prompt_ms=10.0, predicted_n=timings, predicted_ms=10.0) if timings else None
-                )
-                grant.outcome = Outcome(timings=account)
+                grant.outcome = Outcome(generated=told)
             return charged, finish["k"]
 
     assert run_virtually(play()) == (JOB.tokens + answers * 20, JOB.tokens + took)
+
+
+def test_what_is_learned_of_answers_meanwhile_changes_no_charge() -> None:
+    """Twenty were queued when answers were expected to have 200 tokens, and all had five."""
+
+    async def play() -> tuple[float, float]:
+        world = World({"a": SimulationConfig(model="yi", slots=1, answer_tokens=1)})
+        async with world.running():
+            tickets = [world.ticket([{"role": "user", "content": f"{n} up?"}], key="k") for n in range(20)]
+            heard = await asyncio.gather(*map(listen, tickets))
+            used = sum(ticket.flight.job.tokens for ticket in tickets)
+            for ticket in tickets:
+                assert ticket.flight.timings is not None
+                used += ticket.flight.timings.predicted_n
+            assert all(one.first_s is not None for one in heard)
+            return world.dispatcher._queue("yi")._finish["k"], used
+
+    charged, used = run_virtually(play())
+
+    assert charged == pytest.approx(used)

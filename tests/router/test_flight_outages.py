@@ -278,7 +278,7 @@ def test_whoever_pauses_longer_than_an_outage_is_served_afterwards() -> None:
         async with world("one", limits=Limits(outage_s=30)).running() as running:
             job = accept(running, chat()).flight.job
             now = running.accounts.now()
-            pausing = msgspec.structs.replace(job, refused=frozenset({"one"}), rests_until=now + 50, again=True)
+            pausing = msgspec.structs.replace(job, refused={"one": now + 50}, again=True)
             async with running.dispatcher.grant(pausing) as grant:
                 return grant.started - now
 
@@ -307,23 +307,39 @@ def test_an_outage_begins_anew_once_the_board_was_back() -> None:
     assert 55 <= got.took_s <= 57
 
 
-def test_a_request_that_every_engine_objects_to_takes_no_board_out() -> None:
-    """In the stream, after its head: of a grammar that allows nothing, for example. Everybody else goes on there."""
+@pytest.mark.parametrize(("names", "status"), [(("one", "two"), 400), (("one",), 500)], ids=["two", "one"])
+def test_a_request_that_every_engine_objects_to_takes_no_board_out(names: tuple[str, ...], status: int) -> None:
+    """In the stream, of a grammar that allows nothing. Of one board alone nobody knows whose fault it is."""
 
-    async def play() -> tuple[Got, BreakerState, Got]:
-        async with world("one").running() as running:
-            arm(running, "one", "error", 0, times=2)
+    async def play() -> tuple[Got, set[BreakerState], Got]:
+        async with world(*names).running() as running:
+            for name in names:
+                arm(running, name, "error", 0, times=2 // len(names))
             refused = await hear(accept(running, chat()))
-            state = running.accounts.breaker("one").state(running.accounts.now())
-            return refused, state, await hear(accept(running, chat()))
+            states = {running.accounts.breaker(name).state(running.accounts.now()) for name in names}
+            return refused, states, await hear(accept(running, chat()))
 
-    refused, state, other = run_virtually(play())
+    refused, states, other = run_virtually(play())
 
     assert isinstance(refused.error, EngineRefusedError)
-    assert refused.error.status == 400
-    assert "one says so, as one before it" in refused.error.hint
-    assert state is BreakerState.CLOSED
+    assert refused.error.status == status
+    assert len(refused.flight.grants) == 2
+    assert states == {BreakerState.CLOSED}
     assert other.error is None
+
+
+def test_each_board_rests_as_long_as_it_asked_for() -> None:
+    """And not the shorter time of the one that failed after it."""
+
+    async def play() -> dict[str, float]:
+        async with world().running() as running:
+            job = accept(running, chat()).flight.job
+            now = running.accounts.now()
+            pausing = msgspec.structs.replace(job, refused={"one": now + 8, "two": now + 3}, again=True)
+            async with running.dispatcher.grant(pausing) as grant:
+                return {grant.replica.id: grant.started - now}
+
+    assert run_virtually(play()) == {"two": pytest.approx(3, abs=0.05)}
 
 
 @pytest.mark.parametrize("after", [0, 6])

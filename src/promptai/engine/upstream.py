@@ -7,6 +7,7 @@ events as they arrive, and only what went wrong is understood.
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from typing import NamedTuple, Protocol, Self
 
@@ -352,4 +353,8 @@ async def _read(response: aiohttp.ClientResponse, most: int) -> bytes:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, aiohttp.ClientConnectorError):  # its own words, and its cause's, are addresses
+        cause = error.os_error
+        known = os.strerror(cause.errno) if (cause.errno or 0) > 0 else cause.strerror
+        return known or type(error).__name__
     return " ".join(str(error).split()) or type(error).__name__

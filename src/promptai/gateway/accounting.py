@@ -54,6 +54,10 @@ def _counted(flight: Flight) -> tuple[int | None, int | None, int]:
     # What an engine generated whose successor went on is a part of the successor's prompt, and of the answer.
     before, last = sum(grant.generated for grant in flight.grants[:-1]), flight.grants[-1].generated
     told = flight.said.prompt_tokens
+    if flight.job.answers > 1 and not flight.said.finished:
+        # Of several, an account comes with the end of each; whoever left before had all prompts computed, or queued.
+        ended = timings.predicted_n if timings is not None else 0
+        return max(told or 0, round(flight.job.tokens)), None, before + max(ended, last)
     if timings is not None:
         read = timings.prompt_n + (timings.cache_n or 0)
         whole = told if flight.continuations and told is not None else max(0, read - before)

@@ -128,8 +128,7 @@ class Guard:
             return self._preflight(request)
         resource = request.match_info.route.resource
         scope = None if resource is None else scope_of(resource.canonical)
-        caller = Caller(admin=False) if scope is None else self._admit(request, scope)
-        request[CALLER] = caller
+        request[CALLER] = caller = Caller(admin=False) if scope is None else self._admit(request, scope)
         if scope != "infer" or request.method in _SAFE_METHODS:
             return await handler(request)
         refusal = self.meter.begin(caller.key_id, caller.limits, asyncio.get_running_loop().time())

@@ -41,8 +41,9 @@ from promptai.wire.passing import PassingRequest, Prompt
 _MESSAGE_TOKENS = 5.0
 #: Of an estimate: as much as a context has to hold for ``auto`` to try it.
 _DOUBT = 0.9
-#: Nobody will use more, whatever a request says; a float that holds so many holds a thousandth of one beside it.
-_MOST_TOKENS = 10**9
+#: No answer is longer and no engine gives more of them, whatever a request says. They go into sums of floats, which
+#: must hold the tokens of others beside them.
+_MOST_TOKENS, _MOST_ANSWERS = 10**7, 4096
 _PATHS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/embeddings": "input"}
 
 
@@ -71,7 +72,7 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         model: That was chosen; ``why`` is one line, empty where the name alone decided.
-        tokens: Of its prompt and its answers, as many as it may use as far as is known now.
+        tokens: Of its prompt and its answers, as many as are expected.
     """
 
     flight: Flight
@@ -200,8 +201,9 @@ class Desk:
             # Which one of several a slot's cache will hold nobody knows; but a context has to hold the longest.
             prompt=chain(text) if len(asked.prompts) == 1 else Chain((), len(text)),
             tokens=max(1.0, tokens + _MESSAGE_TOKENS * len(request.messages or ())),
-            limit=1 if request.input is not None else request.limit,
-            answers=answers(request),
+            longest=asked.longest(per_token).tokens(per_token) if len(asked.prompts) > 1 else None,
+            limit=1 if request.input is not None else _bounded(request.limit),
+            answers=min(answers(request), _MOST_ANSWERS),
             key=asked.caller.key_id,
             batch=headers.get("x-promptai-priority", "").lower() == "batch",
             wait_s=min(self.serving.wait_s, _seconds(headers, "x-promptai-deadline") or self.serving.wait_s),
@@ -211,7 +213,7 @@ class Desk:
         """The model that is meant, and why."""
         if asked.wanted.auto:
             return self._chosen(asked, job)
-        found = self._held_by(asked, job, self._longest(asked, job))
+        found = self._held_by(asked, job, job.longest or job.tokens)
         if isinstance(found, ContextTooLong):
             # An engine knows no fallback, so what is probably too long goes there; but only what is surely too long
             # is refused here: the engine counts exactly.
@@ -240,9 +242,9 @@ class Desk:
         models = [model for model in snapshot.models if asked.permitted or asked.caller.limits.allow(model)]
         if not models:
             asked.caller.demand_model(AUTO)
-        longest = self._longest(asked, job)
+        longest = job.longest or job.tokens
         autos = [self._auto(msgspec.structs.replace(job, model=model), longest, snapshot) for model in models]
-        chosen = choose_auto(autos, _seconds(asked.headers, "x-promptai-budget"), asked.request.limit)
+        chosen = choose_auto(autos, _seconds(asked.headers, "x-promptai-budget"), job.limit)
         if chosen.model is None:
             # Whoever holds it is away for the moment: it is not the prompt that is to blame.
             away = next((model for model in models if _likely_holds(model, longest, snapshot)), None)
@@ -267,13 +269,6 @@ class Desk:
             fits_context=choice is not None and _likely_holds(job.model, longest, snapshot),
         )
 
-    def _longest(self, asked: _Asked, job: Job) -> float:
-        """Tokens that a context has to hold: those of the longest prompt, as estimated."""
-        if len(asked.prompts) == 1:
-            return job.tokens
-        per_token = self.dispatcher.accounts.book.chars_per_token(job.model)
-        return asked.longest(per_token).tokens(per_token)
-
     def _answer_tokens(self, job: Job, longest: float, context: int | None) -> float:
         """Tokens of one answer, if it is as long as it may be; as answers usually are where nothing limits them."""
         if job.limit is None:
@@ -281,13 +276,13 @@ class Desk:
         return float(job.limit) if context is None else min(float(job.limit), max(1.0, context - longest))
 
     def _tokens(self, asked: _Asked, job: Job) -> int:
-        """Tokens that a request may use: see ``Ticket``."""
-        if asked.request.input is not None:  # nothing is generated
-            return min(_MOST_TOKENS, round(job.tokens))
-        own = self.dispatcher.accounts.fleet.snapshot.of(job.model)
-        context = max((replica.context for replica in own if replica.context is not None), default=None)
-        answer = self._answer_tokens(job, self._longest(asked, job), context)
-        return min(_MOST_TOKENS, round(job.tokens + job.answers * answer))
+        """Tokens that a request will probably use: see ``Ticket``."""
+        generated = 0.0 if asked.request.input is not None else job.answers * self.dispatcher.accounts.expected(job)
+        return round(job.tokens + generated)
+
+
+def _bounded(limit: int | None) -> int | None:
+    return None if limit is None else min(limit, _MOST_TOKENS)
 
 
 def path_for(body: Mapping[str, Any]) -> str:

@@ -109,7 +109,7 @@ class Accounts:
         able = self._able(job)
         # Who has failed it is only asked again when nobody else is left, and not at once.
         others = [replica for replica in able if replica.id not in job.refused]
-        return others if others or self.now() < job.rests_until else able
+        return others or [replica for replica in able if job.refused[replica.id] <= self.now()]
 
     def _able(self, job: Job) -> list[Replica]:
         """Replicas that could take a request, whether or not it pauses."""
@@ -236,6 +236,8 @@ class Accounts:
                 self.breakers[name] = self.breakers[name].released_trial(sent_at=grant.started)
             return
         self.breakers.pop(name, None)
+        if grant.job.answers > 1:  # one slot is in our account, and whichever they took are in use
+            self.index.lose(name, grant.slot)
         if outcome.answer is not None:
             self.index.hold(name, self._room(grant.replica), grant.slot, outcome.answer, now)
             self.index.returns.answered(outcome.answer, now)
@@ -362,7 +364,7 @@ def _prompts(job: Job, grants: Iterable[Grant]) -> Iterator[Chain]:
 
 
 def _likely_holds(replica: Replica, job: Job) -> bool:
-    return replica.context is None or job.tokens < replica.context
+    return replica.context is None or (job.longest or job.tokens) < replica.context
 
 
 def _ready_in_s(replica: Replica) -> float:

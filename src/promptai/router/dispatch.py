@@ -148,8 +148,8 @@ class Dispatcher:
 
     def _end(self, grant: Grant) -> None:
         self.accounts.end(grant)
-        # Who is sent again is not charged when it is given a slot.
-        charged = 0.0 if grant.job.again else grant.job.answers * grant.expected
+        # Of a prompt that was charged before, nothing was charged again.
+        charged = max(0.0, grant.charged - grant.job.tokens)
         self._queue(grant.job.model).settle(grant.job.key, _generated(grant) - charged)
         if self._known(grant.replica.id) is not State.READY:
             self.accounts.forget_idle()
@@ -227,7 +227,6 @@ class Dispatcher:
                 waiter.choice = self._choose(waiter.job, reserved)
             choice = waiter.choice
             if choice is None:
-                self._look_again(waiter.job.rests_until)
                 self._mind_outage(queue, waiter, now)
                 continue
             planned += 1
@@ -236,8 +235,9 @@ class Dispatcher:
                 waiter.hopeless_since = None
             if choice.now:
                 free -= 1
-                queue.take(waiter)
-                waiter.granted.set_result(self.accounts.start(waiter.job, choice, since=waiter.since))
+                grant = self.accounts.start(waiter.job, choice, since=waiter.since)
+                grant.charged = queue.take(waiter)
+                waiter.granted.set_result(grant)
                 self.strategy.took(replica.id)
             else:
                 reserved.setdefault(replica.id, []).append(self._work_of(waiter.job, choice))
@@ -252,8 +252,10 @@ class Dispatcher:
         return self.strategy.choose(ask, loads)
 
     def _mind_outage(self, queue: FairQueue[Waiter], waiter: Waiter, now: float) -> None:
-        """Nobody who has no choice waits for ever for replicas that do not come back."""
+        """Nobody who has no choice waits for ever for replicas that do not come back, or longer than their pauses."""
         job = waiter.job
+        for at in job.refused.values():
+            self._look_again(at)
         if self.accounts.hope(job):
             waiter.hopeless_since = None
             return
@@ -330,13 +332,9 @@ def _one_too_many(waiting: list[Waiter], newcomer: Waiter) -> Waiter:
 
 
 def _generated(grant: Grant) -> float:
-    """Tokens of all answers of a request; the engine's account is of one of them."""
-    timings = grant.outcome.timings if grant.outcome is not None else None
-    if grant.outcome is not None and grant.outcome.generated is not None:
-        return grant.outcome.generated
-    if timings is None or (grant.job.answers > 1 and grant.generated):
-        return grant.generated
-    return grant.job.answers * timings.predicted_n
+    """Tokens of all answers of a request: as its engine says, else as many pieces as came."""
+    told = grant.outcome.generated if grant.outcome is not None else None
+    return grant.generated if told is None else told
 
 
 _NOTHING = chain("")

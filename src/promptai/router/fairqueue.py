@@ -90,21 +90,24 @@ class FairQueue(Generic[T]):
         """Drop an item without charging its key; ``False``: it was not there (any more)."""
         return self._entries.pop(item, None) is not None
 
-    def take(self, item: T) -> None:
+    def take(self, item: T) -> float:
         """
         Drop an item because it is served now, and charge its key.
 
         Any item may be taken. Its key is charged as if it had been the key's first: otherwise one that is
         taken from far behind would carry the virtual time, and so all newcomers, beyond those before it.
 
+        Returns:
+            What its key is charged: its cost, or nothing where it was charged before.
+
         Raises:
             KeyError: It is not in the queue.
         """
         entry = self._entries.pop(item)
-        if entry.first:
-            return
-        self._virtual = self._start(entry.key)
-        self._remember(entry.key, self._virtual + entry.cost)
+        if not entry.first:
+            self._virtual = self._start(entry.key)
+            self._remember(entry.key, self._virtual + entry.cost)
+        return entry.cost
 
     def settle(self, key: str, difference: float) -> None:
         """

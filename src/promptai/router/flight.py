@@ -186,7 +186,8 @@ class Flight:
                 if account.timings is not None:
                     self._bill.note(account.timings)
                 grant.outcome = outcome_of(account, chain(self.order.text), counted=counts(self.order.request))
-                self._blame()
+                if reply.status == 200:
+                    self._blame()
                 return reply
 
     def _slot(self) -> Any:
@@ -216,14 +217,21 @@ class Flight:
     def _ended(self, grant: Grant) -> Outcome:
         self._blame()
         if answers(self.order.request) > 1:  # nobody knows which of them lies in which slot, or how they shared time
-            return Outcome()
+            return Outcome(generated=self._generated)
         text = self.said.text
         held = chain(self.order.text + (answered(text) if self.order.chat else text))
         limit = self.order.request.limit
         # The engine's account of a part says nothing of how long answers are.
         capped = bool(self.continuations) or (limit is not None and grant.generated >= limit)
         counted = not self.continuations and counts(self.order.request)
-        return Outcome(answer=held, timings=self.timings, capped=capped, counted=counted)
+        return Outcome(answer=held, timings=self.timings, generated=self._generated, capped=capped, counted=counted)
+
+    @property
+    def _generated(self) -> int | None:
+        timings, usage = self.timings, self.usage
+        if timings is not None:
+            return timings.predicted_n
+        return usage.completion_tokens if usage is not None else None
 
     def _take(self, grant: Grant, t: float, event: SseEvent) -> Sequence[bytes]:
         """Note what an event says that came at ``t``; its data, if it is the client's."""
@@ -334,12 +342,12 @@ class Flight:
         return self._again(grant, error)
 
     def _objected(self, grant: Grant, error: EngineRefusedError) -> Literal[False]:
-        """Ask one more; who says the same means the request."""
+        """Ask once more; if two boards say the same it is the request."""
         before, self._objection = self._objection, words_of(error)
-        if before and before == self._objection:
-            raise EngineRefusedError(
-                before, status=400, kind=None, hint=f"{grant.replica.id} says so, as one before it"
-            )
+        others = {one.replica.id for one in self._objectors} - {grant.replica.id}
+        if others and before == self._objection:
+            hint = f"{grant.replica.id} says so, and {', '.join(sorted(others))}"
+            raise EngineRefusedError(before, status=400, kind=None, hint=hint)
         if before or error.status == _NOT_IMPLEMENTED or self._sent >= self.order.attempts:
             raise error
         return self._again(grant, error)
@@ -358,8 +366,7 @@ class Flight:
             self.retries.append(reason_of(error))
         self.job = msgspec.structs.replace(
             self.job,
-            refused=self.job.refused | {grant.replica.id},
-            rests_until=self._accounts.now() + pause_s(error, self._sent),
+            refused=self.job.refused | {grant.replica.id: self._accounts.now() + pause_s(error, self._sent)},
             again=True,
             goes_on=self.said.anything,
             tokens=self._prompt_tokens + self.said.tokens,
@@ -374,6 +381,6 @@ class Flight:
 
     def _limit_s(self, grant: Grant) -> float:
         step = self._accounts.book.decode_step_s(grant.replica, grant.replica.slots) or _SLOW_STEP_S
-        tokens = self.order.request.limit or grant.replica.context or 4096
+        tokens = self.job.limit or grant.replica.context or 4096
         answer = 0.0 if self.order.request.input is not None else 4.0 * tokens * step
         return self._accounts.silence_s(grant, self.order.stall_s) + min(answer, _WHOLE_S)

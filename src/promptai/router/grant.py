@@ -26,7 +26,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         key: Whose fair share it takes.
         batch: It may wait behind everybody who waits in person.
         wait_s: The longest that it may be queued.
-        refused: Replicas that failed it already; ``rests_until`` (the loop's time) none of them is asked again.
+        longest: Tokens of the longest of its prompts, where it has several; ``None``: of its only one.
+        refused: Replicas that failed it already, and until when they are not asked again (the loop's time).
         again: It was accepted before: the queue's bound does not count for it.
         goes_on: A part of its answer has been sent, and only a llama-server can go on from there.
     """
@@ -39,8 +40,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     key: str = "local"
     batch: bool = False
     wait_s: float = 600.0
-    refused: frozenset[str] = frozenset()
-    rests_until: float = 0.0
+    longest: float | None = None
+    refused: dict[str, float] = {}
     again: bool = False
     goes_on: bool = False
 
@@ -57,7 +58,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         answer: What its slot's cache holds now: prompt and answer as the next turn will begin; ``None``: unknown.
         timings: The engine's account; ``None`` where it gave none.
-        generated: Tokens, of an engine that tells nothing but those; ``None``: it does not tell.
+        generated: Tokens of all answers; ``None``: the engine does not tell.
         capped: It generated as much as it was allowed to.
         counted: The prompt that the engine counted is the text that was counted here: no pictures, no answer begun.
     """
@@ -82,6 +83,7 @@ class Grant:
         first_at: When its first token came; ``None`` before that.
         decodes: What it will still make its replica do once its prompt is computed.
         expected: Tokens that its answer was expected to have.
+        charged: Tokens that its key was charged when it got the slot.
         alone: No other request was on its replica at any time; ``broken``: its replica failed it.
         outcome: Set before it is given back; ``None``: it failed or was left.
     """
@@ -114,6 +116,7 @@ class Grant:
         self.outcome: Outcome | None = None
         self.streams_before = 0.0
         self.expected = expected
+        self.charged = 0.0
         self._left = max(1.0, job.tokens - cached)
         self._total = self._left
         self._left_at = now

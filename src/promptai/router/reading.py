@@ -141,7 +141,9 @@ def account_of(reply: Reply) -> PassingReply:
 
 def outcome_of(found: PassingReply, held: Chain, *, counted: bool) -> Outcome:
     """How a request ended that was answered in one piece; of its engine only timings tell more than that it lives."""
+    generated = found.usage.completion_tokens if found.usage is not None else None
     if found.timings is None:
-        return Outcome(generated=found.usage.completion_tokens if found.usage is not None else None)
+        return Outcome(generated=generated)
     capped = any(choice.finish_reason == "length" for choice in found.choices or ())
-    return Outcome(answer=held, timings=found.timings, capped=capped, counted=counted)
+    generated = found.timings.predicted_n if generated is None else generated
+    return Outcome(answer=held, timings=found.timings, generated=generated, capped=capped, counted=counted)
