@@ -354,7 +354,6 @@ async def _read(response: aiohttp.ClientResponse, most: int) -> bytes:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, aiohttp.ClientConnectorError):  # its own words, and its cause's, are addresses
-        cause = error.os_error
-        known = os.strerror(cause.errno) if (cause.errno or 0) > 0 else cause.strerror
-        return known or type(error).__name__
+        number = error.os_error.errno or 0
+        return (os.strerror(number) if number > 0 else error.os_error.strerror) or type(error).__name__
     return " ".join(str(error).split()) or type(error).__name__
