@@ -110,6 +110,8 @@ class FakeEngine:
         self._launcher = launcher
         self.model = model
         self.killed: EngineDiedError | None = None
+        self.ends_s: float | None = None
+        self.death_s = 0.0
         self.pid: int | None = None
         self._began = 0.0
 
@@ -124,7 +126,9 @@ class FakeEngine:
         return int(self.model.needed_bytes * (0.1 + elapsed / self._launcher.load_s))
 
     async def death(self) -> EngineDiedError | None:
-        """As ``kill`` said."""
+        """As ``kill`` said; ``death_s`` later."""
+        if self.death_s:
+            await asyncio.sleep(self.death_s)
         return self.killed
 
     def kill(self) -> None:
@@ -147,7 +151,8 @@ class FakeEngine:
 
     async def __aexit__(self, *_exc: object) -> None:
         try:
-            await asyncio.sleep(0.2 if self.killed else self._launcher.stop_s)
+            usual = 0.2 if self.killed else self._launcher.stop_s
+            await asyncio.sleep(usual if self.ends_s is None else self.ends_s)
         finally:
             self._launcher.alive.remove(self)
             self._launcher.log.append((asyncio.get_running_loop().time(), "stop", self.model.name))

@@ -246,10 +246,13 @@ def test_the_log_says_what_only_counts_from_the_next_start_as_long_as_it_is_not_
     config = tmp_path / "promptai.toml"
     with serving("--simulate", "1", cwd=tmp_path) as served:
         for _ in range(2):
-            said = read_again(served, config, "[gateway]\ncache_ram_mib = 7\n")
-            assert said.endswith("settings were read again; gateway.cache_ram_mib only counts from the next start")
-        said = read_again(served, config, "[gateway]\ncache_ram_mib = 7\nport = 1\n[engine]\nslots = 2\n")
-        assert said.endswith("read again; gateway.cache_ram_mib, engine only count from the next start")
+            said = read_again(served, config, "[gateway]\nmemory_mib = 700\n")
+            assert said.endswith("settings were read again; gateway.memory_mib only counts from the next start")
+        said = read_again(served, config, "[gateway]\nmemory_mib = 700\nstrategy = 'round-robin'\n")
+        assert said.endswith("; gateway.strategy, gateway.memory_mib only count from the next start")
+        # With what engines are started is settled when there is a first one.
+        said = read_again(served, config, "[gateway]\ncache_ram_mib = 7\n[engine]\nslots = 2\n")
+        assert said.endswith("settings were read again")
         assert read_again(served, config, "# as at the start\n").endswith("settings were read again")
 
 

@@ -181,7 +181,7 @@ def test_the_example_asks_a_board_that_answers() -> None:
     cold = Replica(id="b", url="", model="cold", state=State.COLD)
 
     assert asked_first([down, Replica(id="c", url="u", model=""), cold, READY]) == "cold"
-    assert asked_first([down]) == "gone"
+    assert asked_first([down, Replica(id="c", url="u", model="", state=State.LOADING)]) == "default"
     assert asked_first([]) == "default"
 
 

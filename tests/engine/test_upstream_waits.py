@@ -1,12 +1,16 @@
 """How long the gateway waits for an engine, and what counts as a sign of life, over real sockets."""
 
 import asyncio
+import socket
+import ssl
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import aiohttp
 import pytest
+from aiohttp.client_reqrep import ConnectionKey
 
-from promptai.engine.upstream import HttpUpstream, Piece
+from promptai.engine.upstream import HttpUpstream, Piece, _reason
 from promptai.errors import EngineDiedError
 from support_engine import END, HELLO, STREAM_HEAD, Answer, chunked, raw_server, silent_after
 from support_simulator import CHAT, text
@@ -90,3 +94,25 @@ def test_what_a_slow_reader_takes_is_not_the_engines_silence(monkeypatch: pytest
         writer.write(END)
 
     assert against(two, use=use) == 2
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        (OSError(111, "Connect call failed ('10.0.0.7', 8080)"), "Connection refused"),
+        (
+            OSError("Multiple exceptions: [Errno 101] Connect call failed ('fe80::1', 80), [Errno 111] Connect call"),
+            "Network is unreachable, Connection refused",
+        ),
+        (socket.gaierror(-2, "Name or service not known"), "Name or service not known"),
+        (ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong version number"), "[SSL: WRONG_VERSION_NUMBER] wrong"),
+        (OSError(), "it cannot be reached"),
+    ],
+    ids=["refused", "two-addresses", "no-such-name", "tls", "nothing"],
+)
+def test_why_there_is_no_connection_is_told_without_addresses(cause: OSError, words: str) -> None:
+    key = ConnectionKey("pi-1", 80, is_ssl=False, ssl=True, proxy=None, proxy_auth=None, proxy_headers_hash=None)
+    said = _reason(aiohttp.ClientConnectorError(key, cause))
+
+    assert said.startswith(words)
+    assert "10.0.0.7" not in said

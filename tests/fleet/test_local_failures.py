@@ -1,8 +1,9 @@
 import asyncio
 
+from promptai.fleet.local import LocalModel
 from promptai.fleet.replica import State
 from support_clock import run_virtually
-from support_fleet import GB, FakeLauncher, House, model, play
+from support_fleet import GB, FakeEngine, FakeLauncher, House, model, play
 
 
 def test_a_failed_start_is_down_with_the_engines_own_words_and_rests_twice_as_long_each_time() -> None:
@@ -161,5 +162,59 @@ def test_what_was_asked_for_and_can_no_longer_fit_does_not_say_what_it_waited_fo
         house.budget = 4 * GB
         await asyncio.sleep(0.6)
         assert (house.state("b"), house.reason("b")) == (State.COLD, "")
+
+    play(house, test)
+
+
+def test_an_engine_that_hangs_holds_its_memory_until_it_is_gone() -> None:
+    """It is as good as dead and takes seconds to be ended; nothing is loaded beside it meanwhile."""
+    house = House(model("yi", 3), model("phi", 3), launcher=FakeLauncher(load_s=1))
+
+    async def test() -> None:
+        await house.use("yi")
+        engine = house.launcher.engine("yi")
+        engine.ends_s = 6.0
+        engine.kill()
+        await asyncio.sleep(0.5)
+        house.wake("phi")
+        await asyncio.sleep(3)
+        assert [one.model.name for one in house.launcher.alive] == ["yi"]
+        await asyncio.sleep(5)
+        assert (house.state("phi"), [one.model.name for one in house.launcher.alive]) == (State.READY, ["phi"])
+
+    play(house, test)
+
+
+def test_an_engine_that_is_being_stopped_anyway_does_not_fail_as_well() -> None:
+    """It was asked whether it lives, evicted, and wanted again before it had answered."""
+    house = House(model("yi", ttl_s=10.0), launcher=FakeLauncher(load_s=1))
+
+    async def test() -> None:
+        await house.use("yi")
+        engine = house.launcher.engine("yi")
+        engine.death_s = 3.0
+        await asyncio.sleep(10.6)
+        assert house.state("yi") is State.DRAINING
+        engine.kill()
+        house.wake("yi")
+        await asyncio.sleep(8)
+        assert (house.state("yi"), house.reason("yi")) == (State.READY, "")
+
+    play(house, test)
+    assert house.launcher.starts == ["yi", "yi"]
+
+
+def test_what_the_system_refuses_is_told_without_the_path() -> None:
+    """Clients read it as the reason of a 503."""
+    house = House(model("yi"))
+
+    async def test() -> None:
+        def start(_model: LocalModel) -> FakeEngine:
+            raise PermissionError(13, "Permission denied", "/home/pi/.cache/promptai/logs")
+
+        house.launcher.start = start  # type: ignore[assignment, method-assign]
+        house.wake("yi")
+        await asyncio.sleep(0.5)
+        assert (house.state("yi"), house.reason("yi")) == (State.DOWN, "Permission denied")
 
     play(house, test)

@@ -264,7 +264,7 @@ class Running:
         except Exception:  # noqa: BLE001  a border: no file, and no bug in reading it, ends what is under way
             _log.exception("settings stay as they were: they could not be read again")
             return
-        if self.plan.machine is None and plan.machine is not None:
+        if self.plan.machine is None:
             self._in_force = _with_engine_of(self._in_force, plan.settings)
         waits = _settled_at_the_start(self._in_force, plan.settings)
         self.keys.clear()

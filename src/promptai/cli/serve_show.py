@@ -79,9 +79,8 @@ def explain(replicas: Sequence[Replica], budget_bytes: int | None) -> str:
 
 
 def asked_first(replicas: Sequence[Replica]) -> str:
-    """The model of an example: one that answers, if there is one."""
-    named = [replica for replica in replicas if replica.model]
-    return next((replica.model for replica in sorted(named, key=lambda replica: not replica.usable)), "default")
+    """The model of an example: one that answers, if there is one; else whichever will."""
+    return next((replica.model for replica in replicas if replica.model and replica.usable), "default")
 
 
 def no_example(replicas: Sequence[Replica]) -> str:

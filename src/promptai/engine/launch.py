@@ -112,7 +112,10 @@ class RunningEngine:
                     env=_environment(self.binary, self._api_key),
                 )
         except OSError as error:
-            raise EngineStartError(f"the engine could not be started: {error}", hint="see promptai doctor") from None
+            _LOG.info("%s could not be started: %s", self.flags.alias, error)
+            raise EngineStartError(
+                f"the engine could not be started: {error.strerror}", hint="see promptai doctor"
+            ) from None
         try:
             await self._until_ready(started, allowed_s)
         except GeneratorExit:  # no loop drives it any longer
@@ -152,7 +155,7 @@ class RunningEngine:
         code = self._code(_REAP_S)
         if code is None:
             return None
-        reason, hint = self._explained(code)
+        reason, hint = explain_exit(code, self._log_tail())
         return EngineDiedError(f"the engine of {self.flags.alias} died: {reason}", hint=hint)
 
     def log_bytes(self) -> int:
@@ -172,7 +175,6 @@ class RunningEngine:
             shutil.copyfile(self.log, self.log.with_suffix(".log.old"))
         with contextlib.suppress(OSError):
             os.truncate(self.log, 0)
-            self._log_start = 0
 
     def stop(self) -> None:
         """End it and whatever it started: politely, then not; returns when it is gone or cannot be ended."""
@@ -204,7 +206,7 @@ class RunningEngine:
             while time.monotonic() - started < allowed:
                 code = self._code(0)
                 if code is not None:
-                    reason, hint = self._explained(code)
+                    reason, hint = explain_exit(code, self._log_tail())
                     _LOG.info("the engine could not load %s: %s", self.flags.model, reason)
                     raise EngineStartError(f"the engine could not load {self._file}: {reason}", hint=hint)
                 with contextlib.suppress(EngineError):
@@ -213,7 +215,7 @@ class RunningEngine:
                 await asyncio.sleep(_POLL_S)
         raise EngineStartError(
             f"the engine did not answer within {allowed:.0f} s of its start; its last words: "
-            f"{self._public(_last_line(self._log_tail()))}",
+            f"{_last_line(self._log_tail())}",
             hint="is the disk very slow, or the model on a network share?",
         )
 
@@ -221,24 +223,21 @@ class RunningEngine:
     def _file(self) -> str:
         return Path(self.flags.model).name
 
-    def _explained(self, code: int) -> tuple[str, str]:
-        """Why it ended, and what to do."""
-        reason, hint = explain_exit(code, self._log_tail())
-        return self._public(reason), hint
-
     def _public(self, words: str) -> str:
         """Its own words without the folder of its model: clients read them, as the reason of a 503."""
         folder = Path(self.flags.model).parent
         if not folder.is_absolute():
             return words
         files = rf"{re.escape(self._file)}|[^/\n]*\.gguf"  # others are the further parts of one that was split
-        return re.sub(rf"{re.escape(str(folder))}/(?={files})", "", words)
+        return re.sub(rf"(?<![\w.-]){re.escape(str(folder))}/(?={files})", "", words)
 
     def _log_tail(self) -> str:
         try:
             with self.log.open("rb") as log:
-                log.seek(max(self._log_start, self.log.stat().st_size - 16_384))
-                return log.read().decode("utf-8", "replace")
+                size = self.log.stat().st_size
+                start = self._log_start if self._log_start <= size else 0  # it was put aside, by whomever
+                log.seek(max(start, size - 16_384))
+                return self._public(log.read().decode("utf-8", "replace"))
         except OSError:
             return ""
 
@@ -316,7 +315,7 @@ _KNOWN_ENDS = (
         "the system library libgomp.so.1 is missing",
         "install it: apt-get install libgomp1 (Debian, Ubuntu, Raspberry Pi OS), dnf install libgomp (Fedora)",
     ),
-    (r"cannot run (\S+): ([^\n]+)", "{0} cannot be run: {1}", "see promptai engine list"),
+    (r"cannot run (?:\S*/)?(\S+): ([^\n]+)", "{0} cannot be run: {1}", "see promptai engine list"),
     (r"(GGML_ASSERT\([^\n]*\) failed)", "{0}", "use another engine or another model; see promptai engine list"),
     (r"couldn't bind HTTP server socket.*port: (\d+)", "port {0} is taken", "choose another with --port"),
     (

@@ -247,9 +247,10 @@ class Scheduler:
             if not open_to_it:
                 passed.append(request)
                 continue
-            slot = _chosen(open_to_it, request.prompt)
+            slot, swaps = _chosen(open_to_it, request.prompt)
             free.remove(slot)
-            self._recall(slot, request.prompt)
+            if swaps and open_to_it is free:  # nothing is swapped in a slot that was asked for by its number
+                self._recall(slot, request.prompt)
             # As llama-server: the last prompt token is always computed, for its logits.
             limit = max(0, len(request.prompt) - 1)
             request.cached = min(slot.shared_prefix(request.prompt), limit) if request.use_cache else 0
@@ -286,16 +287,20 @@ class Scheduler:
             self._releases += 1
 
 
-def _chosen(free: Sequence[Slot], prompt: list[int]) -> Slot:
+def _chosen(free: Sequence[Slot], prompt: list[int]) -> tuple[Slot, bool]:
     """
     As llama-server: the slot that begins most alike, by more than a tenth of the prompt; else the one left first.
 
     A template's words are a tenth of a short question.
+
+    Returns:
+        The slot, and whether the prompt cache is looked into: not where half of what the slot holds would stay.
     """
     alike = max(free, key=lambda slot: slot.shared_prefix(prompt))
-    if alike.shared_prefix(prompt) > _SIMILARITY * len(prompt):
-        return alike
-    return min(free, key=lambda slot: slot.left)
+    shared = alike.shared_prefix(prompt)
+    if shared > _SIMILARITY * len(prompt):
+        return alike, shared < len(alike.cache) / 2
+    return min(free, key=lambda slot: slot.left), True
 
 
 def shared_prefix(held: list[int], wanted: list[int]) -> int:

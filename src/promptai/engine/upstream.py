@@ -8,6 +8,8 @@ events as they arrive, and only what went wrong is understood.
 import asyncio
 import contextlib
 import os
+import re
+import ssl
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from typing import NamedTuple, Protocol, Self
 
@@ -353,7 +355,12 @@ async def _read(response: aiohttp.ClientResponse, most: int) -> bytes:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, aiohttp.ClientConnectorError):  # its own words, and its cause's, are addresses
-        number = error.os_error.errno or 0
-        return (os.strerror(number) if number > 0 else error.os_error.strerror) or type(error).__name__
-    return " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, aiohttp.ClientConnectorError):
+        return " ".join(str(error).split()) or type(error).__name__
+    # Its own words, and mostly its cause's, are addresses.
+    cause = error.os_error
+    if isinstance(cause, ssl.SSLError):  # numbers of its own
+        return cause.strerror or "TLS failed"
+    numbers = [cause.errno] if cause.errno is not None else map(int, re.findall(r"\[Errno (\d+)\]", str(cause)))
+    words = dict.fromkeys(os.strerror(number) for number in numbers if number > 0)
+    return ", ".join(words) or cause.strerror or "it cannot be reached"

@@ -147,17 +147,19 @@ class LaunchedEngine:
     async def _feel_pulse(self) -> None:
         """Notice that it computes no longer, though its process lives."""
         loop, flags = asyncio.get_running_loop(), self._engine.flags
-        patience_s, answered_at = max(_HANGS_S, flags.batch * _SLOWEST_TOKEN_S), loop.time()
+        patience_s, answered_at, missed = max(_HANGS_S, flags.batch * _SLOWEST_TOKEN_S), loop.time(), 0
         async with HttpUpstream({self.base_url: self._key}) as upstream:
             while self._hangs is None:
                 await asyncio.sleep(_PULSE_S)
+                missed += 1
                 with contextlib.suppress(EngineError):
                     await upstream.get(self.base_url, "/slots", limit_s=patience_s)
-                    answered_at = loop.time()
-                if loop.time() - answered_at >= patience_s:
+                    answered_at, missed = loop.time(), 0
+                # Once is not enough: this process may have been stopped itself meanwhile.
+                if missed > 1 and loop.time() - answered_at >= patience_s:
                     self._hangs = EngineDiedError(
                         f"the engine of {flags.alias} hangs: it lives, and has answered nothing for {patience_s:g} s",
-                        hint="it is started again",
+                        hint="it is ended",
                     )
 
     def _let_go(self) -> None:

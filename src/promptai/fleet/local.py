@@ -315,8 +315,11 @@ class LocalSource:
         entry.waiting_since = None
 
     def _load(self, entry: _Entry, group: asyncio.TaskGroup) -> None:
+        # One that hangs rests while it is being ended, and holds its memory until then.
         ending = [
-            other.task for other in self._entries.values() if other.phase is _Phase.STOPPING and other.task is not None
+            other.task
+            for other in self._entries.values()
+            if other.phase in {_Phase.STOPPING, _Phase.RESTING} and other.task is not None and not other.ended
         ]
         entry.phase, entry.reason, entry.progress, entry.used = _Phase.LOADING, "", None, False
         entry.stop.clear()
@@ -356,11 +359,11 @@ class LocalSource:
         Wait until it is to be stopped.
 
         Raises:
-            EngineDiedError: It has ended by itself.
+            EngineDiedError: It has ended by itself, or is as good as dead.
         """
         while not entry.stop.is_set():
             death = await engine.death()
-            if death is not None:
+            if death is not None and not entry.stop.is_set():  # else it is being ended anyway
                 self._failed(entry, death)
                 self._publish()
                 raise death
@@ -378,9 +381,15 @@ class LocalSource:
         doublings = entry.strikes - (2 if died else 1)
         rest_s = 0.0 if doublings < 0 else min(_LONGEST_REST_S, _FIRST_REST_S * 2.0 ** min(doublings, 10))
         entry.phase, entry.rest_until = _Phase.RESTING, now + rest_s
-        entry.reason, entry.url = " ".join(str(error).split()), ""
+        entry.reason, entry.url = _words(error), ""
         _LOG.warning("%s: %s", entry.id, entry.reason)
 
     def _publish(self) -> None:
         if self._publish_to is not None:
             self._publish_to([entry.replica(yielding=entry.id in self._yielding) for entry in self._entries.values()])
+
+
+def _words(error: Exception) -> str:
+    """In one line, without the paths that are in those of the system: clients read it."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(said.split())

@@ -20,7 +20,7 @@ class LocalEngine(Protocol):
         """What it holds in memory, already while it loads; ``None`` where nobody knows."""
 
     async def death(self) -> EngineDiedError | None:
-        """Why it is gone; ``None``, at once, while it lives."""
+        """Why it is gone, or as good as; ``None`` while it is well. What it does beside that may take seconds."""
 
     async def __aenter__(self) -> Self:
         """Start it; raises ``PromptAIError`` or ``OSError`` when that fails."""

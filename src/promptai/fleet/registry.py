@@ -229,7 +229,7 @@ class Registry:
                     if replica.id not in merged or merged[replica.id] in after.replicas
                 }
                 merged.update(going_on)
-                feed.drain(taken_over=merged.keys() - going_on.keys(), going_on=going_on, leaving=not after.source.sole)
+                feed.drain(taken_over=merged.keys() - going_on.keys(), going_on=going_on, leaving=True)
             for replica in feed.replicas:
                 merged.setdefault(replica.id, replica)
         self._leaving = staying
