@@ -26,6 +26,9 @@ pytestmark = pytest.mark.real
 
 #: A busy machine wakes the client late now and then; an error of ours would be there every time.
 ATTEMPTS = 3
+#: Of each prompt the engine's counter leaves out some 0.08 ms that its own timings hold (b11549): 1 % of the bundled
+#: model's short prompts on a fast machine, nothing of a real model's.
+_UNCOUNTED_S = 0.0002
 #: Two of TinyLlama's 22 layers: the same matrices, a tenth of the time.
 SLICE_OF_1B = Shape(**{name: getattr(LLAMA_1B, name) for name in LLAMA_1B.__struct_fields__} | {"layers": 2})
 
@@ -70,9 +73,9 @@ def test_counts_and_rates_are_the_engine_s_own_within_1_percent(model: Path, tmp
 
         assert sum(t.prompt_n or 0 for t in traces) == counter(metrics, "prompt_tokens_total")
         assert sum(t.generated_tokens or 0 for t in traces) == counter(metrics, "tokens_predicted_total")
-        prefill = sum(t.uncached_tokens or 0 for t in traces) / sum(t.prompt_s or 0 for t in traces)
-        engine_prefill = counter(metrics, "prompt_tokens_total") / counter(metrics, "prompt_seconds_total")
-        assert prefill == pytest.approx(engine_prefill, rel=0.01)
+        assert sum(t.uncached_tokens or 0 for t in traces) == counter(metrics, "prompt_tokens_total")
+        read_s, engine_s = sum(t.prompt_s or 0 for t in traces), counter(metrics, "prompt_seconds_total")
+        assert read_s == pytest.approx(engine_s, rel=0.01, abs=_UNCOUNTED_S * len(traces))
         told_s = sum((t.predicted_ms or 0) / 1000 for t in traces)
         assert told_s == pytest.approx(counter(metrics, "tokens_predicted_seconds_total"), rel=0.01)
         ratio = median((t.decode_s or 0) / ((t.predicted_ms or 0) / 1000) for t in traces)
