@@ -5,9 +5,10 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
+import pytest
 
 from promptai.engine.simulation import SimulationConfig
-from promptai.engine.upstream import Piece
+from promptai.engine.upstream import Piece, Reply
 from promptai.gateway.accounting import outcome_of, used
 from promptai.gateway.auth import Caller
 from promptai.gateway.metrics import Outcome
@@ -101,6 +102,36 @@ def test_several_prompts_and_answers_are_counted_and_charged_together() -> None:
     assert charged == 35
 
 
+@pytest.mark.parametrize(
+    ("usage", "status", "generated", "charged"),
+    [
+        ({"prompt_tokens": 9, "completion_tokens": 40}, 200, 40, 9 + 40),
+        (None, 200, None, None),
+        (None, 400, 0, None),
+    ],
+    ids=["told", "untold", "refused"],
+)
+def test_of_several_answers_in_one_piece_what_is_not_told_is_not_nothing(
+    usage: dict[str, int] | None, status: int, generated: int | None, charged: int | None
+) -> None:
+    """Another engine than llama-server, which is not asked for a stream; 200 tokens are expected of each answer."""
+
+    async def play() -> tuple[Outcome, int, int]:
+        world = World({"a": PI}, dialects={"a": "openai"})
+        async with world.running():
+            world.desk.upstream = OnePiece(status, usage)  # type: ignore[assignment]
+            ticket = world.desk.accept("/v1/completions", {"model": "yi", "prompt": "up?", "n": 2}, {}, Caller())
+            reply = await ticket.flight.whole()
+            assert reply.status == status
+            outcome = outcome_of(ticket, status, 0.0)
+            return outcome, used(ticket, outcome), round(ticket.flight.job.tokens)
+
+    outcome, found, prompt = run_virtually(play())
+
+    assert outcome.generated_tokens == generated
+    assert found == (charged or prompt + (0 if generated == 0 else 400))
+
+
 def test_whoever_leaves_in_the_middle_of_several_answers_pays_what_was_made_for_them() -> None:
     """One of two has ended after a token and told its account; the other had 200."""
 
@@ -171,3 +202,14 @@ class Lopsided:
                 0.0, [SseEvent(event="message", data=msgspec.json.encode({"choices": [choice], **end}).decode())]
             )
         await asyncio.get_running_loop().create_future()
+
+
+class OnePiece:
+    """An engine that answers in one piece."""
+
+    def __init__(self, status: int, usage: dict[str, int] | None) -> None:
+        self._reply = Reply(status, msgspec.json.encode({"choices": [], "usage": usage}), "application/json")
+
+    async def ask(self, *_args: Any, **_settings: Any) -> Reply:
+        """Whatever it is asked."""
+        return self._reply

@@ -25,7 +25,7 @@ def outcome_of(ticket: Ticket, status: int, arrived: float) -> Outcome:
         return Outcome(model=ticket.model, replica="", status=status)
     prompt, cached, generated = _counted(ticket.flight)
     computed = timings.prompt_n if timings is not None else 0
-    decoded = timings.predicted_n - 1 if timings is not None else 0
+    decoded = timings.predicted_n - ticket.flight.job.answers if timings is not None else 0  # the first is prefill's
     return Outcome(
         model=ticket.model,
         replica=grants[-1].replica.id,
@@ -41,20 +41,21 @@ def outcome_of(ticket: Ticket, status: int, arrived: float) -> Outcome:
 
 
 def used(ticket: Ticket, outcome: Outcome) -> int:
-    """Tokens that a request is charged to its key; of a prompt that nobody has counted, as many as were expected."""
-    prompt = outcome.prompt_tokens
-    if prompt is None and ticket.flight.grants:
-        prompt = round(ticket.flight.grants[0].job.tokens)
-    return (prompt or 0) + (outcome.generated_tokens or 0)
+    """Tokens that a request is charged to its key; what nobody has counted, as many as were expected."""
+    if not ticket.flight.grants:  # it was never sent
+        return 0
+    grant, prompt, generated = ticket.flight.grants[0], outcome.prompt_tokens, outcome.generated_tokens
+    prompt = round(grant.job.tokens) if prompt is None else prompt
+    return prompt + (round(grant.job.answers * grant.expected) if generated is None else generated)
 
 
-def _counted(flight: Flight) -> tuple[int | None, int | None, int]:
+def _counted(flight: Flight) -> tuple[int | None, int | None, int | None]:
     """Tokens of the prompt, cached ones among them, and generated ones: as the engine says, as far as it does."""
     timings, usage = flight.timings, flight.usage
     # What an engine generated whose successor went on is a part of the successor's prompt, and of the answer.
     before, last = sum(grant.generated for grant in flight.grants[:-1]), flight.grants[-1].generated
-    told = flight.said.prompt_tokens
-    if flight.job.answers > 1 and not flight.said.finished:
+    told, outcome = flight.said.prompt_tokens, flight.grants[-1].outcome
+    if flight.job.answers > 1 and outcome is None:
         # Of several, an account comes with the end of each; whoever left before had all prompts computed, or queued.
         ended = timings.predicted_n if timings is not None else 0
         return max(told or 0, round(flight.job.tokens)), None, before + max(ended, last)
@@ -64,7 +65,8 @@ def _counted(flight: Flight) -> tuple[int | None, int | None, int]:
         found = None if timings.cache_n is None else min(timings.cache_n, whole)
         return whole, found, before + timings.predicted_n
     if usage is None:
-        return told, None, before + last
+        untold = outcome is not None and outcome.generated is None and not last
+        return told, None, None if untold else before + last
     details = usage.prompt_tokens_details
     cached = details.cached_tokens if details is not None else None
     prompt = told if usage.prompt_tokens is None else usage.prompt_tokens

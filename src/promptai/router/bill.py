@@ -36,7 +36,8 @@ class Bill:
         """
         The sum, in tokens and ms; ``None`` while nothing was told.
 
-        Answers to one prompt share it: it counts once, as whoever had most to compute of it says.
+        Answers to one prompt share it: it counts once, as whoever had most to compute of it says. What was cached is
+        only known if it is of every prompt.
         """
         if len(self._told) <= 1:
             return next(iter(self._told.values()), None)
@@ -51,5 +52,5 @@ class Bill:
             prompt_ms=sum(one.prompt_ms for one in prompts.values()),
             predicted_n=sum(one.predicted_n for one in self._told.values()),
             predicted_ms=sum(one.predicted_ms for one in self._told.values()),
-            cache_n=sum(cached) if cached else None,
+            cache_n=sum(cached) if len(cached) == len(prompts) else None,
         )

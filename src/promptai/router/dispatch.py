@@ -150,7 +150,8 @@ class Dispatcher:
         self.accounts.end(grant)
         # Of a prompt that was charged before, nothing was charged again.
         charged = max(0.0, grant.charged - grant.job.tokens)
-        self._queue(grant.job.model).settle(grant.job.key, _generated(grant) - charged)
+        generated = _generated(grant)
+        self._queue(grant.job.model).settle(grant.job.key, 0.0 if generated is None else generated - charged)
         if self._known(grant.replica.id) is not State.READY:
             self.accounts.forget_idle()
         self._pump(grant.job.model)
@@ -331,10 +332,11 @@ def _one_too_many(waiting: list[Waiter], newcomer: Waiter) -> Waiter:
     return most[-1]
 
 
-def _generated(grant: Grant) -> float:
-    """Tokens of all answers of a request: as its engine says, else as many pieces as came."""
-    told = grant.outcome.generated if grant.outcome is not None else None
-    return grant.generated if told is None else told
+def _generated(grant: Grant) -> int | None:
+    """Tokens of all answers: as the engine says, else the pieces that came; ``None``: answered in one piece, untold."""
+    if grant.outcome is None:
+        return grant.generated
+    return grant.generated or None if grant.outcome.generated is None else grant.outcome.generated
 
 
 _NOTHING = chain("")

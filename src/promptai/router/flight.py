@@ -188,6 +188,8 @@ class Flight:
                 grant.outcome = outcome_of(account, chain(self.order.text), counted=counts(self.order.request))
                 if reply.status == 200:
                     self._blame()
+                else:
+                    grant.outcome = Outcome(generated=0)
                 return reply
 
     def _slot(self) -> Any:
@@ -316,7 +318,7 @@ class Flight:
         error.message = error.message.replace(grant.replica.url, grant.replica.id)
         refusal = error.status if isinstance(error, EngineRefusedError) else None
         if refusal is not None and 400 <= refusal < 500 and refusal != 429:
-            grant.outcome = Outcome()
+            grant.outcome = Outcome(generated=grant.generated)
             if self.said.anything:
                 raise self._broken_off(grant, error, "it was to go on with what another one began")
             raise error
