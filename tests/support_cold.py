@@ -10,12 +10,12 @@ from promptai.engine.simulation import SimulationConfig
 from promptai.engine.simulator import Simulator
 from promptai.fleet.local import LocalModel, LocalSource
 from promptai.fleet.registry import Registry
+from promptai.gateway.admission import Desk, Serving, Ticket
 from promptai.gateway.auth import Caller
-from promptai.gateway.desk import Desk, Serving, Ticket
-from promptai.router.accounts import Accounts
-from promptai.router.dispatch import Dispatcher, Limits
-from promptai.router.policy import Affinity
-from promptai.router.rates import RateBook
+from promptai.router.estimate.policy import Affinity
+from promptai.router.estimate.rates import RateBook
+from promptai.router.schedule.dispatcher import Dispatcher, Limits
+from promptai.router.schedule.fleet_state import Accounts
 from support_fleet import GB, FakeLauncher, beside
 
 

@@ -23,15 +23,15 @@ from promptai.errors import EngineError
 from promptai.fleet.registry import Registry
 from promptai.fleet.replica import Rates, Snapshot, State
 from promptai.fleet.static import StaticSource, Target
+from promptai.gateway.admission import Serving
 from promptai.gateway.app import Gateway
 from promptai.gateway.auth import Guard
-from promptai.gateway.desk import Serving
 from promptai.gateway.server import GatewayServer
 from promptai.models.bundled import bundled_model
-from promptai.router.accounts import Accounts
-from promptai.router.dispatch import Dispatcher
-from promptai.router.policy import STRATEGIES
-from promptai.router.rates import RateBook
+from promptai.router.estimate.policy import STRATEGIES
+from promptai.router.estimate.rates import RateBook
+from promptai.router.schedule.dispatcher import Dispatcher
+from promptai.router.schedule.fleet_state import Accounts
 from promptai.wire.sse import SseEvent
 
 MAX_TOKENS = 60

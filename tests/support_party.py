@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from promptai.engine.simulation import SimulationConfig
-from promptai.gateway.desk import Ticket
+from promptai.gateway.admission import Ticket
 from support_clock import run_virtually
 from support_cold import Cold
 from support_serve import Heard, World, listen

@@ -15,11 +15,11 @@ from promptai.fleet.registry import Registry
 from promptai.fleet.replica import Rates, Replica, State
 from promptai.fleet.simulated import SimulatedSource
 from promptai.gateway.auth import Guard
-from promptai.gateway.relay import Rhythm
-from promptai.router.accounts import Accounts
-from promptai.router.dispatch import Dispatcher, Limits
-from promptai.router.policy import Affinity
-from promptai.router.rates import RateBook
+from promptai.gateway.streaming import Rhythm
+from promptai.router.estimate.policy import Affinity
+from promptai.router.estimate.rates import RateBook
+from promptai.router.schedule.dispatcher import Dispatcher, Limits
+from promptai.router.schedule.fleet_state import Accounts
 from support_fleet import FakeLauncher, model
 from support_site import CHAT, Door, asking, door
 

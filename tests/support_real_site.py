@@ -15,10 +15,10 @@ from promptai.engine.upstream import HttpUpstream
 from promptai.fleet.registry import Registry
 from promptai.fleet.static import StaticSource, Target
 from promptai.models.bundled import bundled_model
-from promptai.router.accounts import Accounts
-from promptai.router.dispatch import Dispatcher
-from promptai.router.policy import Affinity
-from promptai.router.rates import RateBook
+from promptai.router.estimate.policy import Affinity
+from promptai.router.estimate.rates import RateBook
+from promptai.router.schedule.dispatcher import Dispatcher
+from promptai.router.schedule.fleet_state import Accounts
 from support_engine import until
 from support_fleet import beside
 from support_site import Threaded, door

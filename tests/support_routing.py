@@ -16,7 +16,7 @@ import numpy as np
 
 from promptai.bench.workload import Conversation, load_bundled
 from promptai.engine.simulation import SimulationConfig, render, shared_prefix, tokenize
-from promptai.router.dispatch import Limits
+from promptai.router.schedule.dispatcher import Limits
 from promptai.wire.openai import Message
 from support_serve import World, listen
 

@@ -13,12 +13,12 @@ from promptai.engine.simulator import Simulator
 from promptai.fleet.registry import Registry
 from promptai.fleet.replica import Rates, Replica
 from promptai.fleet.simulated import SimulatedSource
+from promptai.gateway.admission import Desk, Serving, Ticket
 from promptai.gateway.auth import Caller
-from promptai.gateway.desk import Desk, Serving, Ticket
-from promptai.router.accounts import Accounts
-from promptai.router.dispatch import Dispatcher, Limits
-from promptai.router.policy import STRATEGIES
-from promptai.router.rates import RateBook
+from promptai.router.estimate.policy import STRATEGIES
+from promptai.router.estimate.rates import RateBook
+from promptai.router.schedule.dispatcher import Dispatcher, Limits
+from promptai.router.schedule.fleet_state import Accounts
 
 
 class World:

@@ -12,12 +12,12 @@ import msgspec
 
 from promptai.engine.simulation import SimulationConfig
 from promptai.engine.upstream import Upstream
+from promptai.gateway.admission import Serving
 from promptai.gateway.app import Gateway, GatewayLimits
 from promptai.gateway.auth import Guard
-from promptai.gateway.desk import Serving
-from promptai.gateway.relay import Rhythm
 from promptai.gateway.server import GatewayServer
-from promptai.router.dispatch import Dispatcher
+from promptai.gateway.streaming import Rhythm
+from promptai.router.schedule.dispatcher import Dispatcher
 from support_clock import run_virtually
 from support_cold import Cold
 from support_gateway import Answer

@@ -1,286 +1,345 @@
-"""Who gets in, who comes next, who is turned away, and whether what they are told comes true."""
+"""Which model a request is for: by alias, within a budget, by the length of its prompt."""
 
 import asyncio
-import itertools
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
 
-from promptai.engine.simulator import Fault
-from promptai.errors import NoCapacityError, RequestRefusedError, SaturatedError
-from promptai.router.dispatch import Limits
-from support_cold import Cold
-from support_fleet import model
-from support_party import ALONE, BOARD, TALK, Party, one, play
-from support_serve import Heard, World, listen
+from promptai.errors import NoCapacityError, RequestRefusedError
+from promptai.gateway.admission import Serving, Ticket, path_for
+from promptai.gateway.auth import Caller
+from promptai.router.selection import Alias, Names
+from support_gateway import Answer
+from support_party import ALONE, TALK, Party, play
+from support_serve import World, listen
+from support_site import CHAT, EMBED, TEXT, Door, asking, visit
+
+SMALL = msgspec.structs.replace(ALONE, model="small", decode_tps=40.0)
+LARGE = msgspec.structs.replace(ALONE, model="large", context=2048)
 
 
-def refusals(found: dict[str, Heard | BaseException]) -> list[str]:
-    return [name for name, how in found.items() if isinstance(how, SaturatedError)]
+def pair(**settings: Any) -> Callable[[], World]:
+    """A small fast model and a large slow one."""
+
+    def make() -> World:
+        world = World({"s": SMALL, "l": LARGE}, **settings)
+        for name, size in (("s", 0.5), ("l", 8.0)):
+            known = world.source._replicas[name]
+            world.source._replicas[name] = msgspec.structs.replace(known, capability=size)
+        return world
+
+    return make
 
 
-@pytest.mark.parametrize("bound", [0, 1, 5, 64])
-def test_as_many_as_there_are_slots_and_the_bound_are_taken_and_the_next_one_is_not(bound: int) -> None:
-    async def use(world: World) -> list[str]:
+def test_auto_takes_the_larger_model_while_it_is_idle_and_the_smaller_when_it_is_busy() -> None:
+    async def use(world: World) -> list[Ticket]:
         party = Party(world)
-        for number in range(2 + bound + 3):
-            party.ask(str(number), key=f"key {number}")
-            await asyncio.sleep(0)
-        return refusals(await party.all())
-
-    assert play(one(limits=Limits(queue=bound)), use) == [str(bound + number) for number in (2, 3, 4)]
-
-
-@pytest.mark.parametrize(("tokens", "slots"), [(20, 1), (100, 1), (50, 2)])
-def test_retry_after_comes_true_within_a_factor_of_two(tokens: int, slots: int) -> None:
-    """Whoever comes back so much later is taken; whoever comes back in half the time is not."""
-
-    async def use(world: World) -> tuple[float, float]:
-        loop = asyncio.get_running_loop()
-        party = Party(world)
-        for number in range(8):
-            party.ask(f"before {number}", key=f"key {number}", tokens=tokens)
-        await asyncio.sleep(0.5)
-        with pytest.raises(SaturatedError) as refused:
-            await party.ask("first", key="late", tokens=tokens)
-        since = loop.time()
-        while True:
-            try:
-                await asyncio.sleep(0.1)
-                ticket = world.ticket(TALK, model="yi", key="late", max_tokens=1)
-                await asyncio.wait_for(anext(ticket.flight.events()), 0.01)
-            except TimeoutError:
-                break
-            except SaturatedError:
-                continue
-        moved = loop.time() - since
-        del party.tasks["first"]
+        budget = {"x-promptai-budget": "10s"}
+        idle = world.ticket(TALK, model="auto", headers=budget, max_tokens=50)
+        party.ask("before", model="large", tokens=200)
+        await asyncio.sleep(1)
+        busy = world.ticket(TALK, model="auto", headers=budget, max_tokens=50)
+        patient = world.ticket(TALK, model="auto", headers={"x-promptai-budget": "2m"}, max_tokens=50)
+        hasty = world.ticket(TALK, model="auto", headers={"x-promptai-budget": "100ms"}, max_tokens=50)
         await party.all()
-        return refused.value.retry_after_s, moved
+        return [idle, busy, patient, hasty]
 
-    config = msgspec.structs.replace(BOARD, slots=slots)
-    told, moved = play(one(config, limits=Limits(queue=8 - slots)), use)
+    idle, busy, patient, hasty = play(pair(), use)
 
-    assert moved / 2 <= told <= max(2 * moved, 1.0)
-
-
-def test_a_queue_full_of_one_key_does_not_shut_out_another() -> None:
-    """The newest of the heavy key makes room; nobody of the light key is refused."""
-
-    async def use(world: World) -> tuple[list[str], list[str]]:
-        party = Party(world)
-        for number in range(10):
-            party.ask(f"heavy {number}", key="heavy")
-        await asyncio.sleep(0.1)
-        for number in range(3):
-            party.ask(f"light {number}", key="light")
-        found = await party.all()
-        return refusals(found), [name for name in party.ended if name.startswith("light")]
-
-    refused, answered = play(one(limits=Limits(queue=8)), use)
-
-    assert refused == ["heavy 9", "heavy 8", "heavy 7"][::-1]
-    assert answered == ["light 0", "light 1", "light 2"]
+    assert [ticket.model for ticket in (idle, busy, patient, hasty)] == ["large", "small", "large", "small"]
+    assert idle.why.startswith("auto: large, predicted 5.")
+    assert "auto: small, predicted 1." in busy.why
+    assert "large would take 2" in busy.why
+    assert "too long, but the fastest" in hasty.why
 
 
-def test_a_hundred_of_a_heavy_key_delay_a_light_key_by_one_request_at_most() -> None:
-    async def use(world: World) -> tuple[list[float], list[str]]:
-        party = Party(world)
-        for number in range(100):
-            party.ask(f"heavy {number}", key="heavy", tokens=50)
-        await asyncio.sleep(7)
-        firsts = []
-        for number in range(5):
-            heard = await party.ask(f"light {number}", key="light", tokens=5)
-            firsts.append(heard.first_s or 0.0)
-            await asyncio.sleep(3.3)
-        for task in party.tasks.values():
-            task.cancel()
-        await asyncio.wait(party.tasks.values())
-        return firsts, party.ended
+def test_the_reason_is_in_the_headers() -> None:
+    async def use(at: Door) -> Answer:
+        return await at.chat(model="auto", headers={"x-promptai-budget": "10s"}, max_tokens=50)
 
-    firsts, ended = play(one(ALONE, limits=Limits(queue=200)), use)
+    answer = visit(pair(), use)
 
-    one_request_s = 50 / 10 + 0.2
-    assert max(firsts) <= one_request_s + 0.2
-    assert [name for name in ended if name.startswith("light")] == [f"light {number}" for number in range(5)]
-    assert len([name for name in ended if name.startswith("heavy")]) >= 5
+    assert answer.headers["x-promptai-model"] == "large"
+    assert answer.headers["x-promptai-route-reason"].startswith("auto: large, predicted 5.")
+    assert "; least seconds: first token in" in answer.headers["x-promptai-route-reason"]
 
 
-def test_batch_waits_behind_everybody_but_not_for_ever() -> None:
-    """Somebody asks all the time; the batch request is answered five minutes after it came."""
+def test_an_alias_fills_only_what_the_request_leaves_open() -> None:
+    names = Names(aliases={"small:short": Alias("small", {"max_tokens": 3, "temperature": 0.2})})
 
-    async def use(world: World) -> tuple[float, int]:
-        party = Party(world)
-        batch = {"x-promptai-priority": "batch"}
-        for number in range(3):
-            party.ask(f"before {number}", tokens=40)
-        ticket = party.ask("batch", key="night", tokens=10, headers=batch)
-        number = 0
-        while not ticket.done():
-            party.ask(f"after {number}", tokens=40)
-            number += 1
-            await asyncio.sleep(4.0)
-        behind = party.ended.index("batch")
-        await party.all()
-        return (await ticket).first_s or 0.0, behind
+    async def use(world: World) -> list[Any]:
+        open_ = world.ticket(TALK, model="small:short")
+        set_ = world.ticket(TALK, model="small:short", max_completion_tokens=7, temperature=0.9)
+        heard = [await listen(open_), await listen(set_)]
+        return [len(one.text.split()) for one in heard] + [t.flight.order.body["temperature"] for t in (open_, set_)]
 
-    waited, behind = play(one(ALONE), use)
-
-    assert 300 <= waited <= 310
-    assert behind > 70
+    assert play(pair(serving=Serving(names=names)), use) == [3, 7, 0.2, 0.9]
 
 
-def test_whoever_names_a_deadline_is_told_when_it_is_over() -> None:
-    async def use(world: World) -> tuple[BaseException | Heard, float]:
-        party = Party(world)
-        party.ask("before", tokens=100)
-        party.ask("hurried", headers={"x-promptai-deadline": "2500ms"})
-        loop = asyncio.get_running_loop()
-        since = loop.time()
-        await asyncio.wait([party.tasks["hurried"]])
-        waited = loop.time() - since
-        return (await party.all())["hurried"], waited
+def test_what_one_model_does_not_hold_goes_to_its_fallback_or_is_refused_with_the_numbers() -> None:
+    huge = [{"role": "user", "content": "cell " * 3000}]
+    fallbacks = {"large": "small"}
 
-    refused, waited = play(one(ALONE), use)
+    async def use(world: World) -> Ticket:
+        return world.ticket(huge, model="large")
 
-    assert isinstance(refused, SaturatedError)
-    assert waited == pytest.approx(2.5, abs=0.01)
-    assert refused.message == "waited 2.5 s for yi and got no slot"
-    assert 5 <= refused.retry_after_s <= 12
+    moved = play(pair(serving=Serving(fallbacks=fallbacks)), use)
+    with pytest.raises(RequestRefusedError) as refused:
+        play(pair(), use)
+
+    assert (moved.model, moved.flight.job.model) == ("small", "small")
+    assert moved.why == "large holds 2048 tokens, the prompt has about 4173"
+    assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
+    assert "the prompt has about 4173 tokens" in refused.value.message
+    assert "large holds 2048" in refused.value.message
 
 
-@pytest.mark.parametrize("name", ["x-promptai-deadline", "x-promptai-budget"])
-@pytest.mark.parametrize("value", ["soon", "0", "-1s", "1e3", "9" * 400, "nan"])
-def test_a_time_that_is_none_is_refused(name: str, value: str) -> None:
-    async def use(world: World) -> RequestRefusedError:
-        with pytest.raises(RequestRefusedError) as refused:
-            world.ticket(TALK, model="auto", headers={name: value})
+@pytest.mark.parametrize("name", ["auto", "small"])
+def test_where_nobody_is_there_it_is_not_the_prompt_that_is_blamed(name: str) -> None:
+    async def use(world: World) -> NoCapacityError:
+        world.source.fail("s", "is unplugged")
+        world.source.fail("l", "is unplugged")
+        with pytest.raises(NoCapacityError) as refused:
+            await listen(world.ticket(TALK, model=name))
         return refused.value
 
-    refused = play(one(), use)
-
-    assert (refused.status, refused.code, refused.param) == (400, "wrong_header", name)
-    assert len(refused.message) < 200
+    assert "can serve now" in play(pair(), use).message
 
 
-def test_a_herd_at_a_cold_model_loads_it_once_and_all_are_answered() -> None:
-    async def use(world: Cold) -> tuple[list[str], list[float]]:
-        party = Party(world)
-        for number in range(50):
-            party.ask(str(number), key=f"key {number % 7}")
-        found = await party.all()
-        return world.launcher.starts, [how.first_s or 0.0 for how in found.values() if isinstance(how, Heard)]
+def test_auto_of_an_empty_fleet_is_no_fault_of_the_request() -> None:
+    async def use(world: World) -> None:
+        world.ticket(TALK, model="auto")
 
-    starts, firsts = play(lambda: Cold(model("yi", slots=2), config=BOARD), use)
-
-    assert starts == ["yi"]
-    assert len(firsts) == 50
-    assert min(firsts) == pytest.approx(10.0, abs=1.0)
+    with pytest.raises(NoCapacityError, match="no model is served"):
+        play(lambda: World({}), use)
 
 
-def test_a_busy_model_is_never_ended_for_another() -> None:
-    """Room for one; who asks for the other waits until the long answer is there, however often they ask."""
+def test_auto_leaves_out_what_does_not_answer() -> None:
+    async def use(world: World) -> Ticket:
+        world.source.fail("l", "is unplugged")
+        return world.ticket(TALK, model="auto", max_tokens=4)
 
-    async def use(world: Cold) -> tuple[list[Any], Heard, Heard]:
-        party = Party(world)
-        long = party.ask("long", model="a", tokens=300)
-        await asyncio.sleep(12)
-        other = party.ask("other", model="b")
-        await asyncio.wait([long, other])
-        return [(what, name) for _, what, name in world.launcher.log], await long, await other
-
-    log, long, other = play(lambda: Cold(model("a", 3), model("b", 3), config=ALONE), use)
-
-    assert log == [("start", "a"), ("stop", "a"), ("start", "b")]
-    assert len(long.text.split()) == 300
-    assert (other.first_s or 0.0) > 28
+    assert play(pair(), use).model == "small"
 
 
-def test_what_failed_on_one_board_comes_before_all_that_wait() -> None:
+@pytest.mark.parametrize("role", [None, 1, ["user"]])
+def test_a_message_without_a_role_is_refused_before_an_engine_stumbles_over_it(role: Any) -> None:
+    async def use(world: World) -> None:
+        world.ticket([*TALK, {"role": role, "content": "a"} if role else {"content": "a"}], model="small")
+
+    with pytest.raises(RequestRefusedError, match="message 1 has no role"):
+        play(pair(), use)
+
+
+def test_of_two_boards_the_one_whose_context_holds_the_prompt_is_waited_for() -> None:
+    """The other one would refuse it."""
+    boards = {"short": msgspec.structs.replace(ALONE, context=1024), "long": ALONE}
+    prompt = [{"role": "user", "content": "cell " * 1500}]
+
     async def use(world: World) -> list[str]:
-        world.engines["sim://a"].fault = Fault(kind="cut", after_tokens=0, times=1)
         party = Party(world)
-        party.ask("failing", key="x")
+        party.ask("before", tokens=20, messages=[{"role": "user", "content": "cell " * 1400}])
         await asyncio.sleep(0)
-        for number in range(4):
-            party.ask(str(number), key=str(number))
-        await party.all()
-        return party.ended
+        ticket = world.ticket(prompt, model="yi", max_tokens=2)
+        await asyncio.gather(listen(ticket), party.all())
+        assert ticket.flight.grant is not None
+        return [ticket.flight.grant.replica.id, *ticket.flight.retries]
 
-    boards = {"a": ALONE}
-
-    assert play(lambda: World(boards), use)[0] == "failing"
+    assert play(lambda: World(boards), use) == ["long"]
 
 
-def test_who_leaves_the_queue_leaves_no_trace() -> None:
-    async def use(world: World) -> tuple[list[str], int]:
-        party = Party(world)
-        for name in ("running", "leaving", "staying"):
-            party.ask(name, key=name)
-            await asyncio.sleep(0)
-        party.tasks["leaving"].cancel()
-        await asyncio.sleep(0.1)
-        waiting = [waiter.job.key for waiter in world.dispatcher.waiting("yi")]
-        await asyncio.wait(party.tasks.values())
-        return waiting, len(world.engines["sim://a"].sent)
+@pytest.mark.parametrize(
+    ("path", "field", "value", "home"),
+    [
+        (CHAT, "prompt", "a", TEXT),
+        (CHAT, "input", "", EMBED),
+        (TEXT, "messages", TALK, CHAT),
+        (TEXT, "messages", [], CHAT),
+        (TEXT, "input", ["a"], EMBED),
+        (EMBED, "messages", TALK, CHAT),
+        (EMBED, "prompt", [1], TEXT),
+    ],
+)
+def test_a_field_of_another_path_is_refused_and_the_path_that_takes_it_is_named(
+    path: str, field: str, value: Any, home: str
+) -> None:
+    """Whichever of the two were answered, the other one would have been dropped."""
 
-    waiting, sent = play(one(ALONE), use)
+    async def use(world: World) -> None:
+        world.desk.accept(path, {**asking(path, {field: value}), "model": "small"}, {}, Caller(key_id="local"))
 
-    assert (waiting, sent) == (["staying"], 2)
+    with pytest.raises(RequestRefusedError, match=f"{path} takes no {field}") as refused:
+        play(pair(), use)
 
-
-def test_in_the_queue_the_time_left_shrinks() -> None:
-    async def use(world: World) -> list[tuple[float, float]]:
-        party = Party(world)
-        for number in range(4):
-            party.ask(f"before {number}", tokens=100)
-        ticket = world.ticket(TALK, model="yi", max_tokens=10)
-        mine = asyncio.create_task(listen(ticket))
-        seen = []
-        loop = asyncio.get_running_loop()
-        while ticket.flight.grant is None or ticket.flight.grant.first_at is None:
-            await asyncio.sleep(1)
-            left = ticket.flight.stage().left_s
-            if left is not None:
-                seen.append((loop.time(), left))
-        await mine
-        await party.all()
-        return [(grant_in, left) for grant_in, left in seen]
-
-    seen = play(one(ALONE), use)
-
-    lefts = [left for _, left in seen]
-    assert len(lefts) >= 35
-    assert all(later <= earlier + 1.0 for earlier, later in itertools.pairwise(lefts))
-    end = seen[-1][0]
-    assert all(left == pytest.approx(end - t, rel=0.25, abs=3.0) for t, left in seen)
+    assert (refused.value.status, refused.value.code, refused.value.param) == (400, "wrong_field", field)
+    assert f"{field} goes to {home}" in refused.value.hint
 
 
-def test_a_model_that_nobody_serves_any_more_is_waited_for_and_then_refused() -> None:
-    """An accepted request outlasts a short outage, and not a long one."""
+@pytest.mark.parametrize(("path", "field"), [(CHAT, "prompt"), (TEXT, "messages"), (EMBED, "messages")])
+def test_a_field_of_another_path_that_is_null_is_as_good_as_none(path: str, field: str) -> None:
+    async def use(world: World) -> Ticket:
+        body = {**asking(path, {field: None}), "model": "small"}
+        return world.desk.accept(path, body, {}, Caller(key_id="local"))
 
-    async def use(world: World) -> tuple[Heard | BaseException, Heard | BaseException, float]:
-        party, loop = Party(world), asyncio.get_running_loop()
-        party.ask("running", tokens=20)
-        party.ask("short")
-        await asyncio.sleep(1)
-        world.source.fail("a")
-        await asyncio.sleep(20)
-        world.source.recover("a")
-        await party.all()
-        party.ask("again", tokens=20)
-        party.ask("long")
-        await asyncio.sleep(1)
-        world.source.fail("a")
-        since = loop.time()
-        await asyncio.wait([party.tasks["long"]])
-        found = await party.all()
-        return found["short"], found["long"], loop.time() - since
+    assert play(pair(), use).model == "small"
 
-    short, long, waited = play(one(ALONE), use)
 
-    assert isinstance(short, Heard)
-    assert isinstance(long, NoCapacityError)
-    assert 30 <= waited <= 32
+def test_a_request_without_a_path_belongs_where_its_field_is_that_is_not_null() -> None:
+    assert path_for({"messages": None, "prompt": "a"}) == TEXT
+    assert path_for({"messages": None, "prompt": None, "input": "a"}) == EMBED
+    assert path_for({"messages": None}) == CHAT
+
+
+def small_and_large_boards() -> World:
+    """Two models; of each a board with a small context and one with a large one."""
+    boards = {
+        f"{model}-{context}": msgspec.structs.replace(ALONE, model=model, context=context)
+        for model in ("small", "large")
+        for context in (512, 4096)
+    }
+    return World(boards)
+
+
+def test_a_prompt_that_only_boards_hold_that_are_away_for_the_moment_is_not_too_long_for_auto() -> None:
+    long = [{"role": "user", "content": "cell " * 2000}]
+
+    async def use(world: World) -> NoCapacityError:
+        for name in ("small-4096", "large-4096"):
+            world.source.fail(name, "is unplugged")
+        with pytest.raises(NoCapacityError) as refused:
+            world.ticket(long, model="auto")
+        return refused.value
+
+    assert "is unplugged" in play(small_and_large_boards, use).message
+
+
+def test_a_prompt_that_no_board_holds_is_too_long_for_auto_whoever_is_away() -> None:
+    async def use(world: World) -> RequestRefusedError:
+        world.source.fail("large-4096", "is unplugged")
+        with pytest.raises(RequestRefusedError) as refused:
+            world.ticket([{"role": "user", "content": "cell " * 9000}], model="auto")
+        return refused.value
+
+    refused = play(small_and_large_boards, use)
+
+    assert (refused.status, refused.code, refused.param) == (400, "context_length_exceeded", "messages")
+
+
+@pytest.mark.parametrize("limit", [100_000, 2**63 - 1])
+def test_auto_expects_no_more_of_an_answer_than_the_context_leaves(limit: int) -> None:
+    """The large model makes ten tokens a second in a context of 2048."""
+
+    async def use(world: World) -> Ticket:
+        return world.ticket(TALK, model="auto", headers={"x-promptai-budget": "4m"}, max_tokens=limit)
+
+    ticket = play(pair(), use)
+
+    assert ticket.model == "large"
+    assert ticket.why.startswith("auto: large, predicted 203")
+
+
+def accepted(path: str, **fields: Any) -> Callable[[World], Any]:
+    """Accepts a request of that path."""
+
+    async def use(world: World) -> Ticket:
+        return world.desk.accept(path, {**asking(path, fields), "model": fields.get("model", "large")}, {}, Caller())
+
+    return use
+
+
+BATCHES = pytest.mark.parametrize(
+    ("path", "field"), [(EMBED, "input"), (TEXT, "prompt")], ids=["embeddings", "completions"]
+)
+
+
+@BATCHES
+@pytest.mark.parametrize("one", ["cell " * 15, list(range(100_000, 100_015))], ids=["text", "ids"])
+def test_of_many_prompts_a_context_has_to_hold_only_the_longest(path: str, field: str, one: Any) -> None:
+    async def use(world: World) -> tuple[Ticket, int]:
+        ticket = await accepted(path, **{field: [one] * 150})(world)
+        return ticket, len(world.accounts.candidates(ticket.flight.job))
+
+    ticket, boards = play(lambda: World({"l": msgspec.structs.replace(LARGE, context=1024)}), use)
+
+    assert (boards, ticket.model) == (1, "large")
+    assert ticket.flight.job.tokens == pytest.approx(150 * 15, rel=0.5)
+
+
+@BATCHES
+@pytest.mark.parametrize(
+    ("given", "tokens"),
+    [
+        (["a", "cell " * 4000], 6667),
+        ("cell " * 4000, 6667),
+        ([7] * 3000, 3000),
+        ([[7], [123_456] * 2048], 2048),
+        (["a", [7] * 2048], 2048),
+    ],
+    ids=["texts", "text", "ids", "lists-of-ids", "both"],
+)
+def test_the_longest_prompt_that_no_context_holds_is_refused_by_its_field_and_length(
+    path: str, field: str, given: Any, tokens: int
+) -> None:
+    with pytest.raises(RequestRefusedError) as refused:
+        play(pair(), accepted(path, **{field: given}))
+
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", field)
+    told = int(refused.value.message.split("has about ")[1].split()[0])
+    assert told == pytest.approx(tokens, rel=0.2 if tokens > 6000 else 0)
+
+
+@BATCHES
+def test_token_ids_are_counted_by_their_number(path: str, field: str) -> None:
+    one = play(pair(), accepted(path, **{field: [151_643] * 2047}))
+    several = play(pair(), accepted(path, **{field: [[151_643] * 500, [7] * 300]}))
+
+    assert (one.flight.job.tokens, several.flight.job.tokens) == (2047, 800)
+
+
+@BATCHES
+@pytest.mark.parametrize("given", ["", [""], [[]]], ids=str)
+def test_an_empty_text_is_one(path: str, field: str, given: Any) -> None:
+    assert play(pair(), accepted(path, **{field: given})).model == "large"
+
+
+@pytest.mark.parametrize(("path", "field"), [(CHAT, "messages"), (TEXT, "prompt"), (EMBED, "input")])
+@pytest.mark.parametrize("nothing", [None, []], ids=str)
+def test_a_request_without_what_its_path_needs_is_refused(path: str, field: str, nothing: Any) -> None:
+    with pytest.raises(RequestRefusedError, match=f"the request has no {field}") as refused:
+        play(pair(), accepted(path, **{field: nothing}))
+
+    assert (refused.value.code, refused.value.param) == ("missing_field", field)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "answers"),
+    [
+        (CHAT, {}, 1),
+        (CHAT, {"n": 3}, 3),
+        (TEXT, {"prompt": ["a", "b"], "n": 2}, 4),
+        (TEXT, {"prompt": [1, 2]}, 1),
+        (EMBED, {"input": ["a", "b"]}, 1),
+    ],
+)
+def test_a_job_says_how_many_answers_are_asked_for(path: str, fields: dict[str, Any], answers: int) -> None:
+    assert play(pair(), accepted(path, **fields)).flight.job.answers == answers
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "tokens"),
+    [
+        (TEXT, {"prompt": [7] * 100, "max_tokens": 50}, 150),
+        (TEXT, {"prompt": [7] * 100, "max_tokens": 50, "n": 3}, 250),
+        (TEXT, {"prompt": [[7] * 100] * 2, "max_tokens": 50}, 300),
+        (TEXT, {"prompt": [7] * 100, "max_tokens": None}, 300),
+        (TEXT, {"prompt": [7] * 100, "max_tokens": 2**63 - 1}, 300),
+        (TEXT, {"prompt": [7] * 100, "max_tokens": 10**400}, 300),
+        (TEXT, {"prompt": [7] * 100, "max_tokens": 50, "n": 10**400}, 100 + 4096 * 50),
+        (EMBED, {"input": [7] * 100}, 100),
+    ],
+)
+def test_a_ticket_says_how_many_tokens_will_probably_be_used(path: str, fields: dict[str, Any], tokens: int) -> None:
+    """Answers are expected to have 200, and no number is so large that sums would lose what others use."""
+    assert play(pair(), accepted(path, **fields)).tokens == tokens

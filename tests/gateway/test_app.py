@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from promptai.fleet.replica import State
+from promptai.gateway.admission import Serving
 from promptai.gateway.auth import Guard
-from promptai.gateway.desk import Serving
 from promptai.gateway.keys import KeyStore
 from promptai.router.selection import Alias, Names
 from support_cold import Cold

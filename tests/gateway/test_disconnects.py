@@ -14,7 +14,7 @@ import pytest
 
 from promptai.engine.simulation import SimulationConfig
 from promptai.fleet.replica import State
-from promptai.router.grant import Grant
+from promptai.router.schedule.lease import Grant
 from support_real_door import COLD, Site, request_of, site, soon
 from support_site import SLOW
 
@@ -177,7 +177,7 @@ def test_who_does_not_read_makes_the_gateway_stop_reading_and_holds_up_nobody() 
 
 def test_who_does_not_read_for_too_long_gives_the_slot_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its connection lives, and it will never hang up."""
-    monkeypatch.setattr("promptai.gateway.relay._UNREAD_S", 0.3)
+    monkeypatch.setattr("promptai.gateway.streaming._UNREAD_S", 0.3)
 
     async def play() -> None:
         async with site(TALKATIVE) as found:

@@ -14,7 +14,7 @@ from promptai.engine.upstream import refused
 from promptai.fleet.replica import Replica
 from promptai.gateway.app import GatewayLimits
 from promptai.gateway.openapi import document
-from promptai.router.breaker import BreakerState
+from promptai.router.estimate.breaker import BreakerState
 from support_hostile import ODD, SECRET, WORD, answers, connections, error_of, sound
 from support_serve import World
 from support_site import CHAT, EMBED, FAST, SLOW, TEXT, Door, asking, one, visit

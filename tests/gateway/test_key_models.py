@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from promptai.errors import NoCapacityError, RequestRefusedError
+from promptai.gateway.admission import Serving
 from promptai.gateway.auth import Caller, Guard
-from promptai.gateway.desk import Serving
 from promptai.gateway.envelope import ApiError
 from promptai.gateway.keys import KeyStore
 from promptai.gateway.limits import Limits

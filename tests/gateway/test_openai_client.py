@@ -13,12 +13,12 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from promptai.engine.simulated_upstream import SimulatedUpstream
 from promptai.fleet.replica import State
+from promptai.gateway.admission import Serving
 from promptai.gateway.auth import Guard
-from promptai.gateway.desk import Serving
 from promptai.gateway.keys import KeyStore
 from promptai.gateway.limits import Limits as KeyLimits
-from promptai.gateway.relay import Rhythm
-from promptai.router.dispatch import Limits
+from promptai.gateway.streaming import Rhythm
+from promptai.router.schedule.dispatcher import Limits
 from promptai.router.selection import Alias, Names
 from support_serve import World
 from support_site import FAST, SLOW, Threaded, one, threaded

@@ -21,11 +21,11 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from promptai.gateway.admission import Serving
 from promptai.gateway.auth import Guard
-from promptai.gateway.desk import Serving
 from promptai.gateway.keys import KeyStore
 from promptai.gateway.openapi import document
-from promptai.gateway.relay import Rhythm
+from promptai.gateway.streaming import Rhythm
 from promptai.router.selection import Alias, Names
 from support_serve import World
 from support_site import FAST, Threaded, threaded

@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 
 from promptai.engine.simulator import Fault
-from promptai.gateway.relay import Rhythm
+from promptai.gateway.streaming import Rhythm
 from support_cold import Cold
 from support_fleet import model
 from support_serve import World

@@ -19,8 +19,8 @@ from promptai.fleet.replica import Rates, Replica
 from promptai.fleet.simulated import SimulatedSource
 from promptai.fleet.source import Source
 from promptai.fleet.static import StaticSource, Target
-from promptai.gateway.desk import Serving
-from promptai.router.dispatch import Limits
+from promptai.gateway.admission import Serving
+from promptai.router.schedule.dispatcher import Limits
 from promptai.router.selection import Alias, Names
 from promptai.settings import FleetEntry, Settings, board_key
 

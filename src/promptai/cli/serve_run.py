@@ -41,12 +41,12 @@ from promptai.fleet.replica import Snapshot
 from promptai.fleet.source import Source
 from promptai.gateway.app import Gateway, GatewayLimits
 from promptai.gateway.auth import Guard
-from promptai.gateway.relay import Rhythm
 from promptai.gateway.server import GatewayServer
-from promptai.router.accounts import Accounts
-from promptai.router.dispatch import Dispatcher
-from promptai.router.policy import STRATEGIES
-from promptai.router.rates import RateBook
+from promptai.gateway.streaming import Rhythm
+from promptai.router.estimate.policy import STRATEGIES
+from promptai.router.estimate.rates import RateBook
+from promptai.router.schedule.dispatcher import Dispatcher
+from promptai.router.schedule.fleet_state import Accounts
 from promptai.settings import Settings, cache_directory
 
 _log = logging.getLogger("promptai.serve")

@@ -5,9 +5,9 @@ What was asked and answered is in neither.
 
 import logging
 
-from promptai.gateway.desk import Ticket
+from promptai.gateway.admission import Ticket
 from promptai.gateway.metrics import Metrics, Outcome
-from promptai.router.flight import Flight
+from promptai.router.failover.request import Flight
 
 _log = logging.getLogger("promptai.access")
 

@@ -22,14 +22,14 @@ from promptai.errors import PromptAIError
 from promptai.fleet.replica import Replica
 from promptai.gateway import openapi
 from promptai.gateway.accounting import account, outcome_of, used, write_line
+from promptai.gateway.admission import Desk, Serving, Ticket, path_for
 from promptai.gateway.auth import CALLER, Caller, Guard
 from promptai.gateway.body import read_json
-from promptai.gateway.desk import Desk, Serving, Ticket, path_for
 from promptai.gateway.envelope import ApiError, Handler, envelope, request_id, stamp
 from promptai.gateway.metrics import Metrics, Now, Outcome, ReplicaNow
-from promptai.gateway.relay import Rhythm, answer, as_api_error, stream, told
+from promptai.gateway.streaming import Rhythm, answer, as_api_error, stream, told
 from promptai.gateway.views import fleet_view, models_view, queue_view
-from promptai.router.dispatch import Dispatcher
+from promptai.router.schedule.dispatcher import Dispatcher
 
 _log = logging.getLogger("promptai.gateway")
 

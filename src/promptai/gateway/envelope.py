@@ -60,7 +60,7 @@ _BEGUN = web.RequestKey("begun", bool)
 _ID = web.RequestKey("request_id", str)
 #: Longer than any error that a person reads; an engine that answers a page of HTML is cut.
 _MESSAGE_CHARS = 2000
-#: Of an engine that is busy and does not say for how long: so long a board rests that failed (``router.breaker``).
+#: Pause after HTTP 503 or 429 without ``Retry-After``: the same as the first cooldown in ``router.estimate.breaker``.
 _BUSY_S = 2.0
 #: llama-server's ``type`` of a prompt that is too long, and OpenAI's ``code`` of it, which clients compare.
 _TOO_LONG, _TOO_LONG_CODE = "exceed_context_size_error", "context_length_exceeded"

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from promptai.fleet.replica import Replica, State
-from promptai.router.dispatch import Dispatcher
+from promptai.router.schedule.dispatcher import Dispatcher
 from promptai.router.selection import Names
 
 

@@ -1,0 +1,1 @@
+"""Sends one request to engines until its answer is complete: attempts, retries, answers resumed elsewhere."""

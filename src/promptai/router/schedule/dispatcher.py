@@ -1,0 +1,342 @@
+"""Give every request a slot: the best one that it can have, in a fair order, within a bound.
+
+Engines have queues of their own that nobody can look into, bound or leave; who is in one has
+chosen its board for good. So requests queue here and an engine is never sent more than it has
+slots. Whenever something changes (a request comes or ends, a replica comes or goes, a second
+has passed) the queue is gone through in its order, and each request takes the replica that is
+cheapest for it. If that one has no free slot the request keeps its place, and counts as a
+reservation there for everybody behind it. As long as no slot is free at all, what was chosen is
+kept for a second: to weigh every replica for everybody at every event made 50 boards stand still.
+
+Decisions are in ``policy``, ``prefix``, ``fairqueue``, ``rates`` and ``breaker``; here is what
+they are made of: who is where. All of it runs in one event loop, so nothing is locked, and
+nothing between a decision and its effect awaits.
+"""
+
+import asyncio
+import contextlib
+import math
+from collections.abc import AsyncGenerator, Callable
+from typing import NamedTuple
+
+from promptai.errors import NoCapacityError, SaturatedError
+from promptai.fleet.replica import Replica, Snapshot, State
+from promptai.router.estimate.breaker import BreakerState
+from promptai.router.estimate.policy import Ask, Choice, Strategy, Work, free_in_s
+from promptai.router.estimate.prefix import chain
+from promptai.router.schedule.fair_queue import FairQueue
+from promptai.router.schedule.fleet_state import Accounts, holds, suits
+from promptai.router.schedule.lease import Grant, Job
+
+#: As long as no slot is free, who waits behind so many that have a choice is not looked at: its turn is far off. A
+#: free slot may be of a replica that all of those cannot use.
+_LOOK = 64
+_TICK_S = 1.0
+
+
+class Limits(NamedTuple):
+    """
+    How long and how many may wait.
+
+    Attributes:
+        queue: Requests a model that wait, beside those that have a slot.
+        outage_s: The longest that an accepted request waits for a replica to come back.
+    """
+
+    queue: int = 64
+    outage_s: float = 30.0
+
+
+class Waiter:
+    """
+    A request in the queue.
+
+    Attributes:
+        choice: Where it would go, as of the last look; ``None``: nowhere.
+        hopeless_since: From when on every look has found no replica that is ready and could take it, nor one that
+            may come back and could; it begins when there is none at all, not even one to load. ``None``: it has not.
+    """
+
+    def __init__(self, job: Job, now: float) -> None:
+        self.job = job
+        self.since = now
+        self.choice: Choice | None = None
+        self.hopeless_since: float | None = None
+        self.granted: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
+
+
+class Dispatcher:
+    """
+    Who is where, and who is next.
+
+    Args:
+        accounts: What is known of the fleet.
+        strategy: How replicas are chosen.
+    """
+
+    def __init__(self, accounts: Accounts, strategy: Strategy, limits: Limits | None = None) -> None:
+        self.accounts = accounts
+        self.strategy = strategy
+        self.limits = limits or Limits()
+        self._queues: dict[str, FairQueue[Waiter]] = {}
+        self._pumping: dict[str, bool] = {}
+        self._tick: asyncio.TimerHandle | None = None
+        self._unsubscribe = accounts.fleet.subscribe(self._changed)
+
+    def close(self) -> None:
+        """Stop listening to the fleet."""
+        self._unsubscribe()
+        if self._tick is not None:
+            self._tick.cancel()
+
+    @contextlib.asynccontextmanager
+    async def grant(
+        self, job: Job, *, entered: Callable[[Waiter], None] = lambda _: None
+    ) -> AsyncGenerator[Grant, None]:
+        """
+        Wait for a slot; inside the block it is taken.
+
+        Args:
+            entered: Given the place in the queue, to ask about it with ``place``.
+
+        Raises:
+            SaturatedError: Too many wait already, or it waited too long.
+            NoCapacityError: Nothing can serve it.
+        """
+        waiter = self._enter(job)
+        entered(waiter)
+        try:
+            if not waiter.granted.done():
+                async with asyncio.timeout(job.wait_s):
+                    await waiter.granted
+            granted = waiter.granted.result()
+        except BaseException as error:
+            self._leave(waiter)
+            if isinstance(error, TimeoutError):
+                raise self._saturated(job.model, f"waited {job.wait_s:g} s for {job.model} and got no slot") from None
+            raise
+        try:
+            yield granted
+        finally:
+            self._end(granted)
+
+    def waiting(self, model: str) -> list[Waiter]:
+        """Who waits for a model, the next one first."""
+        return self._queue(model).ordered(self._now())
+
+    def place(self, waiter: Waiter) -> int:
+        """How many are before this one; 0 also for one that has its slot and has not been told yet."""
+        queue = self._queue(waiter.job.model)
+        return queue.position(waiter, self._now()) if waiter in queue else 0
+
+    def preview(self, job: Job) -> Choice | None:
+        """Where this request would go if it came now, behind all that wait; nothing is taken."""
+        reserved: dict[str, list[Work]] = {}
+        for waiter in self.waiting(job.model):
+            if waiter.choice is not None:
+                reserved.setdefault(waiter.choice.load.replica.id, []).append(self._work_of(waiter.job, waiter.choice))
+        return self._choose(job, reserved)
+
+    def _leave(self, waiter: Waiter) -> None:
+        """Whoever leaves the queue in the very moment in which it is given a slot gives it back."""
+        self._queue(waiter.job.model).remove(waiter)
+        granted = waiter.granted
+        if granted.done() and not granted.cancelled() and granted.exception() is None:
+            self._end(granted.result())
+        else:
+            self._pump(waiter.job.model)
+
+    def _end(self, grant: Grant) -> None:
+        self.accounts.end(grant)
+        # Of a prompt that was charged before, nothing was charged again.
+        charged = max(0.0, grant.charged - grant.job.tokens)
+        generated = _generated(grant)
+        self._queue(grant.job.model).settle(grant.job.key, 0.0 if generated is None else generated - charged)
+        if self._known(grant.replica.id) is not State.READY:
+            self.accounts.forget_idle()
+        self._pump(grant.job.model)
+
+    def _known(self, replica_id: str) -> State | None:
+        replica = self.accounts.fleet.snapshot.find(replica_id)
+        return replica.state if replica is not None else None
+
+    def _changed(self, _snapshot: Snapshot) -> None:
+        self.accounts.changed()
+        self.accounts.forget_idle()
+        for model in list(self._queues):
+            self._pump(model, anew=True)
+        served = self.accounts.fleet.snapshot.models
+        for model in [model for model, queue in self._queues.items() if not len(queue) and model not in served]:
+            del self._queues[model]
+
+    def _enter(self, job: Job) -> Waiter:
+        now = self._now()
+        queue = self._queue(job.model)
+        waiter = Waiter(job, now)
+        if not job.again and not self.accounts.hope(job):
+            raise self.no_capacity(job.model, job)
+        cost = job.tokens + job.answers * self.accounts.expected(job)
+        queue.push(waiter, key=job.key, cost=cost, batch=job.batch, first=job.again, now=now)
+        self._pump(job.model)
+        if not job.again and not waiter.granted.done() and len(queue) > self.limits.queue:
+            self._turn_away(queue, waiter)
+        return waiter
+
+    def _turn_away(self, queue: FairQueue[Waiter], waiter: Waiter) -> None:
+        """
+        One too many waits: the newest of whoever has most in the queue goes, so that nobody fills it for all.
+
+        Batch work goes before anybody who waits in person, as long as it lets them go before it in the queue.
+        """
+        model, now = waiter.job.model, self._now()
+        waiting = [one for one in queue.ordered(now) if not one.job.again]
+        patient = [one for one in waiting if queue.patient(one, now)]
+        goes = _one_too_many(patient or waiting, waiter)
+        queue.remove(goes)
+        refusal = self._saturated(model, f"{self.limits.queue} requests wait for {model} already")
+        if goes is waiter:
+            raise refusal
+        if not goes.granted.done():
+            goes.granted.set_exception(refusal)
+
+    def _pump(self, model: str, *, anew: bool = False) -> None:
+        """Go through the queue of a model and give out what can be given; ``anew``: everybody chooses again."""
+        if model in self._pumping:  # waking a replica publishes it, and that leads here again
+            self._pumping[model] = True
+            return
+        self._pumping[model] = False
+        try:
+            self._give_out(model, anew=anew)
+        finally:
+            again = self._pumping.pop(model)
+        if again:
+            self._pump(model, anew=True)
+
+    def _give_out(self, model: str, *, anew: bool) -> None:
+        queue = self._queue(model)
+        if not len(queue):
+            return
+        now = self._now()
+        reserved: dict[str, list[Work]] = {}
+        free = self.accounts.free(model)
+        planned = 0
+        # Who was cancelled is there until it has been told so.
+        for waiter in (one for one in queue.ordered(now) if not one.granted.done()):
+            if planned >= _LOOK and free <= 0:
+                break
+            if anew or free > 0 or waiter.choice is None:
+                waiter.choice = self._choose(waiter.job, reserved)
+            choice = waiter.choice
+            if choice is None:
+                self._mind_outage(queue, waiter, now)
+                continue
+            planned += 1
+            replica = choice.load.replica
+            if replica.state is State.READY:  # one that has failed to load and is loaded again may fail again
+                waiter.hopeless_since = None
+            if choice.now:
+                free -= 1
+                grant = self.accounts.start(waiter.job, choice, since=waiter.since)
+                grant.charged = queue.take(waiter)
+                waiter.granted.set_result(grant)
+                self.strategy.took(replica.id)
+            else:
+                reserved.setdefault(replica.id, []).append(self._work_of(waiter.job, choice))
+                if replica.state is State.COLD:
+                    self.accounts.fleet.wake(replica.id)
+        if len(queue):
+            self._look_again(now + _TICK_S)
+
+    def _choose(self, job: Job, reserved: dict[str, list[Work]]) -> Choice | None:
+        loads = [self.accounts.load(replica, job, reserved) for replica in self.accounts.candidates(job)]
+        ask = Ask(tokens=job.tokens, expected=self.accounts.expected(job), head=job.prompt.head)
+        return self.strategy.choose(ask, loads)
+
+    def _mind_outage(self, queue: FairQueue[Waiter], waiter: Waiter, now: float) -> None:
+        """Nobody who has no choice waits for ever for replicas that do not come back, or longer than their pauses."""
+        job = waiter.job
+        for at in job.refused.values():
+            self._look_again(at)
+        if self.accounts.hope(job):
+            waiter.hopeless_since = None
+            return
+        if waiter.hopeless_since is None:
+            waiter.hopeless_since = now
+        if now - waiter.hopeless_since >= self.limits.outage_s:
+            queue.remove(waiter)
+            waiter.granted.set_exception(self.no_capacity(job.model, job))
+
+    def _look_again(self, at: float) -> None:
+        """Go through all queues at that time, if not before; a time that is over says nothing."""
+        if at <= self._now() or (self._tick is not None and self._tick.when() <= at):
+            return
+        if self._tick is not None:
+            self._tick.cancel()
+        self._tick = asyncio.get_running_loop().call_at(at, self._ticked)
+
+    def _ticked(self) -> None:
+        self._tick = None
+        for model in list(self._queues):
+            self._pump(model, anew=True)
+
+    def no_capacity(self, model: str, job: Job | None = None) -> NoCapacityError:
+        """That no replica of a model can serve, and why; ``job``: what it is that they cannot serve."""
+        now = self._now()
+        replicas = self.accounts.fleet.snapshot.of(model)
+        if not replicas:
+            return NoCapacityError(f"no replica serves {model}", hint="see /api/fleet")
+        able = [r for r in replicas if r.usable and (job is None or suits(r, job))]
+        rests = [self.accounts.breaker(r.id).rest_s(now) for r in able]
+        why = "; ".join(f"{r.id}: {self._why_not(r, job)}" for r in replicas[:4])
+        return NoCapacityError(
+            f"no replica of {model} can serve now ({why})",
+            retry_after_s=max(1.0, min(rests, default=5.0)),
+            hint="try again later; see /api/fleet",
+        )
+
+    def _why_not(self, replica: Replica, job: Job | None) -> str:
+        if job is not None and not holds(replica, job):
+            return "too small for this prompt"
+        if job is not None and not suits(replica, job):
+            return "cannot go on with an answer"
+        closed = self.accounts.breaker(replica.id).state(self._now()) is BreakerState.CLOSED
+        return replica.reason or (replica.state.value if closed or not replica.usable else "failing")
+
+    def _saturated(self, model: str, message: str) -> SaturatedError:
+        return SaturatedError(message, retry_after_s=self.moves_in_s(model), hint="try again after Retry-After")
+
+    def moves_in_s(self, model: str) -> float:
+        """Seconds until the next request of a model's queue gets a slot, as it looks."""
+        job = Job(model=model, prompt=_NOTHING, tokens=1.0)
+        times = [free_in_s(self.accounts.load(replica, job, {})) for replica in self.accounts.candidates(job)]
+        return max(1.0, math.ceil(min(times, default=5.0)))
+
+    def _work_of(self, job: Job, choice: Choice) -> Work:
+        return Work(max(1.0, job.tokens - choice.load.cached), self.accounts.expected(job))
+
+    def _queue(self, model: str) -> FairQueue[Waiter]:
+        return self._queues.setdefault(model, FairQueue())
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+def _one_too_many(waiting: list[Waiter], newcomer: Waiter) -> Waiter:
+    """The newest of the key with most of those who wait; the newcomer, if it is among them and no key has more."""
+    by_key: dict[str, list[Waiter]] = {}
+    for one in waiting:
+        by_key.setdefault(one.job.key, []).append(one)
+    most = max(by_key.values(), key=len)
+    if newcomer in waiting and len(by_key[newcomer.job.key]) == len(most):
+        return newcomer
+    return most[-1]
+
+
+def _generated(grant: Grant) -> int | None:
+    """Tokens of all answers: as the engine says, else the pieces that came; ``None``: answered in one piece, untold."""
+    if grant.outcome is None:
+        return grant.generated
+    return grant.generated or None if grant.outcome.generated is None else grant.outcome.generated
+
+
+_NOTHING = chain("")

@@ -1,0 +1,286 @@
+"""Who gets in, who comes next, who is turned away, and whether what they are told comes true."""
+
+import asyncio
+import itertools
+from typing import Any
+
+import msgspec
+import pytest
+
+from promptai.engine.simulator import Fault
+from promptai.errors import NoCapacityError, RequestRefusedError, SaturatedError
+from promptai.router.schedule.dispatcher import Limits
+from support_cold import Cold
+from support_fleet import model
+from support_party import ALONE, BOARD, TALK, Party, one, play
+from support_serve import Heard, World, listen
+
+
+def refusals(found: dict[str, Heard | BaseException]) -> list[str]:
+    return [name for name, how in found.items() if isinstance(how, SaturatedError)]
+
+
+@pytest.mark.parametrize("bound", [0, 1, 5, 64])
+def test_as_many_as_there_are_slots_and_the_bound_are_taken_and_the_next_one_is_not(bound: int) -> None:
+    async def use(world: World) -> list[str]:
+        party = Party(world)
+        for number in range(2 + bound + 3):
+            party.ask(str(number), key=f"key {number}")
+            await asyncio.sleep(0)
+        return refusals(await party.all())
+
+    assert play(one(limits=Limits(queue=bound)), use) == [str(bound + number) for number in (2, 3, 4)]
+
+
+@pytest.mark.parametrize(("tokens", "slots"), [(20, 1), (100, 1), (50, 2)])
+def test_retry_after_comes_true_within_a_factor_of_two(tokens: int, slots: int) -> None:
+    """Whoever comes back so much later is taken; whoever comes back in half the time is not."""
+
+    async def use(world: World) -> tuple[float, float]:
+        loop = asyncio.get_running_loop()
+        party = Party(world)
+        for number in range(8):
+            party.ask(f"before {number}", key=f"key {number}", tokens=tokens)
+        await asyncio.sleep(0.5)
+        with pytest.raises(SaturatedError) as refused:
+            await party.ask("first", key="late", tokens=tokens)
+        since = loop.time()
+        while True:
+            try:
+                await asyncio.sleep(0.1)
+                ticket = world.ticket(TALK, model="yi", key="late", max_tokens=1)
+                await asyncio.wait_for(anext(ticket.flight.events()), 0.01)
+            except TimeoutError:
+                break
+            except SaturatedError:
+                continue
+        moved = loop.time() - since
+        del party.tasks["first"]
+        await party.all()
+        return refused.value.retry_after_s, moved
+
+    config = msgspec.structs.replace(BOARD, slots=slots)
+    told, moved = play(one(config, limits=Limits(queue=8 - slots)), use)
+
+    assert moved / 2 <= told <= max(2 * moved, 1.0)
+
+
+def test_a_queue_full_of_one_key_does_not_shut_out_another() -> None:
+    """The newest of the heavy key makes room; nobody of the light key is refused."""
+
+    async def use(world: World) -> tuple[list[str], list[str]]:
+        party = Party(world)
+        for number in range(10):
+            party.ask(f"heavy {number}", key="heavy")
+        await asyncio.sleep(0.1)
+        for number in range(3):
+            party.ask(f"light {number}", key="light")
+        found = await party.all()
+        return refusals(found), [name for name in party.ended if name.startswith("light")]
+
+    refused, answered = play(one(limits=Limits(queue=8)), use)
+
+    assert refused == ["heavy 9", "heavy 8", "heavy 7"][::-1]
+    assert answered == ["light 0", "light 1", "light 2"]
+
+
+def test_a_hundred_of_a_heavy_key_delay_a_light_key_by_one_request_at_most() -> None:
+    async def use(world: World) -> tuple[list[float], list[str]]:
+        party = Party(world)
+        for number in range(100):
+            party.ask(f"heavy {number}", key="heavy", tokens=50)
+        await asyncio.sleep(7)
+        firsts = []
+        for number in range(5):
+            heard = await party.ask(f"light {number}", key="light", tokens=5)
+            firsts.append(heard.first_s or 0.0)
+            await asyncio.sleep(3.3)
+        for task in party.tasks.values():
+            task.cancel()
+        await asyncio.wait(party.tasks.values())
+        return firsts, party.ended
+
+    firsts, ended = play(one(ALONE, limits=Limits(queue=200)), use)
+
+    one_request_s = 50 / 10 + 0.2
+    assert max(firsts) <= one_request_s + 0.2
+    assert [name for name in ended if name.startswith("light")] == [f"light {number}" for number in range(5)]
+    assert len([name for name in ended if name.startswith("heavy")]) >= 5
+
+
+def test_batch_waits_behind_everybody_but_not_for_ever() -> None:
+    """Somebody asks all the time; the batch request is answered five minutes after it came."""
+
+    async def use(world: World) -> tuple[float, int]:
+        party = Party(world)
+        batch = {"x-promptai-priority": "batch"}
+        for number in range(3):
+            party.ask(f"before {number}", tokens=40)
+        ticket = party.ask("batch", key="night", tokens=10, headers=batch)
+        number = 0
+        while not ticket.done():
+            party.ask(f"after {number}", tokens=40)
+            number += 1
+            await asyncio.sleep(4.0)
+        behind = party.ended.index("batch")
+        await party.all()
+        return (await ticket).first_s or 0.0, behind
+
+    waited, behind = play(one(ALONE), use)
+
+    assert 300 <= waited <= 310
+    assert behind > 70
+
+
+def test_whoever_names_a_deadline_is_told_when_it_is_over() -> None:
+    async def use(world: World) -> tuple[BaseException | Heard, float]:
+        party = Party(world)
+        party.ask("before", tokens=100)
+        party.ask("hurried", headers={"x-promptai-deadline": "2500ms"})
+        loop = asyncio.get_running_loop()
+        since = loop.time()
+        await asyncio.wait([party.tasks["hurried"]])
+        waited = loop.time() - since
+        return (await party.all())["hurried"], waited
+
+    refused, waited = play(one(ALONE), use)
+
+    assert isinstance(refused, SaturatedError)
+    assert waited == pytest.approx(2.5, abs=0.01)
+    assert refused.message == "waited 2.5 s for yi and got no slot"
+    assert 5 <= refused.retry_after_s <= 12
+
+
+@pytest.mark.parametrize("name", ["x-promptai-deadline", "x-promptai-budget"])
+@pytest.mark.parametrize("value", ["soon", "0", "-1s", "1e3", "9" * 400, "nan"])
+def test_a_time_that_is_none_is_refused(name: str, value: str) -> None:
+    async def use(world: World) -> RequestRefusedError:
+        with pytest.raises(RequestRefusedError) as refused:
+            world.ticket(TALK, model="auto", headers={name: value})
+        return refused.value
+
+    refused = play(one(), use)
+
+    assert (refused.status, refused.code, refused.param) == (400, "wrong_header", name)
+    assert len(refused.message) < 200
+
+
+def test_a_herd_at_a_cold_model_loads_it_once_and_all_are_answered() -> None:
+    async def use(world: Cold) -> tuple[list[str], list[float]]:
+        party = Party(world)
+        for number in range(50):
+            party.ask(str(number), key=f"key {number % 7}")
+        found = await party.all()
+        return world.launcher.starts, [how.first_s or 0.0 for how in found.values() if isinstance(how, Heard)]
+
+    starts, firsts = play(lambda: Cold(model("yi", slots=2), config=BOARD), use)
+
+    assert starts == ["yi"]
+    assert len(firsts) == 50
+    assert min(firsts) == pytest.approx(10.0, abs=1.0)
+
+
+def test_a_busy_model_is_never_ended_for_another() -> None:
+    """Room for one; who asks for the other waits until the long answer is there, however often they ask."""
+
+    async def use(world: Cold) -> tuple[list[Any], Heard, Heard]:
+        party = Party(world)
+        long = party.ask("long", model="a", tokens=300)
+        await asyncio.sleep(12)
+        other = party.ask("other", model="b")
+        await asyncio.wait([long, other])
+        return [(what, name) for _, what, name in world.launcher.log], await long, await other
+
+    log, long, other = play(lambda: Cold(model("a", 3), model("b", 3), config=ALONE), use)
+
+    assert log == [("start", "a"), ("stop", "a"), ("start", "b")]
+    assert len(long.text.split()) == 300
+    assert (other.first_s or 0.0) > 28
+
+
+def test_what_failed_on_one_board_comes_before_all_that_wait() -> None:
+    async def use(world: World) -> list[str]:
+        world.engines["sim://a"].fault = Fault(kind="cut", after_tokens=0, times=1)
+        party = Party(world)
+        party.ask("failing", key="x")
+        await asyncio.sleep(0)
+        for number in range(4):
+            party.ask(str(number), key=str(number))
+        await party.all()
+        return party.ended
+
+    boards = {"a": ALONE}
+
+    assert play(lambda: World(boards), use)[0] == "failing"
+
+
+def test_who_leaves_the_queue_leaves_no_trace() -> None:
+    async def use(world: World) -> tuple[list[str], int]:
+        party = Party(world)
+        for name in ("running", "leaving", "staying"):
+            party.ask(name, key=name)
+            await asyncio.sleep(0)
+        party.tasks["leaving"].cancel()
+        await asyncio.sleep(0.1)
+        waiting = [waiter.job.key for waiter in world.dispatcher.waiting("yi")]
+        await asyncio.wait(party.tasks.values())
+        return waiting, len(world.engines["sim://a"].sent)
+
+    waiting, sent = play(one(ALONE), use)
+
+    assert (waiting, sent) == (["staying"], 2)
+
+
+def test_in_the_queue_the_time_left_shrinks() -> None:
+    async def use(world: World) -> list[tuple[float, float]]:
+        party = Party(world)
+        for number in range(4):
+            party.ask(f"before {number}", tokens=100)
+        ticket = world.ticket(TALK, model="yi", max_tokens=10)
+        mine = asyncio.create_task(listen(ticket))
+        seen = []
+        loop = asyncio.get_running_loop()
+        while ticket.flight.grant is None or ticket.flight.grant.first_at is None:
+            await asyncio.sleep(1)
+            left = ticket.flight.stage().left_s
+            if left is not None:
+                seen.append((loop.time(), left))
+        await mine
+        await party.all()
+        return [(grant_in, left) for grant_in, left in seen]
+
+    seen = play(one(ALONE), use)
+
+    lefts = [left for _, left in seen]
+    assert len(lefts) >= 35
+    assert all(later <= earlier + 1.0 for earlier, later in itertools.pairwise(lefts))
+    end = seen[-1][0]
+    assert all(left == pytest.approx(end - t, rel=0.25, abs=3.0) for t, left in seen)
+
+
+def test_a_model_that_nobody_serves_any_more_is_waited_for_and_then_refused() -> None:
+    """An accepted request outlasts a short outage, and not a long one."""
+
+    async def use(world: World) -> tuple[Heard | BaseException, Heard | BaseException, float]:
+        party, loop = Party(world), asyncio.get_running_loop()
+        party.ask("running", tokens=20)
+        party.ask("short")
+        await asyncio.sleep(1)
+        world.source.fail("a")
+        await asyncio.sleep(20)
+        world.source.recover("a")
+        await party.all()
+        party.ask("again", tokens=20)
+        party.ask("long")
+        await asyncio.sleep(1)
+        world.source.fail("a")
+        since = loop.time()
+        await asyncio.wait([party.tasks["long"]])
+        found = await party.all()
+        return found["short"], found["long"], loop.time() - since
+
+    short, long, waited = play(one(ALONE), use)
+
+    assert isinstance(short, Heard)
+    assert isinstance(long, NoCapacityError)
+    assert 30 <= waited <= 32

@@ -1,0 +1,80 @@
+"""Who is expected back at a board, and what that weighs when a prompt is given to it."""
+
+from random import Random
+
+import msgspec
+import pytest
+
+from promptai.fleet.replica import Replica
+from promptai.router.estimate.cache_index import CacheIndex, Room
+from promptai.router.estimate.policy import Affinity, Ask, Load, Work, estimate
+from promptai.router.estimate.prefix import WINDOW, chain
+from promptai.router.estimate.step_curve import Steps
+
+SLOTS, CACHE = Room(slots=4, host_chars=0), Room(slots=4, host_chars=1_000_000)
+TEXTS = ["".join(Random(seed).choices("abcdefgh ", k=10 * WINDOW)) for seed in range(3)]
+ANN, BOB, EVE = map(chain, TEXTS)
+ASK = Ask(tokens=600, expected=150, head=1)
+
+
+def left(room: Room) -> CacheIndex:
+    """Three conversations that have just been answered."""
+    index = CacheIndex()
+    for slot, held in enumerate((ANN, BOB, EVE)):
+        index.hold("pi", room, slot, held, 0.0)
+    return index
+
+
+def board(*, cached: float = 0.0, awaited: float = 0.0) -> Load:
+    """One that computes 60 tokens a second, and to which people come back after a minute."""
+    replica = Replica(id="pi", url="", model="m", slots=4)
+    return Load(replica=replica, slot=0, cached=cached, awaited=awaited, gap_s=60.0)
+
+
+@pytest.mark.parametrize("room", [SLOTS, CACHE])
+def test_most_of_those_who_were_just_answered_are_expected_back(room: Room) -> None:
+    assert pytest.approx(left(room).awaited("pi", busy=(), going=(), now=0.0)) == 0.75 * 3
+
+
+@pytest.mark.parametrize("room", [SLOTS, CACHE])
+def test_who_has_been_away_for_long_is_not_expected_back(room: Room) -> None:
+    index = left(room)
+
+    assert index.awaited("pi", busy=(), going=(), now=240.0) < 0.5 * 3
+    assert index.awaited("pi", busy=(), going=(), now=10_000.0) == 0
+
+
+@pytest.mark.parametrize("room", [SLOTS, CACHE])
+def test_who_is_back_is_not_awaited_any_more(room: Room) -> None:
+    back = chain(TEXTS[0] + "and what else?")
+
+    assert pytest.approx(left(room).awaited("pi", busy=(), going=[back], now=0.0)) == 0.75 * 2
+
+
+def test_what_is_being_overwritten_is_not_awaited() -> None:
+    assert pytest.approx(left(SLOTS).awaited("pi", busy=[1], going=(), now=0.0)) == 0.75 * 2
+
+
+def test_a_long_prompt_keeps_away_from_a_board_that_many_will_come_back_to() -> None:
+    """Ten seconds of computing, and with a mean of 60 s a sixth of four come meanwhile and wait for half of it."""
+    found = estimate(ASK, board(awaited=4.0))
+
+    assert pytest.approx(found.harm_s, rel=0.01) == 4 * 0.1535 * 5
+
+
+def test_a_short_prompt_does_not_care_who_comes_back() -> None:
+    short = Ask(tokens=20, expected=150, head=1)
+
+    assert estimate(short, board(awaited=4.0)).harm_s < 0.01
+
+
+def test_a_conversation_stays_with_its_cache_beside_streams_that_decode() -> None:
+    """It would slow others down elsewhere as well."""
+    beside = (Work(0.0, 150.0), Work(0.0, 150.0), Work(0.0, 150.0))
+    busy = msgspec.structs.replace(board(cached=550.0), running=beside, steps=Steps.between({1: 0.1}, 0.5))
+    idle = Load(replica=Replica(id="pj", url="", model="m", slots=4), slot=0)
+
+    chosen = Affinity().choose(ASK, [busy, idle])
+
+    assert chosen is not None
+    assert chosen.load is busy

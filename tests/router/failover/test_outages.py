@@ -1,0 +1,387 @@
+"""Boards that are gone: which of them are left out, and how long anybody waits."""
+
+import asyncio
+import itertools
+from typing import Any
+
+import msgspec
+import pytest
+
+from promptai.errors import BrokenOffError, EngineDiedError, EngineRefusedError, NoCapacityError
+from promptai.router.estimate.breaker import BreakerState
+from promptai.router.schedule.dispatcher import Limits
+from support_clock import run_virtually
+from support_cold import Cold
+from support_fleet import model
+from support_routed import (
+    FOR_EVER_S,
+    PACE,
+    Got,
+    accept,
+    arm,
+    assert_one_answer,
+    chat,
+    first,
+    hear,
+    undisturbed,
+    world,
+)
+from support_serve import World
+
+
+def test_a_killed_board_is_out_at_once_and_its_requests_are_elsewhere() -> None:
+    async def play() -> tuple[list[Got], BreakerState]:
+        async with world().running() as running:
+            tickets = [accept(running, chat(messages=[{"role": "user", "content": f"Site {n}?"}])) for n in range(4)]
+            tasks = [asyncio.create_task(hear(ticket)) for ticket in tickets]
+            await asyncio.sleep(1)
+            running.kill("one")
+            found = [await task for task in tasks]
+            late = await hear(accept(running, chat()))
+            return [*found, late], running.accounts.breaker("one").state(running.accounts.now())
+
+    got, state = run_virtually(play())
+
+    assert state is not BreakerState.CLOSED
+    assert [one.error for one in got] == [None] * 5
+    assert sum(bool(one.flight.continuations) for one in got) == 2
+    for number, one in enumerate(got[:4]):
+        assert undisturbed(chat(messages=[{"role": "user", "content": f"Site {number}?"}])).text == one.text
+
+
+def test_the_only_board_comes_back_after_5_seconds_and_finishes() -> None:
+    async def play() -> Got:
+        async with world("one").running() as running:
+
+            def at(chunks: int) -> None:
+                if chunks == 6:
+                    running.kill("one")
+                    running.source.fail("one")
+                    asyncio.get_running_loop().call_later(5, back)
+
+            def back() -> None:
+                running.upstream.revive("sim://one")
+                running.source.recover("one")
+
+            return await hear(accept(running, chat()), at)
+
+    got = run_virtually(play())
+
+    assert_one_answer(undisturbed(chat()), got)
+    assert 5 < got.took_s < 10
+
+
+def test_it_is_found_again_even_if_nobody_tells_that_it_is_back() -> None:
+    async def play() -> Got:
+        async with world("one").running() as running:
+
+            def at(chunks: int) -> None:
+                if chunks == 6:
+                    running.kill("one")
+                    asyncio.get_running_loop().call_later(5, running.upstream.revive, "sim://one")
+
+            return await hear(accept(running, chat()), at)
+
+    assert_one_answer(undisturbed(chat()), run_virtually(play()))
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("after", [0, 6])
+def test_where_every_board_is_dead_it_ends_in_an_error_within_the_outage(*, told: bool, after: int) -> None:
+    async def play() -> Got:
+        async with world(limits=Limits(outage_s=30)).running() as running:
+            ticket = accept(running, chat())
+
+            def kill() -> None:
+                for name in ("one", "two"):
+                    running.kill(name)
+                    if told:
+                        running.source.fail(name)
+
+            def at(chunks: int) -> None:
+                if chunks == after:
+                    kill()
+
+            if not after:
+                asyncio.get_running_loop().call_soon(kill)
+            return await hear(ticket, at)
+
+    got = run_virtually(play())
+
+    assert isinstance(got.error, (NoCapacityError, BrokenOffError, EngineDiedError))
+    assert got.error.message
+    assert got.took_s < 60
+
+
+def test_no_silence_is_waited_out_for_ever_even_of_a_board_that_nobody_knows() -> None:
+    async def play() -> Got:
+        async with world("one", known_rates=False).running() as running:
+            ticket = accept(running, chat())
+            arm(running, "one", "stall", 3, times=None)
+            return await hear(ticket)
+
+    got = run_virtually(play())
+
+    assert isinstance(got.error, BrokenOffError)
+    assert got.took_s < FOR_EVER_S / 4
+
+
+def test_it_is_sent_no_more_often_than_it_may_be() -> None:
+    async def play() -> Got:
+        async with world("one", "two", "three").running() as running:
+            for name in ("one", "two", "three"):
+                arm(running, name, "cut", 1, times=None)
+            return await hear(accept(running, chat()))
+
+    got = run_virtually(play())
+
+    assert isinstance(got.error, BrokenOffError)
+    assert "sent 4 times" in got.error.hint
+    assert len(got.flight.continuations) == 3
+    usual = undisturbed(chat()).text
+    assert usual.startswith(got.text)
+    assert got.text
+
+
+@pytest.mark.parametrize("names", [("one",), ("one", "two")])
+def test_boards_that_all_refuse_are_asked_again_after_a_pause(names: tuple[str, ...]) -> None:
+    """All attempts within milliseconds find what the first one found."""
+
+    async def play() -> Got:
+        async with world(*names).running() as running:
+            for name in names:
+                arm(running, name, "refuse", 0, times=None)
+            asyncio.get_running_loop().call_later(0.3, mend, running)
+            return await hear(accept(running, chat()))
+
+    def mend(running: World) -> None:
+        for engine in running.engines.values():
+            engine.fault = None
+
+    got = run_virtually(play())
+
+    assert_one_answer(undisturbed(chat()), got)
+    assert set(got.flight.retries) == {"busy"}
+    assert got.took_s < run_virtually(_alone()).took_s + 1.0
+
+
+async def _alone() -> Got:
+    async with world("one").running() as running:
+        return await hear(accept(running, chat()))
+
+
+def test_a_board_that_never_stops_refusing_is_asked_four_times_with_growing_pauses() -> None:
+    async def play() -> Got:
+        async with world("one").running() as running:
+            arm(running, "one", "refuse", 0, times=None)
+            return await hear(accept(running, chat()))
+
+    got = run_virtually(play())
+
+    sent = [grant.started for grant in got.flight.grants]
+    pauses = [after - before for before, after in itertools.pairwise(sent)]
+    assert isinstance(got.error, EngineRefusedError)
+    assert len(sent) == 4
+    assert pauses == pytest.approx([0.25, 0.5, 2.0], abs=0.05)  # then it is out, for as long as a breaker's first rest
+
+
+def test_while_it_pauses_a_board_that_comes_is_taken_at_once() -> None:
+    async def play() -> Got:
+        async with world("one", "two").running() as running:
+            running.source.fail("two")
+            arm(running, "one", "refuse", 0, times=1)
+            asyncio.get_running_loop().call_later(0.1, running.source.recover, "two")
+            return await hear(accept(running, chat()))
+
+    got = run_virtually(play())
+
+    assert_one_answer(undisturbed(chat()), got)
+    assert [grant.replica.id for grant in got.flight.grants] == ["one", "two"]
+    assert got.flight.grants[1].started - got.flight.grants[0].started == pytest.approx(0.1, abs=0.05)
+
+
+def test_whoever_pauses_counts_as_queued_and_holds_no_slot() -> None:
+    async def play() -> tuple[str, int]:
+        async with world("one").running() as running:
+            arm(running, "one", "refuse", 0, times=1)
+            ticket = accept(running, chat())
+            hearing = asyncio.create_task(hear(ticket))
+            await asyncio.sleep(0.2)
+            seen = ticket.flight.stage().stage, running.accounts.running("one")
+            assert (await hearing).error is None
+            return seen
+
+    assert run_virtually(play()) == ("queued", 0)
+
+
+def mixed(*, queue: int = 64) -> World:
+    """A board that holds long prompts, and one that does not; each has one slot."""
+    big = msgspec.structs.replace(PACE, slots=1)
+    configs = {"big": big, "small": msgspec.structs.replace(big, context=512)}
+    return World(configs, limits=Limits(queue=queue, outage_s=30))
+
+
+def long_chat(**fields: Any) -> dict[str, Any]:
+    return chat(messages=[{"role": "user", "content": "up? " * 1500}], **fields)
+
+
+def begin(running: World, body: dict[str, Any]) -> asyncio.Task[Got]:
+    return asyncio.create_task(hear(accept(running, body)))
+
+
+def test_a_prompt_that_only_a_dead_board_could_hold_does_not_wait_because_others_are_served() -> None:
+    async def play() -> tuple[list[Got], list[Got]]:
+        async with mixed().running() as running:
+            before = begin(running, long_chat(max_tokens=5))
+            await asyncio.sleep(0.1)
+            waiting = [begin(running, long_chat()) for _ in range(2)]
+            await asyncio.sleep(0.1)
+            running.source.fail("big")
+            shorts = [begin(running, chat()) for _ in range(30)]
+            assert (await before).error is None
+            return [await one for one in waiting], [await one for one in shorts]
+
+    waited, shorts = run_virtually(play())
+
+    assert [one.error for one in shorts] == [None] * 30
+    assert max(one.took_s for one in shorts) > 50
+    assert [type(one.error) for one in waited] == [NoCapacityError] * 2
+    assert all(30 <= one.took_s <= 32 for one in waited)
+    assert "small: too small for this prompt" in str(waited[0].error)
+
+
+def test_who_can_be_served_is_not_sent_away_with_those_who_cannot() -> None:
+    """The one board is gone; for the other one somebody waits behind all who wait for the first."""
+
+    async def play() -> tuple[list[Got], Got]:
+        async with mixed(queue=100).running() as running:
+            tasks = [begin(running, long_chat(max_tokens=5)), begin(running, chat(max_tokens=450))]
+            await asyncio.sleep(0.1)
+            waiting = [begin(running, long_chat()) for _ in range(70)]
+            await asyncio.sleep(0.1)
+            short = begin(running, chat())
+            await asyncio.sleep(0)
+            running.source.fail("big")
+            found = [await one for one in waiting], await short
+            await asyncio.gather(*tasks)
+            return found
+
+    waited, short = run_virtually(play())
+
+    assert all(isinstance(one.error, NoCapacityError) and 30 <= one.took_s <= 32 for one in waited)
+    assert short.error is None
+    assert short.took_s > 40
+
+
+def test_whoever_pauses_longer_than_an_outage_is_served_afterwards() -> None:
+    async def play() -> float:
+        async with world("one", limits=Limits(outage_s=30)).running() as running:
+            job = accept(running, chat()).flight.job
+            now = running.accounts.now()
+            pausing = msgspec.structs.replace(job, refused={"one": now + 50}, again=True)
+            async with running.dispatcher.grant(pausing) as grant:
+                return grant.started - now
+
+    assert run_virtually(play()) == pytest.approx(50.0, abs=0.1)
+
+
+def test_an_outage_begins_anew_once_the_board_was_back() -> None:
+    async def play() -> Got:
+        async with world("one", config=msgspec.structs.replace(PACE, slots=1)).running() as running:
+            before = begin(running, chat(max_tokens=500))
+            await asyncio.sleep(0.1)
+            waiting = begin(running, chat())
+            await asyncio.sleep(0.1)
+            running.source.fail("one")
+            await asyncio.sleep(20)
+            running.source.recover("one")
+            await asyncio.sleep(5)
+            running.source.fail("one")
+            got = await waiting
+            before.cancel()
+            return got
+
+    got = run_virtually(play())
+
+    assert isinstance(got.error, NoCapacityError)
+    assert 55 <= got.took_s <= 57
+
+
+@pytest.mark.parametrize(("names", "status"), [(("one", "two"), 400), (("one",), 500)], ids=["two", "one"])
+def test_a_request_that_every_engine_objects_to_takes_no_board_out(names: tuple[str, ...], status: int) -> None:
+    """In the stream, of a grammar that allows nothing. Of one board alone nobody knows whose fault it is."""
+
+    async def play() -> tuple[Got, set[BreakerState], Got]:
+        async with world(*names).running() as running:
+            for name in names:
+                arm(running, name, "error", 0, times=2 // len(names))
+            refused = await hear(accept(running, chat()))
+            states = {running.accounts.breaker(name).state(running.accounts.now()) for name in names}
+            return refused, states, await hear(accept(running, chat()))
+
+    refused, states, other = run_virtually(play())
+
+    assert isinstance(refused.error, EngineRefusedError)
+    assert refused.error.status == status
+    assert len(refused.flight.grants) == 2
+    assert states == {BreakerState.CLOSED}
+    assert other.error is None
+
+
+def test_each_board_rests_as_long_as_it_asked_for() -> None:
+    """And not the shorter time of the one that failed after it."""
+
+    async def play() -> dict[str, float]:
+        async with world().running() as running:
+            job = accept(running, chat()).flight.job
+            now = running.accounts.now()
+            pausing = msgspec.structs.replace(job, refused={"one": now + 8, "two": now + 3}, again=True)
+            async with running.dispatcher.grant(pausing) as grant:
+                return {grant.replica.id: grant.started - now}
+
+    assert run_virtually(play()) == {"two": pytest.approx(3, abs=0.05)}
+
+
+@pytest.mark.parametrize("after", [0, 6])
+def test_what_one_engine_objects_to_and_another_answers_is_held_against_the_first(after: int) -> None:
+    async def play() -> tuple[Got, int]:
+        async with world().running() as running:
+            ticket = accept(running, chat())
+            name = first(running, ticket)
+            arm(running, name, "error", after)
+            return await hear(ticket), running.accounts.breaker(name).failures
+
+    got, failures = run_virtually(play())
+
+    assert_one_answer(undisturbed(chat()), got)
+    assert failures == 1
+
+
+def test_where_a_board_is_stays_with_us() -> None:
+    async def play() -> Got:
+        async with world("one").running() as running:
+            arm(running, "one", "cut", 3, times=None)
+            return await hear(accept(running, chat(max_tokens=None, tools=[{"type": "function"}])))
+
+    got = run_virtually(play())
+
+    assert isinstance(got.error, BrokenOffError)
+    assert "sim://" not in str(got.error)
+    assert "one broke off" in str(got.error)
+
+
+def test_a_model_that_cannot_be_loaded_is_given_up_with_its_reason() -> None:
+    """Each of its attempts, and the rests between them, count."""
+
+    async def play() -> tuple[Got, int]:
+        cold = Cold(model("yi"), config=PACE, limits=Limits(outage_s=30))
+        cold.launcher.broken.add("yi")
+        async with cold.running() as running:
+            got = await hear(running.ticket("yi", [{"role": "user", "content": "up?"}]))
+            return got, len(cold.launcher.starts)
+
+    got, starts = run_virtually(play())
+
+    assert isinstance(got.error, NoCapacityError)
+    assert got.took_s < 30 + 2 * 10 + 10
+    assert starts <= 3

@@ -1,0 +1,39 @@
+"""What a request teaches of how many characters make a token, and what it does not."""
+
+from typing import Any
+
+import pytest
+
+from promptai.router.failover.outgoing import counts
+from promptai.wire.passing import PassingRequest
+
+TEXT = {"type": "text", "text": "up?"}
+
+
+def chat(content: object, **fields: Any) -> PassingRequest:
+    return PassingRequest(messages=[{"role": "user", "content": content}], **fields)
+
+
+@pytest.mark.parametrize(
+    "request_", [chat("up?"), chat([TEXT]), PassingRequest(prompt="up?"), PassingRequest(input="up?")]
+)
+def test_one_text_counts(request_: PassingRequest) -> None:
+    assert counts(request_)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        chat([TEXT, {"type": "image_url"}]),
+        chat("up?", n=2),
+        PassingRequest(prompt=["up?", "down?"]),
+        PassingRequest(prompt=[7, 8, 9]),
+        PassingRequest(prompt="up?", n=2),
+        PassingRequest(input=["up?", "down?"]),
+        PassingRequest(input=[[7], [8]]),
+    ],
+    ids=str,
+)
+def test_pictures_ids_and_several_do_not(request_: PassingRequest) -> None:
+    """Four arrays of prompts, and every prompt was thought to be a fifth of what it is."""
+    assert not counts(request_)

@@ -1,0 +1,152 @@
+from typing import Any
+
+import msgspec
+import pytest
+
+from promptai.engine.upstream import Reply
+from promptai.errors import EngineDiedError, EngineError, EngineProtocolError, EngineRefusedError
+from promptai.router.estimate.prefix import chain
+from promptai.router.failover.protocol import (
+    account_of,
+    head_of,
+    outcome_of,
+    pause_s,
+    read_chunk,
+    reason_of,
+    refused,
+    rehead,
+    stops,
+    taken,
+    without_progress,
+)
+from promptai.router.schedule.lease import Outcome
+from promptai.wire.passing import NativeChunk, PassingChunk
+from promptai.wire.sse import SseEvent
+
+
+def event(data: str, name: str = "message") -> SseEvent:
+    return SseEvent(event=name, data=data)
+
+
+def test_a_chunk_is_read_whatever_else_is_in_it() -> None:
+    chunk = read_chunk(event('{"choices":[{"delta":{"content":"a"}}],"x":1}'), PassingChunk, "pi")
+
+    assert chunk.choices is not None
+    assert chunk.choices[0].delta is not None
+    assert chunk.choices[0].delta.content == "a"
+
+
+def test_a_part_of_a_tool_call_is_no_malformed_chunk() -> None:
+    chunk = read_chunk(event('{"choices":[{"delta":{"tool_calls":[{"index":0}]}}]}'), PassingChunk, "pi")
+
+    assert chunk.choices is not None
+    assert chunk.choices[0].delta is not None
+    assert chunk.choices[0].delta.tool_calls == [{"index": 0}]
+
+
+@pytest.mark.parametrize("kind", [PassingChunk, NativeChunk])
+@pytest.mark.parametrize("data", ["{", "7", '{"choices":7,"tokens":7}', ""])
+def test_what_is_no_chunk_breaks_the_protocol(kind: Any, data: str) -> None:
+    with pytest.raises(EngineProtocolError, match="pi sent a malformed chunk"):
+        read_chunk(event(data), kind, "pi")
+
+
+@pytest.mark.parametrize("kind", [PassingChunk, NativeChunk])
+@pytest.mark.parametrize(
+    ("data", "name", "status", "message"),
+    [
+        ('{"error":{"code":500,"type":"server_error","message":"no"}}', "message", 500, "no"),
+        ('{"error":{"code":400,"message":"no"}}', "message", 400, "no"),
+        ('{"error":{"code":"x","message":"no"}}', "message", 500, "no"),
+        ('{"error":"no"}', "message", 500, "no"),
+        ('{"code":503,"message":"no"}', "error", 503, "no"),
+    ],
+)
+def test_an_error_in_place_of_a_chunk_is_one(kind: Any, data: str, name: str, status: int, message: str) -> None:
+    with pytest.raises(EngineRefusedError, match=f"pi broke off: {message}") as caught:
+        read_chunk(event(data, name), kind, "pi")
+
+    assert status == caught.value.status
+    assert data.encode() == caught.value.body
+
+
+def test_what_came_before_an_error_is_passed_on_with_it() -> None:
+    def take(event: SseEvent) -> list[bytes]:
+        if event.data == "bad":
+            raise EngineProtocolError("bad")
+        return [event.data.encode()] if event.data else []
+
+    out, error = taken([event("a"), event(""), event("b"), event("bad"), event("c")], take)
+
+    assert out == [b"a", b"b"]
+    assert isinstance(error, EngineProtocolError)
+    assert taken([event("a")], take) == ([b"a"], None)
+
+
+@pytest.mark.parametrize(
+    ("error", "word"),
+    [
+        (EngineDiedError("x"), "died"),
+        (EngineProtocolError("x"), "protocol"),
+        (EngineRefusedError("x", status=503, kind=None), "busy"),
+        (EngineRefusedError("x", status=429, kind=None), "busy"),
+        (EngineRefusedError("x", status=500, kind=None), "refused"),
+    ],
+)
+def test_a_failure_in_one_word(error: EngineError, word: str) -> None:
+    assert word == reason_of(error)
+
+
+def test_pauses_double_and_keep_to_what_an_engine_wants_within_reason() -> None:
+    died = EngineDiedError("gone")
+
+    assert [pause_s(died, failures) for failures in (1, 2, 3, 6, 7, 5000)] == [0.25, 0.5, 1.0, 8.0, 10.0, 10.0]
+    told = {4.0: 4.0, 0.1: 0.25, 1e6: 10.0}
+    assert {after: pause_s(busy(after), 1) for after in told} == told
+
+
+def busy(retry_after_s: float) -> EngineRefusedError:
+    return EngineRefusedError("busy", status=503, kind=None, retry_after_s=retry_after_s)
+
+
+def test_an_answer_without_success_is_an_error_with_what_it_said() -> None:
+    error = refused("pi", Reply(503, b'{"error":{"message":"Loading model","type":"unavailable_error"}}', ""))
+
+    assert (error.status, error.kind) == (503, "unavailable_error")
+    assert "Loading model" in error.message
+    assert "<html>" in refused("pi", Reply(502, b"<html>", "")).message
+
+
+def test_a_native_stream_ends_with_its_stop_and_not_with_a_text_that_says_so() -> None:
+    assert stops(event('{"content":"","stop":true}'))
+    assert not stops(event(msgspec.json.encode({"content": '"stop":true', "stop": False}).decode()))
+
+
+def test_chunks_of_one_answer_are_made_those_of_another() -> None:
+    head = head_of('{"id":"a","created":1,"choices":[],"timings":{},"usage":null,"prompt_progress":{}}')
+
+    assert head == {"id": "a", "created": 1}
+    assert msgspec.json.decode(rehead('{"id":"b","created":2,"choices":[]}', head)) == {**head, "choices": []}
+
+
+def test_a_text_beside_progress_is_told_without_it() -> None:
+    assert msgspec.json.decode(without_progress('{"choices":[1],"prompt_progress":{"total":4}}')) == {"choices": [1]}
+
+
+def test_of_an_engine_without_timings_its_count_of_tokens_is_taken() -> None:
+    reply = Reply(200, b'{"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 40}}', "")
+
+    assert outcome_of(account_of(reply), chain("a"), counted=True) == Outcome(generated=40)
+
+
+def test_an_answer_in_one_piece_is_learned_from_where_it_tells() -> None:
+    held = chain("a")
+    timings = {"prompt_n": 1, "prompt_ms": 1, "predicted_n": 1, "predicted_ms": 1}
+    body = msgspec.json.encode({"choices": [{"finish_reason": "length"}], "timings": timings})
+
+    found = outcome_of(account_of(Reply(200, body, "")), held, counted=True)
+
+    assert found.capped
+    assert found.answer is held
+    for reply in (Reply(200, b"{}", ""), Reply(200, b"{", ""), Reply(400, body, "")):
+        assert outcome_of(account_of(reply), held, counted=True) == Outcome()

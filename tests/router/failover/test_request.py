@@ -1,0 +1,374 @@
+"""A request outlives its board: whatever fails, and whenever, the client gets what it would have got."""
+
+import asyncio
+from typing import Any
+
+import msgspec
+import pytest
+
+from promptai.engine.upstream import Reply
+from promptai.errors import BrokenOffError, EngineRefusedError
+from support_clock import run_virtually
+from support_routed import (
+    PACE,
+    SERVING,
+    TOKENS,
+    Got,
+    accept,
+    arm,
+    assert_one_answer,
+    chat,
+    failing,
+    first,
+    hear,
+    snipped,
+    undisturbed,
+    world,
+)
+from support_serve import World
+
+TEXT = "/v1/completions"
+LIVE_FAULTS = ["stall", "cut", "malformed", "error", "die"]
+
+
+@pytest.mark.parametrize("after", [0, 1, 7, TOKENS - 1])
+@pytest.mark.parametrize("kind", LIVE_FAULTS)
+def test_an_answer_goes_on_elsewhere_as_if_nothing_had_happened(kind: str, after: int) -> None:
+    got = failing(kind, after, chat())
+
+    assert_one_answer(undisturbed(chat()), got)
+    assert got.flight.continuations == (["text"] if after else [])
+    assert len(got.flight.retries) == (0 if after else 1)
+    assert got.took_s < 15  # a silence is believed after 5 s and what is computed, four times
+
+
+def test_a_board_that_refuses_is_not_asked_twice() -> None:
+    got = failing("refuse", 0, chat())
+
+    assert_one_answer(undisturbed(chat()), got)
+    assert got.flight.retries == ["busy"]
+    assert got.took_s < 3
+
+
+@pytest.mark.parametrize("after", [1, 7])
+def test_ids_that_the_engine_told_are_gone_on_from(after: int) -> None:
+    body = chat(logprobs=True, top_logprobs=1)
+
+    got = failing("cut", after, body)
+
+    assert undisturbed(body).text == got.text
+    assert got.flight.continuations == ["ids"]
+
+
+@pytest.mark.parametrize("kind", ["cut", "malformed", "error"])
+@pytest.mark.parametrize("second", [1, 5])
+def test_the_one_that_goes_on_may_fail_too(kind: str, second: int) -> None:
+    async def play() -> Got:
+        async with world("one", "two", "three").running() as running:
+            ticket = accept(running, chat())
+            for name in ("one", "two", "three"):
+                arm(running, name, kind, 6 if name == first(running, ticket) else second)
+            return await hear(ticket)
+
+    got = run_virtually(play())
+
+    assert_one_answer(undisturbed(chat()), got)
+    assert got.flight.continuations == ["text", "ids", "ids"]
+
+
+@pytest.mark.parametrize("kind", ["cut", "stall", "error", "die"])
+@pytest.mark.parametrize("after", [0, 6])
+def test_an_answer_in_one_piece_survives_as_well(kind: str, after: int) -> None:
+    body = chat(stream=False)
+
+    async def play(*, fails: bool) -> dict[str, Any]:
+        async with world().running() as running:
+            ticket = accept(running, body)
+            if fails:
+                arm(running, first(running, ticket), kind, after)
+            return msgspec.json.decode((await ticket.flight.whole()).body, type=dict[str, Any])
+
+    usual, got = run_virtually(play(fails=False)), run_virtually(play(fails=True))
+
+    assert usual["choices"] == got["choices"]
+    assert got["choices"][0]["message"]["content"] == undisturbed(chat()).text
+    assert usual["usage"]["completion_tokens"] == got["usage"]["completion_tokens"] == TOKENS
+    assert usual["usage"]["prompt_tokens"] == got["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("prompt", ["The mast was", [7, 8, 9]])
+@pytest.mark.parametrize("after", [0, 1, TOKENS - 1])
+def test_a_completion_goes_on_as_a_chat_does(prompt: str | list[int], after: int) -> None:
+    body = {"prompt": prompt, "max_tokens": TOKENS}
+
+    usual, got = undisturbed(body, TEXT), failing("cut", after, body, TEXT)
+
+    assert got.error is None
+    assert usual.text == got.text
+    assert usual.ends == got.ends == ["length"]
+    assert usual.usage == got.usage
+    assert {chunk["object"] for chunk in got.chunks} == {"text_completion"}
+
+
+def test_an_answer_that_ends_by_itself_ends_there_elsewhere_too() -> None:
+    config = msgspec.structs.replace(PACE, answer_tokens=12)
+    body = chat(max_tokens=None)
+    usual = undisturbed(body, config=config)
+    assert usual.ends == ["stop"]
+
+    async def play() -> Got:
+        async with world(config=config).running() as running:
+            ticket = accept(running, body)
+            arm(running, first(running, ticket), "cut", 2)
+            return await hear(ticket)
+
+    assert_one_answer(usual, run_virtually(play()))
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ['"finish_reason":"length"', '"usage"', "[DONE]"],
+    ids=["the end", "the account of tokens", "the last word"],
+)
+def test_what_is_missing_after_the_last_token_is_said_for_the_engine(missing: str) -> None:
+    """Nobody is asked for a token more than was wanted."""
+    got, streams = snipped(lambda data: missing in data, chat())
+
+    assert_one_answer(undisturbed(chat()), got)
+    assert len(streams) == 1
+
+
+def test_the_end_of_a_completion_is_said_for_the_engine_too() -> None:
+    body = {"prompt": "The mast was", "max_tokens": TOKENS}
+
+    got, streams = snipped(lambda data: '"finish_reason":"length"' in data, body, TEXT)
+
+    assert undisturbed(body, TEXT).text == got.text
+    assert got.ends == ["length"]
+    assert undisturbed(body, TEXT).usage == got.usage
+    assert len(streams) == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 5, TOKENS])
+def test_what_came_with_the_failure_is_neither_lost_nor_said_twice(tokens: int) -> None:
+    """A busy gateway reads tokens and the broken line behind them at once."""
+    seen = []
+
+    def before(data: str) -> bool:
+        seen.append(data)
+        return len([one for one in seen if '"content":" ' in one]) == tokens + 1 or '"length"' in data
+
+    got, streams = snipped(before, chat(), lumped=True)
+
+    assert_one_answer(undisturbed(chat()), got)
+    assert len(streams) == (2 if tokens < TOKENS else 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"functions": [{}]}, "functions"),
+        ({"grammar": "root ::= x"}, "grammar"),
+        ({"json_schema": {"type": "object"}}, "json_schema"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"n": 2}, "several answers"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "text": "up?"}]}]}, "more than text"),
+    ],
+)
+def test_what_cannot_go_on_ends_in_an_error_that_says_why(fields: dict[str, Any], word: str) -> None:
+    got = failing("cut", 5, chat(**fields))
+
+    assert isinstance(got.error, BrokenOffError)
+    assert word in got.error.hint
+    assert got.text  # a part has been sent
+    assert got.ends == []
+
+
+@pytest.mark.parametrize("fields", [{"tools": [{"type": "function"}]}, {"response_format": {"type": "json_object"}}])
+def test_before_the_first_token_it_can_be_sent_again_all_the_same(fields: dict[str, Any]) -> None:
+    got = failing("cut", 0, chat(**fields))
+
+    assert got.error is None
+    assert undisturbed(chat()).text == got.text
+
+
+def test_a_tag_that_comes_beside_progress_is_passed_on_once() -> None:
+    """As llama-server says it where thoughts are wanted as text."""
+
+    def rewrite(data: str) -> str:
+        first_progress = '"processed":0' in data
+        return data.replace('"content":null', '"content":"<think>"') if first_progress else data
+
+    got, _ = snipped(lambda _: False, chat(), rewrite=rewrite)
+
+    assert got.text == "<think>" + undisturbed(chat()).text
+    assert not any("prompt_progress" in chunk for chunk in got.chunks)
+    assert got.usage == undisturbed(chat()).usage
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_a_thought_that_was_shown_cannot_be_taken_up(name: str) -> None:
+    seen = []
+
+    def rewrite(data: str) -> str:
+        seen.append(data)
+        return data.replace('"content":" ', f'"{name}":" ')
+
+    got, _ = snipped(lambda _: len(seen) == 6, chat(), rewrite=rewrite)
+
+    assert isinstance(got.error, BrokenOffError)
+    assert "a thought" in got.error.hint
+
+
+def test_a_tool_call_is_passed_on_and_not_taken_up() -> None:
+    call = '{"index":0,"id":"a","function":{"name":"ping","arguments":"{"}}'
+    seen = []
+
+    def rewrite(data: str) -> str:
+        seen.append(data)
+        return data.replace('"delta":{"content":" ', f'"delta":{{"tool_calls":[{call}],"x":" ')
+
+    got, _ = snipped(lambda _: len(seen) == 6, chat(), rewrite=rewrite)
+
+    assert isinstance(got.error, BrokenOffError)
+    assert "a tool call" in got.error.hint
+    assert any(choice["delta"].get("tool_calls") for choice in got.choices)
+
+
+def test_a_request_that_an_engine_refuses_is_not_sent_again() -> None:
+    async def play() -> Got:
+        async with world().running() as running:
+            return await hear(accept(running, chat(logprobs="yes")))
+
+    got = run_virtually(play())
+
+    assert isinstance(got.error, EngineRefusedError)
+    assert got.error.status == 400
+    assert got.flight.retries == []
+
+
+def test_a_board_whose_context_is_too_small_to_go_on_says_so() -> None:
+    async def play() -> Got:
+        small = msgspec.structs.replace(PACE, context=24)
+        async with World({"large": PACE, "small": small}, serving=SERVING).running() as running:
+            running.source.fail("small")
+
+            def at(chunks: int) -> None:
+                if chunks == TOKENS - 2:
+                    running.kill("large")
+                    running.source.recover("small")
+
+            return await hear(accept(running, chat()), at)
+
+    got = run_virtually(play())
+
+    assert isinstance(got.error, BrokenOffError)
+    assert "context size" in got.error.message
+    assert "what another one began" in got.error.hint
+
+
+def test_a_board_that_loads_is_left_for_one_that_has_loaded() -> None:
+    async def play() -> Got:
+        async with world().running() as running:
+            ticket = accept(running, chat())
+            engine = running.engines[f"sim://{first(running, ticket)}"]
+            engine.kill()
+            engine.config = msgspec.structs.replace(PACE, load_s=60)
+            engine.start()
+            return await hear(ticket)
+
+    got = run_virtually(play())
+
+    assert_one_answer(undisturbed(chat()), got)
+    assert got.flight.retries == ["busy"]
+
+
+OPENAI = {"two": "openai"}
+
+
+def test_what_another_server_began_a_llama_server_goes_on_with() -> None:
+    async def play() -> tuple[Got, str]:
+        boards = {"one": msgspec.structs.replace(PACE, prefill_tps=10.0), "two": PACE}
+        async with World(boards, serving=SERVING, dialects=OPENAI).running() as running:
+            ticket = accept(running, chat())
+            began = first(running, ticket)
+            arm(running, began, "cut", 5)
+            return await hear(ticket), began
+
+    got, began = run_virtually(play())
+
+    assert began == "two"
+    assert undisturbed(chat()).text == got.text
+    assert [grant.replica.id for grant in got.flight.grants] == ["two", "one"]
+
+
+def test_an_answer_goes_on_only_where_it_can_however_fast_others_are() -> None:
+    async def play() -> Got:
+        slow, fast = (msgspec.structs.replace(PACE, prefill_tps=tps) for tps in (10.0, 1000.0))
+        boards = {"one": slow, "two": fast, "three": slow}
+        async with World(boards, serving=SERVING, dialects=OPENAI).running() as running:
+            busy = [accept(running, chat(max_tokens=200)) for _ in range(2)]
+            async with running.dispatcher.grant(busy[0].flight.job), running.dispatcher.grant(busy[1].flight.job):
+                ticket = accept(running, chat())
+                began = first(running, ticket)
+                assert began != "two"
+                arm(running, began, "cut", 5)
+                hearing = asyncio.create_task(hear(ticket))
+                await asyncio.sleep(0)
+            return await hearing
+
+    got = run_virtually(play())
+
+    assert undisturbed(chat()).text == got.text
+    assert {grant.replica.id for grant in got.flight.grants} == {"one", "three"}
+
+
+def test_where_no_board_can_go_on_the_error_says_so() -> None:
+    async def play() -> Got:
+        boards = {"two": PACE, "three": PACE}
+        openai = dict.fromkeys(boards, "openai")
+        async with World(boards, serving=SERVING, dialects=openai).running() as running:
+            ticket = accept(running, chat())
+            arm(running, first(running, ticket), "cut", 5)
+            return await hear(ticket)
+
+    got = run_virtually(play())
+
+    assert isinstance(got.error, BrokenOffError)
+    assert "only llama-server" in got.error.hint
+
+
+def test_a_picture_says_nothing_of_how_many_characters_a_token_has() -> None:
+    """The engine counts what it takes, and there is no text for it."""
+
+    async def play() -> tuple[float, float]:
+        async with world().running() as running:
+            book, before = running.accounts.book, running.accounts.book.chars_per_token("yi")
+            picture = {"type": "image_url", "image_url": {"url": "data:,"}, "text": "x " * 400}
+            for _ in range(3):
+                await hear(accept(running, chat(messages=[{"role": "user", "content": [picture]}])))
+            return before, book.chars_per_token("yi")
+
+    before, after = run_virtually(play())
+
+    assert before == after
+
+
+def test_an_embedding_is_not_waited_for_as_if_it_generated() -> None:
+    limits: list[float] = []
+
+    async def play() -> None:
+        async with world(config=msgspec.structs.replace(PACE, context=8192), known_rates=False).running() as running:
+            ask = running.upstream.ask
+
+            async def noted(url: str, path: str, body: bytes, *, limit_s: float) -> Reply:
+                limits.append(limit_s)
+                return await ask(url, path, body, limit_s=limit_s)
+
+            running.upstream.ask = noted  # type: ignore[method-assign]
+            await accept(running, {"input": "Is cell 12 up?", "stream": False}, "/v1/embeddings").flight.whole()
+
+    run_virtually(play())
+
+    assert [limit < 120 for limit in limits] == [True]

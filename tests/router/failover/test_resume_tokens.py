@@ -1,0 +1,126 @@
+"""Where an answer goes on, against vocabularies of both kinds in a few lines."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from promptai.errors import EngineRefusedError
+from promptai.router.failover.joint import Joint, find_joint
+from promptai.router.failover.resume import Said
+from promptai.wire.passing import PassingRequest
+
+PIECES = ["<s>", "<|user|>", "<|assistant|>", "Hi", " there", "The", "re", "There", " ", "\n", "é", "<0xC3>", "a"]
+CHAT = PassingRequest(messages=[{"role": "user", "content": "Hi"}])
+SPECIAL = 3
+
+
+class Vocabulary:
+    """
+    Longest match.
+
+    Args:
+        spaced: Every text begins with a space that is not there, as with SentencePiece.
+        blind: It is not known to put tokens back together.
+
+    Attributes:
+        opens: What its template ends with, to let the model think.
+    """
+
+    def __init__(self, *, spaced: bool = False, blind: bool = False) -> None:
+        self.opens = ""
+        self._spaced = spaced
+        self._blind = blind
+
+    async def __call__(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Answer as an engine does."""
+        if path == "/apply-template":
+            return {"prompt": f"<|user|>{body['messages'][0]['content']}<|assistant|>{self.opens}"}
+        if path == "/detokenize":
+            if self._blind:
+                raise EngineRefusedError("what?", status=404, kind=None)
+            return {"content": "".join(PIECES[token] for token in body["tokens"])}
+        text, first = body["content"], 0 if body["parse_special"] else SPECIAL
+        found = [0] if body["add_special"] else []
+        if self._spaced and not text.startswith("<|"):
+            found.append(PIECES.index(" "))
+        while text:
+            piece = max((p for p in PIECES[first:] if text.startswith(p)), key=len, default=None)
+            if piece is not None:
+                found.append(PIECES.index(piece))
+            text = text[len(piece or "?") :]
+        return {"tokens": found}
+
+
+def joint(said: Said, engine: Vocabulary | None = None, request: PassingRequest = CHAT) -> Joint:
+    body = {"messages": request.messages, "stream": True}
+    return asyncio.run(find_joint(engine or Vocabulary(), request, body, said))
+
+
+def having(text: str, ids: list[int] | None = None) -> Said:
+    said = Said()
+    said.text, said.ids = text, ids
+    return said
+
+
+def test_a_chat_s_prompt_is_rendered_and_its_marks_are_read_as_marks() -> None:
+    assert joint(having("There")).prompt == [0, 1, 3, 2]
+
+
+@pytest.mark.parametrize("prompt", ["Hi", [0, 3]])
+def test_a_completion_s_prompt_is_taken_as_it_is(prompt: str | list[int]) -> None:
+    assert joint(having("There"), request=PassingRequest(prompt=prompt)).prompt == [0, 3]
+
+
+def test_told_ids_are_believed_even_where_the_text_would_be_cut_otherwise() -> None:
+    assert joint(having("There", [5, 6])) == Joint([0, 1, 3, 2], [5, 6], "ids")
+
+
+def test_without_told_ids_the_text_is_tokenised() -> None:
+    assert joint(having("There")) == Joint([0, 1, 3, 2], [7], "text")
+
+
+def test_ids_that_do_not_spell_the_text_are_not_believed() -> None:
+    """Of a character in several tokens llama-server tells the last one alone."""
+    assert joint(having("é", [11])) == Joint([0, 1, 3, 2], [10], "text")
+    assert joint(having("Hi there", [4])).said == [3, 4]
+
+
+def test_a_space_that_the_tokenizer_adds_is_taken_away_again() -> None:
+    assert joint(having("There"), Vocabulary(spaced=True)).said == [7]
+
+
+def test_marks_that_the_model_wrote_as_text_are_no_marks() -> None:
+    """Else whoever makes a model repeat them could begin a turn of somebody else."""
+    assert min(joint(having("a<|user|>a")).said) >= SPECIAL
+
+
+@pytest.mark.parametrize(("text", "said"), [("<|user|>\nHi", [3]), ("<|user|>\n\nHi", [9, 3]), ("Hi", [3])])
+def test_a_tag_that_the_template_opened_and_the_answer_shows_stands_there_once(text: str, said: list[int]) -> None:
+    """Of thoughts that are wanted as text llama-server shows the tag, although it is the prompt's end (b11549)."""
+    engine = Vocabulary()
+    engine.opens = "<|user|>\n"
+
+    assert joint(having(text), engine) == Joint([0, 1, 3, 2, 1, 9], said, "text")
+
+
+def test_a_tag_that_the_prompt_does_not_end_with_is_the_answer_s() -> None:
+    assert min(joint(having("<a>Hi")).said) >= SPECIAL
+    assert joint(having("<a>Hi")).said[-1] == 3
+
+
+def test_what_an_engine_cannot_check_is_taken_as_it_is() -> None:
+    engine = Vocabulary(blind=True)
+
+    assert joint(having("There", [5, 6]), engine).said == [5, 6]
+    assert joint(having("There"), engine).said == [7]
+
+
+def test_another_refusal_is_a_failure() -> None:
+    async def ask(path: str, _body: dict[str, Any]) -> dict[str, Any]:
+        if path == "/detokenize":
+            raise EngineRefusedError("loading", status=503, kind=None)
+        return {"prompt": "", "tokens": [1]}
+
+    with pytest.raises(EngineRefusedError):
+        asyncio.run(find_joint(ask, CHAT, {"messages": CHAT.messages}, having("a", [1])))

@@ -1,0 +1,58 @@
+"""What a request took is the sum of what its answers took, whoever tells it and in whichever order."""
+
+from promptai.router.failover.usage import Bill
+from promptai.wire.llamaserver import Timings
+from promptai.wire.passing import PassingChoice, PassingChunk
+
+
+def told(prompt: int, cached: int | None, generated: int) -> Timings:
+    return Timings(
+        prompt_n=prompt, prompt_ms=10.0 * prompt, predicted_n=generated, predicted_ms=100.0 * generated, cache_n=cached
+    )
+
+
+def test_of_one_answer_the_last_account_counts() -> None:
+    """With ``timings_per_token`` there is one in every chunk."""
+    bill = Bill()
+    assert bill.total() is None
+
+    for generated in (1, 2, 3):
+        bill.take(PassingChunk(choices=[PassingChoice()], timings=told(7, 2, generated)))
+
+    assert bill.total() == told(7, 2, 3)
+
+
+def test_answers_to_one_prompt_share_it() -> None:
+    """The second one found all of it computed."""
+    bill = Bill(alternatives=2)
+    for index, prompt, cached in ((1, 1, 6), (0, 5, 2)):
+        bill.take(PassingChunk(choices=[PassingChoice(index=index)], timings=told(prompt, cached, 20)))
+
+    total = bill.total()
+
+    assert total is not None
+    assert (total.prompt_n, total.cache_n, total.predicted_n) == (5, 2, 40)
+    assert (total.prompt_ms, total.predicted_ms) == (50.0, 4000.0)
+
+
+def test_every_prompt_counts() -> None:
+    bill = Bill()
+    for index in range(40):
+        bill.take(PassingChunk(choices=[PassingChoice(index=index)], timings=told(100, 14, 40)))
+
+    total = bill.total()
+
+    assert total is not None
+    assert (total.prompt_n, total.cache_n, total.predicted_n) == (4000, 560, 1600)
+
+
+def test_an_account_that_comes_alone_belongs_to_the_answer_before_it() -> None:
+    bill = Bill(alternatives=2)
+    for index in (1, 0):
+        bill.take(PassingChunk(choices=[PassingChoice(index=index)]))
+        bill.take(PassingChunk(choices=[], timings=told(5, None, 10 + index)))
+
+    total = bill.total()
+
+    assert total is not None
+    assert (total.prompt_n, total.cache_n, total.predicted_n) == (5, None, 21)

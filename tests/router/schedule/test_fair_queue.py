@@ -1,0 +1,305 @@
+from collections import Counter
+from random import Random
+
+import pytest
+
+from promptai.router.schedule.fair_queue import FairQueue
+
+
+def filled(*items: tuple[str, str, float]) -> FairQueue[str]:
+    """Items as (name, key, cost), arrived in that order."""
+    queue = FairQueue[str]()
+    for name, key, cost in items:
+        queue.push(name, key=key, cost=cost, now=0.0)
+    return queue
+
+
+def drained(queue: FairQueue[str], now: float = 0.0) -> list[str]:
+    """All items in the order in which one server would take them."""
+    taken = []
+    while len(queue):
+        taken.append(queue.ordered(now)[0])
+        queue.take(taken[-1])
+    return taken
+
+
+def test_an_item_is_not_queued_twice() -> None:
+    queue = filled(("a", "ann", 1.0))
+
+    with pytest.raises(ValueError, match="in the queue already"):
+        queue.push("a", key="bob", cost=1.0, now=0.0)
+
+
+@pytest.mark.parametrize("cost", [0.0, -1.0, float("nan")])
+def test_what_costs_nothing_is_refused(cost: float) -> None:
+    with pytest.raises(ValueError, match="must be above 0"):
+        FairQueue[str]().push("a", key="ann", cost=cost, now=0.0)
+
+
+def test_what_is_not_queued_has_no_position_and_cannot_be_taken() -> None:
+    queue = filled(("a", "ann", 1.0))
+
+    assert queue.remove("a")
+    assert not queue.remove("a")
+    with pytest.raises(KeyError):
+        queue.position("a", 0.0)
+    with pytest.raises(KeyError):
+        queue.take("a")
+
+
+def test_items_of_one_key_stay_in_their_order() -> None:
+    assert drained(filled(("a1", "ann", 9.0), ("a2", "ann", 1.0), ("a3", "ann", 5.0))) == ["a1", "a2", "a3"]
+
+
+def test_keys_take_turns() -> None:
+    queue = filled(*[(f"a{number}", "ann", 10.0) for number in range(4)], ("b0", "bob", 10.0), ("b1", "bob", 10.0))
+
+    assert drained(queue) == ["a0", "b0", "a1", "b1", "a2", "a3"]
+
+
+def test_cheap_items_get_more_turns_than_dear_ones() -> None:
+    queue = filled(("a0", "ann", 30.0), ("a1", "ann", 30.0), *[(f"b{number}", "bob", 10.0) for number in range(5)])
+
+    assert drained(queue) == ["a0", "b0", "b1", "b2", "a1", "b3", "b4"]
+
+
+def test_the_position_counts_those_before() -> None:
+    queue = filled(("a0", "ann", 10.0), ("a1", "ann", 10.0), ("b0", "bob", 10.0))
+
+    assert [queue.position(name, 0.0) for name in ("a0", "a1", "b0")] == [0, 2, 1]
+    assert len(queue) == 3
+    assert "a1" in queue
+
+
+def test_who_leaves_is_not_charged() -> None:
+    """Ann's two dear requests are given up; her cheap one is then as early as Bob's."""
+    queue = filled(("a0", "ann", 500.0), ("a1", "ann", 500.0), ("a2", "ann", 10.0), ("b0", "bob", 10.0))
+    queue.remove("a0")
+    queue.remove("a1")
+
+    assert queue.ordered(0.0) == ["a2", "b0"]
+
+
+def test_an_idle_key_saves_nothing_up() -> None:
+    queue = filled(*[(f"a{number}", "ann", 10.0) for number in range(20)])
+    for number in range(10):
+        queue.take(f"a{number}")
+    for number in range(5):
+        queue.push(f"b{number}", key="bob", cost=10.0, now=0.0)
+
+    assert queue.ordered(0.0)[:4] == ["b0", "a10", "b1", "a11"]
+
+
+def test_an_item_from_far_behind_does_not_carry_newcomers_beyond_the_others() -> None:
+    """Only Ann's last item can be placed; Bob, who comes then, is not behind her other 99."""
+    queue = filled(*[(f"a{number}", "ann", 10.0) for number in range(100)])
+    queue.take("a99")
+    queue.push("b0", key="bob", cost=10.0, now=0.0)
+
+    assert queue.position("b0", 0.0) == 0
+
+
+def test_a_key_that_waits_for_its_model_gains_no_credit_by_it() -> None:
+    queue = filled(*[(f"a{number}", "ann", 10.0) for number in range(50)])
+    for number in range(30):
+        queue.push(f"b{number}", key="bob", cost=10.0, now=0.0)
+        queue.take(f"b{number}")
+    queue.push("c0", key="cid", cost=10.0, now=0.0)
+
+    assert queue.ordered(0.0)[:3] == ["a0", "c0", "a1"]
+
+
+def test_a_key_is_charged_for_what_it_really_took() -> None:
+    """Ann's answer was 20 tokens longer than estimated, so Bob has two turns before hers."""
+    queue = filled(("a0", "ann", 10.0), ("a1", "ann", 10.0), *[(f"b{number}", "bob", 10.0) for number in range(4)])
+    queue.take("a0")
+    queue.settle("ann", 20.0)
+
+    assert queue.ordered(0.0) == ["b0", "b1", "b2", "a1", "b3"]
+
+
+def test_a_correction_counts_from_now_for_a_key_that_was_forgotten() -> None:
+    """Ann has long been served 1000; what Cid and Dan took beyond their estimates puts them 20 and 10 behind."""
+    queue = filled(("a0", "ann", 1000.0), ("a1", "ann", 10.0))
+    queue.take("a0")
+    queue.take("a1")
+    queue.settle("cid", 20.0)
+    queue.settle("dan", 10.0)
+    for name in ("cid", "dan", "eve"):
+        queue.push(name, key=name, cost=10.0, now=0.0)
+
+    assert queue.ordered(0.0) == ["eve", "dan", "cid"]
+
+
+def test_a_refund_brings_a_key_forward_but_earns_no_credit() -> None:
+    queue = filled(("a0", "ann", 100.0), *[(f"b{number}", "bob", 10.0) for number in range(12)])
+    queue.take("a0")
+    queue.take("b0")
+    queue.settle("ann", -95.0)
+    queue.push("a1", key="ann", cost=10.0, now=0.0)
+    queue.push("a2", key="ann", cost=10.0, now=0.0)
+    queue.settle("ann", -1000.0)
+
+    assert [name for name in drained(queue)[:3] if name.startswith("a")] == ["a1", "a2"]
+
+
+def test_batch_comes_after_interactive_until_its_patience_is_over() -> None:
+    queue = FairQueue[str](patience_s=300.0)
+    queue.push("batch", key="night", cost=10.0, batch=True, now=0.0)
+    queue.push("late", key="bob", cost=10.0, now=299.0)
+
+    assert queue.ordered(299.9) == ["late", "batch"]
+    assert queue.ordered(300.0) == ["batch", "late"]
+
+
+def test_who_is_patient_is_told() -> None:
+    queue = FairQueue[str](patience_s=300.0)
+    queue.push("batch", key="night", cost=10.0, batch=True, now=0.0)
+    queue.push("again", key="night", cost=10.0, batch=True, first=True, now=0.0)
+    queue.push("person", key="bob", cost=10.0, now=0.0)
+
+    assert [queue.patient(name, 299.9) for name in ("batch", "again", "person")] == [True, False, False]
+    assert not queue.patient("batch", 300.0)
+    with pytest.raises(KeyError):
+        queue.patient("nobody", 0.0)
+
+
+def test_a_patient_crowd_of_batch_items_takes_turns_like_everybody() -> None:
+    """A thousand of them lose their patience at once; a person who comes then waits for one of them."""
+    queue = FairQueue[str](patience_s=300.0)
+    for number in range(1000):
+        queue.push(f"n{number}", key="night", cost=10.0, batch=True, now=0.0)
+    for number in range(20):
+        queue.push(f"a{number}", key="ann", cost=10.0, now=1.0)
+        queue.take(f"a{number}")
+    queue.push("b0", key="bob", cost=10.0, now=400.0)
+
+    assert queue.ordered(400.0)[:3] == ["n0", "b0", "n1"]
+
+
+def remembered(queue: FairQueue[int], number: int) -> int:
+    """How many of the keys ``once-0`` to ``once-{number - 1}``, all served, come after who was not; queues items."""
+    for key in range(number):
+        queue.push(number + key, key=f"once-{key}", cost=10.0, now=0.0)
+    queue.push(2 * number, key="newcomer", cost=10.0, now=0.0)
+    return len(queue) - 1 - queue.position(2 * number, 0.0)
+
+
+def test_memory_stays_flat_when_every_key_comes_once() -> None:
+    """One item waits for its model meanwhile, so that the queue is never empty."""
+    queue = FairQueue[int](remembered=100)
+    queue.push(-1, key="stuck", cost=10.0, now=0.0)
+    for number in range(100_000):
+        queue.push(number, key=f"once-{number}", cost=10.0, now=0.0)
+        queue.take(number)
+
+    assert queue.ordered(0.0) == [-1]
+    assert remembered(queue, 100_000) == 100
+
+
+def test_settling_keys_that_are_gone_stays_flat_too() -> None:
+    queue = FairQueue[int](remembered=100)
+    for number in range(1000):
+        queue.settle(f"once-{number}", 10.0)
+
+    assert remembered(queue, 1000) == 100
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_thousand_items_of_one_key_delay_a_newcomer_by_one_service_at_most(seed: int) -> None:
+    generator = Random(seed)
+    queue = FairQueue[str]()
+    for number in range(1000):
+        queue.push(f"heavy{number}", key="heavy", cost=generator.uniform(1.0, 2000.0), now=0.0)
+    for visit in range(20):
+        for _ in range(generator.randrange(4)):
+            queue.take(queue.ordered(0.0)[0])
+        queue.push(f"light{visit}", key=f"light{visit}", cost=generator.uniform(1.0, 2000.0), now=0.0)
+
+        assert f"light{visit}" in queue.ordered(0.0)[:2]
+        queue.take(f"light{visit}")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_who_comes_again_waits_for_no_more_than_it_was_given_and_one_item(seed: int) -> None:
+    generator, given, dearest = Random(seed), 0.0, 2000.0
+    queue = FairQueue[str]()
+    costs = {f"heavy{number}": generator.uniform(1.0, dearest) for number in range(1000)}
+    for name, cost in costs.items():
+        queue.push(name, key="heavy", cost=cost, now=0.0)
+    for visit in range(20):
+        cost = generator.uniform(1.0, dearest)
+        queue.push(f"light{visit}", key="light", cost=cost, now=0.0)
+        served_before = 0.0
+        while (head := queue.ordered(0.0)[0]) != f"light{visit}":
+            queue.take(head)
+            served_before += costs[head]
+        queue.take(head)
+
+        assert served_before <= given + dearest
+        given = cost
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_backlogged_keys_never_differ_by_more_than_one_item(seed: int) -> None:
+    """At every moment, whatever the sizes of their items and whoever gives up waiting."""
+    generator, dearest = Random(seed), 500.0
+    queue = FairQueue[int]()
+    keys: dict[int, str] = {}
+    costs: dict[int, float] = {}
+    served: Counter[str] = Counter()
+    shares: dict[str, float] = dict.fromkeys("abcd", 0.0)
+
+    def push(key: str) -> None:
+        number = len(keys)
+        keys[number], costs[number] = key, generator.uniform(1.0, dearest)
+        queue.push(number, key=key, cost=costs[number], now=0.0)
+
+    for key in "abcd" * 4:
+        push(key)
+    for _ in range(1000):
+        if generator.random() < 0.1:
+            given_up = generator.choice(queue.ordered(0.0))
+            queue.remove(given_up)
+            push(keys[given_up])
+        head = queue.ordered(0.0)[0]
+        queue.take(head)
+        served[keys[head]] += 1
+        shares[keys[head]] += costs[head]
+        push(keys[head])
+        assert max(shares.values()) - min(shares.values()) <= dearest
+
+    assert min(served.values()) > 200
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_batch_item_never_waits_much_longer_than_its_patience(seed: int) -> None:
+    """
+    Three keys ask for more than the one server can do, for an hour.
+
+    A batch item that has lost its patience is next, after those who lost theirs before it and what is in service.
+    """
+    generator, now, number = Random(seed), 0.0, 0
+    queue = FairQueue[int](patience_s=300.0)
+    since: dict[int, float] = {}
+    waits: list[float] = []
+    while now < 3600.0:
+        queue.push(number, key=generator.choice("abc"), cost=100.0, now=now)
+        if len(queue) > 60:
+            queue.remove(number)
+        if number % 40 == 0:
+            since[-number - 1] = now
+            queue.push(-number - 1, key="night", cost=100.0, batch=True, now=now)
+        head = queue.ordered(now)[0]
+        queue.take(head)
+        if head < 0:
+            waits.append(now - since.pop(head))
+        now += generator.uniform(1.0, 9.0)
+        number += 1
+        if number % 2:
+            queue.push(number + 1_000_000, key=generator.choice("abc"), cost=100.0, now=now)
+
+    assert len(waits) > 10
+    assert min(waits) > 0.0
+    assert max(waits) <= 300.0 + 3 * 9.0
+    assert all(now - arrival <= 300.0 + 3 * 9.0 for arrival in since.values())

@@ -1,0 +1,213 @@
+"""Requests in flight on virtual time: pretended engines that fail when they are told to, and what came of it."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from promptai.engine.simulation import SimulationConfig
+from promptai.engine.simulator import Fault
+from promptai.engine.upstream import Piece, Reply, Upstream, broken_off, is_done
+from promptai.errors import PromptAIError
+from promptai.gateway.admission import Serving, Ticket
+from promptai.gateway.auth import Caller
+from promptai.router.failover.request import Flight
+from promptai.wire.sse import SseEvent
+from support_clock import run_virtually
+from support_serve import World
+
+#: A tenth of a second a token, and prompts at once.
+PACE = SimulationConfig(prefill_tps=1000.0, decode_tps=10.0, slots=2, model="yi")
+ASKED = [{"role": "user", "content": "Is cell 12 up?"}]
+TOKENS = 20
+#: Longer than anything here may take: a silence of 5 s, an outage of 30 s, four times.
+FOR_EVER_S = 3600.0
+SERVING = Serving(stall_s=5.0)
+
+
+class Got(msgspec.Struct, kw_only=True):
+    """
+    What a client got.
+
+    Attributes:
+        error: What ended the answer instead of its end.
+        took_s: Seconds that it took.
+    """
+
+    flight: Flight
+    chunks: list[dict[str, Any]] = []
+    error: PromptAIError | None = None
+    took_s: float = 0.0
+
+    @property
+    def choices(self) -> list[dict[str, Any]]:
+        """Of all chunks."""
+        return [choice for chunk in self.chunks for choice in chunk["choices"]]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join((c.get("delta") or {}).get("content") or c.get("text") or "" for c in self.choices)
+
+    @property
+    def ends(self) -> list[str]:
+        """Why it ended, each time that it did."""
+        return [choice["finish_reason"] for choice in self.choices if choice["finish_reason"]]
+
+    @property
+    def usage(self) -> list[tuple[int, int]]:
+        """Every account of tokens: of the prompt and of the answer."""
+        found = [chunk["usage"] for chunk in self.chunks if chunk.get("usage")]
+        return [(usage["prompt_tokens"], usage["completion_tokens"]) for usage in found]
+
+
+class Snip:
+    """
+    An upstream whose first stream breaks off before the first event that ``before`` is true of.
+
+    Attributes:
+        streams: Paths that were asked for streams.
+        lumped: Whether what came until then comes in one piece, as from a gateway that was busy.
+        rewrite: What is made of the data of an event.
+    """
+
+    def __init__(self, inner: Upstream, before: Callable[[str], bool], *, lumped: bool = False) -> None:
+        self.streams: list[str] = []
+        self.lumped = lumped
+        self.rewrite: Callable[[str], str] = lambda data: data
+        self._inner = inner
+        self._before = before
+        self._snipped = False
+
+    async def get(self, url: str, path: str, *, limit_s: float) -> Reply:
+        """See ``Upstream``."""
+        return await self._inner.get(url, path, limit_s=limit_s)
+
+    async def ask(self, url: str, path: str, body: bytes, *, limit_s: float) -> Reply:
+        """See ``Upstream``."""
+        return await self._inner.ask(url, path, body, limit_s=limit_s)
+
+    async def stream(
+        self,
+        url: str,
+        path: str,
+        body: bytes,
+        *,
+        silence_s: Callable[[], float],
+        ends: Callable[[SseEvent], bool] = is_done,
+    ) -> AsyncGenerator[Piece, None]:
+        """See ``Upstream``."""
+        self.streams.append(path)
+        lump: list[SseEvent] = []
+        stream = self._inner.stream(url, path, body, silence_s=silence_s, ends=ends)
+        async with contextlib.aclosing(stream) as pieces:
+            async for piece in pieces:
+                for event in piece.events:
+                    if not self._snipped and self._before(event.data):
+                        self._snipped = True
+                        if not self.lumped:
+                            raise broken_off(url)
+                        yield Piece(piece.t, [*lump, msgspec.structs.replace(event, data="{")])
+                        return
+                    said = msgspec.structs.replace(event, data=self.rewrite(event.data))
+                    if self.lumped and not self._snipped:
+                        lump.append(said)
+                    else:
+                        yield Piece(piece.t, [said])
+
+
+def world(*names: str, config: SimulationConfig = PACE, **fields: Any) -> World:
+    """Equal boards."""
+    return World(dict.fromkeys(names or ("one", "two"), config), **{"serving": SERVING, **fields})
+
+
+def accept(world: World, body: Mapping[str, Any], path: str = "/v1/chat/completions") -> Ticket:
+    """A request that has been accepted."""
+    return world.desk.accept(path, {"model": "yi", "stream": True, **body}, {}, Caller(key_id="local"))
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    """The body of a chat."""
+    return {"messages": ASKED, "max_tokens": TOKENS, "stream_options": {"include_usage": True}, **fields}
+
+
+def first(world: World, ticket: Ticket) -> str:
+    """The board that will be asked first."""
+    choice = world.dispatcher.preview(ticket.flight.job)
+    assert choice is not None
+    return choice.load.replica.id
+
+
+def arm(world: World, name: str, kind: str, after: int, *, times: int | None = 1) -> None:
+    """Let a board fail."""
+    fault = {"kind": kind, "after_tokens": after, "times": times, "stall_s": FOR_EVER_S}
+    world.engines[f"sim://{name}"].fault = msgspec.convert(fault, Fault)
+
+
+async def hear(ticket: Ticket, at: Callable[[int], None] = lambda _: None) -> Got:
+    """Read an answer to its end, whatever that is; ``at`` is told how many chunks have come."""
+    loop = asyncio.get_running_loop()
+    got, start = Got(flight=ticket.flight), loop.time()
+    try:
+        async with asyncio.timeout(FOR_EVER_S), contextlib.aclosing(ticket.flight.events()) as events:
+            async for some in events:
+                got.chunks += [msgspec.json.decode(data, type=dict[str, Any]) for data in some]
+                at(len(got.chunks))
+    except PromptAIError as error:
+        got.error = error
+    got.took_s = loop.time() - start
+    return got
+
+
+def undisturbed(body: Mapping[str, Any], path: str = "/v1/chat/completions", config: SimulationConfig = PACE) -> Got:
+    """What a request gives where nothing fails."""
+
+    async def play() -> Got:
+        async with world(config=config).running() as running:
+            return await hear(accept(running, body, path))
+
+    return run_virtually(play())
+
+
+def failing(kind: str, after: int, body: Mapping[str, Any], path: str = "/v1/chat/completions") -> Got:
+    """What a request gives whose first board fails after so many tokens."""
+
+    async def play() -> Got:
+        async with world().running() as running:
+            ticket = accept(running, body, path)
+            arm(running, first(running, ticket), kind, after)
+            return await hear(ticket)
+
+    return run_virtually(play())
+
+
+def snipped(
+    before: Callable[[str], bool],
+    body: Mapping[str, Any],
+    path: str = "/v1/chat/completions",
+    *,
+    lumped: bool = False,
+    rewrite: Callable[[str], str] = lambda data: data,
+) -> tuple[Got, list[str]]:
+    """What a request gives whose first stream breaks off there; and what was asked for."""
+
+    async def play() -> tuple[Got, list[str]]:
+        async with world().running() as running:
+            snip = Snip(running.upstream, before, lumped=lumped)
+            snip.rewrite = rewrite
+            running.desk.upstream = snip
+            return await hear(accept(running, body, path)), snip.streams
+
+    return run_virtually(play())
+
+
+def assert_one_answer(usual: Got, got: Got) -> None:
+    """As if nothing had happened."""
+    assert got.error is None
+    assert usual.text == got.text
+    assert usual.ends == got.ends
+    assert usual.usage == got.usage
+    assert len({chunk["id"] for chunk in got.chunks}) == 1
+    assert len([c for c in got.choices if (c.get("delta") or {}).get("role")]) == 1
