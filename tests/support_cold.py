@@ -10,12 +10,12 @@ from promptai.engine.simulation import SimulationConfig
 from promptai.engine.simulator import Simulator
 from promptai.fleet.local import LocalModel, LocalSource
 from promptai.fleet.registry import Registry
-from promptai.gateway.admission import Desk, Serving, Ticket
+from promptai.gateway.admission import Admission, AdmissionRules, AdmittedRequest
 from promptai.gateway.auth import Caller
 from promptai.router.estimate.policy import Affinity
 from promptai.router.estimate.rates import RateBook
-from promptai.router.schedule.dispatcher import Dispatcher, Limits
-from promptai.router.schedule.fleet_state import Accounts
+from promptai.router.schedule.dispatcher import Dispatcher, QueueLimits
+from promptai.router.schedule.fleet_state import FleetState
 from support_fleet import GB, FakeLauncher, beside
 
 
@@ -27,17 +27,17 @@ class Cold:
         *models: LocalModel,
         config: SimulationConfig,
         budget: int = 4 * GB,
-        limits: Limits | None = None,
-        serving: Serving | None = None,
+        limits: QueueLimits | None = None,
+        serving: AdmissionRules | None = None,
     ) -> None:
         self.launcher = FakeLauncher()
         self.upstream = SimulatedUpstream({f"http://{model.name}": Simulator(config) for model in models})
         self.registry = Registry(())
-        self.accounts = Accounts(self.registry, RateBook())
+        self.accounts = FleetState(self.registry, RateBook())
         self.source = LocalSource(models, self.launcher, lambda: budget, self.accounts.running)
         self.registry.replace([self.source])
         self.dispatcher = Dispatcher(self.accounts, Affinity(), limits)
-        self.desk = Desk(self.dispatcher, self.upstream, serving)
+        self.desk = Admission(self.dispatcher, self.upstream, serving)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncGenerator[Self, None]:
@@ -56,7 +56,9 @@ class Cold:
             await asyncio.sleep(0.1)
             yield self
 
-    def ticket(self, model: str, messages: Sequence[Mapping[str, Any]], *, key: str = "local", **fields: Any) -> Ticket:
+    def ticket(
+        self, model: str, messages: Sequence[Mapping[str, Any]], *, key: str = "local", **fields: Any
+    ) -> AdmittedRequest:
         """A chat that has been accepted."""
         body = {"model": model, "messages": [dict(message) for message in messages], "stream": True, **fields}
         return self.desk.accept("/v1/chat/completions", body, {}, Caller(key_id=key))

@@ -23,7 +23,7 @@ from promptai.errors import EngineError
 from promptai.fleet.registry import Registry
 from promptai.fleet.replica import Rates, Snapshot, State
 from promptai.fleet.static import StaticSource, Target
-from promptai.gateway.admission import Serving
+from promptai.gateway.admission import AdmissionRules
 from promptai.gateway.app import Gateway
 from promptai.gateway.auth import Guard
 from promptai.gateway.server import GatewayServer
@@ -31,7 +31,7 @@ from promptai.models.bundled import bundled_model
 from promptai.router.estimate.policy import STRATEGIES
 from promptai.router.estimate.rates import RateBook
 from promptai.router.schedule.dispatcher import Dispatcher
-from promptai.router.schedule.fleet_state import Accounts
+from promptai.router.schedule.fleet_state import FleetState
 from promptai.wire.sse import SseEvent
 
 MAX_TOKENS = 60
@@ -161,8 +161,8 @@ async def front(
         registry = Registry(
             [StaticSource([Target(url, rates=rates or Rates()) for url in urls], upstream, period_s=0.2)]
         )
-        dispatcher = Dispatcher(Accounts(registry, RateBook()), STRATEGIES["affinity"]())
-        gateway = Gateway(dispatcher, upstream, Guard(None, open=True), serving=Serving(stall_s=stall_s))
+        dispatcher = Dispatcher(FleetState(registry, RateBook()), STRATEGIES["affinity"]())
+        gateway = Gateway(dispatcher, upstream, Guard(None, open=True), serving=AdmissionRules(stall_s=stall_s))
         watching = asyncio.create_task(registry.run())
         try:
             async with GatewayServer(gateway) as server:

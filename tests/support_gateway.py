@@ -10,7 +10,7 @@ import msgspec
 from aiohttp import web
 
 from promptai.gateway.auth import Guard
-from promptai.gateway.envelope import Handler, Runner, envelope, stamp
+from promptai.gateway.envelope import EnvelopeRunner, Handler, envelope, stamp
 
 Use = Callable[["Site"], Awaitable[Any]]
 
@@ -69,7 +69,7 @@ async def listening(routes: list[web.RouteDef], guard: Guard | None = None) -> A
     app.on_response_prepare.append(stamp)
     if guard is not None:
         app.on_response_prepare.append(guard.allow_origin)
-    runner = Runner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+    runner = EnvelopeRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from promptai.engine.simulation import SimulationConfig
-from promptai.gateway.admission import Ticket
+from promptai.gateway.admission import AdmittedRequest
 from support_clock import run_virtually
 from support_cold import Cold
 from support_serve import Heard, World, listen
@@ -59,7 +59,7 @@ class Party:
         self.tasks[name] = asyncio.create_task(self._hear(name, ticket))
         return self.tasks[name]
 
-    async def _hear(self, name: str, ticket: Ticket) -> Heard:
+    async def _hear(self, name: str, ticket: AdmittedRequest) -> Heard:
         heard = await listen(ticket)
         grant = ticket.flight.grant
         assert grant is not None

@@ -15,11 +15,11 @@ from promptai.fleet.registry import Registry
 from promptai.fleet.replica import Rates, Replica, State
 from promptai.fleet.simulated import SimulatedSource
 from promptai.gateway.auth import Guard
-from promptai.gateway.streaming import Rhythm
+from promptai.gateway.streaming import Heartbeat
 from promptai.router.estimate.policy import Affinity
 from promptai.router.estimate.rates import RateBook
-from promptai.router.schedule.dispatcher import Dispatcher, Limits
-from promptai.router.schedule.fleet_state import Accounts
+from promptai.router.schedule.dispatcher import Dispatcher, QueueLimits
+from promptai.router.schedule.fleet_state import FleetState
 from support_fleet import FakeLauncher, model
 from support_site import CHAT, Door, asking, door
 
@@ -76,11 +76,11 @@ async def site(*configs: SimulationConfig, queue: int = 64) -> AsyncGenerator[Si
         running = asyncio.create_task(registry.run())
         stack.push_async_callback(_end, running)
         upstream = await stack.enter_async_context(HttpUpstream())
-        dispatcher = Dispatcher(Accounts(registry, RateBook()), Affinity(), Limits(queue=queue))
+        dispatcher = Dispatcher(FleetState(registry, RateBook()), Affinity(), QueueLimits(queue=queue))
         stack.callback(dispatcher.close)
         guard = Guard(None, open=True)
         opened = await stack.enter_async_context(
-            door(dispatcher, upstream, guard=guard, rhythm=Rhythm(ping_s=0.2, status_s=0.2))
+            door(dispatcher, upstream, guard=guard, rhythm=Heartbeat(ping_s=0.2, status_s=0.2))
         )
         found = Site(opened, engines, registry, dispatcher, guard)
         await soon(lambda: found.state("a") is State.READY and found.state(f"local/{COLD}") is State.COLD)

@@ -18,7 +18,7 @@ from promptai.models.bundled import bundled_model
 from promptai.router.estimate.policy import Affinity
 from promptai.router.estimate.rates import RateBook
 from promptai.router.schedule.dispatcher import Dispatcher
-from promptai.router.schedule.fleet_state import Accounts
+from promptai.router.schedule.fleet_state import FleetState
 from support_engine import until
 from support_fleet import beside
 from support_site import Threaded, door
@@ -41,7 +41,7 @@ def real_site(log: Path, *, context: int = 2048) -> Iterator[RealSite]:
         async with RunningEngine(locate(), flags, log=log) as engine, HttpUpstream() as upstream:
             engines.append(engine.base_url)
             registry = Registry([StaticSource([Target(engine.base_url)], upstream)])
-            dispatcher = Dispatcher(Accounts(registry, RateBook()), Affinity())
+            dispatcher = Dispatcher(FleetState(registry, RateBook()), Affinity())
 
             async def play() -> None:
                 async def ready() -> bool:

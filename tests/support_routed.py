@@ -11,9 +11,9 @@ from promptai.engine.simulation import SimulationConfig
 from promptai.engine.simulator import Fault
 from promptai.engine.upstream import Piece, Reply, Upstream, broken_off, is_done
 from promptai.errors import PromptAIError
-from promptai.gateway.admission import Serving, Ticket
+from promptai.gateway.admission import AdmissionRules, AdmittedRequest
 from promptai.gateway.auth import Caller
-from promptai.router.failover.request import Flight
+from promptai.router.failover.request import RoutedRequest
 from promptai.wire.sse import SseEvent
 from support_clock import run_virtually
 from support_serve import World
@@ -24,7 +24,7 @@ ASKED = [{"role": "user", "content": "Is cell 12 up?"}]
 TOKENS = 20
 #: Longer than anything here may take: a silence of 5 s, an outage of 30 s, four times.
 FOR_EVER_S = 3600.0
-SERVING = Serving(stall_s=5.0)
+SERVING = AdmissionRules(stall_s=5.0)
 
 
 class Got(msgspec.Struct, kw_only=True):
@@ -36,7 +36,7 @@ class Got(msgspec.Struct, kw_only=True):
         took_s: Seconds that it took.
     """
 
-    flight: Flight
+    flight: RoutedRequest
     chunks: list[dict[str, Any]] = []
     error: PromptAIError | None = None
     took_s: float = 0.0
@@ -123,7 +123,7 @@ def world(*names: str, config: SimulationConfig = PACE, **fields: Any) -> World:
     return World(dict.fromkeys(names or ("one", "two"), config), **{"serving": SERVING, **fields})
 
 
-def accept(world: World, body: Mapping[str, Any], path: str = "/v1/chat/completions") -> Ticket:
+def accept(world: World, body: Mapping[str, Any], path: str = "/v1/chat/completions") -> AdmittedRequest:
     """A request that has been accepted."""
     return world.desk.accept(path, {"model": "yi", "stream": True, **body}, {}, Caller(key_id="local"))
 
@@ -133,7 +133,7 @@ def chat(**fields: Any) -> dict[str, Any]:
     return {"messages": ASKED, "max_tokens": TOKENS, "stream_options": {"include_usage": True}, **fields}
 
 
-def first(world: World, ticket: Ticket) -> str:
+def first(world: World, ticket: AdmittedRequest) -> str:
     """The board that will be asked first."""
     choice = world.dispatcher.preview(ticket.flight.job)
     assert choice is not None
@@ -146,7 +146,7 @@ def arm(world: World, name: str, kind: str, after: int, *, times: int | None = 1
     world.engines[f"sim://{name}"].fault = msgspec.convert(fault, Fault)
 
 
-async def hear(ticket: Ticket, at: Callable[[int], None] = lambda _: None) -> Got:
+async def hear(ticket: AdmittedRequest, at: Callable[[int], None] = lambda _: None) -> Got:
     """Read an answer to its end, whatever that is; ``at`` is told how many chunks have come."""
     loop = asyncio.get_running_loop()
     got, start = Got(flight=ticket.flight), loop.time()

@@ -16,7 +16,7 @@ import numpy as np
 
 from promptai.bench.workload import Conversation, load_bundled
 from promptai.engine.simulation import SimulationConfig, render, shared_prefix, tokenize
-from promptai.router.schedule.dispatcher import Limits
+from promptai.router.schedule.dispatcher import QueueLimits
 from promptai.wire.openai import Message
 from support_serve import World, listen
 
@@ -184,7 +184,7 @@ class Boards(msgspec.Struct, frozen=True, kw_only=True):
     def world(self, strategy: str) -> World:
         """A gateway before them."""
         configs = {f"pi-{number}": self.config for number in range(1, self.boards + 1)}
-        return World(configs, strategy=strategy, limits=Limits(queue=10_000), known_rates=self.known)
+        return World(configs, strategy=strategy, limits=QueueLimits(queue=10_000), known_rates=self.known)
 
 
 async def play_in(world: World, script: Script) -> Played:

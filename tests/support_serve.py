@@ -13,12 +13,12 @@ from promptai.engine.simulator import Simulator
 from promptai.fleet.registry import Registry
 from promptai.fleet.replica import Rates, Replica
 from promptai.fleet.simulated import SimulatedSource
-from promptai.gateway.admission import Desk, Serving, Ticket
+from promptai.gateway.admission import Admission, AdmissionRules, AdmittedRequest
 from promptai.gateway.auth import Caller
 from promptai.router.estimate.policy import STRATEGIES
 from promptai.router.estimate.rates import RateBook
-from promptai.router.schedule.dispatcher import Dispatcher, Limits
-from promptai.router.schedule.fleet_state import Accounts
+from promptai.router.schedule.dispatcher import Dispatcher, QueueLimits
+from promptai.router.schedule.fleet_state import FleetState
 
 
 class World:
@@ -34,8 +34,8 @@ class World:
         configs: Mapping[str, SimulationConfig],
         *,
         strategy: str = "affinity",
-        limits: Limits | None = None,
-        serving: Serving | None = None,
+        limits: QueueLimits | None = None,
+        serving: AdmissionRules | None = None,
         known_rates: bool = True,
         dialects: Mapping[str, str] | None = None,
     ) -> None:
@@ -64,9 +64,9 @@ class World:
         )
         self.registry = Registry([self.source])
         self.upstream = SimulatedUpstream(self.engines)
-        self.accounts = Accounts(self.registry, RateBook())
+        self.accounts = FleetState(self.registry, RateBook())
         self.dispatcher = Dispatcher(self.accounts, STRATEGIES[strategy](), limits)
-        self.desk = Desk(self.dispatcher, self.upstream, serving)
+        self.desk = Admission(self.dispatcher, self.upstream, serving)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncGenerator["World", None]:
@@ -93,7 +93,7 @@ class World:
         headers: Mapping[str, str] | None = None,
         key: str = "local",
         **fields: Any,
-    ) -> Ticket:
+    ) -> AdmittedRequest:
         """A chat that has been accepted."""
         body = {"model": "default", "messages": [dict(message) for message in messages], "stream": True, **fields}
         return self.desk.accept("/v1/chat/completions", body, headers or {}, Caller(key_id=key))
@@ -119,7 +119,7 @@ class Heard(msgspec.Struct):
         return reasons[-1] if reasons else None
 
 
-async def listen(ticket: Ticket) -> Heard:
+async def listen(ticket: AdmittedRequest) -> Heard:
     """Read an answer to its end."""
     loop = asyncio.get_running_loop()
     start, heard = loop.time(), Heard()

@@ -12,11 +12,11 @@ import msgspec
 
 from promptai.engine.simulation import SimulationConfig
 from promptai.engine.upstream import Upstream
-from promptai.gateway.admission import Serving
+from promptai.gateway.admission import AdmissionRules
 from promptai.gateway.app import Gateway, GatewayLimits
 from promptai.gateway.auth import Guard
 from promptai.gateway.server import GatewayServer
-from promptai.gateway.streaming import Rhythm
+from promptai.gateway.streaming import Heartbeat
 from promptai.router.schedule.dispatcher import Dispatcher
 from support_clock import run_virtually
 from support_cold import Cold
@@ -168,8 +168,8 @@ async def door(
     upstream: Upstream,
     *,
     guard: Guard | None = None,
-    serving: Serving | None = None,
-    rhythm: Rhythm | None = None,
+    serving: AdmissionRules | None = None,
+    rhythm: Heartbeat | None = None,
     limits: GatewayLimits | None = None,
 ) -> AsyncGenerator[Door, None]:
     """A gateway on loopback; whatever went wrong behind everybody's back is in ``Door.troubles``."""

@@ -11,7 +11,7 @@ from promptai.engine.simulation import SimulationConfig
 from promptai.engine.upstream import Piece, Reply
 from promptai.gateway.accounting import outcome_of, used
 from promptai.gateway.auth import Caller
-from promptai.gateway.metrics import Outcome
+from promptai.gateway.metrics import RequestRecord
 from promptai.wire.sse import SseEvent
 from support_clock import run_virtually
 from support_serve import World, listen
@@ -23,7 +23,7 @@ TALK = [{"role": "user", "content": "Is cell 12 up? " * 30}]
 def test_an_answer_that_went_on_elsewhere_is_counted_as_one_from_its_first_token() -> None:
     """Ten tokens a second; the first board dies three seconds after the first one."""
 
-    async def play() -> tuple[Outcome, float | None]:
+    async def play() -> tuple[RequestRecord, float | None]:
         world = World({"a": PI, "b": PI})
         async with world.running():
             ticket = world.ticket(TALK, max_tokens=50)
@@ -46,7 +46,7 @@ def test_an_answer_that_went_on_elsewhere_is_counted_as_one_from_its_first_token
 
 
 def test_a_client_that_leaves_in_the_middle_is_charged_the_prompt_that_was_computed_for_it() -> None:
-    async def play() -> tuple[Outcome, int]:
+    async def play() -> tuple[RequestRecord, int]:
         world = World({"a": PI})
         async with world.running():
             ticket = world.ticket(TALK, max_tokens=50)
@@ -68,7 +68,7 @@ def test_a_client_that_leaves_in_the_middle_is_charged_the_prompt_that_was_compu
 def test_embeddings_are_charged_what_the_engine_counted() -> None:
     """They come in one piece, with no account but the usage."""
 
-    async def play() -> tuple[Outcome, int]:
+    async def play() -> tuple[RequestRecord, int]:
         world = World({"a": PI})
         async with world.running():
             body = {"model": "yi", "input": "Is cell 12 up? " * 30}
@@ -87,7 +87,7 @@ def test_embeddings_are_charged_what_the_engine_counted() -> None:
 def test_several_prompts_and_answers_are_counted_and_charged_together() -> None:
     """llama-server tells of each answer by itself; the last account alone would be a fraction."""
 
-    async def play() -> tuple[Outcome, int]:
+    async def play() -> tuple[RequestRecord, int]:
         world = World({"a": PI})
         async with world.running():
             world.desk.upstream = Several()  # type: ignore[assignment]
@@ -116,7 +116,7 @@ def test_of_several_answers_in_one_piece_what_is_not_told_is_not_nothing(
 ) -> None:
     """Another engine than llama-server, which is not asked for a stream; 200 tokens are expected of each answer."""
 
-    async def play() -> tuple[Outcome, int, int]:
+    async def play() -> tuple[RequestRecord, int, int]:
         world = World({"a": PI}, dialects={"a": "openai"})
         async with world.running():
             world.desk.upstream = OnePiece(status, usage)  # type: ignore[assignment]
@@ -135,7 +135,7 @@ def test_of_several_answers_in_one_piece_what_is_not_told_is_not_nothing(
 def test_whoever_leaves_in_the_middle_of_several_answers_pays_what_was_made_for_them() -> None:
     """One of two has ended after a token and told its account; the other had 200."""
 
-    async def play() -> tuple[Outcome, int]:
+    async def play() -> tuple[RequestRecord, int]:
         world = World({"a": PI})
         async with world.running():
             world.desk.upstream = Lopsided()  # type: ignore[assignment]
@@ -155,7 +155,7 @@ def test_whoever_leaves_in_the_middle_of_several_answers_pays_what_was_made_for_
 def test_what_was_cached_is_a_part_of_the_prompt_also_after_a_joint() -> None:
     """What the first engine said lies in the second one's cache as well, and is no part of the prompt."""
 
-    async def play() -> Outcome:
+    async def play() -> RequestRecord:
         world = World({"a": PI})
         async with world.running():
             ticket = world.ticket(TALK, max_tokens=50)

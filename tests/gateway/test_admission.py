@@ -8,9 +8,9 @@ import msgspec
 import pytest
 
 from promptai.errors import NoCapacityError, RequestRefusedError
-from promptai.gateway.admission import Serving, Ticket, path_for
+from promptai.gateway.admission import AdmissionRules, AdmittedRequest, path_for
 from promptai.gateway.auth import Caller
-from promptai.router.selection import Alias, Names
+from promptai.router.selection import Alias, ModelNames
 from support_gateway import Answer
 from support_party import ALONE, TALK, Party, play
 from support_serve import World, listen
@@ -34,7 +34,7 @@ def pair(**settings: Any) -> Callable[[], World]:
 
 
 def test_auto_takes_the_larger_model_while_it_is_idle_and_the_smaller_when_it_is_busy() -> None:
-    async def use(world: World) -> list[Ticket]:
+    async def use(world: World) -> list[AdmittedRequest]:
         party = Party(world)
         budget = {"x-promptai-budget": "10s"}
         idle = world.ticket(TALK, model="auto", headers=budget, max_tokens=50)
@@ -67,7 +67,7 @@ def test_the_reason_is_in_the_headers() -> None:
 
 
 def test_an_alias_fills_only_what_the_request_leaves_open() -> None:
-    names = Names(aliases={"small:short": Alias("small", {"max_tokens": 3, "temperature": 0.2})})
+    names = ModelNames(aliases={"small:short": Alias("small", {"max_tokens": 3, "temperature": 0.2})})
 
     async def use(world: World) -> list[Any]:
         open_ = world.ticket(TALK, model="small:short")
@@ -75,17 +75,17 @@ def test_an_alias_fills_only_what_the_request_leaves_open() -> None:
         heard = [await listen(open_), await listen(set_)]
         return [len(one.text.split()) for one in heard] + [t.flight.order.body["temperature"] for t in (open_, set_)]
 
-    assert play(pair(serving=Serving(names=names)), use) == [3, 7, 0.2, 0.9]
+    assert play(pair(serving=AdmissionRules(names=names)), use) == [3, 7, 0.2, 0.9]
 
 
 def test_what_one_model_does_not_hold_goes_to_its_fallback_or_is_refused_with_the_numbers() -> None:
     huge = [{"role": "user", "content": "cell " * 3000}]
     fallbacks = {"large": "small"}
 
-    async def use(world: World) -> Ticket:
+    async def use(world: World) -> AdmittedRequest:
         return world.ticket(huge, model="large")
 
-    moved = play(pair(serving=Serving(fallbacks=fallbacks)), use)
+    moved = play(pair(serving=AdmissionRules(fallbacks=fallbacks)), use)
     with pytest.raises(RequestRefusedError) as refused:
         play(pair(), use)
 
@@ -117,7 +117,7 @@ def test_auto_of_an_empty_fleet_is_no_fault_of_the_request() -> None:
 
 
 def test_auto_leaves_out_what_does_not_answer() -> None:
-    async def use(world: World) -> Ticket:
+    async def use(world: World) -> AdmittedRequest:
         world.source.fail("l", "is unplugged")
         return world.ticket(TALK, model="auto", max_tokens=4)
 
@@ -179,7 +179,7 @@ def test_a_field_of_another_path_is_refused_and_the_path_that_takes_it_is_named(
 
 @pytest.mark.parametrize(("path", "field"), [(CHAT, "prompt"), (TEXT, "messages"), (EMBED, "messages")])
 def test_a_field_of_another_path_that_is_null_is_as_good_as_none(path: str, field: str) -> None:
-    async def use(world: World) -> Ticket:
+    async def use(world: World) -> AdmittedRequest:
         body = {**asking(path, {field: None}), "model": "small"}
         return world.desk.accept(path, body, {}, Caller(key_id="local"))
 
@@ -231,7 +231,7 @@ def test_a_prompt_that_no_board_holds_is_too_long_for_auto_whoever_is_away() -> 
 def test_auto_expects_no_more_of_an_answer_than_the_context_leaves(limit: int) -> None:
     """The large model makes ten tokens a second in a context of 2048."""
 
-    async def use(world: World) -> Ticket:
+    async def use(world: World) -> AdmittedRequest:
         return world.ticket(TALK, model="auto", headers={"x-promptai-budget": "4m"}, max_tokens=limit)
 
     ticket = play(pair(), use)
@@ -243,7 +243,7 @@ def test_auto_expects_no_more_of_an_answer_than_the_context_leaves(limit: int) -
 def accepted(path: str, **fields: Any) -> Callable[[World], Any]:
     """Accepts a request of that path."""
 
-    async def use(world: World) -> Ticket:
+    async def use(world: World) -> AdmittedRequest:
         return world.desk.accept(path, {**asking(path, fields), "model": fields.get("model", "large")}, {}, Caller())
 
     return use
@@ -257,7 +257,7 @@ BATCHES = pytest.mark.parametrize(
 @BATCHES
 @pytest.mark.parametrize("one", ["cell " * 15, list(range(100_000, 100_015))], ids=["text", "ids"])
 def test_of_many_prompts_a_context_has_to_hold_only_the_longest(path: str, field: str, one: Any) -> None:
-    async def use(world: World) -> tuple[Ticket, int]:
+    async def use(world: World) -> tuple[AdmittedRequest, int]:
         ticket = await accepted(path, **{field: [one] * 150})(world)
         return ticket, len(world.accounts.candidates(ticket.flight.job))
 

@@ -9,7 +9,7 @@ import pytest
 
 from promptai.engine.simulator import Fault
 from promptai.errors import NoCapacityError, RequestRefusedError, SaturatedError
-from promptai.router.schedule.dispatcher import Limits
+from promptai.router.schedule.dispatcher import QueueLimits
 from support_cold import Cold
 from support_fleet import model
 from support_party import ALONE, BOARD, TALK, Party, one, play
@@ -29,7 +29,7 @@ def test_as_many_as_there_are_slots_and_the_bound_are_taken_and_the_next_one_is_
             await asyncio.sleep(0)
         return refusals(await party.all())
 
-    assert play(one(limits=Limits(queue=bound)), use) == [str(bound + number) for number in (2, 3, 4)]
+    assert play(one(limits=QueueLimits(queue=bound)), use) == [str(bound + number) for number in (2, 3, 4)]
 
 
 @pytest.mark.parametrize(("tokens", "slots"), [(20, 1), (100, 1), (50, 2)])
@@ -60,7 +60,7 @@ def test_retry_after_comes_true_within_a_factor_of_two(tokens: int, slots: int) 
         return refused.value.retry_after_s, moved
 
     config = msgspec.structs.replace(BOARD, slots=slots)
-    told, moved = play(one(config, limits=Limits(queue=8 - slots)), use)
+    told, moved = play(one(config, limits=QueueLimits(queue=8 - slots)), use)
 
     assert moved / 2 <= told <= max(2 * moved, 1.0)
 
@@ -78,7 +78,7 @@ def test_a_queue_full_of_one_key_does_not_shut_out_another() -> None:
         found = await party.all()
         return refusals(found), [name for name in party.ended if name.startswith("light")]
 
-    refused, answered = play(one(limits=Limits(queue=8)), use)
+    refused, answered = play(one(limits=QueueLimits(queue=8)), use)
 
     assert refused == ["heavy 9", "heavy 8", "heavy 7"][::-1]
     assert answered == ["light 0", "light 1", "light 2"]
@@ -100,7 +100,7 @@ def test_a_hundred_of_a_heavy_key_delay_a_light_key_by_one_request_at_most() -> 
         await asyncio.wait(party.tasks.values())
         return firsts, party.ended
 
-    firsts, ended = play(one(ALONE, limits=Limits(queue=200)), use)
+    firsts, ended = play(one(ALONE, limits=QueueLimits(queue=200)), use)
 
     one_request_s = 50 / 10 + 0.2
     assert max(firsts) <= one_request_s + 0.2

@@ -11,10 +11,10 @@ import msgspec
 import pytest
 
 from promptai.fleet.replica import State
-from promptai.gateway.admission import Serving
+from promptai.gateway.admission import AdmissionRules
 from promptai.gateway.auth import Guard
 from promptai.gateway.keys import KeyStore
-from promptai.router.selection import Alias, Names
+from promptai.router.selection import Alias, ModelNames
 from support_cold import Cold
 from support_fleet import model
 from support_serve import World
@@ -168,8 +168,8 @@ def test_the_fleet_is_shown_with_what_was_learned() -> None:
         await at.chat(messages=LONG)
         return await at.get("/api/fleet")
 
-    names = Names(aliases={"gpt-4o": Alias("yi")})
-    found = visit(one(), use, serving=Serving(names=names))
+    names = ModelNames(aliases={"gpt-4o": Alias("yi")})
+    found = visit(one(), use, serving=AdmissionRules(names=names))
 
     assert (found["gateway"], found["aliases"]) == ("promptai", {"gpt-4o": "yi"})
     assert [found["models"][0][name] for name in ("id", "slots", "context")] == ["yi", 1, 8192]

@@ -14,7 +14,7 @@ import pytest
 
 from promptai.engine.simulation import SimulationConfig
 from promptai.fleet.replica import State
-from promptai.router.schedule.lease import Grant
+from promptai.router.schedule.lease import SlotLease
 from support_real_door import COLD, Site, request_of, site, soon
 from support_site import SLOW
 
@@ -191,7 +191,7 @@ def test_who_does_not_read_for_too_long_gives_the_slot_back(monkeypatch: pytest.
     asyncio.run(play())
 
 
-async def _grant(found: Site) -> tuple[Grant, ...]:
+async def _grant(found: Site) -> tuple[SlotLease, ...]:
     await soon(lambda: bool(found.dispatcher.accounts.grants("a")))
     return found.dispatcher.accounts.grants("a")
 

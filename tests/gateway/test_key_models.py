@@ -8,25 +8,25 @@ import msgspec
 import pytest
 
 from promptai.errors import NoCapacityError, RequestRefusedError
-from promptai.gateway.admission import Serving
+from promptai.gateway.admission import AdmissionRules
 from promptai.gateway.auth import Caller, Guard
 from promptai.gateway.envelope import ApiError
 from promptai.gateway.keys import KeyStore
 from promptai.gateway.limits import Limits
-from promptai.router.selection import Alias, Names
+from promptai.router.selection import Alias, ModelNames
 from support_party import ALONE, TALK, play
 from support_serve import World
 from support_site import CHAT, Door, visit
 
 SMALL = msgspec.structs.replace(ALONE, model="small", context=1024)
 LARGE = msgspec.structs.replace(ALONE, model="large")
-NAMES = Names(
+NAMES = ModelNames(
     aliases={"quick": Alias("small"), "small:short": Alias("quick", {"max_tokens": 3}), "best": Alias("auto")}
 )
 
 
-def world(names: Names = NAMES, **fallbacks: str) -> Callable[[], World]:
-    return lambda: World({"s": SMALL, "l": LARGE}, serving=Serving(names=names, fallbacks=fallbacks))
+def world(names: ModelNames = NAMES, **fallbacks: str) -> Callable[[], World]:
+    return lambda: World({"s": SMALL, "l": LARGE}, serving=AdmissionRules(names=names, fallbacks=fallbacks))
 
 
 def only_small() -> World:
@@ -132,6 +132,6 @@ def test_what_a_key_is_shown_it_may_ask_for_and_nothing_else(models: tuple[str, 
         asked = {name: await at.chat(model=name, messages=TALK, headers=headers) for name in names}
         return {entry["id"] for entry in listed}, {name for name, answer in asked.items() if answer.status == 200}
 
-    shown, answered = visit(world(), use, guard=Guard(store, open=False), serving=Serving(names=NAMES))
+    shown, answered = visit(world(), use, guard=Guard(store, open=False), serving=AdmissionRules(names=NAMES))
 
     assert shown == answered == (set(names) if models is None else set(models))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from promptai.gateway.metrics import Metrics, Now, Outcome, ReplicaNow
+from promptai.gateway.metrics import FleetSample, Metrics, ReplicaSample, RequestRecord
 
 FLEET = [("pi-1", "tiny"), ("pi-2", "tiny"), ("pi-2", "small")]
 
@@ -22,14 +22,14 @@ def values(metrics: Metrics, name: str) -> dict[tuple[str, ...], float]:
     }
 
 
-def of_fleet(now: Now | None = None) -> Metrics:
-    metrics = Metrics(lambda: now or Now())
+def of_fleet(now: FleetSample | None = None) -> Metrics:
+    metrics = Metrics(lambda: now or FleetSample())
     metrics.set_fleet(FLEET)
     return metrics
 
 
-def outcome(model: str = "tiny", replica: str = "pi-1", status: int = 200, **fields: Any) -> Outcome:
-    return Outcome(model=model, replica=replica, status=status, **fields)
+def outcome(model: str = "tiny", replica: str = "pi-1", status: int = 200, **fields: Any) -> RequestRecord:
+    return RequestRecord(model=model, replica=replica, status=status, **fields)
 
 
 def test_names_that_are_not_in_the_fleet_become_unknown() -> None:
@@ -126,9 +126,9 @@ def test_buckets_reach_as_far_as_a_board_is_slow(name: str, first: str, last: st
 def test_what_is_true_now_is_asked_at_every_scrape_and_not_before() -> None:
     asked: list[int] = []
 
-    def now() -> Now:
+    def now() -> FleetSample:
         asked.append(len(asked))
-        return Now({"tiny": asked[-1]})
+        return FleetSample({"tiny": asked[-1]})
 
     metrics = Metrics(now)
     assert asked == []
@@ -136,9 +136,9 @@ def test_what_is_true_now_is_asked_at_every_scrape_and_not_before() -> None:
 
 
 def test_replicas_show_their_slots_and_their_breaker() -> None:
-    one = ReplicaNow(replica="pi-1", model="tiny", slots=4, busy=3, up=True, breaker="trial")
-    two = ReplicaNow(replica="pi-2", model="tiny", slots=2, busy=0, up=False, breaker="open")
-    metrics = of_fleet(Now({"tiny": 5}, (one, two)))
+    one = ReplicaSample(replica="pi-1", model="tiny", slots=4, busy=3, up=True, breaker="trial")
+    two = ReplicaSample(replica="pi-2", model="tiny", slots=2, busy=0, up=False, breaker="open")
+    metrics = of_fleet(FleetSample({"tiny": 5}, (one, two)))
 
     assert values(metrics, "promptai_slots") == {("tiny", "pi-1"): 4.0, ("tiny", "pi-2"): 2.0}
     assert values(metrics, "promptai_slots_busy") == {("tiny", "pi-1"): 3.0, ("tiny", "pi-2"): 0.0}

@@ -13,13 +13,13 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from promptai.engine.simulated_upstream import SimulatedUpstream
 from promptai.fleet.replica import State
-from promptai.gateway.admission import Serving
+from promptai.gateway.admission import AdmissionRules
 from promptai.gateway.auth import Guard
 from promptai.gateway.keys import KeyStore
 from promptai.gateway.limits import Limits as KeyLimits
-from promptai.gateway.streaming import Rhythm
-from promptai.router.schedule.dispatcher import Limits
-from promptai.router.selection import Alias, Names
+from promptai.gateway.streaming import Heartbeat
+from promptai.router.schedule.dispatcher import QueueLimits
+from promptai.router.selection import Alias, ModelNames
 from support_serve import World
 from support_site import FAST, SLOW, Threaded, one, threaded
 
@@ -55,8 +55,8 @@ def noting() -> World:
 @pytest.fixture(scope="module")
 def gateway() -> Iterator[Threaded]:
     """A fast one."""
-    names = Names(aliases={"gpt-4o": Alias("yi", {"max_tokens": 3})})
-    with threaded(noting, serving=Serving(names=names)) as thread:
+    names = ModelNames(aliases={"gpt-4o": Alias("yi", {"max_tokens": 3})})
+    with threaded(noting, serving=AdmissionRules(names=names)) as thread:
         yield thread
 
 
@@ -259,7 +259,7 @@ def until_busy(client: openai.OpenAI) -> None:
 @pytest.mark.timeout(20)
 def test_a_full_queue_is_a_rate_limit_that_the_client_waits_out() -> None:
     """It reads Retry-After by itself, and gets its answer."""
-    with threaded(one(BUSY, limits=Limits(queue=0))) as gateway, made(gateway) as client:
+    with threaded(one(BUSY, limits=QueueLimits(queue=0))) as gateway, made(gateway) as client:
         other = busy(gateway)
         until_busy(client)
         with pytest.raises(openai.RateLimitError) as caught:
@@ -299,7 +299,7 @@ def test_keys_and_what_they_may_not(tmp_path: Path) -> None:
 @pytest.mark.timeout(20)
 def test_comments_while_it_waits_do_not_disturb_it() -> None:
     slow = msgspec.structs.replace(SLOW, prefill_tps=10.0, decode_tps=1000.0)
-    with threaded(one(slow), rhythm=Rhythm(ping_s=0.1)) as gateway, made(gateway) as client:
+    with threaded(one(slow), rhythm=Heartbeat(ping_s=0.1)) as gateway, made(gateway) as client:
         talk: list[ChatCompletionMessageParam] = [{"role": "user", "content": "a b c d e f g h i"}]
         stream = client.chat.completions.create(model="yi", messages=talk, max_tokens=4, stream=True)
         text = "".join(choice.delta.content or "" for chunk in stream for choice in chunk.choices)

@@ -21,12 +21,12 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from promptai.gateway.admission import Serving
+from promptai.gateway.admission import AdmissionRules
 from promptai.gateway.auth import Guard
 from promptai.gateway.keys import KeyStore
 from promptai.gateway.openapi import document
-from promptai.gateway.streaming import Rhythm
-from promptai.router.selection import Alias, Names
+from promptai.gateway.streaming import Heartbeat
+from promptai.router.selection import Alias, ModelNames
 from support_serve import World
 from support_site import FAST, Threaded, threaded
 
@@ -61,8 +61,8 @@ def boards() -> World:
 @pytest.fixture(scope="module")
 def gateway() -> Iterator[Threaded]:
     """An open one."""
-    serving = Serving(names=Names(default="yi", aliases={"gpt-4o": Alias("phi", {"temperature": 0.5})}))
-    with threaded(boards, rhythm=Rhythm(ping_s=0.1), serving=serving) as thread:
+    serving = AdmissionRules(names=ModelNames(default="yi", aliases={"gpt-4o": Alias("phi", {"temperature": 0.5})}))
+    with threaded(boards, rhythm=Heartbeat(ping_s=0.1), serving=serving) as thread:
         yield thread
 
 

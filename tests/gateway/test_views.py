@@ -4,7 +4,7 @@ import pytest
 
 from promptai.engine.simulation import SimulationConfig
 from promptai.gateway.views import models_view
-from promptai.router.selection import Alias, Names
+from promptai.router.selection import Alias, ModelNames
 from support_clock import run_virtually
 from support_serve import World
 
@@ -24,7 +24,7 @@ def test_every_name_is_listed_once_as_what_it_stands_for(
 ) -> None:
     async def play() -> list[tuple[str, str | None]]:
         async with World({name: SimulationConfig(model=name) for name in ("phi", "yi")}).running() as world:
-            names = Names(aliases={alias: Alias(model=model) for alias, model in aliases.items()})
+            names = ModelNames(aliases={alias: Alias(model=model) for alias, model in aliases.items()})
             view = models_view(world.dispatcher, names, lambda _: True)
             return [(entry["id"], entry.get("alias_of")) for entry in view["data"]]
 

@@ -6,13 +6,13 @@ import pytest
 from promptai.fleet.replica import Replica, State
 from promptai.router.selection import (
     Alias,
-    Auto,
+    AutoCandidate,
     AutoChoice,
     ContextFits,
     ContextTooLong,
-    ModelUnknown,
-    Names,
-    Wanted,
+    ModelNames,
+    ResolvedName,
+    UnknownModel,
     check_context,
     choose_auto,
     parse_budget,
@@ -20,7 +20,7 @@ from promptai.router.selection import (
 )
 
 MODELS = ("llama-3.2-1b", "phi-3.5-mini", "yi-coder-1.5b")
-NAMES = Names(
+NAMES = ModelNames(
     aliases={
         "fast": Alias("llama-3.2-1b"),
         "phi:fast": Alias("phi-3.5-mini", {"max_tokens": 200, "temperature": 0.2}),
@@ -33,17 +33,17 @@ NAMES = Names(
 )
 
 
-def unknown(name: str | None, models: tuple[str, ...] = MODELS, names: Names = NAMES) -> ModelUnknown:
+def unknown(name: str | None, models: tuple[str, ...] = MODELS, names: ModelNames = NAMES) -> UnknownModel:
     """The refusal of that name."""
     found = resolve(name, models, names)
-    assert isinstance(found, ModelUnknown)
+    assert isinstance(found, UnknownModel)
     return found
 
 
-def wanted(name: str | None, models: tuple[str, ...] = MODELS, names: Names = NAMES) -> Wanted:
+def wanted(name: str | None, models: tuple[str, ...] = MODELS, names: ModelNames = NAMES) -> ResolvedName:
     """What that name stands for."""
     found = resolve(name, models, names)
-    assert isinstance(found, Wanted)
+    assert isinstance(found, ResolvedName)
     return found
 
 
@@ -56,11 +56,11 @@ def test_an_unknown_name_is_answered_with_those_near_to_it() -> None:
 
 
 def test_an_unknown_name_that_is_like_none_is_answered_with_what_there_is() -> None:
-    refused = unknown("zzz", names=Names())
+    refused = unknown("zzz", names=ModelNames())
 
     assert refused.near == ()
     assert refused.hint == "known: llama-3.2-1b, phi-3.5-mini, yi-coder-1.5b"
-    assert unknown("zzz", tuple(f"m{number}" for number in range(20)), Names()).hint.endswith("m7 and 12 more")
+    assert unknown("zzz", tuple(f"m{number}" for number in range(20)), ModelNames()).hint.endswith("m7 and 12 more")
 
 
 def test_a_name_from_outside_is_escaped_and_cut() -> None:
@@ -73,13 +73,13 @@ def test_a_name_from_outside_is_escaped_and_cut() -> None:
 @pytest.mark.parametrize("name", [None, "", "default"])
 def test_no_name_is_refused_where_there_are_several_models(name: str | None) -> None:
     assert unknown(name).message == "the request names no model"
-    assert unknown(name, models=(), names=Names()).message == "no model is served"
+    assert unknown(name, models=(), names=ModelNames()).message == "no model is served"
 
 
 def test_an_alias_or_default_of_a_model_that_is_not_served_says_so() -> None:
     assert unknown("gone").message == "'gone' stands for 'phi-3-mini', which is not served"
     assert unknown("gone").hint.startswith("did you mean phi-3.5-mini")
-    assert unknown(None, names=Names(default="big")).message == "'default' stands for 'big', which is not served"
+    assert unknown(None, names=ModelNames(default="big")).message == "'default' stands for 'big', which is not served"
 
 
 def test_an_alias_that_leads_nowhere_is_not_offered_in_its_own_place() -> None:
@@ -92,14 +92,14 @@ def test_aliases_that_go_in_circles_lead_nowhere() -> None:
 
 @pytest.mark.parametrize("name", [None, "", "default"])
 def test_a_single_model_needs_no_name(name: str | None) -> None:
-    assert wanted(name, ("only",)) == Wanted(name="default", meant="only", model="only")
-    assert wanted(name, names=Names(default="phi-3.5-mini")).model == "phi-3.5-mini"
-    assert wanted(name, names=Names(aliases={"default": Alias("phi-3.5-mini")})).model == "phi-3.5-mini"
+    assert wanted(name, ("only",)) == ResolvedName(name="default", meant="only", model="only")
+    assert wanted(name, names=ModelNames(default="phi-3.5-mini")).model == "phi-3.5-mini"
+    assert wanted(name, names=ModelNames(aliases={"default": Alias("phi-3.5-mini")})).model == "phi-3.5-mini"
 
 
 def test_a_name_is_itself_or_an_alias() -> None:
-    assert wanted("phi-3.5-mini") == Wanted(name="phi-3.5-mini", meant="phi-3.5-mini", model="phi-3.5-mini")
-    assert wanted("fast") == Wanted(name="fast", meant="fast", model="llama-3.2-1b")
+    assert wanted("phi-3.5-mini") == ResolvedName(name="phi-3.5-mini", meant="phi-3.5-mini", model="phi-3.5-mini")
+    assert wanted("fast") == ResolvedName(name="fast", meant="fast", model="llama-3.2-1b")
 
 
 @pytest.mark.parametrize("name", [None, "", "default"])
@@ -112,18 +112,18 @@ def test_an_alias_of_an_alias_has_the_params_of_both_and_the_outer_ones_win() ->
     found = wanted("gpt-4o-mini")
 
     params = {"max_tokens": 200, "temperature": 0.7}
-    assert found == Wanted(name="gpt-4o-mini", meant="gpt-4o-mini", model="phi-3.5-mini", params=params)
+    assert found == ResolvedName(name="gpt-4o-mini", meant="gpt-4o-mini", model="phi-3.5-mini", params=params)
 
 
 def test_an_alias_may_give_params_to_the_model_of_its_own_name() -> None:
-    names = Names(aliases={"phi-3.5-mini": Alias("phi-3.5-mini", {"temperature": 0.1})})
+    names = ModelNames(aliases={"phi-3.5-mini": Alias("phi-3.5-mini", {"temperature": 0.1})})
 
     assert wanted("phi-3.5-mini", names=names).params == {"temperature": 0.1}
 
 
 def test_auto_is_a_name_and_may_have_aliases() -> None:
     assert wanted("auto").auto
-    assert wanted("best") == Wanted(name="best", meant="best", model="auto", params={"temperature": 0.0})
+    assert wanted("best") == ResolvedName(name="best", meant="best", model="auto", params={"temperature": 0.0})
     assert not wanted("fast").auto
 
 
@@ -182,15 +182,15 @@ def test_an_engine_that_does_not_tell_its_context_may_hold_anything() -> None:
     assert check("mute", 10**6) == ContextFits(model="mute")
 
 
-LLAMA = Auto(model="llama-3.2-1b", capability=1.2, finish_s=4.0)
-YI = Auto(model="yi-coder-1.5b", capability=1.5, finish_s=7.9)
-PHI = Auto(model="phi-3.5-mini", capability=3.8, finish_s=24.1)
-NEW = Auto(model="new-7b", capability=7.0)
-TINY = Auto(model="tiny", capability=0.1)
+LLAMA = AutoCandidate(model="llama-3.2-1b", capability=1.2, finish_s=4.0)
+YI = AutoCandidate(model="yi-coder-1.5b", capability=1.5, finish_s=7.9)
+PHI = AutoCandidate(model="phi-3.5-mini", capability=3.8, finish_s=24.1)
+NEW = AutoCandidate(model="new-7b", capability=7.0)
+TINY = AutoCandidate(model="tiny", capability=0.1)
 
 
 def test_no_model_that_holds_the_prompt_is_no_choice() -> None:
-    short = Auto(model="short", finish_s=1.0, fits_context=False)
+    short = AutoCandidate(model="short", finish_s=1.0, fits_context=False)
 
     assert choose_auto([short], 10.0, 200) == AutoChoice(model=None, reason="auto: no model holds the prompt")
     assert choose_auto([], 10.0, 200) == AutoChoice(model=None, reason="auto: no model")
@@ -209,10 +209,10 @@ def test_a_smaller_model_of_unknown_speed_is_tried_when_nothing_known_is_in_time
     )
 
 
-@pytest.mark.parametrize("new", [NEW, Auto(model="new"), Auto(model="yi2", capability=1.5)])
-def test_a_model_of_unknown_speed_that_is_no_smaller_is_not_tried(new: Auto) -> None:
+@pytest.mark.parametrize("new", [NEW, AutoCandidate(model="new"), AutoCandidate(model="yi2", capability=1.5)])
+def test_a_model_of_unknown_speed_that_is_no_smaller_is_not_tried(new: AutoCandidate) -> None:
     assert choose_auto([YI, new], 5.0, 200).model == "yi-coder-1.5b"
-    assert choose_auto([new, Auto(model="known", finish_s=9.0)], 5.0, 200).model == "known"
+    assert choose_auto([new, AutoCandidate(model="known", finish_s=9.0)], 5.0, 200).model == "known"
 
 
 def test_when_no_speed_is_known_the_smallest_is_taken() -> None:
@@ -240,7 +240,7 @@ def test_a_model_of_unknown_speed_is_passed_over_by_name_when_another_is_in_time
 
 
 def test_a_model_that_does_not_hold_the_prompt_is_not_taken() -> None:
-    short = Auto(model="short-70b", capability=70.0, finish_s=1.0, fits_context=False)
+    short = AutoCandidate(model="short-70b", capability=70.0, finish_s=1.0, fits_context=False)
 
     assert choose_auto([short, LLAMA], 10.0, 200).model == "llama-3.2-1b"
 
@@ -249,21 +249,21 @@ def test_without_a_budget_thirty_seconds_are_aimed_at() -> None:
     assert choose_auto([LLAMA, YI, PHI], None, None) == AutoChoice(
         model="phi-3.5-mini", reason="auto: phi-3.5-mini, predicted 24.1 s of 30 s (no budget given)"
     )
-    slow = Auto(model="slow", capability=9.0, finish_s=31.0)
-    assert choose_auto([slow, Auto(model="slower", capability=9.0, finish_s=35.0)], None, None).model == "slow"
+    slow = AutoCandidate(model="slow", capability=9.0, finish_s=31.0)
+    assert choose_auto([slow, AutoCandidate(model="slower", capability=9.0, finish_s=35.0)], None, None).model == "slow"
 
 
 def test_accuracy_counts_when_all_have_it() -> None:
-    accurate = Auto(model="accurate", capability=1.0, accuracy=0.7, finish_s=5.0)
-    large = Auto(model="large", capability=3.0, accuracy=0.6, finish_s=5.0)
-    unmeasured = Auto(model="unmeasured", capability=2.0, finish_s=5.0)
+    accurate = AutoCandidate(model="accurate", capability=1.0, accuracy=0.7, finish_s=5.0)
+    large = AutoCandidate(model="large", capability=3.0, accuracy=0.6, finish_s=5.0)
+    unmeasured = AutoCandidate(model="unmeasured", capability=2.0, finish_s=5.0)
 
     assert choose_auto([large, accurate], 10.0, None).model == "accurate"
     assert choose_auto([large, accurate, unmeasured], 10.0, None).model == "large"
 
 
 def test_of_equally_capable_models_the_faster_is_taken() -> None:
-    fast, slow = Auto(model="fast", finish_s=3.0), Auto(model="slow", finish_s=5.0)
+    fast, slow = AutoCandidate(model="fast", finish_s=3.0), AutoCandidate(model="slow", finish_s=5.0)
 
     assert choose_auto([slow, fast], 10.0, None) == AutoChoice(model="fast", reason="auto: fast, predicted 3 s of 10 s")
 

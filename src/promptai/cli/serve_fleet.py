@@ -19,9 +19,9 @@ from promptai.fleet.replica import Rates, Replica
 from promptai.fleet.simulated import SimulatedSource
 from promptai.fleet.source import Source
 from promptai.fleet.static import StaticSource, Target
-from promptai.gateway.admission import Serving
-from promptai.router.schedule.dispatcher import Limits
-from promptai.router.selection import Alias, Names
+from promptai.gateway.admission import AdmissionRules
+from promptai.router.schedule.dispatcher import QueueLimits
+from promptai.router.selection import Alias, ModelNames
 from promptai.settings import FleetEntry, Settings, board_key
 
 #: A pretended Raspberry Pi 5 with a model of 1.5 billion parameters.
@@ -182,11 +182,11 @@ def simulated_source(engines: Sequence[SimulatedEngine]) -> SimulatedSource:
     )
 
 
-def serving_of(settings: Settings) -> Serving:
+def serving_of(settings: Settings) -> AdmissionRules:
     """What may change while the gateway runs."""
     gateway = settings.gateway
-    return Serving(
-        names=Names(
+    return AdmissionRules(
+        names=ModelNames(
             aliases={name: Alias(entry.model, entry.params) for name, entry in settings.aliases.items()},
             default=gateway.default,
         ),
@@ -197,9 +197,9 @@ def serving_of(settings: Settings) -> Serving:
     )
 
 
-def limits_of(settings: Settings) -> Limits:
+def limits_of(settings: Settings) -> QueueLimits:
     """How many may wait, and how long for a replica that is away."""
-    return Limits(queue=settings.gateway.queue, outage_s=settings.gateway.outage_s)
+    return QueueLimits(queue=settings.gateway.queue, outage_s=settings.gateway.outage_s)
 
 
 class MemoryBudget:

@@ -42,11 +42,11 @@ from promptai.fleet.source import Source
 from promptai.gateway.app import Gateway, GatewayLimits
 from promptai.gateway.auth import Guard
 from promptai.gateway.server import GatewayServer
-from promptai.gateway.streaming import Rhythm
+from promptai.gateway.streaming import Heartbeat
 from promptai.router.estimate.policy import STRATEGIES
 from promptai.router.estimate.rates import RateBook
 from promptai.router.schedule.dispatcher import Dispatcher
-from promptai.router.schedule.fleet_state import Accounts
+from promptai.router.schedule.fleet_state import FleetState
 from promptai.settings import Settings, cache_directory
 
 _log = logging.getLogger("promptai.serve")
@@ -150,7 +150,7 @@ class Running:
             for engine in self._engines:
                 await stack.enter_async_context(engine)
             self.registry = Registry((), busy=self._in_flight)
-            self._accounts = Accounts(self.registry, RateBook())
+            self._accounts = FleetState(self.registry, RateBook())
             self.registry.replace(self._sources(self.plan))
             strategy = STRATEGIES[gateway_settings.strategy]()
             self._dispatcher = Dispatcher(self._accounts, strategy, limits_of(self.plan.settings))
@@ -160,7 +160,7 @@ class Running:
                 self._upstream,
                 self._guard,
                 serving=serving_of(self.plan.settings),
-                rhythm=Rhythm(ping_s=gateway_settings.ping_s),
+                rhythm=Heartbeat(ping_s=gateway_settings.ping_s),
                 limits=GatewayLimits(body_bytes=gateway_settings.body_mib * 1024**2),
             )
             self._catch_signals(loop, stack)

@@ -5,14 +5,14 @@ What was asked and answered is in neither.
 
 import logging
 
-from promptai.gateway.admission import Ticket
-from promptai.gateway.metrics import Metrics, Outcome
-from promptai.router.failover.request import Flight
+from promptai.gateway.admission import AdmittedRequest
+from promptai.gateway.metrics import Metrics, RequestRecord
+from promptai.router.failover.request import RoutedRequest
 
 _log = logging.getLogger("promptai.access")
 
 
-def outcome_of(ticket: Ticket, status: int, arrived: float) -> Outcome:
+def outcome_of(ticket: AdmittedRequest, status: int, arrived: float) -> RequestRecord:
     """
     How a request went.
 
@@ -22,11 +22,11 @@ def outcome_of(ticket: Ticket, status: int, arrived: float) -> Outcome:
     """
     grants, timings = ticket.flight.grants, ticket.flight.timings
     if not grants:
-        return Outcome(model=ticket.model, replica="", status=status)
+        return RequestRecord(model=ticket.model, replica="", status=status)
     prompt, cached, generated = _counted(ticket.flight)
     computed = timings.prompt_n if timings is not None else 0
     decoded = timings.predicted_n - ticket.flight.job.answers if timings is not None else 0  # the first is prefill's
-    return Outcome(
+    return RequestRecord(
         model=ticket.model,
         replica=grants[-1].replica.id,
         status=status,
@@ -40,7 +40,7 @@ def outcome_of(ticket: Ticket, status: int, arrived: float) -> Outcome:
     )
 
 
-def used(ticket: Ticket, outcome: Outcome) -> int:
+def used(ticket: AdmittedRequest, outcome: RequestRecord) -> int:
     """Tokens that a request is charged to its key; what nobody has counted, as many as were expected."""
     if not ticket.flight.grants:  # it was never sent
         return 0
@@ -49,7 +49,7 @@ def used(ticket: Ticket, outcome: Outcome) -> int:
     return prompt + (round(grant.job.answers * grant.expected) if generated is None else generated)
 
 
-def _counted(flight: Flight) -> tuple[int | None, int | None, int | None]:
+def _counted(flight: RoutedRequest) -> tuple[int | None, int | None, int | None]:
     """Tokens of the prompt, cached ones among them, and generated ones: as the engine says, as far as it does."""
     timings, usage = flight.timings, flight.usage
     # What an engine generated whose successor went on is a part of the successor's prompt, and of the answer.
@@ -73,7 +73,7 @@ def _counted(flight: Flight) -> tuple[int | None, int | None, int | None]:
     return prompt, cached, before + (last if usage.completion_tokens is None else usage.completion_tokens)
 
 
-def account(metrics: Metrics, ticket: Ticket, outcome: Outcome) -> None:
+def account(metrics: Metrics, ticket: AdmittedRequest, outcome: RequestRecord) -> None:
     """Count a request."""
     metrics.observe_request(outcome)
     for reason in ticket.flight.retries:
@@ -82,7 +82,7 @@ def account(metrics: Metrics, ticket: Ticket, outcome: Outcome) -> None:
         metrics.observe_continuation(how)
 
 
-def write_line(name: str, key: str, path: str, outcome: Outcome, total_s: float) -> None:
+def write_line(name: str, key: str, path: str, outcome: RequestRecord, total_s: float) -> None:
     """One line of the access log."""
     if not _log.isEnabledFor(logging.INFO):
         return

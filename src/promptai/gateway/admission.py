@@ -14,22 +14,22 @@ from promptai.engine.upstream import Upstream
 from promptai.errors import NoCapacityError, RequestRefusedError
 from promptai.fleet.replica import Snapshot
 from promptai.gateway.auth import Caller
-from promptai.router.estimate.policy import Choice
+from promptai.router.estimate.policy import Placement
 from promptai.router.estimate.prefix import Chain, chain
-from promptai.router.failover.order import Order
-from promptai.router.failover.request import Flight
+from promptai.router.failover.order import ClientRequest
+from promptai.router.failover.request import RoutedRequest
 from promptai.router.failover.resume import answers
 from promptai.router.schedule.dispatcher import Dispatcher
-from promptai.router.schedule.lease import Job
+from promptai.router.schedule.lease import RouteRequest
 from promptai.router.selection import (
     AUTO,
     DEFAULT,
-    Auto,
+    AutoCandidate,
     ContextFits,
     ContextTooLong,
-    ModelUnknown,
-    Names,
-    Wanted,
+    ModelNames,
+    ResolvedName,
+    UnknownModel,
     check_context,
     choose_auto,
     parse_budget,
@@ -47,7 +47,7 @@ _MOST_TOKENS, _MOST_ANSWERS = 10**7, 4096
 _PATHS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/embeddings": "input"}
 
 
-class Serving(msgspec.Struct, frozen=True, kw_only=True):
+class AdmissionRules(msgspec.Struct, frozen=True, kw_only=True):
     """
     What may be changed while the gateway runs.
 
@@ -59,14 +59,14 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
         attempts: How often one request may be sent.
     """
 
-    names: Names = Names()
+    names: ModelNames = ModelNames()
     fallbacks: dict[str, str] = {}
     wait_s: float = 600.0
     stall_s: float = 15.0
     attempts: int = 4
 
 
-class Ticket(msgspec.Struct, frozen=True, kw_only=True):
+class AdmittedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """
     A request that has been accepted.
 
@@ -75,18 +75,18 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
         tokens: Of its prompt and its answers, as many as are expected.
     """
 
-    flight: Flight
+    flight: RoutedRequest
     request: PassingRequest
     model: str
     why: str
     tokens: int
 
 
-class _Asked(msgspec.Struct, frozen=True, kw_only=True):
+class _ParsedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request that has been read, and whose it is."""
 
     path: str
-    wanted: Wanted
+    wanted: ResolvedName
     body: dict[str, Any]
     request: PassingRequest
     prompts: tuple[Prompt, ...]
@@ -120,15 +120,15 @@ class _Asked(msgspec.Struct, frozen=True, kw_only=True):
         return max(self.prompts, key=lambda prompt: prompt.tokens(chars_per_token))
 
 
-class Desk:
+class Admission:
     """Accepts requests; one for a gateway."""
 
-    def __init__(self, dispatcher: Dispatcher, upstream: Upstream, serving: Serving | None = None) -> None:
+    def __init__(self, dispatcher: Dispatcher, upstream: Upstream, serving: AdmissionRules | None = None) -> None:
         self.dispatcher = dispatcher
         self.upstream = upstream
-        self.serving = serving or Serving()
+        self.serving = serving or AdmissionRules()
 
-    def accept(self, path: str, body: dict[str, Any], headers: Mapping[str, str], caller: Caller) -> Ticket:
+    def accept(self, path: str, body: dict[str, Any], headers: Mapping[str, str], caller: Caller) -> AdmittedRequest:
         """
         Decide what a request is for.
 
@@ -142,7 +142,7 @@ class Desk:
         model, why = self._model(asked, job)
         if model != job.model:
             job = self._job(model, asked)
-        order = Order(
+        order = ClientRequest(
             path=path,
             body=asked.body,
             request=asked.request,
@@ -150,12 +150,14 @@ class Desk:
             attempts=self.serving.attempts,
             stall_s=self.serving.stall_s,
         )
-        flight = Flight(order, job, self.dispatcher, self.upstream)
-        return Ticket(flight=flight, request=asked.request, model=model, why=why, tokens=self._tokens(asked, job))
+        flight = RoutedRequest(order, job, self.dispatcher, self.upstream)
+        return AdmittedRequest(
+            flight=flight, request=asked.request, model=model, why=why, tokens=self._tokens(asked, job)
+        )
 
     def decide(
         self, path: str, body: dict[str, Any], headers: Mapping[str, str], caller: Caller
-    ) -> tuple[Ticket, Choice | None]:
+    ) -> tuple[AdmittedRequest, Placement | None]:
         """What would happen to a request, and where it would go; nothing is sent."""
         ticket = self.accept(path, body, headers, caller)
         return ticket, self.dispatcher.preview(ticket.flight.job)
@@ -164,24 +166,24 @@ class Desk:
         """That there is no such model; of those that there are, it names what the caller may use."""
         found = resolve(name, self.dispatcher.accounts.fleet.snapshot.models, self.serving.names)
         message, hint = "there is no such model", ""
-        if isinstance(found, ModelUnknown):
+        if isinstance(found, UnknownModel):
             known, near = (tuple(filter(caller.limits.allow, names)) for names in (found.known, found.near))
             allowed = msgspec.structs.replace(found, known=known, near=near)
             message, hint = allowed.message, allowed.hint
         return RequestRefusedError(message, status=404, code="model_not_found", param="model", hint=hint)
 
-    def _read(self, path: str, body: dict[str, Any], headers: Mapping[str, str], caller: Caller) -> _Asked:
+    def _read(self, path: str, body: dict[str, Any], headers: Mapping[str, str], caller: Caller) -> _ParsedRequest:
         request = _convert(body)
         served = self.dispatcher.accounts.fleet.snapshot.models
         wanted = resolve(request.model, served, self.serving.names)
-        if isinstance(wanted, ModelUnknown):
+        if isinstance(wanted, UnknownModel):
             raise self.unknown(request.model, caller)
         filled = wanted.filled(body)
         if filled != body:
             request = _convert(filled)
         _demand_field(path, request)
         _demand_roles(request)
-        return _Asked(
+        return _ParsedRequest(
             path=path,
             wanted=wanted,
             body=filled,
@@ -191,12 +193,12 @@ class Desk:
             caller=caller,
         )
 
-    def _job(self, model: str, asked: _Asked) -> Job:
+    def _job(self, model: str, asked: _ParsedRequest) -> RouteRequest:
         per_token = self.dispatcher.accounts.book.chars_per_token(model)
         request, headers = asked.request, asked.headers
         text = asked.longest(per_token).text
         tokens = sum(prompt.tokens(per_token) for prompt in asked.prompts)
-        return Job(
+        return RouteRequest(
             model=model,
             # Which one of several a slot's cache will hold nobody knows; but a context has to hold the longest.
             prompt=chain(text) if len(asked.prompts) == 1 else Chain((), len(text)),
@@ -209,7 +211,7 @@ class Desk:
             wait_s=min(self.serving.wait_s, _seconds(headers, "x-promptai-deadline") or self.serving.wait_s),
         )
 
-    def _model(self, asked: _Asked, job: Job) -> tuple[str, str]:
+    def _model(self, asked: _ParsedRequest, job: RouteRequest) -> tuple[str, str]:
         """The model that is meant, and why."""
         if asked.wanted.auto:
             return self._chosen(asked, job)
@@ -224,7 +226,7 @@ class Desk:
             found = surely
         return found.model, found.reason.replace("prompt has ", "prompt has about ", 1)
 
-    def _held_by(self, asked: _Asked, job: Job, tokens: float) -> ContextFits | ContextTooLong:
+    def _held_by(self, asked: _ParsedRequest, job: RouteRequest, tokens: float) -> ContextFits | ContextTooLong:
         """Who holds a prompt of so many tokens: the model that is meant, or a fallback that the key may use."""
         allow = asked.caller.limits.allow
         return check_context(
@@ -234,7 +236,7 @@ class Desk:
             fallbacks={short: long for short, long in self.serving.fallbacks.items() if allow(long)},
         )
 
-    def _chosen(self, asked: _Asked, job: Job) -> tuple[str, str]:
+    def _chosen(self, asked: _ParsedRequest, job: RouteRequest) -> tuple[str, str]:
         """The model that ``auto`` takes, and why."""
         snapshot = self.dispatcher.accounts.fleet.snapshot
         if not snapshot.models:
@@ -253,7 +255,7 @@ class Desk:
             raise _too_long(asked, chosen.reason, "shorten the prompt")
         return chosen.model, chosen.reason
 
-    def _auto(self, job: Job, longest: float, snapshot: Snapshot) -> Auto:
+    def _auto(self, job: RouteRequest, longest: float, snapshot: Snapshot) -> AutoCandidate:
         own = snapshot.of(job.model)
         accounts, choice = self.dispatcher.accounts, self.dispatcher.preview(job)
         finish: float | None = None
@@ -261,7 +263,7 @@ class Desk:
             streams = len(choice.load.running) + 1
             tokens = self._answer_tokens(job, longest, choice.load.replica.context)
             finish = choice.estimate.ttft_s + tokens * choice.load.step(streams)
-        return Auto(
+        return AutoCandidate(
             model=job.model,
             capability=max((r.capability for r in own if r.capability is not None), default=None),
             accuracy=max((r.accuracy for r in own if r.accuracy is not None), default=None),
@@ -269,14 +271,14 @@ class Desk:
             fits_context=choice is not None and _likely_holds(job.model, longest, snapshot),
         )
 
-    def _answer_tokens(self, job: Job, longest: float, context: int | None) -> float:
+    def _answer_tokens(self, job: RouteRequest, longest: float, context: int | None) -> float:
         """Tokens of one answer, if it is as long as it may be; as answers usually are where nothing limits them."""
         if job.limit is None:
             return self.dispatcher.accounts.expected(job)
         return float(job.limit) if context is None else min(float(job.limit), max(1.0, context - longest))
 
-    def _tokens(self, asked: _Asked, job: Job) -> int:
-        """Tokens that a request will probably use: see ``Ticket``."""
+    def _tokens(self, asked: _ParsedRequest, job: RouteRequest) -> int:
+        """Tokens that a request will probably use: see ``AdmittedRequest``."""
         generated = 0.0 if asked.request.input is not None else job.answers * self.dispatcher.accounts.expected(job)
         return round(job.tokens + generated)
 
@@ -299,7 +301,7 @@ def _convert(body: dict[str, Any]) -> PassingRequest:
         raise RequestRefusedError(f"the request is wrong: {text}", code="wrong_type", param=param) from None
 
 
-def _too_long(asked: _Asked, message: str, hint: str) -> RequestRefusedError:
+def _too_long(asked: _ParsedRequest, message: str, hint: str) -> RequestRefusedError:
     return RequestRefusedError(message, code="context_length_exceeded", param=_PATHS[asked.path], hint=hint)
 
 

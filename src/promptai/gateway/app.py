@@ -22,12 +22,12 @@ from promptai.errors import PromptAIError
 from promptai.fleet.replica import Replica
 from promptai.gateway import openapi
 from promptai.gateway.accounting import account, outcome_of, used, write_line
-from promptai.gateway.admission import Desk, Serving, Ticket, path_for
+from promptai.gateway.admission import Admission, AdmissionRules, AdmittedRequest, path_for
 from promptai.gateway.auth import CALLER, Caller, Guard
 from promptai.gateway.body import read_json
 from promptai.gateway.envelope import ApiError, Handler, envelope, request_id, stamp
-from promptai.gateway.metrics import Metrics, Now, Outcome, ReplicaNow
-from promptai.gateway.streaming import Rhythm, answer, as_api_error, stream, told
+from promptai.gateway.metrics import FleetSample, Metrics, ReplicaSample, RequestRecord
+from promptai.gateway.streaming import Heartbeat, answer, as_api_error, stream, told
 from promptai.gateway.views import fleet_view, models_view, queue_view
 from promptai.router.schedule.dispatcher import Dispatcher
 
@@ -70,16 +70,16 @@ class Gateway:
         upstream: Upstream,
         guard: Guard,
         *,
-        serving: Serving | None = None,
-        rhythm: Rhythm | None = None,
+        serving: AdmissionRules | None = None,
+        rhythm: Heartbeat | None = None,
         limits: GatewayLimits | None = None,
     ) -> None:
-        self.desk = Desk(dispatcher, upstream, serving)
+        self.desk = Admission(dispatcher, upstream, serving)
         self.metrics = Metrics(self._now)
         self.draining = False
         self._dispatcher = dispatcher
         self._guard = guard
-        self._rhythm = rhythm or Rhythm()
+        self._rhythm = rhythm or Heartbeat()
         self._limits = limits or GatewayLimits()
         self._open = 0
         self._idle = asyncio.Event()
@@ -171,14 +171,16 @@ class Gateway:
             raise
 
     def _refused(self, request: web.Request, status: int, arrived: float) -> None:
-        outcome = Outcome(model="", replica="", status=status)
+        outcome = RequestRecord(model="", replica="", status=status)
         self.metrics.observe_request(outcome)
         # Without a caller it had no key that is known; what it had instead is nobody's business.
         caller = request.get(CALLER)
         key = "-" if caller is None else caller.key_id
         write_line(request_id(request), key, request.path, outcome, asyncio.get_running_loop().time() - arrived)
 
-    def _ended(self, request: web.Request, caller: Caller, ticket: Ticket, status: int, arrived: float) -> None:
+    def _ended(
+        self, request: web.Request, caller: Caller, ticket: AdmittedRequest, status: int, arrived: float
+    ) -> None:
         self._open -= 1
         if not self._open:
             self._idle.set()
@@ -188,13 +190,13 @@ class Gateway:
         total_s = asyncio.get_running_loop().time() - arrived
         write_line(request_id(request), caller.key_id, request.path, outcome, total_s)
 
-    def _now(self) -> Now:
+    def _now(self) -> FleetSample:
         accounts, snapshot = self._dispatcher.accounts, self._dispatcher.accounts.fleet.snapshot
         now = accounts.now()
-        return Now(
+        return FleetSample(
             queued={model: len(self._dispatcher.waiting(model)) for model in snapshot.models},
             replicas=tuple(
-                ReplicaNow(
+                ReplicaSample(
                     replica=replica.id,
                     model=replica.model,
                     slots=replica.slots,

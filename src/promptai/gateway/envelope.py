@@ -7,7 +7,7 @@ Clients read ``error.message`` and nothing else, so the message says what to do 
 
 aiohttp answers some requests before any handler of an application sees them: broken HTTP,
 headers without end, an unknown ``Expect``. Its answers quote the line that it could not
-read, and that line may be the one with the key. ``Runner`` gives the envelope there too,
+read, and that line may be the one with the key. ``EnvelopeRunner`` gives the envelope there too,
 without the quotation.
 
     app = web.Application(middlewares=[envelope, guard.middleware])
@@ -209,7 +209,7 @@ async def envelope(request: web.Request, handler: Handler) -> web.StreamResponse
         return _answer(request, error)
 
 
-class Runner(web.AppRunner):
+class EnvelopeRunner(web.AppRunner):
     """``web.AppRunner`` that answers in the envelope where no handler was reached, too."""
 
     __slots__ = ()

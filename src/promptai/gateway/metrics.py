@@ -26,7 +26,7 @@ _BREAKER = {"closed": 0.0, "trial": 1.0, "open": 2.0}
 _RETRY_REASONS = {"busy", "refused", "protocol", "died"}
 
 
-class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     """
     One request that has ended, as far as it got.
 
@@ -51,7 +51,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     saved_s: float | None = None
 
 
-class ReplicaNow(msgspec.Struct, frozen=True, kw_only=True):
+class ReplicaSample(msgspec.Struct, frozen=True, kw_only=True):
     """What is true of a replica at this moment."""
 
     replica: str
@@ -62,7 +62,7 @@ class ReplicaNow(msgspec.Struct, frozen=True, kw_only=True):
     breaker: Literal["closed", "trial", "open"] = "closed"
 
 
-class Now(msgspec.Struct, frozen=True):
+class FleetSample(msgspec.Struct, frozen=True):
     """
     What is true at this moment.
 
@@ -71,7 +71,7 @@ class Now(msgspec.Struct, frozen=True):
     """
 
     queued: dict[str, int] = {}
-    replicas: tuple[ReplicaNow, ...] = ()
+    replicas: tuple[ReplicaSample, ...] = ()
 
 
 class Metrics:
@@ -82,7 +82,7 @@ class Metrics:
         now: Called at every scrape; must not wait for anything.
     """
 
-    def __init__(self, now: Callable[[], Now] = Now) -> None:
+    def __init__(self, now: Callable[[], FleetSample] = FleetSample) -> None:
         # One series more for each counter, of the moment it was made; nobody asks for it.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = registry = prometheus_client.CollectorRegistry()
@@ -125,7 +125,7 @@ class Metrics:
             self._requests.remove_by_labels({"model": model})
         self._fleet, self._models = fleet, models
 
-    def observe_request(self, outcome: Outcome) -> None:
+    def observe_request(self, outcome: RequestRecord) -> None:
         """Count a request that has ended."""
         labels = self._labels(outcome.model, outcome.replica)
         status = str(outcome.status) if 100 <= outcome.status <= 599 else UNKNOWN
@@ -172,7 +172,7 @@ class Metrics:
 class _Gauges(Collector):
     """Asks what is true when it is scraped."""
 
-    def __init__(self, now: Callable[[], Now]) -> None:
+    def __init__(self, now: Callable[[], FleetSample]) -> None:
         self._now = now
 
     def describe(self) -> Iterable[Metric]:

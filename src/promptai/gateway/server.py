@@ -16,7 +16,7 @@ from aiohttp import web
 
 from promptai.errors import SettingsError
 from promptai.gateway.app import Gateway
-from promptai.gateway.envelope import Runner
+from promptai.gateway.envelope import EnvelopeRunner
 
 #: Longer than the pause between two questions of one person's program, shorter than what routers forget.
 _KEEP_ALIVE_S = 75.0
@@ -40,7 +40,7 @@ class GatewayServer:
         self.port = port
         self._gateway = gateway
         self._host = host
-        self._runner: Runner | None = None
+        self._runner: EnvelopeRunner | None = None
 
     @property
     def url(self) -> str:
@@ -54,7 +54,7 @@ class GatewayServer:
         Raises:
             SettingsError: It cannot be had there.
         """
-        runner = Runner(
+        runner = EnvelopeRunner(
             self._gateway.application(),
             handler_cancellation=True,  # whoever hangs up frees a slot
             access_log=None,

@@ -16,9 +16,9 @@ import msgspec
 from aiohttp import web
 
 from promptai.errors import BrokenOffError, NoCapacityError, PromptAIError, RequestRefusedError, SaturatedError
-from promptai.gateway.admission import Ticket
+from promptai.gateway.admission import AdmittedRequest
 from promptai.gateway.envelope import ApiError, from_engine, from_error
-from promptai.router.failover.request import Flight
+from promptai.router.failover.request import RoutedRequest
 
 #: Whoever waits for longer is told so; most answers on a warm board begin sooner.
 _PATIENCE_S = 1.0
@@ -28,7 +28,7 @@ _PING = b": waiting\n\n"
 _DONE = b"data: [DONE]\n\n"
 
 
-class Rhythm(msgspec.Struct, frozen=True):
+class Heartbeat(msgspec.Struct, frozen=True):
     """
     How often a waiting client hears something.
 
@@ -41,7 +41,7 @@ class Rhythm(msgspec.Struct, frozen=True):
     status_s: float = 1.0
 
 
-async def answer(ticket: Ticket) -> web.Response:
+async def answer(ticket: AdmittedRequest) -> web.Response:
     """
     Answer in one piece.
 
@@ -60,7 +60,7 @@ async def answer(ticket: Ticket) -> web.Response:
     )
 
 
-async def stream(request: web.Request, ticket: Ticket, rhythm: Rhythm) -> tuple[web.StreamResponse, int]:
+async def stream(request: web.Request, ticket: AdmittedRequest, rhythm: Heartbeat) -> tuple[web.StreamResponse, int]:
     """
     Answer as an event stream.
 
@@ -71,7 +71,7 @@ async def stream(request: web.Request, ticket: Ticket, rhythm: Rhythm) -> tuple[
         ApiError: There is no answer, and nothing has been sent yet.
     """
     status = 200
-    with _Line(request, ticket, rhythm) as line:
+    with EventStream(request, ticket, rhythm) as line:
         try:
             async with aclosing(ticket.flight.events()) as chunks:
                 async for some in chunks:
@@ -84,14 +84,14 @@ async def stream(request: web.Request, ticket: Ticket, rhythm: Rhythm) -> tuple[
     return line.response, status
 
 
-class _Line:
+class EventStream:
     """
     One event stream to one client; inside its block the client is kept company in every silence.
 
     One timer, and a task only when it has something to say: most answers on a warm board begin sooner.
     """
 
-    def __init__(self, request: web.Request, ticket: Ticket, rhythm: Rhythm) -> None:
+    def __init__(self, request: web.Request, ticket: AdmittedRequest, rhythm: Heartbeat) -> None:
         self.response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream; charset=utf-8",
@@ -217,7 +217,7 @@ class _Line:
         await self.response.prepare(self._request)
 
 
-def told(ticket: Ticket) -> dict[str, str]:
+def told(ticket: AdmittedRequest) -> dict[str, str]:
     """What an answer's headers say of its way; of a stream that began to wait, as far as it was known then."""
     grant, found = ticket.flight.grant, {"x-promptai-model": ticket.model}
     reasons = [ticket.why] if ticket.why else []
@@ -247,7 +247,7 @@ def as_api_error(error: PromptAIError) -> ApiError:
     return from_error(error)
 
 
-def _shown(flight: Flight) -> dict[str, object]:
+def _shown(flight: RoutedRequest) -> dict[str, object]:
     stage = flight.stage()
     found: dict[str, object] = {"stage": stage.stage}
     if flight.grant is not None:

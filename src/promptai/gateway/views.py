@@ -7,10 +7,10 @@ import msgspec
 
 from promptai.fleet.replica import Replica, State
 from promptai.router.schedule.dispatcher import Dispatcher
-from promptai.router.selection import Names
+from promptai.router.selection import ModelNames
 
 
-def models_view(dispatcher: Dispatcher, names: Names, allowed: Callable[[str], bool]) -> dict[str, Any]:
+def models_view(dispatcher: Dispatcher, names: ModelNames, allowed: Callable[[str], bool]) -> dict[str, Any]:
     """``GET /v1/models``: everything that a request may call a model, ``auto`` and aliases among them."""
     snapshot = dispatcher.accounts.fleet.snapshot
     entries = []
@@ -34,7 +34,7 @@ def models_view(dispatcher: Dispatcher, names: Names, allowed: Callable[[str], b
     }
 
 
-def fleet_view(dispatcher: Dispatcher, names: Names, *, admin: bool) -> dict[str, Any]:
+def fleet_view(dispatcher: Dispatcher, names: ModelNames, *, admin: bool) -> dict[str, Any]:
     """
     ``GET /api/fleet``: all replicas and what is known of them.
 

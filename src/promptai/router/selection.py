@@ -46,7 +46,7 @@ class Alias(msgspec.Struct, frozen=True):
     params: dict[str, Any] = {}
 
 
-class Names(msgspec.Struct, frozen=True, kw_only=True):
+class ModelNames(msgspec.Struct, frozen=True, kw_only=True):
     """
     What models may be called. An alias comes before a model of the same name, which may so be given params.
 
@@ -59,7 +59,7 @@ class Names(msgspec.Struct, frozen=True, kw_only=True):
     default: str | None = None
 
 
-class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+class ResolvedName(msgspec.Struct, frozen=True, kw_only=True):
     """
     What a request is for.
 
@@ -92,7 +92,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
         return {**request, **{field: value for field, value in self.params.items() if field not in given}}
 
 
-class ModelUnknown(msgspec.Struct, frozen=True, kw_only=True):
+class UnknownModel(msgspec.Struct, frozen=True, kw_only=True):
     """
     Nothing here has that name.
 
@@ -128,7 +128,7 @@ class ModelUnknown(msgspec.Struct, frozen=True, kw_only=True):
         return f"known: {', '.join(self.known[:_SHOWN_MODELS])}{more}"
 
 
-def resolve(name: str | None, models: Sequence[str], names: Names) -> Wanted | ModelUnknown:
+def resolve(name: str | None, models: Sequence[str], names: ModelNames) -> ResolvedName | UnknownModel:
     """
     Find out what a name stands for.
 
@@ -146,11 +146,11 @@ def resolve(name: str | None, models: Sequence[str], names: Names) -> Wanted | M
         params = {**alias.params, **params}
         reached = alias.model
     if reached == AUTO or reached in models:
-        return Wanted(name=name or DEFAULT, meant=meant, model=reached, params=params)
+        return ResolvedName(name=name or DEFAULT, meant=meant, model=reached, params=params)
     asked = "" if name in {None, DEFAULT} else str(name)
     meaning = reached if reached != (name or DEFAULT) else ""
     known = tuple(dict.fromkeys([*models, *(other for other in names.aliases if other != name)]))
-    return ModelUnknown(name=asked, meaning=meaning, near=_near(meaning or asked, known), known=known)
+    return UnknownModel(name=asked, meaning=meaning, near=_near(meaning or asked, known), known=known)
 
 
 class ContextFits(msgspec.Struct, frozen=True, kw_only=True):
@@ -221,7 +221,7 @@ def check_context(
     return ContextTooLong(prompt_tokens=prompt_tokens, contexts=contexts)
 
 
-class Auto(msgspec.Struct, frozen=True, kw_only=True):
+class AutoCandidate(msgspec.Struct, frozen=True, kw_only=True):
     """
     A model that ``auto`` may take.
 
@@ -253,7 +253,7 @@ class AutoChoice(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
-def choose_auto(candidates: Sequence[Auto], budget_s: float | None, max_tokens: int | None) -> AutoChoice:
+def choose_auto(candidates: Sequence[AutoCandidate], budget_s: float | None, max_tokens: int | None) -> AutoChoice:
     """
     Take the most capable model that is predicted to finish in time.
 
@@ -271,7 +271,7 @@ def choose_auto(candidates: Sequence[Auto], budget_s: float | None, max_tokens: 
     limit = f"{_seconds(limit_s)}{' (no budget given)' if budget_s is None else ''}"
     by_accuracy = all(candidate.accuracy is not None for candidate in fitting)
 
-    def rank(candidate: Auto) -> tuple[float, float]:
+    def rank(candidate: AutoCandidate) -> tuple[float, float]:
         merit = candidate.accuracy if by_accuracy else candidate.capability
         return (-math.inf if merit is None else merit, -_finish(candidate))
 
@@ -304,7 +304,7 @@ def parse_budget(text: str) -> float:
     return seconds
 
 
-def _or_default(name: str, models: Sequence[str], names: Names) -> str:
+def _or_default(name: str, models: Sequence[str], names: ModelNames) -> str:
     if name != DEFAULT or DEFAULT in names.aliases or DEFAULT in models:
         return name
     if names.default is not None:
@@ -324,7 +324,7 @@ def _shown(text: str) -> str:
     return ascii(text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "...")
 
 
-def _late(fastest: Auto, smallest: Auto, limit_s: float, limit: str) -> AutoChoice:
+def _late(fastest: AutoCandidate, smallest: AutoCandidate, limit_s: float, limit: str) -> AutoChoice:
     """Nothing that is known is in time: the fastest, or a smaller one of unknown speed."""
     if fastest.finish_s is None:
         reason = f"auto: {smallest.model}, whose speed is unknown, as is that of every other; wanted {limit}"
@@ -337,17 +337,17 @@ def _late(fastest: Auto, smallest: Auto, limit_s: float, limit: str) -> AutoChoi
     return AutoChoice(model=fastest.model, reason=f"auto: {fastest.model}, {missed}, {over}")
 
 
-def _why_not(candidate: Auto) -> str:
+def _why_not(candidate: AutoCandidate) -> str:
     if candidate.finish_s is None:
         return f"the speed of {candidate.model} is unknown"
     return f"{candidate.model} would take {_seconds(candidate.finish_s)}"
 
 
-def _finish(candidate: Auto) -> float:
+def _finish(candidate: AutoCandidate) -> float:
     return math.inf if candidate.finish_s is None else candidate.finish_s
 
 
-def _size(candidate: Auto) -> float:
+def _size(candidate: AutoCandidate) -> float:
     return math.inf if candidate.capability is None else candidate.capability
 
 

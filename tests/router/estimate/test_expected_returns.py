@@ -6,18 +6,18 @@ import msgspec
 import pytest
 
 from promptai.fleet.replica import Replica
-from promptai.router.estimate.cache_index import CacheIndex, Room
-from promptai.router.estimate.policy import Affinity, Ask, Load, Work, estimate
+from promptai.router.estimate.cache_index import CacheIndex, Capacity
+from promptai.router.estimate.policy import Affinity, Demand, PendingWork, ReplicaView, estimate
 from promptai.router.estimate.prefix import WINDOW, chain
-from promptai.router.estimate.step_curve import Steps
+from promptai.router.estimate.step_curve import StepCurve
 
-SLOTS, CACHE = Room(slots=4, host_chars=0), Room(slots=4, host_chars=1_000_000)
+SLOTS, CACHE = Capacity(slots=4, host_chars=0), Capacity(slots=4, host_chars=1_000_000)
 TEXTS = ["".join(Random(seed).choices("abcdefgh ", k=10 * WINDOW)) for seed in range(3)]
 ANN, BOB, EVE = map(chain, TEXTS)
-ASK = Ask(tokens=600, expected=150, head=1)
+ASK = Demand(tokens=600, expected=150, head=1)
 
 
-def left(room: Room) -> CacheIndex:
+def left(room: Capacity) -> CacheIndex:
     """Three conversations that have just been answered."""
     index = CacheIndex()
     for slot, held in enumerate((ANN, BOB, EVE)):
@@ -25,19 +25,19 @@ def left(room: Room) -> CacheIndex:
     return index
 
 
-def board(*, cached: float = 0.0, awaited: float = 0.0) -> Load:
+def board(*, cached: float = 0.0, awaited: float = 0.0) -> ReplicaView:
     """One that computes 60 tokens a second, and to which people come back after a minute."""
     replica = Replica(id="pi", url="", model="m", slots=4)
-    return Load(replica=replica, slot=0, cached=cached, awaited=awaited, gap_s=60.0)
+    return ReplicaView(replica=replica, slot=0, cached=cached, awaited=awaited, gap_s=60.0)
 
 
 @pytest.mark.parametrize("room", [SLOTS, CACHE])
-def test_most_of_those_who_were_just_answered_are_expected_back(room: Room) -> None:
+def test_most_of_those_who_were_just_answered_are_expected_back(room: Capacity) -> None:
     assert pytest.approx(left(room).awaited("pi", busy=(), going=(), now=0.0)) == 0.75 * 3
 
 
 @pytest.mark.parametrize("room", [SLOTS, CACHE])
-def test_who_has_been_away_for_long_is_not_expected_back(room: Room) -> None:
+def test_who_has_been_away_for_long_is_not_expected_back(room: Capacity) -> None:
     index = left(room)
 
     assert index.awaited("pi", busy=(), going=(), now=240.0) < 0.5 * 3
@@ -45,7 +45,7 @@ def test_who_has_been_away_for_long_is_not_expected_back(room: Room) -> None:
 
 
 @pytest.mark.parametrize("room", [SLOTS, CACHE])
-def test_who_is_back_is_not_awaited_any_more(room: Room) -> None:
+def test_who_is_back_is_not_awaited_any_more(room: Capacity) -> None:
     back = chain(TEXTS[0] + "and what else?")
 
     assert pytest.approx(left(room).awaited("pi", busy=(), going=[back], now=0.0)) == 0.75 * 2
@@ -63,16 +63,16 @@ def test_a_long_prompt_keeps_away_from_a_board_that_many_will_come_back_to() -> 
 
 
 def test_a_short_prompt_does_not_care_who_comes_back() -> None:
-    short = Ask(tokens=20, expected=150, head=1)
+    short = Demand(tokens=20, expected=150, head=1)
 
     assert estimate(short, board(awaited=4.0)).harm_s < 0.01
 
 
 def test_a_conversation_stays_with_its_cache_beside_streams_that_decode() -> None:
     """It would slow others down elsewhere as well."""
-    beside = (Work(0.0, 150.0), Work(0.0, 150.0), Work(0.0, 150.0))
-    busy = msgspec.structs.replace(board(cached=550.0), running=beside, steps=Steps.between({1: 0.1}, 0.5))
-    idle = Load(replica=Replica(id="pj", url="", model="m", slots=4), slot=0)
+    beside = (PendingWork(0.0, 150.0), PendingWork(0.0, 150.0), PendingWork(0.0, 150.0))
+    busy = msgspec.structs.replace(board(cached=550.0), running=beside, steps=StepCurve.between({1: 0.1}, 0.5))
+    idle = ReplicaView(replica=Replica(id="pj", url="", model="m", slots=4), slot=0)
 
     chosen = Affinity().choose(ASK, [busy, idle])
 

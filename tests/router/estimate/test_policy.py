@@ -7,26 +7,26 @@ from promptai.fleet.replica import Replica, State
 from promptai.router.estimate.policy import (
     STRATEGIES,
     Affinity,
-    Ask,
+    Demand,
     LeastBusy,
-    Load,
+    PendingWork,
+    ReplicaView,
     RoundRobin,
-    Work,
     estimate,
     free_in_s,
 )
-from promptai.router.estimate.step_curve import Steps
+from promptai.router.estimate.step_curve import StepCurve
 
 #: 50 prompt tokens a second, 0.1 s a token alone and half of that more for each further stream.
-STEPS = Steps.between({1: 0.1}, 0.5)
-ASK = Ask(tokens=500, expected=100, head=7)
+STEPS = StepCurve.between({1: 0.1}, 0.5)
+ASK = Demand(tokens=500, expected=100, head=7)
 
 
-def board(name: str = "a", *, slots: int = 2, state: State = State.READY, **fields: object) -> Load:
+def board(name: str = "a", *, slots: int = 2, state: State = State.READY, **fields: object) -> ReplicaView:
     """One replica as a prompt sees it."""
     replica = Replica(id=name, url="", model="m", slots=slots, state=state)
     slot = fields.pop("slot", 0)
-    return msgspec.structs.replace(Load(replica=replica, prefill_tps=50.0, steps=STEPS), slot=slot, **fields)
+    return msgspec.structs.replace(ReplicaView(replica=replica, prefill_tps=50.0, steps=STEPS), slot=slot, **fields)
 
 
 def test_a_free_board_costs_what_has_to_be_read() -> None:
@@ -45,27 +45,29 @@ def test_a_cache_that_is_overwritten_costs_what_it_takes_to_read_it_again() -> N
 
 def test_prompts_that_are_read_before_ours_are_waited_for() -> None:
     """300 tokens are 6 s, then our 500 are 10 s."""
-    found = estimate(ASK, board(running=(Work(300.0, 100.0),)))
+    found = estimate(ASK, board(running=(PendingWork(300.0, 100.0),)))
 
     assert (found.wait_s, found.prefill_s) == (0.0, 16.0)
 
 
 def test_streams_that_stand_still_meanwhile_count_half_and_no_longer_than_they_last() -> None:
     """10 s of ours; one has 100 tokens left (10 s alone), the other 20 (2 s). Slower by 0.05 s for 120 tokens."""
-    found = estimate(ASK, board(slots=4, running=(Work(0.0, 100.0), Work(0.0, 20.0))))
+    found = estimate(ASK, board(slots=4, running=(PendingWork(0.0, 100.0), PendingWork(0.0, 20.0))))
 
     assert found.harm_s == pytest.approx(0.5 * (10 + 2) + 0.05 * 120 * 0.05)
 
 
 def test_a_full_board_is_free_when_the_first_of_its_streams_ends() -> None:
     """Two streams take 0.15 s a token; the second one's prompt is read before, in 1 s."""
-    assert free_in_s(board(running=(Work(0.0, 100.0), Work(50.0, 20.0)))) == pytest.approx(1.0 + 20 * 0.15)
+    assert free_in_s(board(running=(PendingWork(0.0, 100.0), PendingWork(50.0, 20.0)))) == pytest.approx(
+        1.0 + 20 * 0.15
+    )
 
 
 def test_who_waits_there_before_us_goes_first() -> None:
     """After 3 s one takes the slot for 1 s of reading and 10 tokens; the other slot is free before that."""
-    running = (Work(0.0, 100.0), Work(0.0, 20.0))
-    waiting = (Work(50.0, 10.0),)
+    running = (PendingWork(0.0, 100.0), PendingWork(0.0, 20.0))
+    waiting = (PendingWork(50.0, 10.0),)
 
     assert free_in_s(board(running=running, reserved=waiting)) == pytest.approx(3.0 + 1.0 + 10 * 0.15)
 
@@ -79,7 +81,7 @@ def test_a_cold_board_is_free_once_it_has_loaded() -> None:
 def test_a_conversation_waits_for_its_cache_rather_than_be_read_again_elsewhere() -> None:
     """A second here, ten there; and where it would take twenty, it goes there."""
     for left, chosen in ((5.0, "a"), (200.0, "b")):
-        home = board("a", slots=1, slot=None, cached=450.0, running=(Work(0.0, left),))
+        home = board("a", slots=1, slot=None, cached=450.0, running=(PendingWork(0.0, left),))
         choice = Affinity().choose(ASK, [home, board("b")])
         assert choice is not None
         assert (choice.load.replica.id, choice.now) == (chosen, chosen == "b")
@@ -89,7 +91,7 @@ def test_equal_boards_are_chosen_among_by_the_conversation_alone() -> None:
     """So that two gateways that see the same fleet agree."""
     loads = [board(name) for name in "abcd"]
 
-    def chosen(head: int, loads: list[Load]) -> str:
+    def chosen(head: int, loads: list[ReplicaView]) -> str:
         choice = Affinity().choose(msgspec.structs.replace(ASK, head=head), loads)
         assert choice is not None
         return choice.load.replica.id
@@ -99,9 +101,9 @@ def test_equal_boards_are_chosen_among_by_the_conversation_alone() -> None:
 
 
 def test_least_busy_looks_at_streams_for_slots_and_at_nothing_else() -> None:
-    full_of_cache = board("a", cached=500.0, running=(Work(0.0, 1.0),))
+    full_of_cache = board("a", cached=500.0, running=(PendingWork(0.0, 1.0),))
 
-    choice = LeastBusy().choose(ASK, [full_of_cache, board("b", slots=4, running=(Work(0.0, 900.0),))])
+    choice = LeastBusy().choose(ASK, [full_of_cache, board("b", slots=4, running=(PendingWork(0.0, 900.0),))])
 
     assert choice is not None
     assert choice.load.replica.id == "b"
@@ -119,7 +121,7 @@ def test_round_robin_goes_on_behind_the_last_one_that_was_taken() -> None:
 
 
 def test_round_robin_leaves_out_who_has_no_slot() -> None:
-    busy = board("a", slots=1, slot=None, running=(Work(0.0, 9.0),))
+    busy = board("a", slots=1, slot=None, running=(PendingWork(0.0, 9.0),))
 
     choice = RoundRobin().choose(ASK, [busy, board("b")])
 

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 
 from promptai.router.estimate.prefix import WINDOW, Chain, chain
-from promptai.router.estimate.reuse import Returns
+from promptai.router.estimate.reuse import ReuseModel
 
 
 def letters(windows: int, seed: int) -> str:
@@ -21,7 +21,7 @@ def linked(who: int, windows: int) -> Chain:
 
 
 def test_who_was_just_here_is_likelier_back_than_who_has_been_away() -> None:
-    likely = [Returns().likely(age) for age in (0, 60, 300, 3600)]
+    likely = [ReuseModel().likely(age) for age in (0, 60, 300, 3600)]
 
     assert sorted(likely, reverse=True) == likely
     assert likely[0] == pytest.approx(0.75)
@@ -31,7 +31,7 @@ def test_who_was_just_here_is_likelier_back_than_who_has_been_away() -> None:
 @pytest.mark.parametrize(("share", "gap_s"), [(0.5, 20.0), (0.9, 20.0), (0.9, 300.0)])
 def test_it_is_learned_how_many_come_back_and_when(share: float, gap_s: float) -> None:
     """Exponential pauses; each conversation ends after an answer with a known chance, and another one begins."""
-    generator, returns = Random(0), Returns()
+    generator, returns = Random(0), ReuseModel()
     turns = [(generator.expovariate(1 / gap_s), who, 2) for who in range(20)]
     for fresh in range(20, 1500):
         now, who, windows = heapq.heappop(turns)
@@ -47,7 +47,7 @@ def test_it_is_learned_how_many_come_back_and_when(share: float, gap_s: float) -
 
 def test_a_client_that_strips_an_answer_is_recognised_all_the_same() -> None:
     """What the last window held has changed then; the one before it has not."""
-    returns, text = Returns(), letters(10, 1)
+    returns, text = ReuseModel(), letters(10, 1)
     returns.answered(chain(text), 0.0)
     before = returns.gap_s
 
@@ -57,7 +57,7 @@ def test_a_client_that_strips_an_answer_is_recognised_all_the_same() -> None:
 
 
 def test_what_is_remembered_of_answers_is_bounded() -> None:
-    returns = Returns()
+    returns = ReuseModel()
     for number in range(5000):
         returns.answered(chain(letters(3, number)), 0.0)
 

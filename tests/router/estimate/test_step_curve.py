@@ -2,19 +2,19 @@
 
 import pytest
 
-from promptai.router.estimate.step_curve import Steps, kept
+from promptai.router.estimate.step_curve import StepCurve, kept
 
 
 def test_one_number_that_was_seen_tells_all_along_the_slowdown() -> None:
     """Two streams at 0.3 s: 0.2 s alone, as each further one costs half of that."""
-    steps = Steps.between({2: 0.3}, 0.5)
+    steps = StepCurve.between({2: 0.3}, 0.5)
 
     assert [steps.at(streams) for streams in (0, 1, 2, 3, 9)] == pytest.approx([0.2, 0.2, 0.3, 0.4, 1.0])
 
 
 def test_what_was_not_seen_is_filled_in_from_the_nearest_that_was() -> None:
     """Without a slowdown each stands for its neighbours, and half-way is the mean of both."""
-    steps = Steps.between({2: 0.2, 6: 0.5, 9: 0.8}, 0.0)
+    steps = StepCurve.between({2: 0.2, 6: 0.5, 9: 0.8}, 0.0)
 
     found = [steps.at(streams) for streams in range(1, 12)]
 
@@ -22,13 +22,13 @@ def test_what_was_not_seen_is_filled_in_from_the_nearest_that_was() -> None:
 
 
 def test_neighbours_have_nobody_between_them() -> None:
-    steps = Steps.between({1: 0.1, 2: 0.3, 3: 0.2}, 0.0)
+    steps = StepCurve.between({1: 0.1, 2: 0.3, 3: 0.2}, 0.0)
 
     assert [steps.at(streams) for streams in (1, 2, 3, 4)] == pytest.approx([0.1, 0.3, 0.2, 0.2])
 
 
 def test_the_longest_is_never_less_than_with_fewer_streams() -> None:
-    steps = Steps.between({1: 0.1, 2: 0.3, 3: 0.2, 7: 0.25}, 0.1)
+    steps = StepCurve.between({1: 0.1, 2: 0.3, 3: 0.2, 7: 0.25}, 0.1)
 
     longest = [steps.longest(streams) for streams in range(12)]
 
@@ -37,7 +37,7 @@ def test_the_longest_is_never_less_than_with_fewer_streams() -> None:
 
 
 def test_flat_is_the_same_for_any_number() -> None:
-    assert {Steps.flat(0.1).longest(streams) for streams in (0, 1, 5, 500)} == {0.1}
+    assert {StepCurve.flat(0.1).longest(streams) for streams in (0, 1, 5, 500)} == {0.1}
 
 
 def test_few_streams_are_kept_one_by_one_and_many_by_their_size() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from promptai.errors import BrokenOffError, EngineDiedError, EngineRefusedError, NoCapacityError
 from promptai.router.estimate.breaker import BreakerState
-from promptai.router.schedule.dispatcher import Limits
+from promptai.router.schedule.dispatcher import QueueLimits
 from support_clock import run_virtually
 from support_cold import Cold
 from support_fleet import model
@@ -89,7 +89,7 @@ def test_it_is_found_again_even_if_nobody_tells_that_it_is_back() -> None:
 @pytest.mark.parametrize("after", [0, 6])
 def test_where_every_board_is_dead_it_ends_in_an_error_within_the_outage(*, told: bool, after: int) -> None:
     async def play() -> Got:
-        async with world(limits=Limits(outage_s=30)).running() as running:
+        async with world(limits=QueueLimits(outage_s=30)).running() as running:
             ticket = accept(running, chat())
 
             def kill() -> None:
@@ -218,7 +218,7 @@ def mixed(*, queue: int = 64) -> World:
     """A board that holds long prompts, and one that does not; each has one slot."""
     big = msgspec.structs.replace(PACE, slots=1)
     configs = {"big": big, "small": msgspec.structs.replace(big, context=512)}
-    return World(configs, limits=Limits(queue=queue, outage_s=30))
+    return World(configs, limits=QueueLimits(queue=queue, outage_s=30))
 
 
 def long_chat(**fields: Any) -> dict[str, Any]:
@@ -275,7 +275,7 @@ def test_who_can_be_served_is_not_sent_away_with_those_who_cannot() -> None:
 
 def test_whoever_pauses_longer_than_an_outage_is_served_afterwards() -> None:
     async def play() -> float:
-        async with world("one", limits=Limits(outage_s=30)).running() as running:
+        async with world("one", limits=QueueLimits(outage_s=30)).running() as running:
             job = accept(running, chat()).flight.job
             now = running.accounts.now()
             pausing = msgspec.structs.replace(job, refused={"one": now + 50}, again=True)
@@ -374,7 +374,7 @@ def test_a_model_that_cannot_be_loaded_is_given_up_with_its_reason() -> None:
     """Each of its attempts, and the rests between them, count."""
 
     async def play() -> tuple[Got, int]:
-        cold = Cold(model("yi"), config=PACE, limits=Limits(outage_s=30))
+        cold = Cold(model("yi"), config=PACE, limits=QueueLimits(outage_s=30))
         cold.launcher.broken.add("yi")
         async with cold.running() as running:
             got = await hear(running.ticket("yi", [{"role": "user", "content": "up?"}]))

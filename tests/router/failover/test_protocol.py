@@ -19,7 +19,7 @@ from promptai.router.failover.protocol import (
     taken,
     without_progress,
 )
-from promptai.router.schedule.lease import Outcome
+from promptai.router.schedule.lease import LeaseResult
 from promptai.wire.passing import NativeChunk, PassingChunk
 from promptai.wire.sse import SseEvent
 
@@ -136,7 +136,7 @@ def test_a_text_beside_progress_is_told_without_it() -> None:
 def test_of_an_engine_without_timings_its_count_of_tokens_is_taken() -> None:
     reply = Reply(200, b'{"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 40}}', "")
 
-    assert outcome_of(account_of(reply), chain("a"), counted=True) == Outcome(generated=40)
+    assert outcome_of(account_of(reply), chain("a"), counted=True) == LeaseResult(generated=40)
 
 
 def test_an_answer_in_one_piece_is_learned_from_where_it_tells() -> None:
@@ -149,4 +149,4 @@ def test_an_answer_in_one_piece_is_learned_from_where_it_tells() -> None:
     assert found.capped
     assert found.answer is held
     for reply in (Reply(200, b"{}", ""), Reply(200, b"{", ""), Reply(400, body, "")):
-        assert outcome_of(account_of(reply), held, counted=True) == Outcome()
+        assert outcome_of(account_of(reply), held, counted=True) == LeaseResult()

@@ -3,14 +3,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from promptai.router.failover.response import Assembly, begun
+from promptai.router.failover.response import ResponseBuilder, begun
 from promptai.wire.passing import PassingRequest
 
 HEAD = {"id": "a", "created": 1, "model": "m", "object": "chat.completion.chunk"}
 
 
 def assembled(*chunks: dict[str, Any], chat: bool = True, prefilled: str = "", alternatives: int = 1) -> dict[str, Any]:
-    assembly = Assembly(chat=chat, begun=prefilled, alternatives=alternatives)
+    assembly = ResponseBuilder(chat=chat, begun=prefilled, alternatives=alternatives)
     for chunk in chunks:
         assembly.add([msgspec.json.encode({**HEAD, **chunk})])
     return msgspec.json.decode(assembly.answer(), type=dict[str, Any])

@@ -3,7 +3,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from promptai.router.failover.resume import Said, answers, as_answer, continued_body, obstacle, rest
+from promptai.router.failover.resume import SentText, answers, as_answer, continued_body, obstacle, rest
 from promptai.wire.llamaserver import Timings
 from promptai.wire.passing import NativeChunk, PassingChunk, PassingRequest
 
@@ -32,14 +32,14 @@ def request(**fields: Any) -> PassingRequest:
 
 
 def test_nothing_has_been_said_by_a_role() -> None:
-    said = Said()
+    said = SentText()
 
     assert not said.add(chunk(delta={"role": "assistant", "content": None}))
     assert not said.anything
 
 
 def test_text_and_ids_are_kept_as_long_as_every_token_is_told() -> None:
-    said = Said()
+    said = SentText()
     said.add(told("a", 1))
     said.add(told("bc", 2, 3))
 
@@ -50,7 +50,7 @@ def test_text_and_ids_are_kept_as_long_as_every_token_is_told() -> None:
 
 @pytest.mark.parametrize("second", [chunk(delta={"content": "b"}), told("b", None), told("b")])
 def test_one_token_that_is_not_told_ends_the_certainty_for_good(second: PassingChunk) -> None:
-    said = Said()
+    said = SentText()
     said.add(told("a", 1))
     said.add(second)
     said.add(told("c", 3))
@@ -61,7 +61,7 @@ def test_one_token_that_is_not_told_ends_the_certainty_for_good(second: PassingC
 
 def test_a_token_whose_text_was_held_back_counts_where_its_text_comes() -> None:
     """A stop word may have begun: llama-server tells the token at once and its text later."""
-    said = Said()
+    said = SentText()
     said.goes_on([0, 9], [1])
     said.add_native(native("", 2))
     said.add_native(native(" the end", 3))
@@ -71,7 +71,7 @@ def test_a_token_whose_text_was_held_back_counts_where_its_text_comes() -> None:
 
 
 def test_a_tag_that_is_shown_while_the_prompt_is_computed_is_no_token() -> None:
-    said = Said()
+    said = SentText()
     tag = {"choices": [{"index": 0, "delta": {"content": "<think>"}}], "prompt_progress": {"total": 4, "processed": 0}}
     said.add(msgspec.convert(tag, PassingChunk))
 
@@ -80,7 +80,7 @@ def test_a_tag_that_is_shown_while_the_prompt_is_computed_is_no_token() -> None:
 
 
 def test_the_end_has_no_token() -> None:
-    said = Said()
+    said = SentText()
     said.goes_on([0], [1])
     said.add_native(native("", 2))
     said.add_native(native("", stop=True))
@@ -90,7 +90,7 @@ def test_the_end_has_no_token() -> None:
 
 
 def test_of_two_answers_both_must_end() -> None:
-    said = Said(2)
+    said = SentText(2)
     said.add(chunk(finish_reason="stop"))
 
     assert said.anything
@@ -116,7 +116,7 @@ def test_how_many_answers_a_request_wants(fields: dict[str, Any], number: int) -
     ],
 )
 def test_what_is_beyond_text_is_an_obstacle(delta: dict[str, Any], what: str) -> None:
-    said = Said()
+    said = SentText()
     said.add(chunk(delta=delta))
 
     assert said.anything
@@ -134,7 +134,7 @@ def test_what_is_beyond_text_is_an_obstacle(delta: dict[str, Any], what: str) ->
     ],
 )
 def test_plain_text_has_no_obstacle(fields: dict[str, Any]) -> None:
-    assert obstacle(request(**fields), Said()) is None
+    assert obstacle(request(**fields), SentText()) is None
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_plain_text_has_no_obstacle(fields: dict[str, Any]) -> None:
     ],
 )
 def test_obstacles_of_requests(fields: dict[str, Any]) -> None:
-    assert "cannot be taken up elsewhere" in (obstacle(request(**fields), Said()) or "")
+    assert "cannot be taken up elsewhere" in (obstacle(request(**fields), SentText()) or "")
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_probabilities_go_on_being_told(fields: dict[str, Any], likeliest: int |
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_a_token_of_a_continuation_is_one_of_the_answer(*, chat: bool) -> None:
-    said = Said()
+    said = SentText()
     said.head = HEAD
     asked = request() if chat else request(messages=None, prompt="a")
     probabilities = [{"id": 5, "logprob": -0.5}]
@@ -217,7 +217,7 @@ def test_a_token_of_a_continuation_is_one_of_the_answer(*, chat: bool) -> None:
 
 @pytest.mark.parametrize(("stop_type", "reason"), [("limit", "length"), ("eos", "stop"), ("word", "stop")])
 def test_the_end_of_a_continuation_counts_all_engines(stop_type: str, reason: str) -> None:
-    said = Said()
+    said = SentText()
     said.head = HEAD
     said.goes_on([0, 1, 2, 3], [5, 6])
     end = native("", stop=True, stop_type=stop_type, timings=TIMINGS)
@@ -234,11 +234,11 @@ def test_the_end_of_a_continuation_counts_all_engines(stop_type: str, reason: st
 
 
 def test_a_held_back_token_says_nothing() -> None:
-    assert as_answer(native("", 5), Said(), request(), 0) == []
+    assert as_answer(native("", 5), SentText(), request(), 0) == []
 
 
 def test_the_rest_of_an_answer_that_is_whole_is_what_was_not_said() -> None:
-    said = Said()
+    said = SentText()
     said.head = HEAD
     said.prompt_tokens = 4
     said.add(chunk(delta={"content": "a"}))
@@ -254,7 +254,7 @@ def test_the_rest_of_an_answer_that_is_whole_is_what_was_not_said() -> None:
 
 
 def test_tokens_that_nobody_counted_are_not_made_up() -> None:
-    said = Said()
+    said = SentText()
     said.add(chunk(delta={"content": "a"}, finish_reason="stop"))
 
     assert rest(said, request(stream_options={"include_usage": True}), None) == []

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from promptai.errors import EngineRefusedError
-from promptai.router.failover.joint import Joint, find_joint
-from promptai.router.failover.resume import Said
+from promptai.router.failover.joint import ResumePoint, find_joint
+from promptai.router.failover.resume import SentText
 from promptai.wire.passing import PassingRequest
 
 PIECES = ["<s>", "<|user|>", "<|assistant|>", "Hi", " there", "The", "re", "There", " ", "\n", "é", "<0xC3>", "a"]
@@ -52,13 +52,13 @@ class Vocabulary:
         return {"tokens": found}
 
 
-def joint(said: Said, engine: Vocabulary | None = None, request: PassingRequest = CHAT) -> Joint:
+def joint(said: SentText, engine: Vocabulary | None = None, request: PassingRequest = CHAT) -> ResumePoint:
     body = {"messages": request.messages, "stream": True}
     return asyncio.run(find_joint(engine or Vocabulary(), request, body, said))
 
 
-def having(text: str, ids: list[int] | None = None) -> Said:
-    said = Said()
+def having(text: str, ids: list[int] | None = None) -> SentText:
+    said = SentText()
     said.text, said.ids = text, ids
     return said
 
@@ -73,16 +73,16 @@ def test_a_completion_s_prompt_is_taken_as_it_is(prompt: str | list[int]) -> Non
 
 
 def test_told_ids_are_believed_even_where_the_text_would_be_cut_otherwise() -> None:
-    assert joint(having("There", [5, 6])) == Joint([0, 1, 3, 2], [5, 6], "ids")
+    assert joint(having("There", [5, 6])) == ResumePoint([0, 1, 3, 2], [5, 6], "ids")
 
 
 def test_without_told_ids_the_text_is_tokenised() -> None:
-    assert joint(having("There")) == Joint([0, 1, 3, 2], [7], "text")
+    assert joint(having("There")) == ResumePoint([0, 1, 3, 2], [7], "text")
 
 
 def test_ids_that_do_not_spell_the_text_are_not_believed() -> None:
     """Of a character in several tokens llama-server tells the last one alone."""
-    assert joint(having("é", [11])) == Joint([0, 1, 3, 2], [10], "text")
+    assert joint(having("é", [11])) == ResumePoint([0, 1, 3, 2], [10], "text")
     assert joint(having("Hi there", [4])).said == [3, 4]
 
 
@@ -101,7 +101,7 @@ def test_a_tag_that_the_template_opened_and_the_answer_shows_stands_there_once(t
     engine = Vocabulary()
     engine.opens = "<|user|>\n"
 
-    assert joint(having(text), engine) == Joint([0, 1, 3, 2, 1, 9], said, "text")
+    assert joint(having(text), engine) == ResumePoint([0, 1, 3, 2, 1, 9], said, "text")
 
 
 def test_a_tag_that_the_prompt_does_not_end_with_is_the_answer_s() -> None:

@@ -1,6 +1,6 @@
 """What a request took is the sum of what its answers took, whoever tells it and in whichever order."""
 
-from promptai.router.failover.usage import Bill
+from promptai.router.failover.usage import UsageTally
 from promptai.wire.llamaserver import Timings
 from promptai.wire.passing import PassingChoice, PassingChunk
 
@@ -13,7 +13,7 @@ def told(prompt: int, cached: int | None, generated: int) -> Timings:
 
 def test_of_one_answer_the_last_account_counts() -> None:
     """With ``timings_per_token`` there is one in every chunk."""
-    bill = Bill()
+    bill = UsageTally()
     assert bill.total() is None
 
     for generated in (1, 2, 3):
@@ -24,7 +24,7 @@ def test_of_one_answer_the_last_account_counts() -> None:
 
 def test_answers_to_one_prompt_share_it() -> None:
     """The second one found all of it computed."""
-    bill = Bill(alternatives=2)
+    bill = UsageTally(alternatives=2)
     for index, prompt, cached in ((1, 1, 6), (0, 5, 2)):
         bill.take(PassingChunk(choices=[PassingChoice(index=index)], timings=told(prompt, cached, 20)))
 
@@ -36,7 +36,7 @@ def test_answers_to_one_prompt_share_it() -> None:
 
 
 def test_every_prompt_counts() -> None:
-    bill = Bill()
+    bill = UsageTally()
     for index in range(40):
         bill.take(PassingChunk(choices=[PassingChoice(index=index)], timings=told(100, 14, 40)))
 
@@ -47,7 +47,7 @@ def test_every_prompt_counts() -> None:
 
 
 def test_an_account_that_comes_alone_belongs_to_the_answer_before_it() -> None:
-    bill = Bill(alternatives=2)
+    bill = UsageTally(alternatives=2)
     for index in (1, 0):
         bill.take(PassingChunk(choices=[PassingChoice(index=index)]))
         bill.take(PassingChunk(choices=[], timings=told(5, None, 10 + index)))

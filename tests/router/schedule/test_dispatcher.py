@@ -10,16 +10,16 @@ from promptai.engine.simulation import SimulationConfig
 from promptai.engine.simulator import Fault
 from promptai.errors import NoCapacityError, SaturatedError
 from promptai.router.estimate.breaker import Breaker
-from promptai.router.estimate.policy import Affinity, Ask, Choice, Load
+from promptai.router.estimate.policy import Affinity, Demand, Placement, ReplicaView
 from promptai.router.estimate.prefix import chain
-from promptai.router.schedule.dispatcher import Limits, Waiter
-from promptai.router.schedule.lease import Job, Outcome
+from promptai.router.schedule.dispatcher import QueueEntry, QueueLimits
+from promptai.router.schedule.lease import LeaseResult, RouteRequest
 from support_clock import run_virtually
 from support_serve import World, listen
 
-JOB = Job(model="yi", prompt=chain("Is cell 12 up?"), tokens=4.0)
+JOB = RouteRequest(model="yi", prompt=chain("Is cell 12 up?"), tokens=4.0)
 #: Has 857 tokens at least.
-LONG = Job(model="yi", prompt=chain("up? " * 1500), tokens=1500.0)
+LONG = RouteRequest(model="yi", prompt=chain("up? " * 1500), tokens=1500.0)
 
 
 class Crowd:
@@ -31,12 +31,12 @@ class Crowd:
     """
 
     def __init__(self, world: World) -> None:
-        self.waiters: dict[str, Waiter] = {}
+        self.waiters: dict[str, QueueEntry] = {}
         self._world = world
         self._leave: dict[str, asyncio.Event] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    async def ask(self, name: str, job: Job = JOB, **fields: Any) -> None:
+    async def ask(self, name: str, job: RouteRequest = JOB, **fields: Any) -> None:
         """Let one come."""
         self._tasks[name] = asyncio.create_task(self._hold(name, msgspec.structs.replace(job, **fields)))
         await asyncio.sleep(0)
@@ -59,13 +59,13 @@ class Crowd:
         found = dict(zip(self._tasks, await asyncio.gather(*self._tasks.values(), return_exceptions=True), strict=True))
         return [name for name in ended if isinstance(found[name], kind)]
 
-    async def _hold(self, name: str, job: Job) -> None:
+    async def _hold(self, name: str, job: RouteRequest) -> None:
         leave = self._leave[name] = asyncio.Event()
         async with self._world.dispatcher.grant(job, entered=lambda waiter: self.waiters.update({name: waiter})):
             await leave.wait()
 
 
-def mixed(*, limits: Limits | None = None) -> World:
+def mixed(*, limits: QueueLimits | None = None) -> World:
     """A board that holds long prompts, and one that does not; each has one slot."""
     configs = {"big": SimulationConfig(model="yi"), "small": SimulationConfig(model="yi", context=512)}
     return World(configs, limits=limits)
@@ -77,7 +77,7 @@ def test_a_request_that_has_its_slot_and_was_not_told_yet_has_nobody_before_it()
     async def play() -> int:
         world, seen = World({"a": SimulationConfig(model="yi")}), []
 
-        def entered(waiter: Waiter) -> None:
+        def entered(waiter: QueueEntry) -> None:
             assert waiter.granted.done()
             seen.append(world.dispatcher.place(waiter))
 
@@ -89,7 +89,7 @@ def test_a_request_that_has_its_slot_and_was_not_told_yet_has_nobody_before_it()
 
 def test_a_request_that_leaves_in_the_moment_in_which_it_is_given_a_slot_gives_it_back() -> None:
     async def play() -> tuple[bool, int]:
-        waiters: list[Waiter] = []
+        waiters: list[QueueEntry] = []
         world = World({"a": SimulationConfig(model="yi")})
 
         async def ask() -> None:
@@ -113,7 +113,7 @@ def test_as_long_as_no_slot_is_free_nobody_chooses_again(monkeypatch: pytest.Mon
     weighed: list[int] = []
     choose = Affinity.choose
 
-    def counted(self: Affinity, ask: Ask, loads: list[Load]) -> Choice | None:
+    def counted(self: Affinity, ask: Demand, loads: list[ReplicaView]) -> Placement | None:
         weighed.append(len(loads))
         return choose(self, ask, loads)
 
@@ -121,7 +121,7 @@ def test_as_long_as_no_slot_is_free_nobody_chooses_again(monkeypatch: pytest.Mon
 
     async def play() -> tuple[int, int, int]:
         world = World({name: SimulationConfig(model="yi") for name in "abc"})
-        entered: list[Waiter] = []
+        entered: list[QueueEntry] = []
         leave = [asyncio.Event() for _ in range(30)]
 
         async def ask(number: int) -> None:
@@ -216,7 +216,7 @@ def test_batch_work_makes_room_for_people_and_only_for_its_like(queued: str, new
         return {"key": key, "batch": kind.endswith("batch"), "again": kind.startswith("again")}
 
     async def play() -> list[str]:
-        world = World({"a": SimulationConfig(model="yi")}, limits=Limits(queue=3))
+        world = World({"a": SimulationConfig(model="yi")}, limits=QueueLimits(queue=3))
         async with world.running():
             crowd = Crowd(world)
             await crowd.ask("has the slot")
@@ -230,7 +230,7 @@ def test_batch_work_makes_room_for_people_and_only_for_its_like(queued: str, new
 
 def test_batch_work_that_has_lost_its_patience_makes_room_for_nobody() -> None:
     async def play() -> list[str]:
-        world = World({"a": SimulationConfig(model="yi")}, limits=Limits(queue=3))
+        world = World({"a": SimulationConfig(model="yi")}, limits=QueueLimits(queue=3))
         async with world.running():
             crowd = Crowd(world)
             await crowd.ask("has the slot")
@@ -246,7 +246,7 @@ def test_batch_work_that_has_lost_its_patience_makes_room_for_nobody() -> None:
 
 def test_who_stands_behind_many_that_cannot_use_a_free_board_gets_it() -> None:
     async def play() -> list[str]:
-        world = mixed(limits=Limits(queue=100))
+        world = mixed(limits=QueueLimits(queue=100))
         async with world.running():
             crowd = Crowd(world)
             for number in range(71):
@@ -259,7 +259,7 @@ def test_who_stands_behind_many_that_cannot_use_a_free_board_gets_it() -> None:
 
 def test_as_long_as_no_slot_is_free_who_stands_behind_many_is_not_looked_at() -> None:
     async def play() -> int:
-        world = World({"a": SimulationConfig(model="yi")}, limits=Limits(queue=200))
+        world = World({"a": SimulationConfig(model="yi")}, limits=QueueLimits(queue=200))
         async with world.running():
             crowd = Crowd(world)
             for number in range(101):
@@ -327,7 +327,7 @@ def test_a_key_is_charged_all_answers_that_its_request_asks_for(
                 charged = finish["k"]
                 for _ in range(pieces):
                     world.accounts.token(grant, world.accounts.now())
-                grant.outcome = Outcome(generated=told)
+                grant.outcome = LeaseResult(generated=told)
             return charged, finish["k"]
 
     assert run_virtually(play()) == (JOB.tokens + answers * 20, JOB.tokens + took)

@@ -19,13 +19,13 @@ from typing import Protocol
 import msgspec
 
 from promptai.router.estimate.prefix import WINDOW, Chain
-from promptai.router.estimate.reuse import GAPS, Returns
+from promptai.router.estimate.reuse import GAPS, ReuseModel
 
 #: Conversations of one replica that are remembered, and of those the latest that are asked about one by one.
 _MOST, _LATEST = 1024, 64
 
 
-class Room(msgspec.Struct, frozen=True):
+class Capacity(msgspec.Struct, frozen=True):
     """
     What a replica's caches have room for.
 
@@ -39,14 +39,14 @@ class Room(msgspec.Struct, frozen=True):
     host_chars: float
 
 
-class Held(msgspec.Struct, frozen=True):
+class CachedConversation(msgspec.Struct, frozen=True):
     """One conversation in a cache, and since when."""
 
     chain: Chain
     used_at: float
 
 
-class Spot(msgspec.Struct, frozen=True):
+class SlotChoice(msgspec.Struct, frozen=True):
     """
     What a replica's caches are to a prompt.
 
@@ -70,10 +70,10 @@ class CacheIndex:
     """
 
     def __init__(self) -> None:
-        self.returns = Returns()
-        self._caches: dict[str, _Caches] = {}
+        self.returns = ReuseModel()
+        self._caches: dict[str, _ReplicaCaches] = {}
 
-    def spot(self, replica_id: str, room: Room, prompt: Chain, *, busy: Collection[int], now: float) -> Spot:
+    def spot(self, replica_id: str, room: Capacity, prompt: Chain, *, busy: Collection[int], now: float) -> SlotChoice:
         """
         The cheapest spot for ``prompt``: what must be computed, and what is pushed out.
 
@@ -81,14 +81,14 @@ class CacheIndex:
             busy: Slots that are in use.
         """
         there = self._caches.get(replica_id)
-        return there.spot(room, prompt, busy, now) if there is not None else Spot(_first_free(room, busy))
+        return there.spot(room, prompt, busy, now) if there is not None else SlotChoice(_first_free(room, busy))
 
-    def hold(self, replica_id: str, room: Room, slot: int, held: Chain, now: float) -> None:
+    def hold(self, replica_id: str, room: Capacity, slot: int, held: Chain, now: float) -> None:
         """A conversation is in a slot's cache now."""
-        there, kind = self._caches.get(replica_id), _Hoard if room.host_chars else _Slots
+        there, kind = self._caches.get(replica_id), _PromptCache if room.host_chars else _SlotCaches
         if not isinstance(there, kind):
             there = self._caches[replica_id] = kind(self.returns)
-        there.hold(room, slot, Held(held, now))
+        there.hold(room, slot, CachedConversation(held, now))
 
     def lose(self, replica_id: str, slot: int | None = None) -> None:
         """What is in a slot, or all that a replica has, is gone or unknown."""
@@ -118,29 +118,29 @@ class CacheIndex:
         return self._caches[replica_id].chars if replica_id in self._caches else 0
 
 
-class _Caches(Protocol):
+class _ReplicaCaches(Protocol):
     """The caches of one replica."""
 
     @property
     def chars(self) -> int: ...
-    def spot(self, room: Room, prompt: Chain, busy: Collection[int], now: float) -> Spot: ...
-    def hold(self, room: Room, slot: int, held: Held) -> None: ...
+    def spot(self, room: Capacity, prompt: Chain, busy: Collection[int], now: float) -> SlotChoice: ...
+    def hold(self, room: Capacity, slot: int, held: CachedConversation) -> None: ...
     def lose(self, slot: int) -> None: ...
-    def latest(self, busy: Collection[int]) -> list[Held]: ...
+    def latest(self, busy: Collection[int]) -> list[CachedConversation]: ...
 
 
-class _Slots:
+class _SlotCaches:
     """Of an engine that has nothing but its slots."""
 
-    def __init__(self, returns: Returns) -> None:
+    def __init__(self, returns: ReuseModel) -> None:
         self._returns = returns
-        self._held: dict[int, Held] = {}
+        self._held: dict[int, CachedConversation] = {}
 
     @property
     def chars(self) -> int:
         return sum(held.chain.chars for held in self._held.values())
 
-    def spot(self, room: Room, prompt: Chain, busy: Collection[int], now: float) -> Spot:
+    def spot(self, room: Capacity, prompt: Chain, busy: Collection[int], now: float) -> SlotChoice:
         options = []
         for slot in range(room.slots):
             there = self._held.get(slot)
@@ -149,11 +149,11 @@ class _Slots:
             options.append((prompt.chars - shared + lost, there.used_at if there else -1.0, slot, shared, lost))
         free = [option for option in options if option[2] not in busy]
         if not free:
-            return Spot(None, max(option[3] for option in options))
+            return SlotChoice(None, max(option[3] for option in options))
         _, _, slot, shared, lost = min(free)
-        return Spot(slot, shared, lost)
+        return SlotChoice(slot, shared, lost)
 
-    def hold(self, room: Room, slot: int, held: Held) -> None:
+    def hold(self, room: Capacity, slot: int, held: CachedConversation) -> None:
         self._held[slot] = held
         for gone in [other for other in self._held if other >= room.slots]:
             del self._held[gone]
@@ -161,11 +161,11 @@ class _Slots:
     def lose(self, slot: int) -> None:
         self._held.pop(slot, None)
 
-    def latest(self, busy: Collection[int]) -> list[Held]:
+    def latest(self, busy: Collection[int]) -> list[CachedConversation]:
         return [held for slot, held in self._held.items() if slot not in busy]
 
 
-class _Hoard:
+class _PromptCache:
     """
     Of an engine with a prompt cache: conversations wherever they are, least recently used first.
 
@@ -173,22 +173,22 @@ class _Hoard:
     is only there if all links before it are, so that the last one is found by halving.
     """
 
-    def __init__(self, returns: Returns) -> None:
+    def __init__(self, returns: ReuseModel) -> None:
         self.chars = 0
         self._returns = returns
-        self._held: dict[int, Held] = {}  # by the last link
+        self._held: dict[int, CachedConversation] = {}  # by the last link
         self._links: dict[int, int] = {}  # how many conversations have it
 
-    def spot(self, room: Room, prompt: Chain, busy: Collection[int], now: float) -> Spot:
+    def spot(self, room: Capacity, prompt: Chain, busy: Collection[int], now: float) -> SlotChoice:
         low, high = 0, len(prompt.links)
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if prompt.links[middle - 1] in self._links else (low, middle - 1)
         shared = low * WINDOW
         lost = self._pushed_out(self.chars + prompt.chars - shared - room.host_chars, now)
-        return Spot(_first_free(room, busy), shared, lost)
+        return SlotChoice(_first_free(room, busy), shared, lost)
 
-    def hold(self, room: Room, slot: int, held: Held) -> None:
+    def hold(self, room: Capacity, slot: int, held: CachedConversation) -> None:
         del slot  # where it lies, the engine decides
         if not held.chain.links:
             return
@@ -204,7 +204,7 @@ class _Hoard:
     def lose(self, slot: int) -> None:
         """A slot is not all there is: what was in it has been kept."""
 
-    def latest(self, busy: Collection[int]) -> list[Held]:
+    def latest(self, busy: Collection[int]) -> list[CachedConversation]:
         del busy
         found = []
         for held in reversed(self._held.values()):
@@ -233,5 +233,5 @@ class _Hoard:
         return lost
 
 
-def _first_free(room: Room, busy: Collection[int]) -> int | None:
+def _first_free(room: Capacity, busy: Collection[int]) -> int | None:
     return next((slot for slot in range(room.slots) if slot not in busy), None)

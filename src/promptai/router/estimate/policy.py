@@ -24,7 +24,7 @@ import msgspec
 
 from promptai.fleet.replica import Replica, State
 from promptai.router.estimate.prefix import rendezvous
-from promptai.router.estimate.step_curve import Steps
+from promptai.router.estimate.step_curve import StepCurve
 
 #: Rates of a replica that nobody knows anything of: a 1.5 B model on a Pi 5. Only their ratio to others matters.
 ASSUMED_PREFILL_TPS, ASSUMED_STEP_S = 60.0, 0.1
@@ -39,7 +39,7 @@ _STALL = 0.5
 _SLOWER = 0.05
 
 
-class Work(msgspec.Struct, frozen=True):
+class PendingWork(msgspec.Struct, frozen=True):
     """
     What one request still makes its replica do, in tokens.
 
@@ -52,7 +52,7 @@ class Work(msgspec.Struct, frozen=True):
     decode: float
 
 
-class Load(msgspec.Struct, frozen=True, kw_only=True):
+class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
     """
     One replica as one prompt sees it.
 
@@ -69,10 +69,10 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     replica: Replica
-    running: tuple[Work, ...] = ()
-    reserved: tuple[Work, ...] = ()
+    running: tuple[PendingWork, ...] = ()
+    reserved: tuple[PendingWork, ...] = ()
     prefill_tps: float = ASSUMED_PREFILL_TPS
-    steps: Steps = Steps.flat(ASSUMED_STEP_S)
+    steps: StepCurve = StepCurve.flat(ASSUMED_STEP_S)
     slot: int | None = None
     cached: float = 0.0
     lost: float = 0.0
@@ -89,12 +89,12 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
         """Seconds a token when so many streams decode."""
         return self.steps.longest(streams)
 
-    def duration_s(self, work: Work) -> float:
+    def duration_s(self, work: PendingWork) -> float:
         """Seconds that a request takes among as many as there are slots."""
         return work.prefill / self.prefill_tps + work.decode * self.step(self.replica.slots)
 
 
-class Ask(msgspec.Struct, frozen=True, kw_only=True):
+class Demand(msgspec.Struct, frozen=True, kw_only=True):
     """
     A prompt that wants a replica.
 
@@ -136,7 +136,7 @@ class Estimate(msgspec.Struct, frozen=True):
         return self.ttft_s + self.harm_s + self.lost_s
 
 
-class Choice(msgspec.Struct, frozen=True, kw_only=True):
+class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """
     Where a prompt goes.
 
@@ -145,7 +145,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
         reason: One line, for people and for the answer's headers.
     """
 
-    load: Load
+    load: ReplicaView
     now: bool
     estimate: Estimate
     reason: str
@@ -156,14 +156,14 @@ class Strategy(Protocol):
 
     name: str
 
-    def choose(self, ask: Ask, loads: Sequence[Load]) -> Choice | None:
+    def choose(self, ask: Demand, loads: Sequence[ReplicaView]) -> Placement | None:
         """The replica for ``ask``; ``None`` where there is none that it could even wait for. Changes nothing."""
 
     def took(self, replica_id: str) -> None:
         """A choice was carried out."""
 
 
-def free_in_s(load: Load) -> float:
+def free_in_s(load: ReplicaView) -> float:
     """Seconds until a slot of this replica is free for one more, those that wait before it included."""
     if load.free and len(load.running) + len(load.reserved) < load.replica.slots:
         return 0.0
@@ -178,12 +178,12 @@ def free_in_s(load: Load) -> float:
     return ends[0]
 
 
-def estimate(ask: Ask, load: Load) -> Estimate:
+def estimate(ask: Demand, load: ReplicaView) -> Estimate:
     """What ``ask`` costs on this replica."""
     wait = free_in_s(load)
     uncached = max(1.0, ask.tokens - load.cached)
     compute, step = uncached / load.prefill_tps, load.step(1)
-    still: Sequence[Work] = load.running
+    still: Sequence[PendingWork] = load.running
     if wait > 0:
         still = [work for work in still if work.prefill / load.prefill_tps + work.decode * step > wait]
     before = stall = beside = 0.0
@@ -206,7 +206,7 @@ class Affinity:
 
     name = "affinity"
 
-    def choose(self, ask: Ask, loads: Sequence[Load]) -> Choice | None:
+    def choose(self, ask: Demand, loads: Sequence[ReplicaView]) -> Placement | None:
         """The cheapest replica; it may be one that has no slot right now."""
         scored = [(estimate(ask, load), load) for load in loads if load.replica.usable]
         if not scored:
@@ -214,7 +214,7 @@ class Affinity:
         least = min(found.cost_s for found, _ in scored)
         near = {load.replica.id: (found, load) for found, load in scored if found.cost_s <= least * (1 + _TIE) + _TIE_S}
         found, load = near[rendezvous(ask.head, list(near))]
-        return Choice(load=load, now=found.wait_s == 0 and load.free, estimate=found, reason=_why(ask, load, found))
+        return Placement(load=load, now=found.wait_s == 0 and load.free, estimate=found, reason=_why(ask, load, found))
 
     def took(self, replica_id: str) -> None:
         """Nothing to remember."""
@@ -225,7 +225,7 @@ class LeastBusy:
 
     name = "least-busy"
 
-    def choose(self, ask: Ask, loads: Sequence[Load]) -> Choice | None:
+    def choose(self, ask: Demand, loads: Sequence[ReplicaView]) -> Placement | None:
         """The idlest replica with a free slot; the idlest of all where none has one."""
         usable = [load for load in loads if load.replica.usable]
         if not usable:
@@ -247,7 +247,7 @@ class RoundRobin:
     def __init__(self) -> None:
         self._last = ""
 
-    def choose(self, ask: Ask, loads: Sequence[Load]) -> Choice | None:
+    def choose(self, ask: Demand, loads: Sequence[ReplicaView]) -> Placement | None:
         """The next replica in the order of their ids."""
         usable = sorted((load for load in loads if load.replica.usable), key=lambda load: load.replica.id)
         if not usable:
@@ -267,15 +267,15 @@ STRATEGIES: dict[str, type[Affinity] | type[LeastBusy] | type[RoundRobin]] = {
 }
 
 
-def _busy(load: Load) -> float:
+def _busy(load: ReplicaView) -> float:
     return (len(load.running) + len(load.reserved)) / load.replica.slots + load.ready_in_s
 
 
-def _taken(ask: Ask, load: Load, reason: str) -> Choice:
-    return Choice(load=load, now=load.free and not load.reserved, estimate=estimate(ask, load), reason=reason)
+def _taken(ask: Demand, load: ReplicaView, reason: str) -> Placement:
+    return Placement(load=load, now=load.free and not load.reserved, estimate=estimate(ask, load), reason=reason)
 
 
-def _why(ask: Ask, load: Load, found: Estimate) -> str:
+def _why(ask: Demand, load: ReplicaView, found: Estimate) -> str:
     known = f"{load.cached:.0f} of {ask.tokens:.0f} prompt tokens cached" if load.cached else "nothing of it cached"
     waits = f", waits {found.wait_s:.1f} s" if found.wait_s else ""
     return f"least seconds: first token in {found.ttft_s:.1f} s{waits}, {known}"

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from promptai.fleet.replica import Rates, Replica
-from promptai.router.estimate.step_curve import Steps, kept, shape
+from promptai.router.estimate.step_curve import StepCurve, kept, shape
 from promptai.wire.llamaserver import Timings
 
 _FADE = 0.9  # of what concerns a board: half is forgotten after 7 requests, so that throttling shows
@@ -141,16 +141,16 @@ class RateBook:
         steps = self.decode_steps(replica)
         return steps.at(streams) if steps is not None else None
 
-    def decode_steps(self, replica: Replica) -> Steps | None:
+    def decode_steps(self, replica: Replica) -> StepCurve | None:
         """``decode_step_s`` of any number of streams; ``None``: not known."""
         seen = self._board(replica).steps
         slowdown = _slowdown(seen)
         if slowdown is None:
             slowdown = replica.rates.decode_slowdown
         if seen:
-            return Steps.between({streams: step.value for streams, step in seen.items()}, slowdown)
+            return StepCurve.between({streams: step.value for streams, step in seen.items()}, slowdown)
         alone_tps = replica.rates.decode_tps
-        return Steps.between({1: 1 / alone_tps}, slowdown) if alone_tps else None
+        return StepCurve.between({1: 1 / alone_tps}, slowdown) if alone_tps else None
 
     def answer_tokens(self, model: str) -> float:
         """

@@ -16,7 +16,7 @@ _FADE = 0.98
 _REMEMBERED, GAPS = 2048, 6.0
 
 
-class Returns:
+class ReuseModel:
     """
     What was learned of pauses between an answer and the next question.
 

@@ -16,7 +16,7 @@ import msgspec
 _EACH, _GRID = 8, 1.25
 
 
-class Steps(msgspec.Struct, frozen=True):
+class StepCurve(msgspec.Struct, frozen=True):
     """
     Seconds from one token of a stream to its next, in pieces.
 

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from promptai.errors import EngineRefusedError
-from promptai.router.failover.resume import Said
+from promptai.router.failover.resume import SentText
 from promptai.wire.passing import PassingRequest
 
 #: Asks an engine something quick: path and body; the answer's object.
@@ -23,7 +23,7 @@ _STREAM_ONLY = frozenset(("stream", "stream_options"))
 _BREAK = "\n"
 
 
-class Joint(NamedTuple):
+class ResumePoint(NamedTuple):
     """
     What stands before the first token of a continuation.
 
@@ -37,7 +37,7 @@ class Joint(NamedTuple):
     how: Literal["ids", "text"]
 
 
-async def find_joint(ask: Ask, request: PassingRequest, body: dict[str, Any], said: Said) -> Joint:
+async def find_joint(ask: Ask, request: PassingRequest, body: dict[str, Any], said: SentText) -> ResumePoint:
     """Find where to go on; ``body`` is the request as it came."""
     before, text = request.prompt, said.text
     if request.messages is not None:
@@ -49,8 +49,8 @@ async def find_joint(ask: Ask, request: PassingRequest, body: dict[str, Any], sa
     else:
         prompt = [int(token) for token in before or ()]
     if said.ids and await _spell(ask, said.ids, text):
-        return Joint(prompt, list(said.ids), "ids")
-    return Joint(prompt, await _tokens_of(ask, text), "text")
+        return ResumePoint(prompt, list(said.ids), "ids")
+    return ResumePoint(prompt, await _tokens_of(ask, text), "text")
 
 
 def _opened(prompt: str, text: str) -> int:

@@ -7,7 +7,7 @@ import msgspec
 from promptai.wire.passing import PassingRequest
 
 
-class Order(msgspec.Struct, frozen=True, kw_only=True):
+class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
     """
     What is to be done.
 
@@ -33,7 +33,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
         return self.request.messages is not None
 
 
-class Stage(msgspec.Struct, frozen=True, kw_only=True):
+class RequestStatus(msgspec.Struct, frozen=True, kw_only=True):
     """
     Where a request is, for whoever waits.
 

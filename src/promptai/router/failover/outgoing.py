@@ -5,11 +5,11 @@ from typing import Any
 import msgspec
 
 from promptai.router.failover.resume import answers
-from promptai.router.schedule.lease import Grant
+from promptai.router.schedule.lease import SlotLease
 from promptai.wire.passing import PassingRequest
 
 
-def first_body(grant: Grant, request: PassingRequest, body: dict[str, Any]) -> bytes:
+def first_body(grant: SlotLease, request: PassingRequest, body: dict[str, Any]) -> bytes:
     """A request that is sent from its beginning."""
     sent = {**body, "model": grant.replica.model}
     if request.stream and grant.replica.dialect == "llama-server":
@@ -18,7 +18,7 @@ def first_body(grant: Grant, request: PassingRequest, body: dict[str, Any]) -> b
     return msgspec.json.encode(own_fields(grant, request, sent))
 
 
-def own_fields(grant: Grant, request: PassingRequest, body: dict[str, Any]) -> dict[str, Any]:
+def own_fields(grant: SlotLease, request: PassingRequest, body: dict[str, Any]) -> dict[str, Any]:
     """What every request of ours says to a llama-server."""
     replica = grant.replica
     if replica.dialect != "llama-server":

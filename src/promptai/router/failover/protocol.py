@@ -8,7 +8,7 @@ import msgspec
 from promptai.engine.upstream import Reply
 from promptai.errors import EngineError, EngineProtocolError, EngineRefusedError
 from promptai.router.estimate.prefix import Chain
-from promptai.router.schedule.lease import Outcome
+from promptai.router.schedule.lease import LeaseResult
 from promptai.wire.malformed import MALFORMED
 from promptai.wire.openai import ErrorBody, error_in
 from promptai.wire.passing import NativeChunk, PassingChunk, PassingReply
@@ -139,11 +139,11 @@ def account_of(reply: Reply) -> PassingReply:
         return PassingReply()
 
 
-def outcome_of(found: PassingReply, held: Chain, *, counted: bool) -> Outcome:
+def outcome_of(found: PassingReply, held: Chain, *, counted: bool) -> LeaseResult:
     """How a request ended that was answered in one piece; of its engine only timings tell more than that it lives."""
     generated = found.usage.completion_tokens if found.usage is not None else None
     if found.timings is None:
-        return Outcome(generated=generated)
+        return LeaseResult(generated=generated)
     capped = any(choice.finish_reason == "length" for choice in found.choices or ())
     generated = found.timings.predicted_n if generated is None else generated
-    return Outcome(answer=held, timings=found.timings, generated=generated, capped=capped, counted=counted)
+    return LeaseResult(answer=held, timings=found.timings, generated=generated, capped=capped, counted=counted)

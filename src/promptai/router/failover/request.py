@@ -27,7 +27,7 @@ from promptai.errors import (
 )
 from promptai.router.estimate.prefix import chain
 from promptai.router.failover.joint import find_joint
-from promptai.router.failover.order import Order, Stage
+from promptai.router.failover.order import ClientRequest, RequestStatus
 from promptai.router.failover.outgoing import counts, first_body, own_fields
 from promptai.router.failover.protocol import (
     account_of,
@@ -44,11 +44,11 @@ from promptai.router.failover.protocol import (
     without_progress,
     words_of,
 )
-from promptai.router.failover.response import Assembly, begun
-from promptai.router.failover.resume import Said, answers, as_answer, continued_body, obstacle, rest
-from promptai.router.failover.usage import Bill
-from promptai.router.schedule.dispatcher import Dispatcher, Waiter
-from promptai.router.schedule.lease import Grant, Job, Outcome
+from promptai.router.failover.response import ResponseBuilder, begun
+from promptai.router.failover.resume import SentText, answers, as_answer, continued_body, obstacle, rest
+from promptai.router.failover.usage import UsageTally
+from promptai.router.schedule.dispatcher import Dispatcher, QueueEntry
+from promptai.router.schedule.lease import LeaseResult, RouteRequest, SlotLease
 from promptai.wire.llamaserver import Timings
 from promptai.wire.malformed import MALFORMED
 from promptai.wire.passing import NativeChunk, PassingChunk, PassingUsage, answered
@@ -65,7 +65,7 @@ _QUICK_S = 30.0
 _SLOW_STEP_S, _WHOLE_S = 2.0, 3600.0
 
 
-class Flight:
+class RoutedRequest:
     """
     One request under way.
 
@@ -76,26 +76,26 @@ class Flight:
         usage: The engine's account, if it is no llama-server; else it is in ``timings``.
     """
 
-    def __init__(self, order: Order, job: Job, dispatcher: Dispatcher, upstream: Upstream) -> None:
+    def __init__(self, order: ClientRequest, job: RouteRequest, dispatcher: Dispatcher, upstream: Upstream) -> None:
         self.order = order
         self.job = job
-        self.grants: list[Grant] = []
+        self.grants: list[SlotLease] = []
         self.retries: list[str] = []
         self.continuations: list[Literal["ids", "text"]] = []
         self.usage: PassingUsage | None = None
-        self.said = Said(answers(order.request))
+        self.said = SentText(answers(order.request))
         self._dispatcher = dispatcher
         self._accounts = dispatcher.accounts
         self._upstream = upstream
-        self._waiter: Waiter | None = None
+        self._waiter: QueueEntry | None = None
         self._sent = 0
         self._prompt_tokens = job.tokens
-        self._bill = Bill(order.request.n or 1)
-        self._objectors: list[Grant] = []
+        self._bill = UsageTally(order.request.n or 1)
+        self._objectors: list[SlotLease] = []
         self._objection = ""
 
     @property
-    def grant(self) -> Grant | None:
+    def grant(self) -> SlotLease | None:
         """The slot that it has, or had last."""
         return self.grants[-1] if self.grants else None
 
@@ -104,21 +104,23 @@ class Flight:
         """The engine's account of all its answers together, once it has come."""
         return self._bill.total()
 
-    def stage(self) -> Stage:
+    def stage(self) -> RequestStatus:
         """Where it is now."""
         if self._waiter is not None:
             choice, place = self._waiter.choice, self._dispatcher.place(self._waiter)
             left = choice.estimate.ttft_s if choice is not None else None
             replica = choice.load.replica if choice is not None else None
             if replica is not None and replica.state.value in {"cold", "loading"}:
-                return Stage(stage="loading", place=place, share=replica.progress, left_s=left)
-            return Stage(stage="queued", place=place, left_s=left)
+                return RequestStatus(stage="loading", place=place, share=replica.progress, left_s=left)
+            return RequestStatus(stage="queued", place=place, left_s=left)
         grant = self.grant
         if grant is None or grant.first_at is not None:
-            return Stage(stage="decode" if grant is not None else "queued")
+            return RequestStatus(stage="decode" if grant is not None else "queued")
         now, tps = self._accounts.now(), self._accounts.book.prefill_tps(grant.replica)
         left = grant.prefill_left(now, tps or 0.0)
-        return Stage(stage="prefill", share=grant.prefill_share(now, tps or 0.0), left_s=left / tps if tps else None)
+        return RequestStatus(
+            stage="prefill", share=grant.prefill_share(now, tps or 0.0), left_s=left / tps if tps else None
+        )
 
     async def events(self) -> AsyncGenerator[list[bytes], None]:
         """
@@ -149,7 +151,7 @@ class Flight:
         if not self._streamable():
             return await self._asked()
         request, body = self.order.request, self.order.body
-        assembly = Assembly(chat=self.order.chat, begun=begun(request), alternatives=request.n or 1)
+        assembly = ResponseBuilder(chat=self.order.chat, begun=begun(request), alternatives=request.n or 1)
         options = {**(request.stream_options or {}), "include_usage": True}
         self.order = msgspec.structs.replace(
             self.order,
@@ -189,21 +191,21 @@ class Flight:
                 if reply.status == 200:
                     self._blame()
                 else:
-                    grant.outcome = Outcome(generated=0)
+                    grant.outcome = LeaseResult(generated=0)
                 return reply
 
     def _slot(self) -> Any:
         return self._dispatcher.grant(self.job, entered=self._entered)
 
-    def _entered(self, waiter: Waiter) -> None:
+    def _entered(self, waiter: QueueEntry) -> None:
         self._waiter = waiter
 
-    def _sends(self, grant: Grant) -> None:
+    def _sends(self, grant: SlotLease) -> None:
         self.grants.append(grant)
         self._waiter = None
         self._sent += 1
 
-    async def _begin(self, grant: Grant) -> AsyncGenerator[list[bytes], None]:
+    async def _begin(self, grant: SlotLease) -> AsyncGenerator[list[bytes], None]:
         """Send it as it is."""
         async with aclosing(
             self._upstream.stream(grant.replica.url, self.order.path, self._body(grant), silence_s=self._silence(grant))
@@ -216,17 +218,17 @@ class Flight:
                     raise error
         grant.outcome = self._ended(grant)
 
-    def _ended(self, grant: Grant) -> Outcome:
+    def _ended(self, grant: SlotLease) -> LeaseResult:
         self._blame()
         if answers(self.order.request) > 1:  # nobody knows which of them lies in which slot, or how they shared time
-            return Outcome(generated=self._generated)
+            return LeaseResult(generated=self._generated)
         text = self.said.text
         held = chain(self.order.text + (answered(text) if self.order.chat else text))
         limit = self.order.request.limit
         # The engine's account of a part says nothing of how long answers are.
         capped = bool(self.continuations) or (limit is not None and grant.generated >= limit)
         counted = not self.continuations and counts(self.order.request)
-        return Outcome(answer=held, timings=self.timings, generated=self._generated, capped=capped, counted=counted)
+        return LeaseResult(answer=held, timings=self.timings, generated=self._generated, capped=capped, counted=counted)
 
     @property
     def _generated(self) -> int | None:
@@ -235,7 +237,7 @@ class Flight:
             return timings.predicted_n
         return usage.completion_tokens if usage is not None else None
 
-    def _take(self, grant: Grant, t: float, event: SseEvent) -> Sequence[bytes]:
+    def _take(self, grant: SlotLease, t: float, event: SseEvent) -> Sequence[bytes]:
         """Note what an event says that came at ``t``; its data, if it is the client's."""
         # With several prompts llama-server begins by saying null (b11549).
         if event.comment or event.data in {_DONE, "null"}:
@@ -262,7 +264,7 @@ class Flight:
             return (rehead(data, self.said.head),) if self.said.anything else ()
         return (data.encode(),)
 
-    async def _go_on(self, grant: Grant) -> AsyncGenerator[list[bytes], None]:
+    async def _go_on(self, grant: SlotLease) -> AsyncGenerator[list[bytes], None]:
         """Continue the answer from what has been sent."""
         said, limit = self.said, self.order.request.limit
         joint = await find_joint(
@@ -285,7 +287,7 @@ class Flight:
                     raise error
         grant.outcome = self._ended(grant)
 
-    def _take_up(self, grant: Grant, before: int, t: float, event: SseEvent) -> Sequence[bytes]:
+    def _take_up(self, grant: SlotLease, before: int, t: float, event: SseEvent) -> Sequence[bytes]:
         """As ``_take``, of a continuation; ``before``: tokens that were sent before it."""
         if event.comment or event.data == _DONE:
             return ()
@@ -301,7 +303,7 @@ class Flight:
             self._accounts.token(grant, t)
         return as_answer(chunk, self.said, self.order.request, before)
 
-    async def _quick(self, grant: Grant, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def _quick(self, grant: SlotLease, path: str, body: dict[str, Any]) -> dict[str, Any]:
         # These wait behind whatever the engine computes: its loop takes them between two batches.
         limit = self._accounts.silence_s(grant, _QUICK_S)
         reply = await self._upstream.ask(grant.replica.url, path, msgspec.json.encode(body), limit_s=limit)
@@ -312,13 +314,13 @@ class Flight:
         except MALFORMED as error:
             raise EngineProtocolError(f"{grant.replica.id} answered something else at {path}: {error}") from None
 
-    def _failed(self, grant: Grant, error: EngineError) -> bool:
+    def _failed(self, grant: SlotLease, error: EngineError) -> bool:
         """Decide what follows: True when the answer is whole all the same; raises when nothing can follow."""
         # Where boards are is not for everybody who may ask them; how they are called is in the answer's head.
         error.message = error.message.replace(grant.replica.url, grant.replica.id)
         refusal = error.status if isinstance(error, EngineRefusedError) else None
         if refusal is not None and 400 <= refusal < 500 and refusal != 429:
-            grant.outcome = Outcome(generated=grant.generated)
+            grant.outcome = LeaseResult(generated=grant.generated)
             if self.said.anything:
                 raise self._broken_off(grant, error, "it was to go on with what another one began")
             raise error
@@ -343,7 +345,7 @@ class Flight:
             raise error
         return self._again(grant, error)
 
-    def _objected(self, grant: Grant, error: EngineRefusedError) -> Literal[False]:
+    def _objected(self, grant: SlotLease, error: EngineRefusedError) -> Literal[False]:
         """Ask once more; if two boards say the same it is the request."""
         before, self._objection = self._objection, words_of(error)
         others = {one.replica.id for one in self._objectors} - {grant.replica.id}
@@ -354,7 +356,7 @@ class Flight:
             raise error
         return self._again(grant, error)
 
-    def _broken_off(self, grant: Grant, error: EngineError, why: str) -> BrokenOffError:
+    def _broken_off(self, grant: SlotLease, error: EngineError, why: str) -> BrokenOffError:
         return BrokenOffError(f"{grant.replica.id} failed in the middle of the answer: {error.message}", hint=why)
 
     def _blame(self) -> None:
@@ -362,7 +364,7 @@ class Flight:
         for grant in self._objectors:
             self._accounts.failed(grant)
 
-    def _again(self, grant: Grant, error: EngineError) -> Literal[False]:
+    def _again(self, grant: SlotLease, error: EngineError) -> Literal[False]:
         """Let it be sent to another replica."""
         if not self.said.anything:
             self.retries.append(reason_of(error))
@@ -375,13 +377,13 @@ class Flight:
         )
         return False
 
-    def _body(self, grant: Grant) -> bytes:
+    def _body(self, grant: SlotLease) -> bytes:
         return first_body(grant, self.order.request, self.order.body)
 
-    def _silence(self, grant: Grant) -> Callable[[], float]:
+    def _silence(self, grant: SlotLease) -> Callable[[], float]:
         return lambda: self._accounts.silence_s(grant, self.order.stall_s)
 
-    def _limit_s(self, grant: Grant) -> float:
+    def _limit_s(self, grant: SlotLease) -> float:
         step = self._accounts.book.decode_step_s(grant.replica, grant.replica.slots) or _SLOW_STEP_S
         tokens = self.job.limit or grant.replica.context or 4096
         answer = 0.0 if self.order.request.input is not None else 4.0 * tokens * step

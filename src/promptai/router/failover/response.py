@@ -18,7 +18,7 @@ _BETWEEN_PARTS = "\n\n"
 _OBJECTS = {"chat.completion.chunk": "chat.completion"}
 
 
-class Assembly:
+class ResponseBuilder:
     """
     One answer in the making.
 

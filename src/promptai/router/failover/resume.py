@@ -31,7 +31,7 @@ _CHAT_ONLY = frozenset(
 _LIKELIEST = 20
 
 
-class Said:
+class SentText:
     """
     What a stream has sent so far.
 
@@ -128,7 +128,7 @@ def _beyond(tool_calls: object, *thoughts: str | None) -> str:
     return "a thought" if any(thoughts) else ""
 
 
-def obstacle(request: PassingRequest, said: Said) -> str | None:
+def obstacle(request: PassingRequest, said: SentText) -> str | None:
     """Why this answer cannot go on elsewhere, once a part of it has been sent; ``None`` when it can."""
     if said.beyond_text:
         return f"{said.beyond_text} cannot be taken up elsewhere"
@@ -188,7 +188,7 @@ def continued_body(body: dict[str, Any], prompt: list[int], *, left: int | None)
     return {**kept, "prompt": prompt, "stream": True, "return_tokens": True, "return_progress": True}
 
 
-def as_answer(chunk: NativeChunk, said: Said, request: PassingRequest, before: int) -> list[bytes]:
+def as_answer(chunk: NativeChunk, said: SentText, request: PassingRequest, before: int) -> list[bytes]:
     """
     A continuation's chunk as chunks of the answer that it continues.
 
@@ -216,7 +216,7 @@ def as_answer(chunk: NativeChunk, said: Said, request: PassingRequest, before: i
     return [msgspec.json.encode(one) for one in found]
 
 
-def rest(said: Said, request: PassingRequest, timings: Timings | None) -> list[bytes]:
+def rest(said: SentText, request: PassingRequest, timings: Timings | None) -> list[bytes]:
     """What is missing of an answer that is whole, though its engine failed before it said so."""
     chat, found = request.messages is not None, []
     usage = None if said.prompt_tokens is None else _usage(said.prompt_tokens, said.tokens)

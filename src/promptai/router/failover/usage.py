@@ -8,7 +8,7 @@ from promptai.wire.llamaserver import Timings
 from promptai.wire.passing import PassingChunk
 
 
-class Bill:
+class UsageTally:
     """
     The accounts of one request's answers.
 

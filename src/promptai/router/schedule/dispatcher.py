@@ -22,11 +22,11 @@ from typing import NamedTuple
 from promptai.errors import NoCapacityError, SaturatedError
 from promptai.fleet.replica import Replica, Snapshot, State
 from promptai.router.estimate.breaker import BreakerState
-from promptai.router.estimate.policy import Ask, Choice, Strategy, Work, free_in_s
+from promptai.router.estimate.policy import Demand, PendingWork, Placement, Strategy, free_in_s
 from promptai.router.estimate.prefix import chain
 from promptai.router.schedule.fair_queue import FairQueue
-from promptai.router.schedule.fleet_state import Accounts, holds, suits
-from promptai.router.schedule.lease import Grant, Job
+from promptai.router.schedule.fleet_state import FleetState, holds, suits
+from promptai.router.schedule.lease import RouteRequest, SlotLease
 
 #: As long as no slot is free, who waits behind so many that have a choice is not looked at: its turn is far off. A
 #: free slot may be of a replica that all of those cannot use.
@@ -34,7 +34,7 @@ _LOOK = 64
 _TICK_S = 1.0
 
 
-class Limits(NamedTuple):
+class QueueLimits(NamedTuple):
     """
     How long and how many may wait.
 
@@ -47,7 +47,7 @@ class Limits(NamedTuple):
     outage_s: float = 30.0
 
 
-class Waiter:
+class QueueEntry:
     """
     A request in the queue.
 
@@ -57,12 +57,12 @@ class Waiter:
             may come back and could; it begins when there is none at all, not even one to load. ``None``: it has not.
     """
 
-    def __init__(self, job: Job, now: float) -> None:
+    def __init__(self, job: RouteRequest, now: float) -> None:
         self.job = job
         self.since = now
-        self.choice: Choice | None = None
+        self.choice: Placement | None = None
         self.hopeless_since: float | None = None
-        self.granted: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
+        self.granted: asyncio.Future[SlotLease] = asyncio.get_running_loop().create_future()
 
 
 class Dispatcher:
@@ -74,11 +74,11 @@ class Dispatcher:
         strategy: How replicas are chosen.
     """
 
-    def __init__(self, accounts: Accounts, strategy: Strategy, limits: Limits | None = None) -> None:
+    def __init__(self, accounts: FleetState, strategy: Strategy, limits: QueueLimits | None = None) -> None:
         self.accounts = accounts
         self.strategy = strategy
-        self.limits = limits or Limits()
-        self._queues: dict[str, FairQueue[Waiter]] = {}
+        self.limits = limits or QueueLimits()
+        self._queues: dict[str, FairQueue[QueueEntry]] = {}
         self._pumping: dict[str, bool] = {}
         self._tick: asyncio.TimerHandle | None = None
         self._unsubscribe = accounts.fleet.subscribe(self._changed)
@@ -91,8 +91,8 @@ class Dispatcher:
 
     @contextlib.asynccontextmanager
     async def grant(
-        self, job: Job, *, entered: Callable[[Waiter], None] = lambda _: None
-    ) -> AsyncGenerator[Grant, None]:
+        self, job: RouteRequest, *, entered: Callable[[QueueEntry], None] = lambda _: None
+    ) -> AsyncGenerator[SlotLease, None]:
         """
         Wait for a slot; inside the block it is taken.
 
@@ -120,24 +120,24 @@ class Dispatcher:
         finally:
             self._end(granted)
 
-    def waiting(self, model: str) -> list[Waiter]:
+    def waiting(self, model: str) -> list[QueueEntry]:
         """Who waits for a model, the next one first."""
         return self._queue(model).ordered(self._now())
 
-    def place(self, waiter: Waiter) -> int:
+    def place(self, waiter: QueueEntry) -> int:
         """How many are before this one; 0 also for one that has its slot and has not been told yet."""
         queue = self._queue(waiter.job.model)
         return queue.position(waiter, self._now()) if waiter in queue else 0
 
-    def preview(self, job: Job) -> Choice | None:
+    def preview(self, job: RouteRequest) -> Placement | None:
         """Where this request would go if it came now, behind all that wait; nothing is taken."""
-        reserved: dict[str, list[Work]] = {}
+        reserved: dict[str, list[PendingWork]] = {}
         for waiter in self.waiting(job.model):
             if waiter.choice is not None:
                 reserved.setdefault(waiter.choice.load.replica.id, []).append(self._work_of(waiter.job, waiter.choice))
         return self._choose(job, reserved)
 
-    def _leave(self, waiter: Waiter) -> None:
+    def _leave(self, waiter: QueueEntry) -> None:
         """Whoever leaves the queue in the very moment in which it is given a slot gives it back."""
         self._queue(waiter.job.model).remove(waiter)
         granted = waiter.granted
@@ -146,7 +146,7 @@ class Dispatcher:
         else:
             self._pump(waiter.job.model)
 
-    def _end(self, grant: Grant) -> None:
+    def _end(self, grant: SlotLease) -> None:
         self.accounts.end(grant)
         # Of a prompt that was charged before, nothing was charged again.
         charged = max(0.0, grant.charged - grant.job.tokens)
@@ -169,10 +169,10 @@ class Dispatcher:
         for model in [model for model, queue in self._queues.items() if not len(queue) and model not in served]:
             del self._queues[model]
 
-    def _enter(self, job: Job) -> Waiter:
+    def _enter(self, job: RouteRequest) -> QueueEntry:
         now = self._now()
         queue = self._queue(job.model)
-        waiter = Waiter(job, now)
+        waiter = QueueEntry(job, now)
         if not job.again and not self.accounts.hope(job):
             raise self.no_capacity(job.model, job)
         cost = job.tokens + job.answers * self.accounts.expected(job)
@@ -182,7 +182,7 @@ class Dispatcher:
             self._turn_away(queue, waiter)
         return waiter
 
-    def _turn_away(self, queue: FairQueue[Waiter], waiter: Waiter) -> None:
+    def _turn_away(self, queue: FairQueue[QueueEntry], waiter: QueueEntry) -> None:
         """
         One too many waits: the newest of whoever has most in the queue goes, so that nobody fills it for all.
 
@@ -217,7 +217,7 @@ class Dispatcher:
         if not len(queue):
             return
         now = self._now()
-        reserved: dict[str, list[Work]] = {}
+        reserved: dict[str, list[PendingWork]] = {}
         free = self.accounts.free(model)
         planned = 0
         # Who was cancelled is there until it has been told so.
@@ -247,12 +247,12 @@ class Dispatcher:
         if len(queue):
             self._look_again(now + _TICK_S)
 
-    def _choose(self, job: Job, reserved: dict[str, list[Work]]) -> Choice | None:
+    def _choose(self, job: RouteRequest, reserved: dict[str, list[PendingWork]]) -> Placement | None:
         loads = [self.accounts.load(replica, job, reserved) for replica in self.accounts.candidates(job)]
-        ask = Ask(tokens=job.tokens, expected=self.accounts.expected(job), head=job.prompt.head)
+        ask = Demand(tokens=job.tokens, expected=self.accounts.expected(job), head=job.prompt.head)
         return self.strategy.choose(ask, loads)
 
-    def _mind_outage(self, queue: FairQueue[Waiter], waiter: Waiter, now: float) -> None:
+    def _mind_outage(self, queue: FairQueue[QueueEntry], waiter: QueueEntry, now: float) -> None:
         """Nobody who has no choice waits for ever for replicas that do not come back, or longer than their pauses."""
         job = waiter.job
         for at in job.refused.values():
@@ -279,7 +279,7 @@ class Dispatcher:
         for model in list(self._queues):
             self._pump(model, anew=True)
 
-    def no_capacity(self, model: str, job: Job | None = None) -> NoCapacityError:
+    def no_capacity(self, model: str, job: RouteRequest | None = None) -> NoCapacityError:
         """That no replica of a model can serve, and why; ``job``: what it is that they cannot serve."""
         now = self._now()
         replicas = self.accounts.fleet.snapshot.of(model)
@@ -294,7 +294,7 @@ class Dispatcher:
             hint="try again later; see /api/fleet",
         )
 
-    def _why_not(self, replica: Replica, job: Job | None) -> str:
+    def _why_not(self, replica: Replica, job: RouteRequest | None) -> str:
         if job is not None and not holds(replica, job):
             return "too small for this prompt"
         if job is not None and not suits(replica, job):
@@ -307,23 +307,23 @@ class Dispatcher:
 
     def moves_in_s(self, model: str) -> float:
         """Seconds until the next request of a model's queue gets a slot, as it looks."""
-        job = Job(model=model, prompt=_NOTHING, tokens=1.0)
+        job = RouteRequest(model=model, prompt=_NOTHING, tokens=1.0)
         times = [free_in_s(self.accounts.load(replica, job, {})) for replica in self.accounts.candidates(job)]
         return max(1.0, math.ceil(min(times, default=5.0)))
 
-    def _work_of(self, job: Job, choice: Choice) -> Work:
-        return Work(max(1.0, job.tokens - choice.load.cached), self.accounts.expected(job))
+    def _work_of(self, job: RouteRequest, choice: Placement) -> PendingWork:
+        return PendingWork(max(1.0, job.tokens - choice.load.cached), self.accounts.expected(job))
 
-    def _queue(self, model: str) -> FairQueue[Waiter]:
+    def _queue(self, model: str) -> FairQueue[QueueEntry]:
         return self._queues.setdefault(model, FairQueue())
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
 
-def _one_too_many(waiting: list[Waiter], newcomer: Waiter) -> Waiter:
+def _one_too_many(waiting: list[QueueEntry], newcomer: QueueEntry) -> QueueEntry:
     """The newest of the key with most of those who wait; the newcomer, if it is among them and no key has more."""
-    by_key: dict[str, list[Waiter]] = {}
+    by_key: dict[str, list[QueueEntry]] = {}
     for one in waiting:
         by_key.setdefault(one.job.key, []).append(one)
     most = max(by_key.values(), key=len)
@@ -332,7 +332,7 @@ def _one_too_many(waiting: list[Waiter], newcomer: Waiter) -> Waiter:
     return most[-1]
 
 
-def _generated(grant: Grant) -> int | None:
+def _generated(grant: SlotLease) -> int | None:
     """Tokens of all answers: as the engine says, else the pieces that came; ``None``: answered in one piece, untold."""
     if grant.outcome is None:
         return grant.generated

@@ -11,12 +11,12 @@ from typing import Protocol
 
 from promptai.fleet.replica import Replica, Snapshot, State
 from promptai.router.estimate.breaker import Breaker, BreakerState
-from promptai.router.estimate.cache_index import CacheIndex, Room, Spot
-from promptai.router.estimate.policy import ASSUMED_PREFILL_TPS, ASSUMED_STEP_S, Choice, Load, Work
+from promptai.router.estimate.cache_index import CacheIndex, Capacity, SlotChoice
+from promptai.router.estimate.policy import ASSUMED_PREFILL_TPS, ASSUMED_STEP_S, PendingWork, Placement, ReplicaView
 from promptai.router.estimate.prefix import Chain
 from promptai.router.estimate.rates import RateBook
-from promptai.router.estimate.step_curve import Steps
-from promptai.router.schedule.lease import Grant, Job
+from promptai.router.estimate.step_curve import StepCurve
+from promptai.router.schedule.lease import RouteRequest, SlotLease
 
 #: Loading takes so long where nobody knows: a 1.5 B model from an SD card.
 _LOAD_S = 30.0
@@ -24,7 +24,7 @@ _LOAD_S = 30.0
 _SLOWEST_PREFILL_TPS, _SLOWEST_STEP_S = 2.0, 2.0
 #: llama-server's own default of 8 GiB is as good as all; what is missing there all the same, ``trust`` notices.
 _MUCH_TOKENS = 1_000_000
-_ASSUMED_STEPS = Steps.flat(ASSUMED_STEP_S)
+_ASSUMED_STEPS = StepCurve.flat(ASSUMED_STEP_S)
 _CLOSED = Breaker()
 _RUNNING = {State.READY, State.DRAINING}
 
@@ -49,7 +49,7 @@ class Fleet(Protocol):
         """A replica that drains has nothing left to do."""
 
 
-class Accounts:
+class FleetState:
     """
     The gateway's account of its fleet.
 
@@ -64,10 +64,10 @@ class Accounts:
         self.book = book
         self.index = CacheIndex()
         self.breakers: dict[str, Breaker] = {}
-        self._grants: dict[str, list[Grant]] = {}
-        self._prefilling: dict[str, list[Grant]] = {}
+        self._grants: dict[str, list[SlotLease]] = {}
+        self._prefilling: dict[str, list[SlotLease]] = {}
         self._streams: dict[str, _Integral] = {}
-        self._steps: dict[str, tuple[Replica, Steps | None]] = {}
+        self._steps: dict[str, tuple[Replica, StepCurve | None]] = {}
         self._known = fleet.snapshot
 
     def running(self, replica_id: str) -> int:
@@ -83,17 +83,17 @@ class Accounts:
             if replica.state is State.READY and self.breaker(replica.id).allows(now)
         )
 
-    def grants(self, replica_id: str) -> tuple[Grant, ...]:
+    def grants(self, replica_id: str) -> tuple[SlotLease, ...]:
         """Who is in a replica's slots."""
         return tuple(self._grants.get(replica_id, ()))
 
-    def failed(self, grant: Grant, *, weight: int = 1) -> None:
+    def failed(self, grant: SlotLease, *, weight: int = 1) -> None:
         """A replica has failed a request; ``weight`` 3 takes it out at once."""
         grant.broken = True
         before = self.breaker(grant.replica.id)
         self.breakers[grant.replica.id] = before.failed(self.now(), weight=weight, sent_at=grant.started)
 
-    def token(self, grant: Grant, now: float) -> None:
+    def token(self, grant: SlotLease, now: float) -> None:
         """Some of an answer has come."""
         if grant.first_at is None:
             integral = self._integral(grant.replica.id)
@@ -104,14 +104,14 @@ class Accounts:
                 self.breakers.pop(grant.replica.id)  # it works; nobody need wait until this answer has ended
         grant.token(now)
 
-    def candidates(self, job: Job) -> list[Replica]:
+    def candidates(self, job: RouteRequest) -> list[Replica]:
         """Replicas that a request may be planned for now."""
         able = self._able(job)
         # Who has failed it is only asked again when nobody else is left, and not at once.
         others = [replica for replica in able if replica.id not in job.refused]
         return others or [replica for replica in able if job.refused[replica.id] <= self.now()]
 
-    def _able(self, job: Job) -> list[Replica]:
+    def _able(self, job: RouteRequest) -> list[Replica]:
         """Replicas that could take a request, whether or not it pauses."""
         now = self.now()
         able = [
@@ -122,7 +122,7 @@ class Accounts:
         # Its length is an estimate: who holds only what it has at least is asked when nobody else is there.
         return [replica for replica in able if _likely_holds(replica, job)] or able
 
-    def hope(self, job: Job) -> bool:
+    def hope(self, job: RouteRequest) -> bool:
         """Whether some replica can take this request: now, once it has paused, or when one is back."""
         return bool(self._able(job)) or self.comes_back(job)
 
@@ -130,7 +130,7 @@ class Accounts:
         """Whether an answer that was begun elsewhere could be continued by a replica of a model, now or later."""
         return any(replica.dialect == "llama-server" for replica in self.fleet.snapshot.of(model))
 
-    def comes_back(self, job: Job) -> bool:
+    def comes_back(self, job: RouteRequest) -> bool:
         """
         Whether a replica that suits a request may soon take requests again.
 
@@ -150,7 +150,7 @@ class Accounts:
             if replica.state is State.DRAINING and not self.running(replica.id):
                 self.fleet.forget(replica.id)
 
-    def load(self, replica: Replica, job: Job, reserved: Mapping[str, Sequence[Work]]) -> Load:
+    def load(self, replica: Replica, job: RouteRequest, reserved: Mapping[str, Sequence[PendingWork]]) -> ReplicaView:
         """A replica as this request sees it; ``reserved``: who waits for which replica before it."""
         now = self.now()
         grants = self._grants.get(replica.id, [])
@@ -159,7 +159,7 @@ class Accounts:
         found = self.index.spot(replica.id, self._room(replica), job.prompt, busy=busy, now=now)
         per_char = job.tokens / max(1, job.prompt.chars)
         trust = self.book.trust(replica.id)
-        return Load(
+        return ReplicaView(
             replica=replica,
             running=tuple([g.decodes if g.first_at is not None else g.work(now, prefill) for g in grants]),
             reserved=tuple(reserved.get(replica.id, ())),
@@ -173,19 +173,19 @@ class Accounts:
             ready_in_s=_ready_in_s(replica),
         )
 
-    def _cached_chars(self, replica: Replica, found: Spot, job: Job) -> int:
+    def _cached_chars(self, replica: Replica, found: SlotChoice, job: RouteRequest) -> int:
         """What is in a slot that is taken will be there once it is free."""
         if found.slot is not None:
             return found.cached_chars
         going = [job.prompt.shared(grant.job.prompt) for grant in self._grants.get(replica.id, ())]
         return max(found.cached_chars, *going, 0)
 
-    def start(self, job: Job, choice: Choice, *, since: float) -> Grant:
+    def start(self, job: RouteRequest, choice: Placement, *, since: float) -> SlotLease:
         """A request takes the slot that was chosen for it; ``since``: when it came."""
         now = self.now()
         replica = choice.load.replica
         self.index.returns.asked(job.prompt, now)
-        grant = Grant(
+        grant = SlotLease(
             job,
             replica,
             slot=choice.load.slot or 0,
@@ -208,7 +208,7 @@ class Accounts:
             self.breakers[replica.id] = breaker.took_trial(now)
         return grant
 
-    def end(self, grant: Grant) -> None:
+    def end(self, grant: SlotLease) -> None:
         """A request gives its slot back; its ``outcome`` is learned from."""
         now = self.now()
         grants = self._grants.get(grant.replica.id, [])
@@ -225,7 +225,7 @@ class Accounts:
         if not grants and self.fleet.snapshot.find(grant.replica.id) is None:
             self._forget(grant.replica.id)
 
-    def _learn(self, grant: Grant, integral: float, now: float) -> None:
+    def _learn(self, grant: SlotLease, integral: float, now: float) -> None:
         outcome, name = grant.outcome, grant.replica.id
         if outcome is None:
             if grant.first_at is not None and not grant.broken:  # its client left: the prompt is in the cache
@@ -256,21 +256,21 @@ class Accounts:
         )
         self._steps.pop(name, None)
 
-    def _read(self, grant: Grant) -> None:
+    def _read(self, grant: SlotLease) -> None:
         """Its prompt holds nobody up any more."""
         beside = self._prefilling[grant.replica.id]
         beside.remove(grant)
         if not beside:
             del self._prefilling[grant.replica.id]
 
-    def _steps_of(self, replica: Replica) -> Steps | None:
+    def _steps_of(self, replica: Replica) -> StepCurve | None:
         """How long a token takes there, if known; every request asks, and only an answer changes it."""
         known = self._steps.get(replica.id)
         if known is None or known[0] is not replica:
             known = self._steps[replica.id] = (replica, self.book.decode_steps(replica))
         return known[1]
 
-    def silence_s(self, grant: Grant, floor_s: float) -> float:
+    def silence_s(self, grant: SlotLease, floor_s: float) -> float:
         """
         The longest that its replica may be silent before that is a failure.
 
@@ -308,14 +308,14 @@ class Accounts:
             self.breakers.pop(replica_id, None)
             self._streams.pop(replica_id, None)
 
-    def expected(self, job: Job) -> float:
+    def expected(self, job: RouteRequest) -> float:
         """Tokens that a request's answer will have, as answers of its model usually do."""
         usual = self.book.answer_tokens(job.model)
         return usual if job.limit is None else min(usual, float(max(1, job.limit)))
 
-    def _room(self, replica: Replica) -> Room:
+    def _room(self, replica: Replica) -> Capacity:
         tokens = _MUCH_TOKENS if replica.host_cache_tokens is None else replica.host_cache_tokens
-        return Room(replica.slots, tokens * self.book.chars_per_token(replica.model))
+        return Capacity(replica.slots, tokens * self.book.chars_per_token(replica.model))
 
     def breaker(self, replica_id: str) -> Breaker:
         """How a replica has fared lately."""
@@ -347,23 +347,23 @@ class _Integral:
         return self._sum + self._streams * (now - self._since)
 
 
-def holds(replica: Replica, job: Job) -> bool:
+def holds(replica: Replica, job: RouteRequest) -> bool:
     """Whether a replica's context may hold a request's prompt, which is estimated; the engine counts."""
     return replica.context is None or job.fewest < replica.context
 
 
-def suits(replica: Replica, job: Job) -> bool:
+def suits(replica: Replica, job: RouteRequest) -> bool:
     """Whether a replica could serve a request if it is well: by its context and its dialect."""
     return holds(replica, job) and (replica.dialect == "llama-server" or not job.goes_on)
 
 
-def _prompts(job: Job, grants: Iterable[Grant]) -> Iterator[Chain]:
+def _prompts(job: RouteRequest, grants: Iterable[SlotLease]) -> Iterator[Chain]:
     yield job.prompt
     for grant in grants:
         yield grant.job.prompt
 
 
-def _likely_holds(replica: Replica, job: Job) -> bool:
+def _likely_holds(replica: Replica, job: RouteRequest) -> bool:
     return replica.context is None or (job.longest or job.tokens) < replica.context
 
 

@@ -7,14 +7,14 @@ and every token passes through it; so it keeps the account itself, and this is o
 import msgspec
 
 from promptai.fleet.replica import Replica
-from promptai.router.estimate.policy import Estimate, Work
+from promptai.router.estimate.policy import Estimate, PendingWork
 from promptai.router.estimate.prefix import Chain
 from promptai.wire.llamaserver import Timings
 
 _MOST_CHARS_PER_TOKEN = 7.0
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
+class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
     """
     A request, as far as giving it a replica needs it.
 
@@ -51,7 +51,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         return self.prompt.chars / _MOST_CHARS_PER_TOKEN
 
 
-class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+class LeaseResult(msgspec.Struct, frozen=True, kw_only=True):
     """
     How a request ended on its replica.
 
@@ -70,7 +70,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     counted: bool = True
 
 
-class Grant:
+class SlotLease:
     """
     A slot for one request; made and ended by ``router.schedule.dispatcher``.
 
@@ -90,7 +90,7 @@ class Grant:
 
     def __init__(
         self,
-        job: Job,
+        job: RouteRequest,
         replica: Replica,
         *,
         slot: int,
@@ -113,14 +113,14 @@ class Grant:
         self.generated = 0
         self.alone = True
         self.broken = False
-        self.outcome: Outcome | None = None
+        self.outcome: LeaseResult | None = None
         self.streams_before = 0.0
         self.expected = expected
         self.charged = 0.0
         self._left = max(1.0, job.tokens - cached)
         self._total = self._left
         self._left_at = now
-        self.decodes = Work(0.0, self._answer_left())
+        self.decodes = PendingWork(0.0, self._answer_left())
 
     def progress(self, processed: int, cached: int, total: int, now: float) -> None:
         """The engine has told how far its prompt is: tokens, those from the cache included."""
@@ -133,7 +133,7 @@ class Grant:
             self.first_at = now
         self.generated += 1
         # Worked out here, once a token, and not for all streams of a replica whenever somebody asks for a slot.
-        self.decodes = Work(0.0, self._answer_left())
+        self.decodes = PendingWork(0.0, self._answer_left())
 
     def prefill_left(self, now: float, prefill_tps: float) -> float:
         """Tokens of the prompt that are still to be computed, as it looks."""
@@ -145,9 +145,9 @@ class Grant:
         """How much of the prompt's computing is done, 0 to 1."""
         return 1.0 - min(1.0, self.prefill_left(now, prefill_tps) / self._total)
 
-    def work(self, now: float, prefill_tps: float) -> Work:
+    def work(self, now: float, prefill_tps: float) -> PendingWork:
         """What it will still make its replica do; how long an answer goes on does not depend on how long it has."""
-        return Work(self.prefill_left(now, prefill_tps), self.decodes.decode)
+        return PendingWork(self.prefill_left(now, prefill_tps), self.decodes.decode)
 
     def _answer_left(self) -> float:
         limit = self.job.limit
