@@ -33,11 +33,11 @@ class Cold:
         self.launcher = FakeLauncher()
         self.upstream = SimulatedUpstream({f"http://{model.name}": Simulator(config) for model in models})
         self.registry = Registry(())
-        self.accounts = FleetState(self.registry, RateBook())
-        self.source = LocalSource(models, self.launcher, lambda: budget, self.accounts.running)
+        self.fleet_state = FleetState(self.registry, RateBook())
+        self.source = LocalSource(models, self.launcher, lambda: budget, self.fleet_state.running)
         self.registry.replace([self.source])
-        self.dispatcher = Dispatcher(self.accounts, Affinity(), limits)
-        self.desk = Admission(self.dispatcher, self.upstream, serving)
+        self.dispatcher = Dispatcher(self.fleet_state, Affinity(), limits)
+        self.admission = Admission(self.dispatcher, self.upstream, serving)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncGenerator[Self, None]:
@@ -56,9 +56,9 @@ class Cold:
             await asyncio.sleep(0.1)
             yield self
 
-    def ticket(
+    def admitted(
         self, model: str, messages: Sequence[Mapping[str, Any]], *, key: str = "local", **fields: Any
     ) -> AdmittedRequest:
         """A chat that has been accepted."""
         body = {"model": model, "messages": [dict(message) for message in messages], "stream": True, **fields}
-        return self.desk.accept("/v1/chat/completions", body, {}, Caller(key_id=key))
+        return self.admission.accept("/v1/chat/completions", body, {}, Caller(key_id=key))

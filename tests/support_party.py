@@ -28,8 +28,10 @@ def play(world: Callable[[], Place], use: Callable[[Place], Awaitable[T]]) -> T:
             found = await use(made)
             await asyncio.sleep(1)
             models = made.registry.snapshot.models
-            assert [len(made.dispatcher.waiting(name)) for name in models] == [0] * len(models)
-            assert [made.accounts.running(replica.id) for replica in made.registry.snapshot.replicas if replica.slots]
+            assert [len(made.dispatcher.queued(name)) for name in models] == [0] * len(models)
+            assert [
+                made.fleet_state.running(replica.id) for replica in made.registry.snapshot.replicas if replica.slots
+            ]
             return found
 
     return run_virtually(main())
@@ -53,16 +55,16 @@ class Party:
         wanted = fields.pop("model", "yi")
         messages = fields.pop("messages", TALK)
         if isinstance(self.world, Cold):
-            ticket = self.world.ticket(wanted, messages, key=key, max_tokens=tokens, **fields)
+            admitted = self.world.admitted(wanted, messages, key=key, max_tokens=tokens, **fields)
         else:
-            ticket = self.world.ticket(messages, model=wanted, key=key, max_tokens=tokens, **fields)
-        self.tasks[name] = asyncio.create_task(self._hear(name, ticket))
+            admitted = self.world.admitted(messages, model=wanted, key=key, max_tokens=tokens, **fields)
+        self.tasks[name] = asyncio.create_task(self._hear(name, admitted))
         return self.tasks[name]
 
-    async def _hear(self, name: str, ticket: AdmittedRequest) -> Heard:
-        heard = await listen(ticket)
-        grant = ticket.flight.grant
-        assert grant is not None
+    async def _hear(self, name: str, admitted: AdmittedRequest) -> Heard:
+        heard = await listen(admitted)
+        lease = admitted.routed.lease
+        assert lease is not None
         self.ended.append(name)
         return heard
 

@@ -48,11 +48,11 @@ class Site(NamedTuple):
 
     def counts(self, served: str = "yi") -> dict[str, int]:
         """Everything that counts requests of a model; all 0 when there are none."""
-        accounts = self.dispatcher.accounts
+        fleet_state = self.dispatcher.fleet_state
         return {
             "engine": sum(map(self.busy, self.engines)),
-            "grants": sum(accounts.running(replica.id) for replica in self.registry.snapshot.replicas),
-            "queue": len(self.dispatcher.waiting(served)),
+            "grants": sum(fleet_state.running(replica.id) for replica in self.registry.snapshot.replicas),
+            "queue": len(self.dispatcher.queued(served)),
             "gateway": self.door.gateway.under_way,
             "meter": self.guard.meter.running("local"),
         }

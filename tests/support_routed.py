@@ -36,7 +36,7 @@ class Got(msgspec.Struct, kw_only=True):
         took_s: Seconds that it took.
     """
 
-    flight: RoutedRequest
+    routed: RoutedRequest
     chunks: list[dict[str, Any]] = []
     error: PromptAIError | None = None
     took_s: float = 0.0
@@ -125,7 +125,7 @@ def world(*names: str, config: SimulationConfig = PACE, **fields: Any) -> World:
 
 def accept(world: World, body: Mapping[str, Any], path: str = "/v1/chat/completions") -> AdmittedRequest:
     """A request that has been accepted."""
-    return world.desk.accept(path, {"model": "yi", "stream": True, **body}, {}, Caller(key_id="local"))
+    return world.admission.accept(path, {"model": "yi", "stream": True, **body}, {}, Caller(key_id="local"))
 
 
 def chat(**fields: Any) -> dict[str, Any]:
@@ -133,11 +133,11 @@ def chat(**fields: Any) -> dict[str, Any]:
     return {"messages": ASKED, "max_tokens": TOKENS, "stream_options": {"include_usage": True}, **fields}
 
 
-def first(world: World, ticket: AdmittedRequest) -> str:
+def first(world: World, admitted: AdmittedRequest) -> str:
     """The board that will be asked first."""
-    choice = world.dispatcher.preview(ticket.flight.job)
+    choice = world.dispatcher.preview(admitted.routed.route_request)
     assert choice is not None
-    return choice.load.replica.id
+    return choice.view.replica.id
 
 
 def arm(world: World, name: str, kind: str, after: int, *, times: int | None = 1) -> None:
@@ -146,12 +146,12 @@ def arm(world: World, name: str, kind: str, after: int, *, times: int | None = 1
     world.engines[f"sim://{name}"].fault = msgspec.convert(fault, Fault)
 
 
-async def hear(ticket: AdmittedRequest, at: Callable[[int], None] = lambda _: None) -> Got:
+async def hear(admitted: AdmittedRequest, at: Callable[[int], None] = lambda _: None) -> Got:
     """Read an answer to its end, whatever that is; ``at`` is told how many chunks have come."""
     loop = asyncio.get_running_loop()
-    got, start = Got(flight=ticket.flight), loop.time()
+    got, start = Got(routed=admitted.routed), loop.time()
     try:
-        async with asyncio.timeout(FOR_EVER_S), contextlib.aclosing(ticket.flight.events()) as events:
+        async with asyncio.timeout(FOR_EVER_S), contextlib.aclosing(admitted.routed.events()) as events:
             async for some in events:
                 got.chunks += [msgspec.json.decode(data, type=dict[str, Any]) for data in some]
                 at(len(got.chunks))
@@ -176,9 +176,9 @@ def failing(kind: str, after: int, body: Mapping[str, Any], path: str = "/v1/cha
 
     async def play() -> Got:
         async with world().running() as running:
-            ticket = accept(running, body, path)
-            arm(running, first(running, ticket), kind, after)
-            return await hear(ticket)
+            admitted = accept(running, body, path)
+            arm(running, first(running, admitted), kind, after)
+            return await hear(admitted)
 
     return run_virtually(play())
 
@@ -197,7 +197,7 @@ def snipped(
         async with world().running() as running:
             snip = Snip(running.upstream, before, lumped=lumped)
             snip.rewrite = rewrite
-            running.desk.upstream = snip
+            running.admission.upstream = snip
             return await hear(accept(running, body, path)), snip.streams
 
     return run_virtually(play())

@@ -191,15 +191,15 @@ async def play_in(world: World, script: Script) -> Played:
     """Play before a gateway's inside, which runs already."""
 
     async def ask(messages: list[Message]) -> Answered:
-        ticket = world.ticket(
+        admitted = world.admitted(
             [{"role": one.role, "content": one.content} for one in messages], max_tokens=script.max_tokens
         )
-        heard = await listen(ticket)
-        flight = ticket.flight
+        heard = await listen(admitted)
+        routed = admitted.routed
         assert heard.first_s is not None
-        assert flight.grant is not None
+        assert routed.lease is not None
         tokens = sum("content" in choice["delta"] for chunk in heard.chunks for choice in chunk["choices"])
-        return Answered(heard.text, heard.first_s, tokens, flight.grant.replica.id)
+        return Answered(heard.text, heard.first_s, tokens, routed.lease.replica.id)
 
     return await play(script, ask)
 

@@ -64,9 +64,9 @@ class World:
         )
         self.registry = Registry([self.source])
         self.upstream = SimulatedUpstream(self.engines)
-        self.accounts = FleetState(self.registry, RateBook())
-        self.dispatcher = Dispatcher(self.accounts, STRATEGIES[strategy](), limits)
-        self.desk = Admission(self.dispatcher, self.upstream, serving)
+        self.fleet_state = FleetState(self.registry, RateBook())
+        self.dispatcher = Dispatcher(self.fleet_state, STRATEGIES[strategy](), limits)
+        self.admission = Admission(self.dispatcher, self.upstream, serving)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncGenerator["World", None]:
@@ -86,7 +86,7 @@ class World:
         """End an engine as ``kill -9`` would; the registry is not told."""
         self.upstream.kill(f"sim://{name}")
 
-    def ticket(
+    def admitted(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
@@ -96,7 +96,7 @@ class World:
     ) -> AdmittedRequest:
         """A chat that has been accepted."""
         body = {"model": "default", "messages": [dict(message) for message in messages], "stream": True, **fields}
-        return self.desk.accept("/v1/chat/completions", body, headers or {}, Caller(key_id=key))
+        return self.admission.accept("/v1/chat/completions", body, headers or {}, Caller(key_id=key))
 
 
 class Heard(msgspec.Struct):
@@ -119,11 +119,11 @@ class Heard(msgspec.Struct):
         return reasons[-1] if reasons else None
 
 
-async def listen(ticket: AdmittedRequest) -> Heard:
+async def listen(admitted: AdmittedRequest) -> Heard:
     """Read an answer to its end."""
     loop = asyncio.get_running_loop()
     start, heard = loop.time(), Heard()
-    async with contextlib.aclosing(ticket.flight.events()) as events:
+    async with contextlib.aclosing(admitted.routed.events()) as events:
         async for some in events:
             for data in some:
                 chunk = msgspec.json.decode(data, type=dict[str, Any])

@@ -26,15 +26,15 @@ def test_an_answer_that_went_on_elsewhere_is_counted_as_one_from_its_first_token
     async def play() -> tuple[RequestRecord, float | None]:
         world = World({"a": PI, "b": PI})
         async with world.running():
-            ticket = world.ticket(TALK, max_tokens=50)
-            hearing = asyncio.create_task(listen(ticket))
+            admitted = world.admitted(TALK, max_tokens=50)
+            hearing = asyncio.create_task(listen(admitted))
             arrived = asyncio.get_running_loop().time()
             await asyncio.sleep(5.0)
-            (first,) = ticket.flight.grants
+            (first,) = admitted.routed.leases
             world.kill(first.replica.id)
             heard = await hearing
-            assert len(ticket.flight.grants) == 2
-            return outcome_of(ticket, 200, arrived), heard.first_s
+            assert len(admitted.routed.leases) == 2
+            return outcome_of(admitted, 200, arrived), heard.first_s
 
     outcome, first_s = run_virtually(play())
 
@@ -49,13 +49,13 @@ def test_a_client_that_leaves_in_the_middle_is_charged_the_prompt_that_was_compu
     async def play() -> tuple[RequestRecord, int]:
         world = World({"a": PI})
         async with world.running():
-            ticket = world.ticket(TALK, max_tokens=50)
-            hearing = asyncio.create_task(listen(ticket))
+            admitted = world.admitted(TALK, max_tokens=50)
+            hearing = asyncio.create_task(listen(admitted))
             await asyncio.sleep(3.0)
             hearing.cancel()
             await asyncio.wait([hearing])
-            outcome = outcome_of(ticket, 499, 0.0)
-            return outcome, used(ticket, outcome)
+            outcome = outcome_of(admitted, 499, 0.0)
+            return outcome, used(admitted, outcome)
 
     outcome, charged = run_virtually(play())
 
@@ -72,11 +72,11 @@ def test_embeddings_are_charged_what_the_engine_counted() -> None:
         world = World({"a": PI})
         async with world.running():
             body = {"model": "yi", "input": "Is cell 12 up? " * 30}
-            ticket = world.desk.accept("/v1/embeddings", body, {}, Caller())
-            reply = await ticket.flight.whole()
+            admitted = world.admission.accept("/v1/embeddings", body, {}, Caller())
+            reply = await admitted.routed.whole()
             assert reply.status == 200
-            outcome = outcome_of(ticket, 200, 0.0)
-            return outcome, used(ticket, outcome)
+            outcome = outcome_of(admitted, 200, 0.0)
+            return outcome, used(admitted, outcome)
 
     outcome, charged = run_virtually(play())
 
@@ -90,11 +90,13 @@ def test_several_prompts_and_answers_are_counted_and_charged_together() -> None:
     async def play() -> tuple[RequestRecord, int]:
         world = World({"a": PI})
         async with world.running():
-            world.desk.upstream = Several()  # type: ignore[assignment]
-            ticket = world.desk.accept("/v1/completions", {"model": "yi", "prompt": ["a", "b"], "n": 2}, {}, Caller())
-            await ticket.flight.whole()
-            outcome = outcome_of(ticket, 200, 0.0)
-            return outcome, used(ticket, outcome)
+            world.admission.upstream = Several()  # type: ignore[assignment]
+            admitted = world.admission.accept(
+                "/v1/completions", {"model": "yi", "prompt": ["a", "b"], "n": 2}, {}, Caller()
+            )
+            await admitted.routed.whole()
+            outcome = outcome_of(admitted, 200, 0.0)
+            return outcome, used(admitted, outcome)
 
     outcome, charged = run_virtually(play())
 
@@ -119,12 +121,12 @@ def test_of_several_answers_in_one_piece_what_is_not_told_is_not_nothing(
     async def play() -> tuple[RequestRecord, int, int]:
         world = World({"a": PI}, dialects={"a": "openai"})
         async with world.running():
-            world.desk.upstream = OnePiece(status, usage)  # type: ignore[assignment]
-            ticket = world.desk.accept("/v1/completions", {"model": "yi", "prompt": "up?", "n": 2}, {}, Caller())
-            reply = await ticket.flight.whole()
+            world.admission.upstream = OnePiece(status, usage)  # type: ignore[assignment]
+            admitted = world.admission.accept("/v1/completions", {"model": "yi", "prompt": "up?", "n": 2}, {}, Caller())
+            reply = await admitted.routed.whole()
             assert reply.status == status
-            outcome = outcome_of(ticket, status, 0.0)
-            return outcome, used(ticket, outcome), round(ticket.flight.job.tokens)
+            outcome = outcome_of(admitted, status, 0.0)
+            return outcome, used(admitted, outcome), round(admitted.routed.route_request.tokens)
 
     outcome, found, prompt = run_virtually(play())
 
@@ -138,14 +140,14 @@ def test_whoever_leaves_in_the_middle_of_several_answers_pays_what_was_made_for_
     async def play() -> tuple[RequestRecord, int]:
         world = World({"a": PI})
         async with world.running():
-            world.desk.upstream = Lopsided()  # type: ignore[assignment]
-            ticket = world.ticket(TALK, n=2)
-            hearing = asyncio.create_task(listen(ticket))
+            world.admission.upstream = Lopsided()  # type: ignore[assignment]
+            admitted = world.admitted(TALK, n=2)
+            hearing = asyncio.create_task(listen(admitted))
             await asyncio.sleep(1.0)
             hearing.cancel()
             await asyncio.wait([hearing])
-            outcome = outcome_of(ticket, 499, 0.0)
-            return outcome, round(ticket.flight.job.tokens)
+            outcome = outcome_of(admitted, 499, 0.0)
+            return outcome, round(admitted.routed.route_request.tokens)
 
     outcome, prompt = run_virtually(play())
 
@@ -158,17 +160,17 @@ def test_what_was_cached_is_a_part_of_the_prompt_also_after_a_joint() -> None:
     async def play() -> RequestRecord:
         world = World({"a": PI})
         async with world.running():
-            ticket = world.ticket(TALK, max_tokens=50)
-            hearing = asyncio.create_task(listen(ticket))
+            admitted = world.admitted(TALK, max_tokens=50)
+            hearing = asyncio.create_task(listen(admitted))
             await asyncio.sleep(4.0)
             world.kill("a")
             await asyncio.sleep(3.0)
             world.upstream.revive("sim://a")
             await hearing
-            timings = ticket.flight.timings
+            timings = admitted.routed.timings
             assert timings is not None
-            ticket.flight._bill.note(msgspec.structs.replace(timings, prompt_n=1, cache_n=500))
-            return outcome_of(ticket, 200, 0.0)
+            admitted.routed._bill.note(msgspec.structs.replace(timings, prompt_n=1, cache_n=500))
+            return outcome_of(admitted, 200, 0.0)
 
     outcome = run_virtually(play())
 

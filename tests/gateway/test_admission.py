@@ -37,18 +37,18 @@ def test_auto_takes_the_larger_model_while_it_is_idle_and_the_smaller_when_it_is
     async def use(world: World) -> list[AdmittedRequest]:
         party = Party(world)
         budget = {"x-promptai-budget": "10s"}
-        idle = world.ticket(TALK, model="auto", headers=budget, max_tokens=50)
+        idle = world.admitted(TALK, model="auto", headers=budget, max_tokens=50)
         party.ask("before", model="large", tokens=200)
         await asyncio.sleep(1)
-        busy = world.ticket(TALK, model="auto", headers=budget, max_tokens=50)
-        patient = world.ticket(TALK, model="auto", headers={"x-promptai-budget": "2m"}, max_tokens=50)
-        hasty = world.ticket(TALK, model="auto", headers={"x-promptai-budget": "100ms"}, max_tokens=50)
+        busy = world.admitted(TALK, model="auto", headers=budget, max_tokens=50)
+        patient = world.admitted(TALK, model="auto", headers={"x-promptai-budget": "2m"}, max_tokens=50)
+        hasty = world.admitted(TALK, model="auto", headers={"x-promptai-budget": "100ms"}, max_tokens=50)
         await party.all()
         return [idle, busy, patient, hasty]
 
     idle, busy, patient, hasty = play(pair(), use)
 
-    assert [ticket.model for ticket in (idle, busy, patient, hasty)] == ["large", "small", "large", "small"]
+    assert [admitted.model for admitted in (idle, busy, patient, hasty)] == ["large", "small", "large", "small"]
     assert idle.why.startswith("auto: large, predicted 5.")
     assert "auto: small, predicted 1." in busy.why
     assert "large would take 2" in busy.why
@@ -70,10 +70,10 @@ def test_an_alias_fills_only_what_the_request_leaves_open() -> None:
     names = ModelNames(aliases={"small:short": Alias("small", {"max_tokens": 3, "temperature": 0.2})})
 
     async def use(world: World) -> list[Any]:
-        open_ = world.ticket(TALK, model="small:short")
-        set_ = world.ticket(TALK, model="small:short", max_completion_tokens=7, temperature=0.9)
+        open_ = world.admitted(TALK, model="small:short")
+        set_ = world.admitted(TALK, model="small:short", max_completion_tokens=7, temperature=0.9)
         heard = [await listen(open_), await listen(set_)]
-        return [len(one.text.split()) for one in heard] + [t.flight.order.body["temperature"] for t in (open_, set_)]
+        return [len(one.text.split()) for one in heard] + [t.routed.order.body["temperature"] for t in (open_, set_)]
 
     assert play(pair(serving=AdmissionRules(names=names)), use) == [3, 7, 0.2, 0.9]
 
@@ -83,13 +83,13 @@ def test_what_one_model_does_not_hold_goes_to_its_fallback_or_is_refused_with_th
     fallbacks = {"large": "small"}
 
     async def use(world: World) -> AdmittedRequest:
-        return world.ticket(huge, model="large")
+        return world.admitted(huge, model="large")
 
     moved = play(pair(serving=AdmissionRules(fallbacks=fallbacks)), use)
     with pytest.raises(RequestRefusedError) as refused:
         play(pair(), use)
 
-    assert (moved.model, moved.flight.job.model) == ("small", "small")
+    assert (moved.model, moved.routed.route_request.model) == ("small", "small")
     assert moved.why == "large holds 2048 tokens, the prompt has about 4173"
     assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
     assert "the prompt has about 4173 tokens" in refused.value.message
@@ -102,7 +102,7 @@ def test_where_nobody_is_there_it_is_not_the_prompt_that_is_blamed(name: str) ->
         world.source.fail("s", "is unplugged")
         world.source.fail("l", "is unplugged")
         with pytest.raises(NoCapacityError) as refused:
-            await listen(world.ticket(TALK, model=name))
+            await listen(world.admitted(TALK, model=name))
         return refused.value
 
     assert "can serve now" in play(pair(), use).message
@@ -110,7 +110,7 @@ def test_where_nobody_is_there_it_is_not_the_prompt_that_is_blamed(name: str) ->
 
 def test_auto_of_an_empty_fleet_is_no_fault_of_the_request() -> None:
     async def use(world: World) -> None:
-        world.ticket(TALK, model="auto")
+        world.admitted(TALK, model="auto")
 
     with pytest.raises(NoCapacityError, match="no model is served"):
         play(lambda: World({}), use)
@@ -119,7 +119,7 @@ def test_auto_of_an_empty_fleet_is_no_fault_of_the_request() -> None:
 def test_auto_leaves_out_what_does_not_answer() -> None:
     async def use(world: World) -> AdmittedRequest:
         world.source.fail("l", "is unplugged")
-        return world.ticket(TALK, model="auto", max_tokens=4)
+        return world.admitted(TALK, model="auto", max_tokens=4)
 
     assert play(pair(), use).model == "small"
 
@@ -127,7 +127,7 @@ def test_auto_leaves_out_what_does_not_answer() -> None:
 @pytest.mark.parametrize("role", [None, 1, ["user"]])
 def test_a_message_without_a_role_is_refused_before_an_engine_stumbles_over_it(role: Any) -> None:
     async def use(world: World) -> None:
-        world.ticket([*TALK, {"role": role, "content": "a"} if role else {"content": "a"}], model="small")
+        world.admitted([*TALK, {"role": role, "content": "a"} if role else {"content": "a"}], model="small")
 
     with pytest.raises(RequestRefusedError, match="message 1 has no role"):
         play(pair(), use)
@@ -142,10 +142,10 @@ def test_of_two_boards_the_one_whose_context_holds_the_prompt_is_waited_for() ->
         party = Party(world)
         party.ask("before", tokens=20, messages=[{"role": "user", "content": "cell " * 1400}])
         await asyncio.sleep(0)
-        ticket = world.ticket(prompt, model="yi", max_tokens=2)
-        await asyncio.gather(listen(ticket), party.all())
-        assert ticket.flight.grant is not None
-        return [ticket.flight.grant.replica.id, *ticket.flight.retries]
+        admitted = world.admitted(prompt, model="yi", max_tokens=2)
+        await asyncio.gather(listen(admitted), party.all())
+        assert admitted.routed.lease is not None
+        return [admitted.routed.lease.replica.id, *admitted.routed.retries]
 
     assert play(lambda: World(boards), use) == ["long"]
 
@@ -168,7 +168,7 @@ def test_a_field_of_another_path_is_refused_and_the_path_that_takes_it_is_named(
     """Whichever of the two were answered, the other one would have been dropped."""
 
     async def use(world: World) -> None:
-        world.desk.accept(path, {**asking(path, {field: value}), "model": "small"}, {}, Caller(key_id="local"))
+        world.admission.accept(path, {**asking(path, {field: value}), "model": "small"}, {}, Caller(key_id="local"))
 
     with pytest.raises(RequestRefusedError, match=f"{path} takes no {field}") as refused:
         play(pair(), use)
@@ -181,7 +181,7 @@ def test_a_field_of_another_path_is_refused_and_the_path_that_takes_it_is_named(
 def test_a_field_of_another_path_that_is_null_is_as_good_as_none(path: str, field: str) -> None:
     async def use(world: World) -> AdmittedRequest:
         body = {**asking(path, {field: None}), "model": "small"}
-        return world.desk.accept(path, body, {}, Caller(key_id="local"))
+        return world.admission.accept(path, body, {}, Caller(key_id="local"))
 
     assert play(pair(), use).model == "small"
 
@@ -209,7 +209,7 @@ def test_a_prompt_that_only_boards_hold_that_are_away_for_the_moment_is_not_too_
         for name in ("small-4096", "large-4096"):
             world.source.fail(name, "is unplugged")
         with pytest.raises(NoCapacityError) as refused:
-            world.ticket(long, model="auto")
+            world.admitted(long, model="auto")
         return refused.value
 
     assert "is unplugged" in play(small_and_large_boards, use).message
@@ -219,7 +219,7 @@ def test_a_prompt_that_no_board_holds_is_too_long_for_auto_whoever_is_away() -> 
     async def use(world: World) -> RequestRefusedError:
         world.source.fail("large-4096", "is unplugged")
         with pytest.raises(RequestRefusedError) as refused:
-            world.ticket([{"role": "user", "content": "cell " * 9000}], model="auto")
+            world.admitted([{"role": "user", "content": "cell " * 9000}], model="auto")
         return refused.value
 
     refused = play(small_and_large_boards, use)
@@ -232,19 +232,21 @@ def test_auto_expects_no_more_of_an_answer_than_the_context_leaves(limit: int) -
     """The large model makes ten tokens a second in a context of 2048."""
 
     async def use(world: World) -> AdmittedRequest:
-        return world.ticket(TALK, model="auto", headers={"x-promptai-budget": "4m"}, max_tokens=limit)
+        return world.admitted(TALK, model="auto", headers={"x-promptai-budget": "4m"}, max_tokens=limit)
 
-    ticket = play(pair(), use)
+    admitted = play(pair(), use)
 
-    assert ticket.model == "large"
-    assert ticket.why.startswith("auto: large, predicted 203")
+    assert admitted.model == "large"
+    assert admitted.why.startswith("auto: large, predicted 203")
 
 
 def accepted(path: str, **fields: Any) -> Callable[[World], Any]:
     """Accepts a request of that path."""
 
     async def use(world: World) -> AdmittedRequest:
-        return world.desk.accept(path, {**asking(path, fields), "model": fields.get("model", "large")}, {}, Caller())
+        return world.admission.accept(
+            path, {**asking(path, fields), "model": fields.get("model", "large")}, {}, Caller()
+        )
 
     return use
 
@@ -258,13 +260,13 @@ BATCHES = pytest.mark.parametrize(
 @pytest.mark.parametrize("one", ["cell " * 15, list(range(100_000, 100_015))], ids=["text", "ids"])
 def test_of_many_prompts_a_context_has_to_hold_only_the_longest(path: str, field: str, one: Any) -> None:
     async def use(world: World) -> tuple[AdmittedRequest, int]:
-        ticket = await accepted(path, **{field: [one] * 150})(world)
-        return ticket, len(world.accounts.candidates(ticket.flight.job))
+        admitted = await accepted(path, **{field: [one] * 150})(world)
+        return admitted, len(world.fleet_state.candidates(admitted.routed.route_request))
 
-    ticket, boards = play(lambda: World({"l": msgspec.structs.replace(LARGE, context=1024)}), use)
+    admitted, boards = play(lambda: World({"l": msgspec.structs.replace(LARGE, context=1024)}), use)
 
-    assert (boards, ticket.model) == (1, "large")
-    assert ticket.flight.job.tokens == pytest.approx(150 * 15, rel=0.5)
+    assert (boards, admitted.model) == (1, "large")
+    assert admitted.routed.route_request.tokens == pytest.approx(150 * 15, rel=0.5)
 
 
 @BATCHES
@@ -295,7 +297,7 @@ def test_token_ids_are_counted_by_their_number(path: str, field: str) -> None:
     one = play(pair(), accepted(path, **{field: [151_643] * 2047}))
     several = play(pair(), accepted(path, **{field: [[151_643] * 500, [7] * 300]}))
 
-    assert (one.flight.job.tokens, several.flight.job.tokens) == (2047, 800)
+    assert (one.routed.route_request.tokens, several.routed.route_request.tokens) == (2047, 800)
 
 
 @BATCHES
@@ -324,7 +326,7 @@ def test_a_request_without_what_its_path_needs_is_refused(path: str, field: str,
     ],
 )
 def test_a_job_says_how_many_answers_are_asked_for(path: str, fields: dict[str, Any], answers: int) -> None:
-    assert play(pair(), accepted(path, **fields)).flight.job.answers == answers
+    assert play(pair(), accepted(path, **fields)).routed.route_request.answers == answers
 
 
 @pytest.mark.parametrize(

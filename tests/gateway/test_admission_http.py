@@ -48,8 +48,8 @@ def test_retry_after_comes_true_within_a_factor_of_two(tokens: int, slots: int) 
         while True:
             try:
                 await asyncio.sleep(0.1)
-                ticket = world.ticket(TALK, model="yi", key="late", max_tokens=1)
-                await asyncio.wait_for(anext(ticket.flight.events()), 0.01)
+                admitted = world.admitted(TALK, model="yi", key="late", max_tokens=1)
+                await asyncio.wait_for(anext(admitted.routed.events()), 0.01)
             except TimeoutError:
                 break
             except SaturatedError:
@@ -116,15 +116,15 @@ def test_batch_waits_behind_everybody_but_not_for_ever() -> None:
         batch = {"x-promptai-priority": "batch"}
         for number in range(3):
             party.ask(f"before {number}", tokens=40)
-        ticket = party.ask("batch", key="night", tokens=10, headers=batch)
+        admitted = party.ask("batch", key="night", tokens=10, headers=batch)
         number = 0
-        while not ticket.done():
+        while not admitted.done():
             party.ask(f"after {number}", tokens=40)
             number += 1
             await asyncio.sleep(4.0)
         behind = party.ended.index("batch")
         await party.all()
-        return (await ticket).first_s or 0.0, behind
+        return (await admitted).first_s or 0.0, behind
 
     waited, behind = play(one(ALONE), use)
 
@@ -156,7 +156,7 @@ def test_whoever_names_a_deadline_is_told_when_it_is_over() -> None:
 def test_a_time_that_is_none_is_refused(name: str, value: str) -> None:
     async def use(world: World) -> RequestRefusedError:
         with pytest.raises(RequestRefusedError) as refused:
-            world.ticket(TALK, model="auto", headers={name: value})
+            world.admitted(TALK, model="auto", headers={name: value})
         return refused.value
 
     refused = play(one(), use)
@@ -222,7 +222,7 @@ def test_who_leaves_the_queue_leaves_no_trace() -> None:
             await asyncio.sleep(0)
         party.tasks["leaving"].cancel()
         await asyncio.sleep(0.1)
-        waiting = [waiter.job.key for waiter in world.dispatcher.waiting("yi")]
+        waiting = [entry.request.key for entry in world.dispatcher.queued("yi")]
         await asyncio.wait(party.tasks.values())
         return waiting, len(world.engines["sim://a"].sent)
 
@@ -236,13 +236,13 @@ def test_in_the_queue_the_time_left_shrinks() -> None:
         party = Party(world)
         for number in range(4):
             party.ask(f"before {number}", tokens=100)
-        ticket = world.ticket(TALK, model="yi", max_tokens=10)
-        mine = asyncio.create_task(listen(ticket))
+        admitted = world.admitted(TALK, model="yi", max_tokens=10)
+        mine = asyncio.create_task(listen(admitted))
         seen = []
         loop = asyncio.get_running_loop()
-        while ticket.flight.grant is None or ticket.flight.grant.first_at is None:
+        while admitted.routed.lease is None or admitted.routed.lease.first_at is None:
             await asyncio.sleep(1)
-            left = ticket.flight.stage().left_s
+            left = admitted.routed.stage().left_s
             if left is not None:
                 seen.append((loop.time(), left))
         await mine

@@ -195,9 +195,9 @@ def test_the_queue_is_shown_by_the_ids_of_keys_and_without_words(tmp_path: Path)
     answer = visit(one(), use, guard=Guard(store, open=False))
 
     found = msgspec.json.decode(answer.body)
-    assert [waiter["key"] for waiter in found["waiting"]] == [key.id, key.id]
-    assert [waiter["place"] for waiter in found["waiting"]] == [0, 1]
-    assert [waiter["for"] for waiter in found["waiting"]] == ["a", "a"]
+    assert [entry["key"] for entry in found["waiting"]] == [key.id, key.id]
+    assert [entry["place"] for entry in found["waiting"]] == [0, 1]
+    assert [entry["for"] for entry in found["waiting"]] == ["a", "a"]
     assert found["waiting"][0]["left_s"] < found["waiting"][1]["left_s"]
     assert [[run[name] for name in ("key", "replica", "stage")] for run in found["running"]] == [
         [key.id, "a", "decode"]

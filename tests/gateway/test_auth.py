@@ -12,7 +12,7 @@ from aiohttp import web
 from promptai.gateway.auth import CALLER, Caller, Guard, host_name, is_loopback, scope_of
 from promptai.gateway.envelope import ApiError
 from promptai.gateway.keys import KeyStore, Scope
-from promptai.gateway.limits import Limits
+from promptai.gateway.limits import KeyLimits
 from support_engine import until
 from support_gateway import Answer, Site, visit
 
@@ -176,7 +176,7 @@ def test_a_key_file_that_cannot_be_read_closes_it(store: KeyStore, caplog: pytes
 
 
 def test_a_key_beyond_its_limit_is_told_when_to_come_again(store: KeyStore) -> None:
-    _, secret = store.add("a", limits=Limits(requests_per_min=2))
+    _, secret = store.add("a", limits=KeyLimits(requests_per_min=2))
 
     async def use(site: Site) -> list[Answer]:
         headers = {"Authorization": f"Bearer {secret}"}
@@ -191,7 +191,7 @@ def test_a_key_beyond_its_limit_is_told_when_to_come_again(store: KeyStore) -> N
 
 
 def test_requests_at_once_are_counted_until_they_end_however_they_end(store: KeyStore) -> None:
-    key, secret = store.add("a", limits=Limits(concurrent=1))
+    key, secret = store.add("a", limits=KeyLimits(concurrent=1))
     guards: list[Guard] = []
 
     def guard() -> Guard:
@@ -218,7 +218,7 @@ def test_requests_at_once_are_counted_until_they_end_however_they_end(store: Key
 
 
 def test_tokens_are_charged_to_the_key(store: KeyStore) -> None:
-    _, secret = store.add("a", limits=Limits(tokens_per_min=10))
+    _, secret = store.add("a", limits=KeyLimits(tokens_per_min=10))
     guards: list[Guard] = []
 
     def guard() -> Guard:
@@ -239,7 +239,7 @@ def test_tokens_are_charged_to_the_key(store: KeyStore) -> None:
 
 
 def test_a_model_that_a_key_may_not_use_is_refused() -> None:
-    caller = Caller(limits=Limits(models=("small", "tiny")))
+    caller = Caller(limits=KeyLimits(models=("small", "tiny")))
     caller.demand_model("tiny")
 
     with pytest.raises(ApiError, match="may not use large") as caught:

@@ -68,12 +68,12 @@ def reached(found: Site, stage: str) -> bool:
     if stage in {"queued", "loading"}:
         model, state = ("yi", State.READY) if stage == "queued" else (COLD, State.LOADING)
         replica = "a" if stage == "queued" else f"local/{COLD}"
-        return len(found.dispatcher.waiting(model)) == 1 and found.state(replica) is state
-    grants = found.dispatcher.accounts.grants("a")
+        return len(found.dispatcher.queued(model)) == 1 and found.state(replica) is state
+    leases = found.dispatcher.fleet_state.leases("a")
     if stage == "decode":
-        return bool(grants) and grants[0].generated >= 2
+        return bool(leases) and leases[0].generated >= 2
     requests = [slot.request for slot in found.engines["a"].simulator.scheduler.slots if slot.request]
-    return bool(requests) and requests[0].prefilled > 0 and grants[0].first_at is None
+    return bool(requests) and requests[0].prefilled > 0 and leases[0].first_at is None
 
 
 async def leave_at(stage: str, leave: Callable[[Client], None], *, streamed: bool) -> None:
@@ -125,7 +125,7 @@ def test_a_hundred_that_leave_at_once_leave_nothing() -> None:
         async with site(ONE_SLOT) as found, contextlib.AsyncExitStack() as stack:
             crowd = [await stack.enter_async_context(client(found, max_tokens=1000)) for _ in range(50)]
             crowd += [await stack.enter_async_context(client(found, stream=True)) for _ in range(10)]
-            await soon(lambda: len(found.dispatcher.waiting("yi")) == len(crowd) - 1)
+            await soon(lambda: len(found.dispatcher.queued("yi")) == len(crowd) - 1)
             for one in crowd:
                 one.abort()
             await soon(lambda: found.counts() == NOTHING, within_s=1.0)
@@ -143,7 +143,7 @@ def test_an_embedding_that_nobody_waits_for_is_given_up() -> None:
                 stalled.set()
                 await asyncio.sleep(3600)
 
-            found.door.gateway.desk.upstream.ask = never  # type: ignore[method-assign,assignment]
+            found.door.gateway.admission.upstream.ask = never  # type: ignore[method-assign,assignment]
             async with asyncio.timeout(10):
                 task = asyncio.create_task(found.door.chat("/v1/embeddings"))
                 await stalled.wait()
@@ -163,11 +163,11 @@ def test_who_does_not_read_makes_the_gateway_stop_reading_and_holds_up_nobody() 
             deaf.connect(("127.0.0.1", found.door.port))
             deaf.sendall(request_of(max_tokens=10**8, stream=True))
 
-            (grant,) = await _grant(found)
-            passed = await _standstill(lambda: grant.generated)
+            (lease,) = await _grant(found)
+            passed = await _standstill(lambda: lease.generated)
             answer = await found.door.chat(max_tokens=1)
             assert answer.status == 200
-            assert passed == grant.generated, "it went on reading"
+            assert passed == lease.generated, "it went on reading"
 
             deaf.close()
             await soon(lambda: found.counts() == NOTHING, within_s=1.0)
@@ -192,8 +192,8 @@ def test_who_does_not_read_for_too_long_gives_the_slot_back(monkeypatch: pytest.
 
 
 async def _grant(found: Site) -> tuple[SlotLease, ...]:
-    await soon(lambda: bool(found.dispatcher.accounts.grants("a")))
-    return found.dispatcher.accounts.grants("a")
+    await soon(lambda: bool(found.dispatcher.fleet_state.leases("a")))
+    return found.dispatcher.fleet_state.leases("a")
 
 
 async def _standstill(number: Callable[[], int]) -> int:

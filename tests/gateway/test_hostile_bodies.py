@@ -345,7 +345,7 @@ def picky(broken: str = "") -> Callable[[], World]:
         upstream = _Picky(world.upstream.engines)
         upstream.broken = broken
         world.upstream = upstream
-        world.desk.upstream = upstream
+        world.admission.upstream = upstream
         return world
 
     return make
@@ -362,7 +362,7 @@ def test_a_request_that_engines_stumble_over_takes_none_of_them_out() -> None:
 
     async def use(at: Door) -> list[tuple[int, str, str]]:
         found = [await at.chat(messages=image) for _ in range(20)]
-        states = {worlds[0].accounts.breaker(name).state(worlds[0].accounts.now()) for name in "abc"}
+        states = {worlds[0].fleet_state.breaker(name).state(worlds[0].fleet_state.now()) for name in "abc"}
         assert states == {BreakerState.CLOSED}
         assert (await at.chat()).status == 200
         return [(one.status, one.error["src"], one.error["message"].partition(" (")[0]) for one in found]
@@ -383,7 +383,7 @@ def test_an_engine_that_stumbles_over_what_others_answer_is_taken_out() -> None:
         for number in range(40):
             answer = await at.chat(messages=[{"role": "user", "content": f"{number} {WORD}"}], max_tokens=1)
             found.add(answer.status)
-            if worlds[0].accounts.breaker("a").state(worlds[0].accounts.now()) is not BreakerState.CLOSED:
+            if worlds[0].fleet_state.breaker("a").state(worlds[0].fleet_state.now()) is not BreakerState.CLOSED:
                 return found, worlds[0].registry.snapshot.replicas[0]
         raise AssertionError("it was asked again and again")
 

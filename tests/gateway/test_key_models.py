@@ -12,7 +12,7 @@ from promptai.gateway.admission import AdmissionRules
 from promptai.gateway.auth import Caller, Guard
 from promptai.gateway.envelope import ApiError
 from promptai.gateway.keys import KeyStore
-from promptai.gateway.limits import Limits
+from promptai.gateway.limits import KeyLimits
 from promptai.router.selection import Alias, ModelNames
 from support_party import ALONE, TALK, play
 from support_serve import World
@@ -39,8 +39,8 @@ def taken(made: Callable[[], World], models: tuple[str, ...], words: int = 1, **
     async def use(world: World) -> str:
         messages = [{"role": "user", "content": "cell " * words}]
         body = {"messages": messages, "max_tokens": 4, **fields}
-        caller = Caller(key_id="k", limits=Limits(models=models))
-        return world.desk.accept(CHAT, body, {}, caller).model
+        caller = Caller(key_id="k", limits=KeyLimits(models=models))
+        return world.admission.accept(CHAT, body, {}, caller).model
 
     return play(made, use)
 
@@ -123,7 +123,7 @@ def test_where_nothing_is_served_it_is_not_the_key_that_is_blamed() -> None:
 @pytest.mark.parametrize("models", [("quick",), ("auto",), ("small",), ("best", "large"), None])
 def test_what_a_key_is_shown_it_may_ask_for_and_nothing_else(models: tuple[str, ...] | None, tmp_path: Path) -> None:
     store = KeyStore(tmp_path / "keys.json")
-    _, secret = store.add("a", limits=Limits(models=models))
+    _, secret = store.add("a", limits=KeyLimits(models=models))
     headers = {"Authorization": f"Bearer {secret}"}
     names = ("small", "large", "quick", "small:short", "best", "auto")
 

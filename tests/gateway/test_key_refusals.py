@@ -11,7 +11,7 @@ import pytest
 from promptai.gateway.auth import Caller, Guard
 from promptai.gateway.envelope import ApiError
 from promptai.gateway.keys import KeyStore, Scope
-from promptai.gateway.limits import Limits
+from promptai.gateway.limits import KeyLimits
 from support_clock import run_virtually
 from support_gateway import Answer
 from support_site import CHAT, EMBED, FAST, TEXT, Door, asking, one, visit
@@ -100,7 +100,7 @@ def test_the_hint_and_the_header_tell_the_same_time(debt: float, told: str) -> N
     """Of a key that gets a token a second."""
 
     async def play() -> ApiError:
-        guard, caller = Guard(None, open=True), Caller(limits=Limits(tokens_per_min=60))
+        guard, caller = Guard(None, open=True), Caller(limits=KeyLimits(tokens_per_min=60))
         guard.charge(caller, 60)
         guard.meter._tokens["local"].left -= debt
         with pytest.raises(ApiError) as caught:
@@ -117,7 +117,7 @@ def test_a_request_beyond_a_limit_is_logged_with_the_id_of_the_key(
     store: KeyStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    key, secret = store.add("a", limits=Limits(requests_per_min=1))
+    key, secret = store.add("a", limits=KeyLimits(requests_per_min=1))
 
     async def use(at: Door) -> list[int]:
         return [(await at.chat(headers=bearer(secret))).status for _ in range(3)]
@@ -154,7 +154,7 @@ def test_what_is_no_inference_or_was_accepted_is_not_counted_as_refused(caplog: 
 
 
 def limited(store: KeyStore, tokens_per_min: int) -> dict[str, str]:
-    return bearer(store.add("a", limits=Limits(tokens_per_min=tokens_per_min))[1])
+    return bearer(store.add("a", limits=KeyLimits(tokens_per_min=tokens_per_min))[1])
 
 
 def test_of_many_requests_at_once_only_so_many_are_taken_as_tokens_are_left(store: KeyStore) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from promptai.errors import SettingsError
 from promptai.gateway.keys import KeyStore
-from promptai.gateway.limits import Limits
+from promptai.gateway.limits import KeyLimits
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_a_wrong_secret_finds_nothing(path: Path, secret: str) -> None:
 
 def test_a_key_is_found_by_its_secret_and_not_once_revoked(path: Path) -> None:
     store = KeyStore(path)
-    limits = Limits(requests_per_min=5, models=("a", "b"))
+    limits = KeyLimits(requests_per_min=5, models=("a", "b"))
     key, secret = store.add("a", scopes=("infer", "metrics"), limits=limits)
 
     assert KeyStore(path).find(secret) == key

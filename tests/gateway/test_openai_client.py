@@ -16,7 +16,7 @@ from promptai.fleet.replica import State
 from promptai.gateway.admission import AdmissionRules
 from promptai.gateway.auth import Guard
 from promptai.gateway.keys import KeyStore
-from promptai.gateway.limits import Limits as KeyLimits
+from promptai.gateway.limits import KeyLimits
 from promptai.gateway.streaming import Heartbeat
 from promptai.router.schedule.dispatcher import QueueLimits
 from promptai.router.selection import Alias, ModelNames
@@ -48,7 +48,7 @@ BODIES: list[_Noting] = []
 def noting() -> World:
     world = one(FAST)()
     BODIES.append(_Noting(world.upstream))
-    world.upstream = world.desk.upstream = BODIES[-1]
+    world.upstream = world.admission.upstream = BODIES[-1]
     return world
 
 

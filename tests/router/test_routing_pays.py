@@ -74,7 +74,7 @@ def test_rates_that_nobody_told_are_learned_and_serve_nearly_as_well() -> None:
     async def unknown() -> Played:
         async with msgspec.structs.replace(SLOW_BOARDS, known=False).world("affinity").running() as world:
             played = await play_in(world, SLOW_SCRIPT)
-            book, fleet = world.accounts.book, world.registry.snapshot
+            book, fleet = world.fleet_state.book, world.registry.snapshot
             learned.extend(book.prefill_tps(one) or 0.0 for one in fleet.replicas)
             return played
 
@@ -95,8 +95,8 @@ def test_a_board_that_dies_in_the_middle_of_answers_loses_nobody_and_not_a_word(
             loop = asyncio.get_running_loop()
 
             def kill() -> None:
-                if world.accounts.running("pi-2"):
-                    cut_off.append(world.accounts.running("pi-2"))
+                if world.fleet_state.running("pi-2"):
+                    cut_off.append(world.fleet_state.running("pi-2"))
                     world.kill("pi-2")
                 else:
                     loop.call_later(1, kill)

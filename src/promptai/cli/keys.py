@@ -15,7 +15,7 @@ from rich.table import Table
 
 from promptai.errors import SettingsError
 from promptai.gateway.keys import Key, KeyStore, Scope
-from promptai.gateway.limits import Limits
+from promptai.gateway.limits import KeyLimits
 from promptai.settings import keys_path, load_settings
 
 _AT_LEAST_ONE = click.IntRange(min=1)
@@ -65,7 +65,7 @@ def add(
     as_json: bool,
 ) -> None:
     """Make a key for NAME and print it, this once."""
-    limits = Limits(requests_per_min=rpm, tokens_per_min=tpm, concurrent=concurrent, models=_models(models))
+    limits = KeyLimits(requests_per_min=rpm, tokens_per_min=tpm, concurrent=concurrent, models=_models(models))
     key, secret = _store(config).add(name, scopes=scopes, limits=limits)
     if as_json:
         click.echo(msgspec.json.encode(_shown(key) | {"key": secret}))
@@ -127,7 +127,7 @@ def _shown(key: Key) -> dict[str, object]:
     return facts
 
 
-def _words(limits: Limits) -> str:
+def _words(limits: KeyLimits) -> str:
     words = [
         None if limits.requests_per_min is None else f"{limits.requests_per_min} requests/min",
         None if limits.tokens_per_min is None else f"{limits.tokens_per_min} tokens/min",

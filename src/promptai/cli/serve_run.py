@@ -150,10 +150,10 @@ class Running:
             for engine in self._engines:
                 await stack.enter_async_context(engine)
             self.registry = Registry((), busy=self._in_flight)
-            self._accounts = FleetState(self.registry, RateBook())
+            self._fleet_state = FleetState(self.registry, RateBook())
             self.registry.replace(self._sources(self.plan))
             strategy = STRATEGIES[gateway_settings.strategy]()
-            self._dispatcher = Dispatcher(self._accounts, strategy, limits_of(self.plan.settings))
+            self._dispatcher = Dispatcher(self._fleet_state, strategy, limits_of(self.plan.settings))
             stack.callback(self._dispatcher.close)
             self._gateway = Gateway(
                 self._dispatcher,
@@ -181,13 +181,13 @@ class Running:
         if plan.models and plan.machine is not None:
             logs = cache_directory() / "logs"
             launcher = EngineLauncher(plan.machine.binary, flags_for(plan.machine), logs, self._engine_keys)
-            sources.append(LocalSource(plan.models, launcher, self.budget, self._accounts.running))
+            sources.append(LocalSource(plan.models, launcher, self.budget, self._fleet_state.running))
         if self._engines:
             sources.append(simulated_source(self._engines))
         return sources + static_sources(plan.boards.targets, self._upstream)
 
     def _in_flight(self, replica_id: str) -> int:
-        return self._accounts.running(replica_id)
+        return self._fleet_state.running(replica_id)
 
     def _catch_signals(self, loop: asyncio.AbstractEventLoop, stack: contextlib.AsyncExitStack) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -269,7 +269,7 @@ class Running:
         waits = _settled_at_the_start(self._in_force, plan.settings)
         self.keys.clear()
         self.keys.update(plan.boards.keys)
-        self._gateway.desk.serving = serving
+        self._gateway.admission.serving = serving
         self._dispatcher.limits = limits
         self.plan = msgspec.structs.replace(plan, machine=plan.machine or self.plan.machine)
         self.registry.replace(sources)

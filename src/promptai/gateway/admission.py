@@ -75,7 +75,7 @@ class AdmittedRequest(msgspec.Struct, frozen=True, kw_only=True):
         tokens: Of its prompt and its answers, as many as are expected.
     """
 
-    flight: RoutedRequest
+    routed: RoutedRequest
     request: PassingRequest
     model: str
     why: str
@@ -138,10 +138,10 @@ class Admission:
         """
         asked = self._read(path, body, headers, caller)
         asked.demand_permission()
-        job = self._job(asked.wanted.model, asked)
-        model, why = self._model(asked, job)
-        if model != job.model:
-            job = self._job(model, asked)
+        route_request = self._route_request(asked.wanted.model, asked)
+        model, why = self._model(asked, route_request)
+        if model != route_request.model:
+            route_request = self._route_request(model, asked)
         order = ClientRequest(
             path=path,
             body=asked.body,
@@ -150,21 +150,21 @@ class Admission:
             attempts=self.serving.attempts,
             stall_s=self.serving.stall_s,
         )
-        flight = RoutedRequest(order, job, self.dispatcher, self.upstream)
+        routed = RoutedRequest(order, route_request, self.dispatcher, self.upstream)
         return AdmittedRequest(
-            flight=flight, request=asked.request, model=model, why=why, tokens=self._tokens(asked, job)
+            routed=routed, request=asked.request, model=model, why=why, tokens=self._tokens(asked, route_request)
         )
 
     def decide(
         self, path: str, body: dict[str, Any], headers: Mapping[str, str], caller: Caller
     ) -> tuple[AdmittedRequest, Placement | None]:
         """What would happen to a request, and where it would go; nothing is sent."""
-        ticket = self.accept(path, body, headers, caller)
-        return ticket, self.dispatcher.preview(ticket.flight.job)
+        admitted = self.accept(path, body, headers, caller)
+        return admitted, self.dispatcher.preview(admitted.routed.route_request)
 
     def unknown(self, name: str | None, caller: Caller) -> RequestRefusedError:
         """That there is no such model; of those that there are, it names what the caller may use."""
-        found = resolve(name, self.dispatcher.accounts.fleet.snapshot.models, self.serving.names)
+        found = resolve(name, self.dispatcher.fleet_state.fleet.snapshot.models, self.serving.names)
         message, hint = "there is no such model", ""
         if isinstance(found, UnknownModel):
             known, near = (tuple(filter(caller.limits.allow, names)) for names in (found.known, found.near))
@@ -174,7 +174,7 @@ class Admission:
 
     def _read(self, path: str, body: dict[str, Any], headers: Mapping[str, str], caller: Caller) -> _ParsedRequest:
         request = _convert(body)
-        served = self.dispatcher.accounts.fleet.snapshot.models
+        served = self.dispatcher.fleet_state.fleet.snapshot.models
         wanted = resolve(request.model, served, self.serving.names)
         if isinstance(wanted, UnknownModel):
             raise self.unknown(request.model, caller)
@@ -193,8 +193,8 @@ class Admission:
             caller=caller,
         )
 
-    def _job(self, model: str, asked: _ParsedRequest) -> RouteRequest:
-        per_token = self.dispatcher.accounts.book.chars_per_token(model)
+    def _route_request(self, model: str, asked: _ParsedRequest) -> RouteRequest:
+        per_token = self.dispatcher.fleet_state.book.chars_per_token(model)
         request, headers = asked.request, asked.headers
         text = asked.longest(per_token).text
         tokens = sum(prompt.tokens(per_token) for prompt in asked.prompts)
@@ -211,42 +211,46 @@ class Admission:
             wait_s=min(self.serving.wait_s, _seconds(headers, "x-promptai-deadline") or self.serving.wait_s),
         )
 
-    def _model(self, asked: _ParsedRequest, job: RouteRequest) -> tuple[str, str]:
+    def _model(self, asked: _ParsedRequest, route_request: RouteRequest) -> tuple[str, str]:
         """The model that is meant, and why."""
         if asked.wanted.auto:
-            return self._chosen(asked, job)
-        found = self._held_by(asked, job, job.longest or job.tokens)
+            return self._chosen(asked, route_request)
+        found = self._held_by(asked, route_request, route_request.longest or route_request.tokens)
         if isinstance(found, ContextTooLong):
             # An engine knows no fallback, so what is probably too long goes there; but only what is surely too long
             # is refused here: the engine counts exactly.
-            surely = self._held_by(asked, job, max(job.fewest, *(prompt.ids for prompt in asked.prompts)))
+            surely = self._held_by(
+                asked, route_request, max(route_request.fewest, *(prompt.ids for prompt in asked.prompts))
+            )
             if isinstance(surely, ContextTooLong):
                 message = found.message.replace("has ", "has about ", 1)
                 raise _too_long(asked, message, found.hint)
             found = surely
         return found.model, found.reason.replace("prompt has ", "prompt has about ", 1)
 
-    def _held_by(self, asked: _ParsedRequest, job: RouteRequest, tokens: float) -> ContextFits | ContextTooLong:
+    def _held_by(
+        self, asked: _ParsedRequest, route_request: RouteRequest, tokens: float
+    ) -> ContextFits | ContextTooLong:
         """Who holds a prompt of so many tokens: the model that is meant, or a fallback that the key may use."""
         allow = asked.caller.limits.allow
         return check_context(
-            job.model,
+            route_request.model,
             round(tokens),
-            replicas=self.dispatcher.accounts.fleet.snapshot.replicas,
+            replicas=self.dispatcher.fleet_state.fleet.snapshot.replicas,
             fallbacks={short: long for short, long in self.serving.fallbacks.items() if allow(long)},
         )
 
-    def _chosen(self, asked: _ParsedRequest, job: RouteRequest) -> tuple[str, str]:
+    def _chosen(self, asked: _ParsedRequest, route_request: RouteRequest) -> tuple[str, str]:
         """The model that ``auto`` takes, and why."""
-        snapshot = self.dispatcher.accounts.fleet.snapshot
+        snapshot = self.dispatcher.fleet_state.fleet.snapshot
         if not snapshot.models:
             raise NoCapacityError("no model is served that auto could take", hint="see /v1/models")
         models = [model for model in snapshot.models if asked.permitted or asked.caller.limits.allow(model)]
         if not models:
             asked.caller.demand_model(AUTO)
-        longest = job.longest or job.tokens
-        autos = [self._auto(msgspec.structs.replace(job, model=model), longest, snapshot) for model in models]
-        chosen = choose_auto(autos, _seconds(asked.headers, "x-promptai-budget"), job.limit)
+        longest = route_request.longest or route_request.tokens
+        autos = [self._auto(msgspec.structs.replace(route_request, model=model), longest, snapshot) for model in models]
+        chosen = choose_auto(autos, _seconds(asked.headers, "x-promptai-budget"), route_request.limit)
         if chosen.model is None:
             # Whoever holds it is away for the moment: it is not the prompt that is to blame.
             away = next((model for model in models if _likely_holds(model, longest, snapshot)), None)
@@ -255,32 +259,40 @@ class Admission:
             raise _too_long(asked, chosen.reason, "shorten the prompt")
         return chosen.model, chosen.reason
 
-    def _auto(self, job: RouteRequest, longest: float, snapshot: Snapshot) -> AutoCandidate:
-        own = snapshot.of(job.model)
-        accounts, choice = self.dispatcher.accounts, self.dispatcher.preview(job)
+    def _auto(self, route_request: RouteRequest, longest: float, snapshot: Snapshot) -> AutoCandidate:
+        own = snapshot.of(route_request.model)
+        fleet_state, placement = self.dispatcher.fleet_state, self.dispatcher.preview(route_request)
         finish: float | None = None
-        if choice is not None and accounts.book.source(choice.load.replica) != "unknown":
-            streams = len(choice.load.running) + 1
-            tokens = self._answer_tokens(job, longest, choice.load.replica.context)
-            finish = choice.estimate.ttft_s + tokens * choice.load.step(streams)
+        if placement is not None and fleet_state.book.source(placement.view.replica) != "unknown":
+            streams = len(placement.view.running) + 1
+            tokens = self._answer_tokens(route_request, longest, placement.view.replica.context)
+            finish = placement.estimate.ttft_s + tokens * placement.view.step(streams)
         return AutoCandidate(
-            model=job.model,
+            model=route_request.model,
             capability=max((r.capability for r in own if r.capability is not None), default=None),
             accuracy=max((r.accuracy for r in own if r.accuracy is not None), default=None),
             finish_s=finish,
-            fits_context=choice is not None and _likely_holds(job.model, longest, snapshot),
+            fits_context=placement is not None and _likely_holds(route_request.model, longest, snapshot),
         )
 
-    def _answer_tokens(self, job: RouteRequest, longest: float, context: int | None) -> float:
+    def _answer_tokens(self, route_request: RouteRequest, longest: float, context: int | None) -> float:
         """Tokens of one answer, if it is as long as it may be; as answers usually are where nothing limits them."""
-        if job.limit is None:
-            return self.dispatcher.accounts.expected(job)
-        return float(job.limit) if context is None else min(float(job.limit), max(1.0, context - longest))
+        if route_request.limit is None:
+            return self.dispatcher.fleet_state.expected(route_request)
+        return (
+            float(route_request.limit)
+            if context is None
+            else min(float(route_request.limit), max(1.0, context - longest))
+        )
 
-    def _tokens(self, asked: _ParsedRequest, job: RouteRequest) -> int:
+    def _tokens(self, asked: _ParsedRequest, route_request: RouteRequest) -> int:
         """Tokens that a request will probably use: see ``AdmittedRequest``."""
-        generated = 0.0 if asked.request.input is not None else job.answers * self.dispatcher.accounts.expected(job)
-        return round(job.tokens + generated)
+        generated = (
+            0.0
+            if asked.request.input is not None
+            else route_request.answers * self.dispatcher.fleet_state.expected(route_request)
+        )
+        return round(route_request.tokens + generated)
 
 
 def _bounded(limit: int | None) -> int | None:

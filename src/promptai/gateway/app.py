@@ -74,7 +74,7 @@ class Gateway:
         rhythm: Heartbeat | None = None,
         limits: GatewayLimits | None = None,
     ) -> None:
-        self.desk = Admission(dispatcher, upstream, serving)
+        self.admission = Admission(dispatcher, upstream, serving)
         self.metrics = Metrics(self._now)
         self.draining = False
         self._dispatcher = dispatcher
@@ -84,8 +84,8 @@ class Gateway:
         self._open = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        dispatcher.accounts.fleet.subscribe(lambda snapshot: self._members(snapshot.replicas))
-        self._members(dispatcher.accounts.fleet.snapshot.replicas)
+        dispatcher.fleet_state.fleet.subscribe(lambda snapshot: self._members(snapshot.replicas))
+        self._members(dispatcher.fleet_state.fleet.snapshot.replicas)
 
     def application(self) -> web.Application:
         """The application; to be run with ``envelope.Runner`` and ``handler_cancellation``."""
@@ -135,25 +135,25 @@ class Gateway:
         body = await read_json(request, limit_bytes=self._limits.body_bytes, limit_s=self._limits.body_s)
         self._demand_open()
         arrived = asyncio.get_running_loop().time()
-        ticket = _refusals(lambda: self.desk.accept(request.path, body, request.headers, caller))
-        self._guard.reserve(caller, ticket.tokens)
+        admitted = _refusals(lambda: self.admission.accept(request.path, body, request.headers, caller))
+        self._guard.reserve(caller, admitted.tokens)
         request[_ACCEPTED] = True
         self._open += 1
         self._idle.clear()
         status = _CLIENT_GONE
         try:
-            if ticket.request.stream and request.path != "/v1/embeddings":
-                response, status = await stream(request, ticket, self._rhythm)
+            if admitted.request.stream and request.path != "/v1/embeddings":
+                response, status = await stream(request, admitted, self._rhythm)
                 return response
-            response = await answer(ticket)
+            response = await answer(admitted)
             status = response.status
             return response
         except ApiError as error:
             status = error.status
-            error.headers = {**told(ticket), **error.headers}
+            error.headers = {**told(admitted), **error.headers}
             raise
         finally:
-            self._ended(request, caller, ticket, status, arrived)
+            self._ended(request, caller, admitted, status, arrived)
 
     def _demand_open(self) -> None:
         if self.draining:
@@ -179,30 +179,30 @@ class Gateway:
         write_line(request_id(request), key, request.path, outcome, asyncio.get_running_loop().time() - arrived)
 
     def _ended(
-        self, request: web.Request, caller: Caller, ticket: AdmittedRequest, status: int, arrived: float
+        self, request: web.Request, caller: Caller, admitted: AdmittedRequest, status: int, arrived: float
     ) -> None:
         self._open -= 1
         if not self._open:
             self._idle.set()
-        outcome = outcome_of(ticket, status, arrived)
-        account(self.metrics, ticket, outcome)
-        self._guard.charge(caller, used(ticket, outcome), reserved=ticket.tokens)
+        outcome = outcome_of(admitted, status, arrived)
+        account(self.metrics, admitted, outcome)
+        self._guard.charge(caller, used(admitted, outcome), reserved=admitted.tokens)
         total_s = asyncio.get_running_loop().time() - arrived
         write_line(request_id(request), caller.key_id, request.path, outcome, total_s)
 
     def _now(self) -> FleetSample:
-        accounts, snapshot = self._dispatcher.accounts, self._dispatcher.accounts.fleet.snapshot
-        now = accounts.now()
+        fleet_state, snapshot = self._dispatcher.fleet_state, self._dispatcher.fleet_state.fleet.snapshot
+        now = fleet_state.now()
         return FleetSample(
-            queued={model: len(self._dispatcher.waiting(model)) for model in snapshot.models},
+            queued={model: len(self._dispatcher.queued(model)) for model in snapshot.models},
             replicas=tuple(
                 ReplicaSample(
                     replica=replica.id,
                     model=replica.model,
                     slots=replica.slots,
-                    busy=accounts.running(replica.id),
+                    busy=fleet_state.running(replica.id),
                     up=replica.state.value == "ready",
-                    breaker=accounts.breaker(replica.id).state(now).value,
+                    breaker=fleet_state.breaker(replica.id).state(now).value,
                 )
                 for replica in snapshot.replicas
             ),
@@ -213,19 +213,19 @@ class Gateway:
 
     async def _models(self, request: web.Request) -> web.Response:
         caller: Caller = request[CALLER]
-        return json(models_view(self._dispatcher, self.desk.serving.names, caller.limits.allow))
+        return json(models_view(self._dispatcher, self.admission.serving.names, caller.limits.allow))
 
     async def _model(self, request: web.Request) -> web.Response:
         caller: Caller = request[CALLER]
-        view = models_view(self._dispatcher, self.desk.serving.names, caller.limits.allow)
+        view = models_view(self._dispatcher, self.admission.serving.names, caller.limits.allow)
         name = request.match_info["model"]
         found = next((entry for entry in view["data"] if entry["id"] == name), None)
         if found is None:
-            raise as_api_error(self.desk.unknown(name, caller))
+            raise as_api_error(self.admission.unknown(name, caller))
         return json(found)
 
     async def _fleet(self, request: web.Request) -> web.Response:
-        return json(fleet_view(self._dispatcher, self.desk.serving.names, admin=request[CALLER].admin))
+        return json(fleet_view(self._dispatcher, self.admission.serving.names, admin=request[CALLER].admin))
 
     async def _queue(self, _request: web.Request) -> web.Response:
         return json(queue_view(self._dispatcher))
@@ -234,29 +234,29 @@ class Gateway:
         body = await read_json(request, limit_bytes=self._limits.body_bytes, limit_s=self._limits.body_s)
         path = path_for(body)
         caller: Caller = request[CALLER]
-        ticket, choice = _refusals(lambda: self.desk.decide(path, body, request.headers, caller))
+        admitted, placement = _refusals(lambda: self.admission.decide(path, body, request.headers, caller))
         found: dict[str, Any] = {
-            "model": ticket.model,
-            "why": ticket.why,
-            "prompt_tokens_estimated": round(ticket.flight.job.tokens),
+            "model": admitted.model,
+            "why": admitted.why,
+            "prompt_tokens_estimated": round(admitted.routed.route_request.tokens),
             "replica": None,
         }
-        if choice is not None:
-            load, expected = choice.load, choice.estimate
+        if placement is not None:
+            view, expected = placement.view, placement.estimate
             found |= {
-                "replica": load.replica.id,
-                "now": choice.now,
-                "reason": choice.reason,
-                "cached_tokens": round(load.cached),
+                "replica": view.replica.id,
+                "now": placement.now,
+                "reason": placement.reason,
+                "cached_tokens": round(view.cached_tokens),
                 "wait_s": round(expected.wait_s, 3),
                 "ttft_s": round(expected.ttft_s, 3),
                 "cost_s": round(expected.cost_s, 3),
-                "rates": self._dispatcher.accounts.book.source(load.replica),
+                "rates": self._dispatcher.fleet_state.book.source(view.replica),
             }
         return json(found)
 
     async def _ready(self, _request: web.Request) -> web.Response:
-        snapshot = self._dispatcher.accounts.fleet.snapshot
+        snapshot = self._dispatcher.fleet_state.fleet.snapshot
         usable = [replica for replica in snapshot.replicas if replica.usable]
         if self.draining or not usable:
             why = "the gateway is shutting down" if self.draining else "no replica can serve"

@@ -28,7 +28,7 @@ from aiohttp import web
 from promptai.errors import SettingsError
 from promptai.gateway.envelope import OPENAI_REQUEST_ID, REQUEST_ID, ApiError, Handler
 from promptai.gateway.keys import Key, KeyStore, Scope
-from promptai.gateway.limits import Limits, Meter, Refusal
+from promptai.gateway.limits import KeyLimits, Meter, Refusal
 
 _log = logging.getLogger("promptai.gateway")
 
@@ -57,7 +57,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
 
     key_id: str = "local"
     name: str = "local"
-    limits: Limits = Limits()
+    limits: KeyLimits = KeyLimits()
     admin: bool = True
 
     def demand_model(self, model: str) -> None:
@@ -278,7 +278,7 @@ def _unauthorized(message: str, challenge: str, code: str) -> ApiError:
     )
 
 
-def _over_limit(refusal: Refusal, limits: Limits) -> ApiError:
+def _over_limit(refusal: Refusal, limits: KeyLimits) -> ApiError:
     reached = {
         "requests": f"{limits.requests_per_min} requests a minute",
         "tokens": f"{limits.tokens_per_min} tokens a minute",

@@ -26,7 +26,7 @@ from typing import Literal
 import msgspec
 
 from promptai.errors import SettingsError
-from promptai.gateway.limits import Limits
+from promptai.gateway.limits import KeyLimits
 from promptai.wire.malformed import MALFORMED
 
 _log = logging.getLogger("promptai.gateway")
@@ -60,7 +60,7 @@ class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     prefix: str
     scopes: tuple[Scope, ...]
     created: str
-    limits: Limits = Limits()
+    limits: KeyLimits = KeyLimits()
     revoked: bool = False
 
     def __post_init__(self) -> None:
@@ -137,7 +137,9 @@ class KeyStore:
             self._take(())
             raise
 
-    def add(self, name: str, *, scopes: Sequence[Scope] = ("infer",), limits: Limits | None = None) -> tuple[Key, str]:
+    def add(
+        self, name: str, *, scopes: Sequence[Scope] = ("infer",), limits: KeyLimits | None = None
+    ) -> tuple[Key, str]:
         """
         Make a key.
 
@@ -163,7 +165,7 @@ class KeyStore:
                 prefix=secret[:_SHOWN_CHARS],
                 scopes=tuple(dict.fromkeys(scopes)),
                 created=dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-                limits=limits or Limits(),
+                limits=limits or KeyLimits(),
             )
             self._write((*self._keys, key))
         return key, secret

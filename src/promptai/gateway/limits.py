@@ -16,7 +16,7 @@ import msgspec
 _RETRY_CONCURRENT_S = 1.0
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class KeyLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """
     What one key may use; ``None``: as much as there is.
 
@@ -78,7 +78,7 @@ class Meter:
         self._tokens: dict[str, _Bucket] = {}
         self._running: dict[str, int] = {}
 
-    def begin(self, key_id: str, limits: Limits, now: float) -> Refusal | None:
+    def begin(self, key_id: str, limits: KeyLimits, now: float) -> Refusal | None:
         """Count a request in, or say why not; whoever was counted in must be counted out with ``end``."""
         if limits.concurrent is not None and self.running(key_id) >= limits.concurrent:
             return Refusal("concurrent", _RETRY_CONCURRENT_S)
@@ -101,7 +101,7 @@ class Meter:
         else:
             self._running.pop(key_id, None)
 
-    def reserve(self, key_id: str, limits: Limits, tokens: int, now: float) -> Refusal | None:
+    def reserve(self, key_id: str, limits: KeyLimits, tokens: int, now: float) -> Refusal | None:
         """
         Set tokens aside that a request will probably use, until ``charge`` tells how many it did; or say why not.
 
@@ -118,7 +118,7 @@ class Meter:
         bucket.left -= tokens
         return None
 
-    def charge(self, key_id: str, limits: Limits, tokens: int, now: float, *, reserved: int = 0) -> None:
+    def charge(self, key_id: str, limits: KeyLimits, tokens: int, now: float, *, reserved: int = 0) -> None:
         """Charge tokens that were used; ``reserved``: so many were set aside for them."""
         bucket = _filled(self._tokens, key_id, limits.tokens_per_min, now)
         if bucket is not None:

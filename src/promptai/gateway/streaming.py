@@ -41,26 +41,26 @@ class Heartbeat(msgspec.Struct, frozen=True):
     status_s: float = 1.0
 
 
-async def answer(ticket: AdmittedRequest) -> web.Response:
+async def answer(admitted: AdmittedRequest) -> web.Response:
     """
     Answer in one piece.
 
     Raises:
         ApiError: There is no answer.
     """
-    flight = ticket.flight
+    routed = admitted.routed
     try:
-        reply = await flight.whole()
+        reply = await routed.whole()
     except PromptAIError as error:
         raise as_api_error(error) from None
     if reply.status != 200:
         raise from_engine(reply.status, reply.body)
     return web.Response(
-        body=reply.body, headers={"Content-Type": reply.content_type or "application/json", **told(ticket)}
+        body=reply.body, headers={"Content-Type": reply.content_type or "application/json", **told(admitted)}
     )
 
 
-async def stream(request: web.Request, ticket: AdmittedRequest, rhythm: Heartbeat) -> tuple[web.StreamResponse, int]:
+async def stream(request: web.Request, admitted: AdmittedRequest, rhythm: Heartbeat) -> tuple[web.StreamResponse, int]:
     """
     Answer as an event stream.
 
@@ -71,9 +71,9 @@ async def stream(request: web.Request, ticket: AdmittedRequest, rhythm: Heartbea
         ApiError: There is no answer, and nothing has been sent yet.
     """
     status = 200
-    with EventStream(request, ticket, rhythm) as line:
+    with EventStream(request, admitted, rhythm) as line:
         try:
-            async with aclosing(ticket.flight.events()) as chunks:
+            async with aclosing(admitted.routed.events()) as chunks:
                 async for some in chunks:
                     await line.send(some)
         except PromptAIError as error:
@@ -91,7 +91,7 @@ class EventStream:
     One timer, and a task only when it has something to say: most answers on a warm board begin sooner.
     """
 
-    def __init__(self, request: web.Request, ticket: AdmittedRequest, rhythm: Heartbeat) -> None:
+    def __init__(self, request: web.Request, admitted: AdmittedRequest, rhythm: Heartbeat) -> None:
         self.response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream; charset=utf-8",
@@ -100,7 +100,7 @@ class EventStream:
             }
         )
         self._request = request
-        self._ticket = ticket
+        self._ticket = admitted
         self._rhythm = rhythm
         self._asks = request.headers.get("x-promptai-status") == "1"
         self._prepared = self._answering = False
@@ -165,7 +165,7 @@ class EventStream:
         if not self._prepared:
             await self._prepare()
         if self._asks and not self._answering:
-            await self._tell(_shown(self._ticket.flight))
+            await self._tell(_shown(self._ticket.routed))
         else:
             await self._write(_PING)
         self._sent_at = self._loop.time()
@@ -185,7 +185,7 @@ class EventStream:
             await self._prepare()
         elif self._asks:
             # A first chunk without text is the beginning, too.
-            shown = _shown(self._ticket.flight)
+            shown = _shown(self._ticket.routed)
             await self._tell({"stage": "decode"} | {name: shown[name] for name in ("replica",) if name in shown})
 
     async def _tell(self, shown: dict[str, object]) -> None:
@@ -217,18 +217,18 @@ class EventStream:
         await self.response.prepare(self._request)
 
 
-def told(ticket: AdmittedRequest) -> dict[str, str]:
+def told(admitted: AdmittedRequest) -> dict[str, str]:
     """What an answer's headers say of its way; of a stream that began to wait, as far as it was known then."""
-    grant, found = ticket.flight.grant, {"x-promptai-model": ticket.model}
-    reasons = [ticket.why] if ticket.why else []
-    if grant is not None:
-        timings = ticket.flight.timings
+    lease, found = admitted.routed.lease, {"x-promptai-model": admitted.model}
+    reasons = [admitted.why] if admitted.why else []
+    if lease is not None:
+        timings = admitted.routed.timings
         cached = timings.cache_n if timings is not None and timings.cache_n is not None else None
-        found["x-promptai-replica"] = grant.replica.id
-        found["x-promptai-queue-ms"] = f"{1000 * grant.queued_s:.0f}"
+        found["x-promptai-replica"] = lease.replica.id
+        found["x-promptai-queue-ms"] = f"{1000 * lease.queued_s:.0f}"
         # Before the engine has told, it is what we expect; the account at the end of the stream is exact.
-        found["x-promptai-cached-tokens"] = str(cached if cached is not None else round(grant.cached))
-        reasons.append(grant.reason)
+        found["x-promptai-cached-tokens"] = str(cached if cached is not None else round(lease.cached))
+        reasons.append(lease.reason)
     if reasons:
         found["x-promptai-route-reason"] = "; ".join(reasons)
     return {name: _header(value) for name, value in found.items()}
@@ -247,11 +247,11 @@ def as_api_error(error: PromptAIError) -> ApiError:
     return from_error(error)
 
 
-def _shown(flight: RoutedRequest) -> dict[str, object]:
-    stage = flight.stage()
+def _shown(routed: RoutedRequest) -> dict[str, object]:
+    stage = routed.stage()
     found: dict[str, object] = {"stage": stage.stage}
-    if flight.grant is not None:
-        found["replica"] = flight.grant.replica.id
+    if routed.lease is not None:
+        found["replica"] = routed.lease.replica.id
     if stage.place is not None:
         found["place"] = stage.place
     if stage.share is not None:

@@ -12,7 +12,7 @@ from promptai.router.selection import ModelNames
 
 def models_view(dispatcher: Dispatcher, names: ModelNames, allowed: Callable[[str], bool]) -> dict[str, Any]:
     """``GET /v1/models``: everything that a request may call a model, ``auto`` and aliases among them."""
-    snapshot = dispatcher.accounts.fleet.snapshot
+    snapshot = dispatcher.fleet_state.fleet.snapshot
     entries = []
     meant = {alias: found.model for alias, found in names.aliases.items()}
     for model in snapshot.models:
@@ -42,8 +42,8 @@ def fleet_view(dispatcher: Dispatcher, names: ModelNames, *, admin: bool) -> dic
     that know each other would count each other's slots for ever. URLs are for ``admin`` alone; ids, which are
     host:port of a remote replica without a name, are told to everybody who may infer.
     """
-    accounts = dispatcher.accounts
-    snapshot = accounts.fleet.snapshot
+    fleet_state = dispatcher.fleet_state
+    snapshot = fleet_state.fleet.snapshot
     return {
         "gateway": "promptai",
         "version": snapshot.version,
@@ -56,35 +56,35 @@ def fleet_view(dispatcher: Dispatcher, names: ModelNames, *, admin: bool) -> dic
 
 def queue_view(dispatcher: Dispatcher) -> dict[str, Any]:
     """``GET /api/queue``: who waits for what, and who is in which slot; keys by their ids, nobody's words."""
-    accounts = dispatcher.accounts
-    now, snapshot = accounts.now(), accounts.fleet.snapshot
+    fleet_state = dispatcher.fleet_state
+    now, snapshot = fleet_state.now(), fleet_state.fleet.snapshot
     waiting = []
     for model in snapshot.models:
-        for place, waiter in enumerate(dispatcher.waiting(model)):
-            choice = waiter.choice
+        for place, entry in enumerate(dispatcher.queued(model)):
+            placement = entry.placement
             waiting.append(
                 {
                     "model": model,
                     "place": place,
-                    "key": waiter.job.key,
-                    "waited_s": round(now - waiter.since, 1),
-                    "prompt_tokens": round(waiter.job.tokens),
-                    "for": choice.load.replica.id if choice is not None else None,
-                    "left_s": round(choice.estimate.wait_s, 1) if choice is not None else None,
+                    "key": entry.request.key,
+                    "waited_s": round(now - entry.since, 1),
+                    "prompt_tokens": round(entry.request.tokens),
+                    "for": placement.view.replica.id if placement is not None else None,
+                    "left_s": round(placement.estimate.wait_s, 1) if placement is not None else None,
                 }
             )
     running = [
         {
-            "model": grant.job.model,
-            "replica": grant.replica.id,
-            "slot": grant.slot,
-            "key": grant.job.key,
-            "since_s": round(now - grant.started, 1),
-            "generated_tokens": grant.generated,
-            "stage": "decode" if grant.first_at is not None else "prefill",
+            "model": lease.request.model,
+            "replica": lease.replica.id,
+            "slot": lease.slot,
+            "key": lease.request.key,
+            "since_s": round(now - lease.started, 1),
+            "generated_tokens": lease.generated,
+            "stage": "decode" if lease.first_at is not None else "prefill",
         }
         for replica in snapshot.replicas
-        for grant in accounts.grants(replica.id)
+        for lease in fleet_state.leases(replica.id)
     ]
     return {"waiting": waiting, "running": running, "bound": dispatcher.limits.queue}
 
@@ -104,8 +104,8 @@ def _model(model: str, replicas: tuple[Replica, ...]) -> dict[str, Any]:
 
 
 def _replica(dispatcher: Dispatcher, replica: Replica, *, admin: bool) -> dict[str, Any]:
-    accounts = dispatcher.accounts
-    book, now = accounts.book, accounts.now()
+    fleet_state = dispatcher.fleet_state
+    book, now = fleet_state.book, fleet_state.now()
     step = book.decode_step_s(replica, 1)
     return {
         "id": replica.id,
@@ -116,7 +116,7 @@ def _replica(dispatcher: Dispatcher, replica: Replica, *, admin: bool) -> dict[s
         "reason": replica.reason,
         "progress": replica.progress,
         "slots": replica.slots,
-        "busy": accounts.running(replica.id),
+        "busy": fleet_state.running(replica.id),
         "context": replica.context,
         "capability": replica.capability,
         "rates": {
@@ -125,8 +125,8 @@ def _replica(dispatcher: Dispatcher, replica: Replica, *, admin: bool) -> dict[s
             "decode_tps": 1 / step if step else None,
             "cache_trust": round(book.trust(replica.id), 3),
         },
-        "breaker": accounts.breaker(replica.id).state(now).value,
-        "cached_chars": accounts.index.chars(replica.id),
+        "breaker": fleet_state.breaker(replica.id).state(now).value,
+        "cached_chars": fleet_state.index.chars(replica.id),
         "expected": msgspec.to_builtins(replica.rates),
     }
 

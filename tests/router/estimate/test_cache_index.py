@@ -51,7 +51,7 @@ def test_a_new_conversation_takes_the_slot_of_whoever_has_been_away_for_longest(
     spot = index.spot("pi", SLOTS, EVE, busy=(), now=600.0)
 
     assert spot.slot == 1
-    assert 0 < spot.lost_chars < 0.2 * BOB.chars
+    assert 0 < spot.evicted_chars < 0.2 * BOB.chars
 
 
 def test_a_slot_in_use_is_nobody_elses_and_its_cache_is_told_all_the_same() -> None:
@@ -107,8 +107,8 @@ def test_what_a_prompt_pushes_out_of_the_prompt_cache_is_told_before() -> None:
     for held in (ANN, BOB):
         index.hold("pi", room, 0, held, 0.0)
 
-    assert index.spot("pi", room, ANN, busy=(), now=1.0).lost_chars == 0
-    assert 0 < index.spot("pi", room, EVE, busy=(), now=1.0).lost_chars < ANN.chars
+    assert index.spot("pi", room, ANN, busy=(), now=1.0).evicted_chars == 0
+    assert 0 < index.spot("pi", room, EVE, busy=(), now=1.0).evicted_chars < ANN.chars
 
 
 def test_a_conversation_that_goes_on_is_kept_once() -> None:

@@ -25,56 +25,60 @@ def left(room: Capacity) -> CacheIndex:
     return index
 
 
-def board(*, cached: float = 0.0, awaited: float = 0.0) -> ReplicaView:
+def board(*, cached_tokens: float = 0.0, expected_returns: float = 0.0) -> ReplicaView:
     """One that computes 60 tokens a second, and to which people come back after a minute."""
     replica = Replica(id="pi", url="", model="m", slots=4)
-    return ReplicaView(replica=replica, slot=0, cached=cached, awaited=awaited, gap_s=60.0)
+    return ReplicaView(
+        replica=replica, slot=0, cached_tokens=cached_tokens, expected_returns=expected_returns, mean_gap_s=60.0
+    )
 
 
 @pytest.mark.parametrize("room", [SLOTS, CACHE])
 def test_most_of_those_who_were_just_answered_are_expected_back(room: Capacity) -> None:
-    assert pytest.approx(left(room).awaited("pi", busy=(), going=(), now=0.0)) == 0.75 * 3
+    assert pytest.approx(left(room).expected_returns("pi", busy=(), going=(), now=0.0)) == 0.75 * 3
 
 
 @pytest.mark.parametrize("room", [SLOTS, CACHE])
 def test_who_has_been_away_for_long_is_not_expected_back(room: Capacity) -> None:
     index = left(room)
 
-    assert index.awaited("pi", busy=(), going=(), now=240.0) < 0.5 * 3
-    assert index.awaited("pi", busy=(), going=(), now=10_000.0) == 0
+    assert index.expected_returns("pi", busy=(), going=(), now=240.0) < 0.5 * 3
+    assert index.expected_returns("pi", busy=(), going=(), now=10_000.0) == 0
 
 
 @pytest.mark.parametrize("room", [SLOTS, CACHE])
 def test_who_is_back_is_not_awaited_any_more(room: Capacity) -> None:
     back = chain(TEXTS[0] + "and what else?")
 
-    assert pytest.approx(left(room).awaited("pi", busy=(), going=[back], now=0.0)) == 0.75 * 2
+    assert pytest.approx(left(room).expected_returns("pi", busy=(), going=[back], now=0.0)) == 0.75 * 2
 
 
 def test_what_is_being_overwritten_is_not_awaited() -> None:
-    assert pytest.approx(left(SLOTS).awaited("pi", busy=[1], going=(), now=0.0)) == 0.75 * 2
+    assert pytest.approx(left(SLOTS).expected_returns("pi", busy=[1], going=(), now=0.0)) == 0.75 * 2
 
 
 def test_a_long_prompt_keeps_away_from_a_board_that_many_will_come_back_to() -> None:
     """Ten seconds of computing, and with a mean of 60 s a sixth of four come meanwhile and wait for half of it."""
-    found = estimate(ASK, board(awaited=4.0))
+    found = estimate(ASK, board(expected_returns=4.0))
 
-    assert pytest.approx(found.harm_s, rel=0.01) == 4 * 0.1535 * 5
+    assert pytest.approx(found.interference_s, rel=0.01) == 4 * 0.1535 * 5
 
 
 def test_a_short_prompt_does_not_care_who_comes_back() -> None:
     short = Demand(tokens=20, expected=150, head=1)
 
-    assert estimate(short, board(awaited=4.0)).harm_s < 0.01
+    assert estimate(short, board(expected_returns=4.0)).interference_s < 0.01
 
 
 def test_a_conversation_stays_with_its_cache_beside_streams_that_decode() -> None:
     """It would slow others down elsewhere as well."""
     beside = (PendingWork(0.0, 150.0), PendingWork(0.0, 150.0), PendingWork(0.0, 150.0))
-    busy = msgspec.structs.replace(board(cached=550.0), running=beside, steps=StepCurve.between({1: 0.1}, 0.5))
+    busy = msgspec.structs.replace(
+        board(cached_tokens=550.0), running=beside, step_curve=StepCurve.between({1: 0.1}, 0.5)
+    )
     idle = ReplicaView(replica=Replica(id="pj", url="", model="m", slots=4), slot=0)
 
     chosen = Affinity().choose(ASK, [busy, idle])
 
     assert chosen is not None
-    assert chosen.load is busy
+    assert chosen.view is busy

@@ -26,21 +26,29 @@ def board(name: str = "a", *, slots: int = 2, state: State = State.READY, **fiel
     """One replica as a prompt sees it."""
     replica = Replica(id=name, url="", model="m", slots=slots, state=state)
     slot = fields.pop("slot", 0)
-    return msgspec.structs.replace(ReplicaView(replica=replica, prefill_tps=50.0, steps=STEPS), slot=slot, **fields)
+    return msgspec.structs.replace(
+        ReplicaView(replica=replica, prefill_tps=50.0, step_curve=STEPS), slot=slot, **fields
+    )
 
 
 def test_a_free_board_costs_what_has_to_be_read() -> None:
-    found = estimate(ASK, board(cached=400.0))
+    found = estimate(ASK, board(cached_tokens=400.0))
 
-    assert (found.wait_s, found.prefill_s, found.ttft_s, found.harm_s, found.lost_s) == (0.0, 2.0, 2.0, 0.0, 0.0)
+    assert (found.wait_s, found.prefill_s, found.ttft_s, found.interference_s, found.eviction_s) == (
+        0.0,
+        2.0,
+        2.0,
+        0.0,
+        0.0,
+    )
 
 
 def test_a_prompt_that_is_cached_whole_is_still_asked_for_its_last_token() -> None:
-    assert estimate(ASK, board(cached=500.0)).prefill_s == 1 / 50
+    assert estimate(ASK, board(cached_tokens=500.0)).prefill_s == 1 / 50
 
 
 def test_a_cache_that_is_overwritten_costs_what_it_takes_to_read_it_again() -> None:
-    assert estimate(ASK, board(lost=250.0)).lost_s == 5.0
+    assert estimate(ASK, board(evicted=250.0)).eviction_s == 5.0
 
 
 def test_prompts_that_are_read_before_ours_are_waited_for() -> None:
@@ -54,7 +62,7 @@ def test_streams_that_stand_still_meanwhile_count_half_and_no_longer_than_they_l
     """10 s of ours; one has 100 tokens left (10 s alone), the other 20 (2 s). Slower by 0.05 s for 120 tokens."""
     found = estimate(ASK, board(slots=4, running=(PendingWork(0.0, 100.0), PendingWork(0.0, 20.0))))
 
-    assert found.harm_s == pytest.approx(0.5 * (10 + 2) + 0.05 * 120 * 0.05)
+    assert found.interference_s == pytest.approx(0.5 * (10 + 2) + 0.05 * 120 * 0.05)
 
 
 def test_a_full_board_is_free_when_the_first_of_its_streams_ends() -> None:
@@ -81,41 +89,41 @@ def test_a_cold_board_is_free_once_it_has_loaded() -> None:
 def test_a_conversation_waits_for_its_cache_rather_than_be_read_again_elsewhere() -> None:
     """A second here, ten there; and where it would take twenty, it goes there."""
     for left, chosen in ((5.0, "a"), (200.0, "b")):
-        home = board("a", slots=1, slot=None, cached=450.0, running=(PendingWork(0.0, left),))
-        choice = Affinity().choose(ASK, [home, board("b")])
-        assert choice is not None
-        assert (choice.load.replica.id, choice.now) == (chosen, chosen == "b")
+        home = board("a", slots=1, slot=None, cached_tokens=450.0, running=(PendingWork(0.0, left),))
+        placement = Affinity().choose(ASK, [home, board("b")])
+        assert placement is not None
+        assert (placement.view.replica.id, placement.now) == (chosen, chosen == "b")
 
 
 def test_equal_boards_are_chosen_among_by_the_conversation_alone() -> None:
     """So that two gateways that see the same fleet agree."""
-    loads = [board(name) for name in "abcd"]
+    views = [board(name) for name in "abcd"]
 
-    def chosen(head: int, loads: list[ReplicaView]) -> str:
-        choice = Affinity().choose(msgspec.structs.replace(ASK, head=head), loads)
-        assert choice is not None
-        return choice.load.replica.id
+    def chosen(head: int, views: list[ReplicaView]) -> str:
+        placement = Affinity().choose(msgspec.structs.replace(ASK, head=head), views)
+        assert placement is not None
+        return placement.view.replica.id
 
-    assert {chosen(head, loads) for head in range(50)} == set("abcd")
-    assert all(chosen(head, loads) == chosen(head, loads[::-1]) for head in range(50))
+    assert {chosen(head, views) for head in range(50)} == set("abcd")
+    assert all(chosen(head, views) == chosen(head, views[::-1]) for head in range(50))
 
 
 def test_least_busy_looks_at_streams_for_slots_and_at_nothing_else() -> None:
-    full_of_cache = board("a", cached=500.0, running=(PendingWork(0.0, 1.0),))
+    full_of_cache = board("a", cached_tokens=500.0, running=(PendingWork(0.0, 1.0),))
 
-    choice = LeastBusy().choose(ASK, [full_of_cache, board("b", slots=4, running=(PendingWork(0.0, 900.0),))])
+    placement = LeastBusy().choose(ASK, [full_of_cache, board("b", slots=4, running=(PendingWork(0.0, 900.0),))])
 
-    assert choice is not None
-    assert choice.load.replica.id == "b"
+    assert placement is not None
+    assert placement.view.replica.id == "b"
 
 
 def test_round_robin_goes_on_behind_the_last_one_that_was_taken() -> None:
     strategy, order = RoundRobin(), []
     for _ in range(5):
-        choice = strategy.choose(ASK, [board("c"), board("a"), board("b")])
-        assert choice is not None
-        strategy.took(choice.load.replica.id)
-        order.append(choice.load.replica.id)
+        placement = strategy.choose(ASK, [board("c"), board("a"), board("b")])
+        assert placement is not None
+        strategy.took(placement.view.replica.id)
+        order.append(placement.view.replica.id)
 
     assert order == ["a", "b", "c", "a", "b"]
 
@@ -123,10 +131,10 @@ def test_round_robin_goes_on_behind_the_last_one_that_was_taken() -> None:
 def test_round_robin_leaves_out_who_has_no_slot() -> None:
     busy = board("a", slots=1, slot=None, running=(PendingWork(0.0, 9.0),))
 
-    choice = RoundRobin().choose(ASK, [busy, board("b")])
+    placement = RoundRobin().choose(ASK, [busy, board("b")])
 
-    assert choice is not None
-    assert (choice.load.replica.id, choice.now) == ("b", True)
+    assert placement is not None
+    assert (placement.view.replica.id, placement.now) == ("b", True)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -28,20 +28,20 @@ def test_who_was_just_here_is_likelier_back_than_who_has_been_away() -> None:
     assert likely[-1] < 0.001
 
 
-@pytest.mark.parametrize(("share", "gap_s"), [(0.5, 20.0), (0.9, 20.0), (0.9, 300.0)])
-def test_it_is_learned_how_many_come_back_and_when(share: float, gap_s: float) -> None:
+@pytest.mark.parametrize(("share", "mean_gap_s"), [(0.5, 20.0), (0.9, 20.0), (0.9, 300.0)])
+def test_it_is_learned_how_many_come_back_and_when(share: float, mean_gap_s: float) -> None:
     """Exponential pauses; each conversation ends after an answer with a known chance, and another one begins."""
     generator, returns = Random(0), ReuseModel()
-    turns = [(generator.expovariate(1 / gap_s), who, 2) for who in range(20)]
+    turns = [(generator.expovariate(1 / mean_gap_s), who, 2) for who in range(20)]
     for fresh in range(20, 1500):
         now, who, windows = heapq.heappop(turns)
         returns.asked(linked(who, windows), now)
         returns.answered(linked(who, windows + 2), now)
         goes_on = generator.random() < share
-        then = now + generator.expovariate(1 / gap_s)
+        then = now + generator.expovariate(1 / mean_gap_s)
         heapq.heappush(turns, (then, who, windows + 3) if goes_on else (then, fresh, 2))
 
-    assert returns.gap_s == pytest.approx(gap_s, rel=0.3)
+    assert returns.mean_gap_s == pytest.approx(mean_gap_s, rel=0.3)
     assert returns.likely(0.0) == pytest.approx(share, abs=0.1)
 
 
@@ -49,11 +49,11 @@ def test_a_client_that_strips_an_answer_is_recognised_all_the_same() -> None:
     """What the last window held has changed then; the one before it has not."""
     returns, text = ReuseModel(), letters(10, 1)
     returns.answered(chain(text), 0.0)
-    before = returns.gap_s
+    before = returns.mean_gap_s
 
     returns.asked(chain(text[: 10 * WINDOW - 1] + letters(5, 2)), 10_000.0)
 
-    assert returns.gap_s > before
+    assert returns.mean_gap_s > before
 
 
 def test_what_is_remembered_of_answers_is_bounded() -> None:

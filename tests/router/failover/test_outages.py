@@ -32,19 +32,21 @@ from support_serve import World
 def test_a_killed_board_is_out_at_once_and_its_requests_are_elsewhere() -> None:
     async def play() -> tuple[list[Got], BreakerState]:
         async with world().running() as running:
-            tickets = [accept(running, chat(messages=[{"role": "user", "content": f"Site {n}?"}])) for n in range(4)]
-            tasks = [asyncio.create_task(hear(ticket)) for ticket in tickets]
+            admitted_requests = [
+                accept(running, chat(messages=[{"role": "user", "content": f"Site {n}?"}])) for n in range(4)
+            ]
+            tasks = [asyncio.create_task(hear(admitted)) for admitted in admitted_requests]
             await asyncio.sleep(1)
             running.kill("one")
             found = [await task for task in tasks]
             late = await hear(accept(running, chat()))
-            return [*found, late], running.accounts.breaker("one").state(running.accounts.now())
+            return [*found, late], running.fleet_state.breaker("one").state(running.fleet_state.now())
 
     got, state = run_virtually(play())
 
     assert state is not BreakerState.CLOSED
     assert [one.error for one in got] == [None] * 5
-    assert sum(bool(one.flight.continuations) for one in got) == 2
+    assert sum(bool(one.routed.continuations) for one in got) == 2
     for number, one in enumerate(got[:4]):
         assert undisturbed(chat(messages=[{"role": "user", "content": f"Site {number}?"}])).text == one.text
 
@@ -90,7 +92,7 @@ def test_it_is_found_again_even_if_nobody_tells_that_it_is_back() -> None:
 def test_where_every_board_is_dead_it_ends_in_an_error_within_the_outage(*, told: bool, after: int) -> None:
     async def play() -> Got:
         async with world(limits=QueueLimits(outage_s=30)).running() as running:
-            ticket = accept(running, chat())
+            admitted = accept(running, chat())
 
             def kill() -> None:
                 for name in ("one", "two"):
@@ -104,7 +106,7 @@ def test_where_every_board_is_dead_it_ends_in_an_error_within_the_outage(*, told
 
             if not after:
                 asyncio.get_running_loop().call_soon(kill)
-            return await hear(ticket, at)
+            return await hear(admitted, at)
 
     got = run_virtually(play())
 
@@ -116,9 +118,9 @@ def test_where_every_board_is_dead_it_ends_in_an_error_within_the_outage(*, told
 def test_no_silence_is_waited_out_for_ever_even_of_a_board_that_nobody_knows() -> None:
     async def play() -> Got:
         async with world("one", known_rates=False).running() as running:
-            ticket = accept(running, chat())
+            admitted = accept(running, chat())
             arm(running, "one", "stall", 3, times=None)
-            return await hear(ticket)
+            return await hear(admitted)
 
     got = run_virtually(play())
 
@@ -137,7 +139,7 @@ def test_it_is_sent_no_more_often_than_it_may_be() -> None:
 
     assert isinstance(got.error, BrokenOffError)
     assert "sent 4 times" in got.error.hint
-    assert len(got.flight.continuations) == 3
+    assert len(got.routed.continuations) == 3
     usual = undisturbed(chat()).text
     assert usual.startswith(got.text)
     assert got.text
@@ -161,7 +163,7 @@ def test_boards_that_all_refuse_are_asked_again_after_a_pause(names: tuple[str, 
     got = run_virtually(play())
 
     assert_one_answer(undisturbed(chat()), got)
-    assert set(got.flight.retries) == {"busy"}
+    assert set(got.routed.retries) == {"busy"}
     assert got.took_s < run_virtually(_alone()).took_s + 1.0
 
 
@@ -178,7 +180,7 @@ def test_a_board_that_never_stops_refusing_is_asked_four_times_with_growing_paus
 
     got = run_virtually(play())
 
-    sent = [grant.started for grant in got.flight.grants]
+    sent = [lease.started for lease in got.routed.leases]
     pauses = [after - before for before, after in itertools.pairwise(sent)]
     assert isinstance(got.error, EngineRefusedError)
     assert len(sent) == 4
@@ -196,18 +198,18 @@ def test_while_it_pauses_a_board_that_comes_is_taken_at_once() -> None:
     got = run_virtually(play())
 
     assert_one_answer(undisturbed(chat()), got)
-    assert [grant.replica.id for grant in got.flight.grants] == ["one", "two"]
-    assert got.flight.grants[1].started - got.flight.grants[0].started == pytest.approx(0.1, abs=0.05)
+    assert [lease.replica.id for lease in got.routed.leases] == ["one", "two"]
+    assert got.routed.leases[1].started - got.routed.leases[0].started == pytest.approx(0.1, abs=0.05)
 
 
 def test_whoever_pauses_counts_as_queued_and_holds_no_slot() -> None:
     async def play() -> tuple[str, int]:
         async with world("one").running() as running:
             arm(running, "one", "refuse", 0, times=1)
-            ticket = accept(running, chat())
-            hearing = asyncio.create_task(hear(ticket))
+            admitted = accept(running, chat())
+            hearing = asyncio.create_task(hear(admitted))
             await asyncio.sleep(0.2)
-            seen = ticket.flight.stage().stage, running.accounts.running("one")
+            seen = admitted.routed.stage().stage, running.fleet_state.running("one")
             assert (await hearing).error is None
             return seen
 
@@ -276,11 +278,11 @@ def test_who_can_be_served_is_not_sent_away_with_those_who_cannot() -> None:
 def test_whoever_pauses_longer_than_an_outage_is_served_afterwards() -> None:
     async def play() -> float:
         async with world("one", limits=QueueLimits(outage_s=30)).running() as running:
-            job = accept(running, chat()).flight.job
-            now = running.accounts.now()
-            pausing = msgspec.structs.replace(job, refused={"one": now + 50}, again=True)
-            async with running.dispatcher.grant(pausing) as grant:
-                return grant.started - now
+            route_request = accept(running, chat()).routed.route_request
+            now = running.fleet_state.now()
+            pausing = msgspec.structs.replace(route_request, refused={"one": now + 50}, again=True)
+            async with running.dispatcher.acquire(pausing) as lease:
+                return lease.started - now
 
     assert run_virtually(play()) == pytest.approx(50.0, abs=0.1)
 
@@ -316,14 +318,14 @@ def test_a_request_that_every_engine_objects_to_takes_no_board_out(names: tuple[
             for name in names:
                 arm(running, name, "error", 0, times=2 // len(names))
             refused = await hear(accept(running, chat()))
-            states = {running.accounts.breaker(name).state(running.accounts.now()) for name in names}
+            states = {running.fleet_state.breaker(name).state(running.fleet_state.now()) for name in names}
             return refused, states, await hear(accept(running, chat()))
 
     refused, states, other = run_virtually(play())
 
     assert isinstance(refused.error, EngineRefusedError)
     assert refused.error.status == status
-    assert len(refused.flight.grants) == 2
+    assert len(refused.routed.leases) == 2
     assert states == {BreakerState.CLOSED}
     assert other.error is None
 
@@ -333,11 +335,11 @@ def test_each_board_rests_as_long_as_it_asked_for() -> None:
 
     async def play() -> dict[str, float]:
         async with world().running() as running:
-            job = accept(running, chat()).flight.job
-            now = running.accounts.now()
-            pausing = msgspec.structs.replace(job, refused={"one": now + 8, "two": now + 3}, again=True)
-            async with running.dispatcher.grant(pausing) as grant:
-                return {grant.replica.id: grant.started - now}
+            route_request = accept(running, chat()).routed.route_request
+            now = running.fleet_state.now()
+            pausing = msgspec.structs.replace(route_request, refused={"one": now + 8, "two": now + 3}, again=True)
+            async with running.dispatcher.acquire(pausing) as lease:
+                return {lease.replica.id: lease.started - now}
 
     assert run_virtually(play()) == {"two": pytest.approx(3, abs=0.05)}
 
@@ -346,10 +348,10 @@ def test_each_board_rests_as_long_as_it_asked_for() -> None:
 def test_what_one_engine_objects_to_and_another_answers_is_held_against_the_first(after: int) -> None:
     async def play() -> tuple[Got, int]:
         async with world().running() as running:
-            ticket = accept(running, chat())
-            name = first(running, ticket)
+            admitted = accept(running, chat())
+            name = first(running, admitted)
             arm(running, name, "error", after)
-            return await hear(ticket), running.accounts.breaker(name).failures
+            return await hear(admitted), running.fleet_state.breaker(name).failures
 
     got, failures = run_virtually(play())
 
@@ -377,7 +379,7 @@ def test_a_model_that_cannot_be_loaded_is_given_up_with_its_reason() -> None:
         cold = Cold(model("yi"), config=PACE, limits=QueueLimits(outage_s=30))
         cold.launcher.broken.add("yi")
         async with cold.running() as running:
-            got = await hear(running.ticket("yi", [{"role": "user", "content": "up?"}]))
+            got = await hear(running.admitted("yi", [{"role": "user", "content": "up?"}]))
             return got, len(cold.launcher.starts)
 
     got, starts = run_virtually(play())

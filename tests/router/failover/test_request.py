@@ -37,8 +37,8 @@ def test_an_answer_goes_on_elsewhere_as_if_nothing_had_happened(kind: str, after
     got = failing(kind, after, chat())
 
     assert_one_answer(undisturbed(chat()), got)
-    assert got.flight.continuations == (["text"] if after else [])
-    assert len(got.flight.retries) == (0 if after else 1)
+    assert got.routed.continuations == (["text"] if after else [])
+    assert len(got.routed.retries) == (0 if after else 1)
     assert got.took_s < 15  # a silence is believed after 5 s and what is computed, four times
 
 
@@ -46,7 +46,7 @@ def test_a_board_that_refuses_is_not_asked_twice() -> None:
     got = failing("refuse", 0, chat())
 
     assert_one_answer(undisturbed(chat()), got)
-    assert got.flight.retries == ["busy"]
+    assert got.routed.retries == ["busy"]
     assert got.took_s < 3
 
 
@@ -57,7 +57,7 @@ def test_ids_that_the_engine_told_are_gone_on_from(after: int) -> None:
     got = failing("cut", after, body)
 
     assert undisturbed(body).text == got.text
-    assert got.flight.continuations == ["ids"]
+    assert got.routed.continuations == ["ids"]
 
 
 @pytest.mark.parametrize("kind", ["cut", "malformed", "error"])
@@ -65,15 +65,15 @@ def test_ids_that_the_engine_told_are_gone_on_from(after: int) -> None:
 def test_the_one_that_goes_on_may_fail_too(kind: str, second: int) -> None:
     async def play() -> Got:
         async with world("one", "two", "three").running() as running:
-            ticket = accept(running, chat())
+            admitted = accept(running, chat())
             for name in ("one", "two", "three"):
-                arm(running, name, kind, 6 if name == first(running, ticket) else second)
-            return await hear(ticket)
+                arm(running, name, kind, 6 if name == first(running, admitted) else second)
+            return await hear(admitted)
 
     got = run_virtually(play())
 
     assert_one_answer(undisturbed(chat()), got)
-    assert got.flight.continuations == ["text", "ids", "ids"]
+    assert got.routed.continuations == ["text", "ids", "ids"]
 
 
 @pytest.mark.parametrize("kind", ["cut", "stall", "error", "die"])
@@ -83,10 +83,10 @@ def test_an_answer_in_one_piece_survives_as_well(kind: str, after: int) -> None:
 
     async def play(*, fails: bool) -> dict[str, Any]:
         async with world().running() as running:
-            ticket = accept(running, body)
+            admitted = accept(running, body)
             if fails:
-                arm(running, first(running, ticket), kind, after)
-            return msgspec.json.decode((await ticket.flight.whole()).body, type=dict[str, Any])
+                arm(running, first(running, admitted), kind, after)
+            return msgspec.json.decode((await admitted.routed.whole()).body, type=dict[str, Any])
 
     usual, got = run_virtually(play(fails=False)), run_virtually(play(fails=True))
 
@@ -118,9 +118,9 @@ def test_an_answer_that_ends_by_itself_ends_there_elsewhere_too() -> None:
 
     async def play() -> Got:
         async with world(config=config).running() as running:
-            ticket = accept(running, body)
-            arm(running, first(running, ticket), "cut", 2)
-            return await hear(ticket)
+            admitted = accept(running, body)
+            arm(running, first(running, admitted), "cut", 2)
+            return await hear(admitted)
 
     assert_one_answer(usual, run_virtually(play()))
 
@@ -245,7 +245,7 @@ def test_a_request_that_an_engine_refuses_is_not_sent_again() -> None:
 
     assert isinstance(got.error, EngineRefusedError)
     assert got.error.status == 400
-    assert got.flight.retries == []
+    assert got.routed.retries == []
 
 
 def test_a_board_whose_context_is_too_small_to_go_on_says_so() -> None:
@@ -271,17 +271,17 @@ def test_a_board_whose_context_is_too_small_to_go_on_says_so() -> None:
 def test_a_board_that_loads_is_left_for_one_that_has_loaded() -> None:
     async def play() -> Got:
         async with world().running() as running:
-            ticket = accept(running, chat())
-            engine = running.engines[f"sim://{first(running, ticket)}"]
+            admitted = accept(running, chat())
+            engine = running.engines[f"sim://{first(running, admitted)}"]
             engine.kill()
             engine.config = msgspec.structs.replace(PACE, load_s=60)
             engine.start()
-            return await hear(ticket)
+            return await hear(admitted)
 
     got = run_virtually(play())
 
     assert_one_answer(undisturbed(chat()), got)
-    assert got.flight.retries == ["busy"]
+    assert got.routed.retries == ["busy"]
 
 
 OPENAI = {"two": "openai"}
@@ -291,16 +291,16 @@ def test_what_another_server_began_a_llama_server_goes_on_with() -> None:
     async def play() -> tuple[Got, str]:
         boards = {"one": msgspec.structs.replace(PACE, prefill_tps=10.0), "two": PACE}
         async with World(boards, serving=SERVING, dialects=OPENAI).running() as running:
-            ticket = accept(running, chat())
-            began = first(running, ticket)
+            admitted = accept(running, chat())
+            began = first(running, admitted)
             arm(running, began, "cut", 5)
-            return await hear(ticket), began
+            return await hear(admitted), began
 
     got, began = run_virtually(play())
 
     assert began == "two"
     assert undisturbed(chat()).text == got.text
-    assert [grant.replica.id for grant in got.flight.grants] == ["two", "one"]
+    assert [lease.replica.id for lease in got.routed.leases] == ["two", "one"]
 
 
 def test_an_answer_goes_on_only_where_it_can_however_fast_others_are() -> None:
@@ -309,19 +309,22 @@ def test_an_answer_goes_on_only_where_it_can_however_fast_others_are() -> None:
         boards = {"one": slow, "two": fast, "three": slow}
         async with World(boards, serving=SERVING, dialects=OPENAI).running() as running:
             busy = [accept(running, chat(max_tokens=200)) for _ in range(2)]
-            async with running.dispatcher.grant(busy[0].flight.job), running.dispatcher.grant(busy[1].flight.job):
-                ticket = accept(running, chat())
-                began = first(running, ticket)
+            async with (
+                running.dispatcher.acquire(busy[0].routed.route_request),
+                running.dispatcher.acquire(busy[1].routed.route_request),
+            ):
+                admitted = accept(running, chat())
+                began = first(running, admitted)
                 assert began != "two"
                 arm(running, began, "cut", 5)
-                hearing = asyncio.create_task(hear(ticket))
+                hearing = asyncio.create_task(hear(admitted))
                 await asyncio.sleep(0)
             return await hearing
 
     got = run_virtually(play())
 
     assert undisturbed(chat()).text == got.text
-    assert {grant.replica.id for grant in got.flight.grants} == {"one", "three"}
+    assert {lease.replica.id for lease in got.routed.leases} == {"one", "three"}
 
 
 def test_where_no_board_can_go_on_the_error_says_so() -> None:
@@ -329,9 +332,9 @@ def test_where_no_board_can_go_on_the_error_says_so() -> None:
         boards = {"two": PACE, "three": PACE}
         openai = dict.fromkeys(boards, "openai")
         async with World(boards, serving=SERVING, dialects=openai).running() as running:
-            ticket = accept(running, chat())
-            arm(running, first(running, ticket), "cut", 5)
-            return await hear(ticket)
+            admitted = accept(running, chat())
+            arm(running, first(running, admitted), "cut", 5)
+            return await hear(admitted)
 
     got = run_virtually(play())
 
@@ -344,7 +347,7 @@ def test_a_picture_says_nothing_of_how_many_characters_a_token_has() -> None:
 
     async def play() -> tuple[float, float]:
         async with world().running() as running:
-            book, before = running.accounts.book, running.accounts.book.chars_per_token("yi")
+            book, before = running.fleet_state.book, running.fleet_state.book.chars_per_token("yi")
             picture = {"type": "image_url", "image_url": {"url": "data:,"}, "text": "x " * 400}
             for _ in range(3):
                 await hear(accept(running, chat(messages=[{"role": "user", "content": [picture]}])))
@@ -367,7 +370,7 @@ def test_an_embedding_is_not_waited_for_as_if_it_generated() -> None:
                 return await ask(url, path, body, limit_s=limit_s)
 
             running.upstream.ask = noted  # type: ignore[method-assign]
-            await accept(running, {"input": "Is cell 12 up?", "stream": False}, "/v1/embeddings").flight.whole()
+            await accept(running, {"input": "Is cell 12 up?", "stream": False}, "/v1/embeddings").routed.whole()
 
     run_virtually(play())
 

@@ -31,14 +31,14 @@ class Crowd:
     """
 
     def __init__(self, world: World) -> None:
-        self.waiters: dict[str, QueueEntry] = {}
+        self.entries: dict[str, QueueEntry] = {}
         self._world = world
         self._leave: dict[str, asyncio.Event] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    async def ask(self, name: str, job: RouteRequest = JOB, **fields: Any) -> None:
+    async def ask(self, name: str, request: RouteRequest = JOB, **fields: Any) -> None:
         """Let one come."""
-        self._tasks[name] = asyncio.create_task(self._hold(name, msgspec.structs.replace(job, **fields)))
+        self._tasks[name] = asyncio.create_task(self._hold(name, msgspec.structs.replace(request, **fields)))
         await asyncio.sleep(0)
 
     async def leave(self, name: str) -> None:
@@ -48,7 +48,7 @@ class Crowd:
 
     def served(self) -> list[str]:
         """Who was given a slot."""
-        return [name for name, it in self.waiters.items() if it.granted.done() and not it.granted.exception()]
+        return [name for name, it in self.entries.items() if it.granted.done() and not it.granted.exception()]
 
     async def refused(self, kind: type[Exception]) -> list[str]:
         """Who has been told so; everybody else leaves."""
@@ -59,9 +59,9 @@ class Crowd:
         found = dict(zip(self._tasks, await asyncio.gather(*self._tasks.values(), return_exceptions=True), strict=True))
         return [name for name in ended if isinstance(found[name], kind)]
 
-    async def _hold(self, name: str, job: RouteRequest) -> None:
+    async def _hold(self, name: str, request: RouteRequest) -> None:
         leave = self._leave[name] = asyncio.Event()
-        async with self._world.dispatcher.grant(job, entered=lambda waiter: self.waiters.update({name: waiter})):
+        async with self._world.dispatcher.acquire(request, entered=lambda entry: self.entries.update({name: entry})):
             await leave.wait()
 
 
@@ -77,11 +77,11 @@ def test_a_request_that_has_its_slot_and_was_not_told_yet_has_nobody_before_it()
     async def play() -> int:
         world, seen = World({"a": SimulationConfig(model="yi")}), []
 
-        def entered(waiter: QueueEntry) -> None:
-            assert waiter.granted.done()
-            seen.append(world.dispatcher.place(waiter))
+        def entered(entry: QueueEntry) -> None:
+            assert entry.granted.done()
+            seen.append(world.dispatcher.position(entry))
 
-        async with world.running(), world.dispatcher.grant(JOB, entered=entered):
+        async with world.running(), world.dispatcher.acquire(JOB, entered=entered):
             return seen[0]
 
     assert run_virtually(play()) == 0
@@ -89,21 +89,21 @@ def test_a_request_that_has_its_slot_and_was_not_told_yet_has_nobody_before_it()
 
 def test_a_request_that_leaves_in_the_moment_in_which_it_is_given_a_slot_gives_it_back() -> None:
     async def play() -> tuple[bool, int]:
-        waiters: list[QueueEntry] = []
+        entries: list[QueueEntry] = []
         world = World({"a": SimulationConfig(model="yi")})
 
         async def ask() -> None:
-            async with world.dispatcher.grant(JOB, entered=waiters.append):
+            async with world.dispatcher.acquire(JOB, entered=entries.append):
                 raise AssertionError("it was cancelled before")
 
         async with world.running():
-            async with world.dispatcher.grant(JOB):
+            async with world.dispatcher.acquire(JOB):
                 second = asyncio.create_task(ask())
                 await asyncio.sleep(0)
-            given = waiters[0].granted.done()
+            given = entries[0].granted.done()
             second.cancel()
             await asyncio.wait([second])
-            return given, world.accounts.running("a")
+            return given, world.fleet_state.running("a")
 
     assert run_virtually(play()) == (True, 0)
 
@@ -125,7 +125,7 @@ def test_as_long_as_no_slot_is_free_nobody_chooses_again(monkeypatch: pytest.Mon
         leave = [asyncio.Event() for _ in range(30)]
 
         async def ask(number: int) -> None:
-            async with world.dispatcher.grant(JOB, entered=entered.append):
+            async with world.dispatcher.acquire(JOB, entered=entered.append):
                 await leave[number].wait()
 
         async with world.running():
@@ -135,7 +135,7 @@ def test_as_long_as_no_slot_is_free_nobody_chooses_again(monkeypatch: pytest.Mon
             leave[0].set()
             await asyncio.sleep(0.01)
             of_one_that_goes = len(weighed) - of_arrivals
-            given = sum(waiter.granted.done() for waiter in entered)
+            given = sum(entry.granted.done() for entry in entered)
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
@@ -153,9 +153,12 @@ def test_a_key_is_charged_what_its_request_took_whatever_was_expected() -> None:
     async def play() -> dict[str, float]:
         world = World({"a": SimulationConfig(model="yi")})
         async with world.running():
-            ticket = world.ticket([{"role": "user", "content": "up? " * 100}], key="k", max_tokens=10)
-            await listen(ticket)
-            return {"charged": world.dispatcher._queue("yi")._finish["k"], "prompt": ticket.flight.job.tokens}
+            admitted = world.admitted([{"role": "user", "content": "up? " * 100}], key="k", max_tokens=10)
+            await listen(admitted)
+            return {
+                "charged": world.dispatcher._queue("yi")._finish["k"],
+                "prompt": admitted.routed.route_request.tokens,
+            }
 
     found = run_virtually(play())
 
@@ -168,10 +171,13 @@ def test_a_request_that_was_sent_again_is_charged_its_answer_once() -> None:
         async with world.running():
             for engine in world.engines.values():
                 engine.fault = Fault(kind="cut", after_tokens=0, times=1)
-            ticket = world.ticket([{"role": "user", "content": "up? " * 100}], key="k", max_tokens=10)
-            await listen(ticket)
-            assert len(ticket.flight.grants) == 3
-            return {"charged": world.dispatcher._queue("yi")._finish["k"], "prompt": ticket.flight.job.tokens}
+            admitted = world.admitted([{"role": "user", "content": "up? " * 100}], key="k", max_tokens=10)
+            await listen(admitted)
+            assert len(admitted.routed.leases) == 3
+            return {
+                "charged": world.dispatcher._queue("yi")._finish["k"],
+                "prompt": admitted.routed.route_request.tokens,
+            }
 
     found = run_virtually(play())
 
@@ -183,10 +189,10 @@ def test_nobody_waits_for_a_board_that_was_removed() -> None:
 
     async def play() -> None:
         world = World({"a": SimulationConfig(model="yi")})
-        async with world.running(), world.dispatcher.grant(JOB):
+        async with world.running(), world.dispatcher.acquire(JOB):
             world.registry.replace([])
             with pytest.raises(NoCapacityError):
-                async with asyncio.timeout(1.0), world.dispatcher.grant(JOB):
+                async with asyncio.timeout(1.0), world.dispatcher.acquire(JOB):
                     pass
 
     run_virtually(play())
@@ -266,7 +272,7 @@ def test_as_long_as_no_slot_is_free_who_stands_behind_many_is_not_looked_at() ->
                 await crowd.ask(str(number))
             await asyncio.sleep(1.5)
             await crowd.refused(SaturatedError)
-            return sum(waiter.choice is not None for waiter in crowd.waiters.values())
+            return sum(entry.placement is not None for entry in crowd.entries.values())
 
     assert run_virtually(play()) == 1 + 64
 
@@ -275,9 +281,9 @@ def test_a_board_that_is_only_too_small_is_not_said_to_fail_nor_waited_for() -> 
     async def play() -> NoCapacityError:
         world = mixed()
         async with world.running():
-            world.accounts.breakers["big"] = Breaker(failures=3, opened_at=world.accounts.now(), cooldown_s=40.0)
+            world.fleet_state.breakers["big"] = Breaker(failures=3, opened_at=world.fleet_state.now(), cooldown_s=40.0)
             with pytest.raises(NoCapacityError) as refused:
-                async with world.dispatcher.grant(LONG):
+                async with world.dispatcher.acquire(LONG):
                     pass
             return refused.value
 
@@ -303,11 +309,11 @@ def test_a_board_that_is_tried_again_is_no_hope_for_a_prompt_that_it_does_not_ho
         async with world.running():
             world.source.fail("big")
             await asyncio.sleep(1)
-            world.accounts.breakers["small"] = Breaker(failures=3, opened_at=0.0, cooldown_s=0.5, trial_at=0.9)
+            world.fleet_state.breakers["small"] = Breaker(failures=3, opened_at=0.0, cooldown_s=0.5, trial_at=0.9)
             with pytest.raises(NoCapacityError):
-                async with asyncio.timeout(0.1), world.dispatcher.grant(LONG):
+                async with asyncio.timeout(0.1), world.dispatcher.acquire(LONG):
                     pass
-            return world.accounts.comes_back(JOB), world.accounts.comes_back(LONG)
+            return world.fleet_state.comes_back(JOB), world.fleet_state.comes_back(LONG)
 
     assert run_virtually(play()) == (True, False)
 
@@ -322,12 +328,12 @@ def test_a_key_is_charged_all_answers_that_its_request_asks_for(
         world = World({"a": SimulationConfig(model="yi")})
         async with world.running():
             finish = world.dispatcher._queue("yi")._finish
-            job = msgspec.structs.replace(JOB, answers=answers, limit=20, key="k")
-            async with world.dispatcher.grant(job) as grant:
+            request = msgspec.structs.replace(JOB, answers=answers, limit=20, key="k")
+            async with world.dispatcher.acquire(request) as lease:
                 charged = finish["k"]
                 for _ in range(pieces):
-                    world.accounts.token(grant, world.accounts.now())
-                grant.outcome = LeaseResult(generated=told)
+                    world.fleet_state.token(lease, world.fleet_state.now())
+                lease.outcome = LeaseResult(generated=told)
             return charged, finish["k"]
 
     assert run_virtually(play()) == (JOB.tokens + answers * 20, JOB.tokens + took)
@@ -339,12 +345,12 @@ def test_what_is_learned_of_answers_meanwhile_changes_no_charge() -> None:
     async def play() -> tuple[float, float]:
         world = World({"a": SimulationConfig(model="yi", slots=1, answer_tokens=1)})
         async with world.running():
-            tickets = [world.ticket([{"role": "user", "content": f"{n} up?"}], key="k") for n in range(20)]
-            heard = await asyncio.gather(*map(listen, tickets))
-            used = sum(ticket.flight.job.tokens for ticket in tickets)
-            for ticket in tickets:
-                assert ticket.flight.timings is not None
-                used += ticket.flight.timings.predicted_n
+            admitted_requests = [world.admitted([{"role": "user", "content": f"{n} up?"}], key="k") for n in range(20)]
+            heard = await asyncio.gather(*map(listen, admitted_requests))
+            used = sum(admitted.routed.route_request.tokens for admitted in admitted_requests)
+            for admitted in admitted_requests:
+                assert admitted.routed.timings is not None
+                used += admitted.routed.timings.predicted_n
             assert all(one.first_s is not None for one in heard)
             return world.dispatcher._queue("yi")._finish["k"], used
 

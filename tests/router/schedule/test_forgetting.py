@@ -16,14 +16,14 @@ TALK = [{"role": "user", "content": "Is cell 12 up? " * 10}]
 
 
 def held(world: World) -> dict[str, int]:
-    accounts = world.accounts
+    fleet_state = world.fleet_state
     return {
-        "grants": len(accounts._grants),
-        "prompts": len(accounts._prefilling),
-        "streams": len(accounts._streams),
-        "steps": len(accounts._steps),
-        "breakers": len(accounts.breakers),
-        "caches": len(accounts.index._caches),
+        "grants": len(fleet_state._leases),
+        "prompts": len(fleet_state._prefilling),
+        "streams": len(fleet_state._streams),
+        "steps": len(fleet_state._steps),
+        "breakers": len(fleet_state.breakers),
+        "caches": len(fleet_state.index._caches),
         "queues": len(world.dispatcher._queues),
     }
 
@@ -45,7 +45,7 @@ def test_of_replicas_that_left_nothing_is_kept() -> None:
         async with world.running():
             for number in range(5):
                 await move(world, f"pod-{number}")
-                await listen(world.ticket(TALK, model=f"pod-{number}", max_tokens=10))
+                await listen(world.admitted(TALK, model=f"pod-{number}", max_tokens=10))
                 during.append(held(world))
             await move(world)
             return during, held(world)
@@ -62,7 +62,7 @@ def test_of_a_replica_that_left_in_the_middle_of_an_answer_nothing_is_kept() -> 
         world = World({"a": YI})
         async with world.running():
             await move(world, "pod")
-            talk = asyncio.create_task(listen(world.ticket(TALK, model="pod", max_tokens=100)))
+            talk = asyncio.create_task(listen(world.admitted(TALK, model="pod", max_tokens=100)))
             await asyncio.sleep(3)
             await move(world)
             during = held(world)
@@ -83,11 +83,11 @@ def test_of_an_engine_that_was_ended_to_make_room_no_cache_is_believed_in() -> N
     async def play() -> list[int]:
         world = World({"a": YI})
         async with world.running():
-            await listen(world.ticket(TALK * 20, model="yi", max_tokens=10))
-            chars = [world.accounts.index.chars("a")]
+            await listen(world.admitted(TALK * 20, model="yi", max_tokens=10))
+            chars = [world.fleet_state.index.chars("a")]
             for state in (State.DRAINING, State.COLD):
                 world.source._set("a", state, "makes room for another model")
-                chars.append(world.accounts.index.chars("a"))
+                chars.append(world.fleet_state.index.chars("a"))
             return chars
 
     ready, draining, cold = run_virtually(play())
@@ -101,16 +101,16 @@ def test_an_outage_begins_anew_for_whoever_meets_it_later() -> None:
     async def play() -> str | None:
         world = World({"a": YI, "b": YI})
         async with world.running():
-            first = asyncio.create_task(listen(world.ticket(TALK, model="yi", max_tokens=1500)))
+            first = asyncio.create_task(listen(world.admitted(TALK, model="yi", max_tokens=1500)))
             await asyncio.sleep(1)
-            mine, other = sorted(("a", "b"), key=world.accounts.running, reverse=True)
-            second = asyncio.create_task(listen(world.ticket(TALK, model="yi", max_tokens=1500)))
+            mine, other = sorted(("a", "b"), key=world.fleet_state.running, reverse=True)
+            second = asyncio.create_task(listen(world.admitted(TALK, model="yi", max_tokens=1500)))
             await asyncio.sleep(1)
             world.source.fail("a")
             world.source.fail("b")
             world.kill(mine)
             await asyncio.sleep(5)
-            assert len(world.dispatcher.waiting("yi")) == 1
+            assert len(world.dispatcher.queued("yi")) == 1
             first.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await first

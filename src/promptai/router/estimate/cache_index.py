@@ -58,7 +58,7 @@ class SlotChoice(msgspec.Struct, frozen=True):
 
     slot: int | None
     cached_chars: int = 0
-    lost_chars: float = 0.0
+    evicted_chars: float = 0.0
 
 
 class CacheIndex:
@@ -70,7 +70,7 @@ class CacheIndex:
     """
 
     def __init__(self) -> None:
-        self.returns = ReuseModel()
+        self.reuse = ReuseModel()
         self._caches: dict[str, _ReplicaCaches] = {}
 
     def spot(self, replica_id: str, room: Capacity, prompt: Chain, *, busy: Collection[int], now: float) -> SlotChoice:
@@ -87,7 +87,7 @@ class CacheIndex:
         """A conversation is in a slot's cache now."""
         there, kind = self._caches.get(replica_id), _PromptCache if room.host_chars else _SlotCaches
         if not isinstance(there, kind):
-            there = self._caches[replica_id] = kind(self.returns)
+            there = self._caches[replica_id] = kind(self.reuse)
         there.hold(room, slot, CachedConversation(held, now))
 
     def lose(self, replica_id: str, slot: int | None = None) -> None:
@@ -97,7 +97,7 @@ class CacheIndex:
         elif replica_id in self._caches:
             self._caches[replica_id].lose(slot)
 
-    def awaited(self, replica_id: str, *, busy: Collection[int], going: Iterable[Chain], now: float) -> float:
+    def expected_returns(self, replica_id: str, *, busy: Collection[int], going: Iterable[Chain], now: float) -> float:
         """
         How many conversations that were left in a replica's caches will go on, as it looks.
 
@@ -105,12 +105,12 @@ class CacheIndex:
             busy: Slots that are in use; whatever was in them is either going on or gone.
             going: Prompts that have come; whom they continue is not awaited any more.
         """
-        there, awaited, longest = self._caches.get(replica_id), 0.0, GAPS * self.returns.gap_s
+        there, awaited, longest = self._caches.get(replica_id), 0.0, GAPS * self.reuse.mean_gap_s
         held = [one for one in there.latest(busy) if now - one.used_at < longest] if there is not None else ()
         prompts = list(going) if held else ()
         for one in held:
             if not any(prompt.begins_with(one.chain) for prompt in prompts):
-                awaited += self.returns.likely(now - one.used_at)
+                awaited += self.reuse.likely(now - one.used_at)
         return awaited
 
     def chars(self, replica_id: str) -> int:

@@ -72,12 +72,12 @@ class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
     running: tuple[PendingWork, ...] = ()
     reserved: tuple[PendingWork, ...] = ()
     prefill_tps: float = ASSUMED_PREFILL_TPS
-    steps: StepCurve = StepCurve.flat(ASSUMED_STEP_S)
+    step_curve: StepCurve = StepCurve.flat(ASSUMED_STEP_S)
     slot: int | None = None
-    cached: float = 0.0
-    lost: float = 0.0
-    awaited: float = 0.0
-    gap_s: float = 60.0
+    cached_tokens: float = 0.0
+    evicted: float = 0.0
+    expected_returns: float = 0.0
+    mean_gap_s: float = 60.0
     ready_in_s: float = 0.0
 
     @property
@@ -87,7 +87,7 @@ class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
 
     def step(self, streams: int) -> float:
         """Seconds a token when so many streams decode."""
-        return self.steps.longest(streams)
+        return self.step_curve.longest(streams)
 
     def duration_s(self, work: PendingWork) -> float:
         """Seconds that a request takes among as many as there are slots."""
@@ -122,8 +122,8 @@ class Estimate(msgspec.Struct, frozen=True):
 
     wait_s: float
     prefill_s: float
-    harm_s: float
-    lost_s: float
+    interference_s: float
+    eviction_s: float
 
     @property
     def ttft_s(self) -> float:
@@ -133,7 +133,7 @@ class Estimate(msgspec.Struct, frozen=True):
     @property
     def cost_s(self) -> float:
         """All of it."""
-        return self.ttft_s + self.harm_s + self.lost_s
+        return self.ttft_s + self.interference_s + self.eviction_s
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,7 +145,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
         reason: One line, for people and for the answer's headers.
     """
 
-    load: ReplicaView
+    view: ReplicaView
     now: bool
     estimate: Estimate
     reason: str
@@ -156,49 +156,49 @@ class Strategy(Protocol):
 
     name: str
 
-    def choose(self, ask: Demand, loads: Sequence[ReplicaView]) -> Placement | None:
-        """The replica for ``ask``; ``None`` where there is none that it could even wait for. Changes nothing."""
+    def choose(self, demand: Demand, views: Sequence[ReplicaView]) -> Placement | None:
+        """The replica for ``demand``; ``None`` where there is none that it could even wait for. Changes nothing."""
 
     def took(self, replica_id: str) -> None:
         """A choice was carried out."""
 
 
-def free_in_s(load: ReplicaView) -> float:
+def free_in_s(view: ReplicaView) -> float:
     """Seconds until a slot of this replica is free for one more, those that wait before it included."""
-    if load.free and len(load.running) + len(load.reserved) < load.replica.slots:
+    if view.free and len(view.running) + len(view.reserved) < view.replica.slots:
         return 0.0
-    ends = [load.ready_in_s] * (load.replica.slots - len(load.running))
+    ends = [view.ready_in_s] * (view.replica.slots - len(view.running))
     backlog = 0.0
-    for work in load.running:
+    for work in view.running:
         backlog += work.prefill  # prompts are computed one after another
-        ends.append(load.ready_in_s + backlog / load.prefill_tps + work.decode * load.step(len(load.running)))
+        ends.append(view.ready_in_s + backlog / view.prefill_tps + work.decode * view.step(len(view.running)))
     heapq.heapify(ends)
-    for work in load.reserved:
-        heapq.heappush(ends, heapq.heappop(ends) + load.duration_s(work))
+    for work in view.reserved:
+        heapq.heappush(ends, heapq.heappop(ends) + view.duration_s(work))
     return ends[0]
 
 
-def estimate(ask: Demand, load: ReplicaView) -> Estimate:
-    """What ``ask`` costs on this replica."""
-    wait = free_in_s(load)
-    uncached = max(1.0, ask.tokens - load.cached)
-    compute, step = uncached / load.prefill_tps, load.step(1)
-    still: Sequence[PendingWork] = load.running
+def estimate(demand: Demand, view: ReplicaView) -> Estimate:
+    """What ``demand`` costs on this replica."""
+    wait = free_in_s(view)
+    uncached = max(1.0, demand.tokens - view.cached_tokens)
+    compute, step = uncached / view.prefill_tps, view.step(1)
+    still: Sequence[PendingWork] = view.running
     if wait > 0:
-        still = [work for work in still if work.prefill / load.prefill_tps + work.decode * step > wait]
+        still = [work for work in still if work.prefill / view.prefill_tps + work.decode * step > wait]
     before = stall = beside = 0.0
     for work in still:  # written out: a server that has two hundred streams is asked about each of them
         before += work.prefill
         seconds = work.decode * step
         stall += min(compute, seconds)
-        beside += min(ask.expected, work.decode)
-    backlog = max(0.0, before - wait * load.prefill_tps)
+        beside += min(demand.expected, work.decode)
+    backlog = max(0.0, before - wait * view.prefill_tps)
     # Who decodes there stands still while our prompt is computed, and is slower beside one more stream.
-    crowd = beside * (load.step(len(still) + 1) - load.step(len(still)))
+    crowd = beside * (view.step(len(still) + 1) - view.step(len(still)))
     # Who comes back while it is computed waits for the rest of it; on average that is half.
-    late = load.awaited * (1.0 - math.exp(-compute / load.gap_s)) * compute / 2
+    late = view.expected_returns * (1.0 - math.exp(-compute / view.mean_gap_s)) * compute / 2
     harm = _STALL * stall + _SLOWER * crowd + late
-    return Estimate(wait, backlog / load.prefill_tps + compute, harm, load.lost / load.prefill_tps)
+    return Estimate(wait, backlog / view.prefill_tps + compute, harm, view.evicted / view.prefill_tps)
 
 
 class Affinity:
@@ -206,15 +206,17 @@ class Affinity:
 
     name = "affinity"
 
-    def choose(self, ask: Demand, loads: Sequence[ReplicaView]) -> Placement | None:
+    def choose(self, demand: Demand, views: Sequence[ReplicaView]) -> Placement | None:
         """The cheapest replica; it may be one that has no slot right now."""
-        scored = [(estimate(ask, load), load) for load in loads if load.replica.usable]
+        scored = [(estimate(demand, view), view) for view in views if view.replica.usable]
         if not scored:
             return None
         least = min(found.cost_s for found, _ in scored)
-        near = {load.replica.id: (found, load) for found, load in scored if found.cost_s <= least * (1 + _TIE) + _TIE_S}
-        found, load = near[rendezvous(ask.head, list(near))]
-        return Placement(load=load, now=found.wait_s == 0 and load.free, estimate=found, reason=_why(ask, load, found))
+        near = {view.replica.id: (found, view) for found, view in scored if found.cost_s <= least * (1 + _TIE) + _TIE_S}
+        found, view = near[rendezvous(demand.head, list(near))]
+        return Placement(
+            view=view, now=found.wait_s == 0 and view.free, estimate=found, reason=_why(demand, view, found)
+        )
 
     def took(self, replica_id: str) -> None:
         """Nothing to remember."""
@@ -225,15 +227,15 @@ class LeastBusy:
 
     name = "least-busy"
 
-    def choose(self, ask: Demand, loads: Sequence[ReplicaView]) -> Placement | None:
+    def choose(self, demand: Demand, views: Sequence[ReplicaView]) -> Placement | None:
         """The idlest replica with a free slot; the idlest of all where none has one."""
-        usable = [load for load in loads if load.replica.usable]
+        usable = [view for view in views if view.replica.usable]
         if not usable:
             return None
-        ids = {load.replica.id: load for load in usable}
-        least = min(_busy(load) for load in usable)
-        load = ids[rendezvous(ask.head, [name for name, load in ids.items() if _busy(load) == least])]
-        return _taken(ask, load, f"least busy: {len(load.running)} of {load.replica.slots} slots")
+        ids = {view.replica.id: view for view in usable}
+        least = min(_busy(view) for view in usable)
+        view = ids[rendezvous(demand.head, [name for name, view in ids.items() if _busy(view) == least])]
+        return _taken(demand, view, f"least busy: {len(view.running)} of {view.replica.slots} slots")
 
     def took(self, replica_id: str) -> None:
         """Nothing to remember."""
@@ -247,15 +249,15 @@ class RoundRobin:
     def __init__(self) -> None:
         self._last = ""
 
-    def choose(self, ask: Demand, loads: Sequence[ReplicaView]) -> Placement | None:
+    def choose(self, demand: Demand, views: Sequence[ReplicaView]) -> Placement | None:
         """The next replica in the order of their ids."""
-        usable = sorted((load for load in loads if load.replica.usable), key=lambda load: load.replica.id)
+        usable = sorted((view for view in views if view.replica.usable), key=lambda view: view.replica.id)
         if not usable:
             return None
-        after = [load for load in usable if load.replica.id > self._last]
-        order = after + [load for load in usable if load not in after]
-        load = next((load for load in order if load.free), order[0])
-        return _taken(ask, load, "next in turn")
+        after = [view for view in usable if view.replica.id > self._last]
+        order = after + [view for view in usable if view not in after]
+        view = next((view for view in order if view.free), order[0])
+        return _taken(demand, view, "next in turn")
 
     def took(self, replica_id: str) -> None:
         """Go on behind it."""
@@ -267,15 +269,19 @@ STRATEGIES: dict[str, type[Affinity] | type[LeastBusy] | type[RoundRobin]] = {
 }
 
 
-def _busy(load: ReplicaView) -> float:
-    return (len(load.running) + len(load.reserved)) / load.replica.slots + load.ready_in_s
+def _busy(view: ReplicaView) -> float:
+    return (len(view.running) + len(view.reserved)) / view.replica.slots + view.ready_in_s
 
 
-def _taken(ask: Demand, load: ReplicaView, reason: str) -> Placement:
-    return Placement(load=load, now=load.free and not load.reserved, estimate=estimate(ask, load), reason=reason)
+def _taken(demand: Demand, view: ReplicaView, reason: str) -> Placement:
+    return Placement(view=view, now=view.free and not view.reserved, estimate=estimate(demand, view), reason=reason)
 
 
-def _why(ask: Demand, load: ReplicaView, found: Estimate) -> str:
-    known = f"{load.cached:.0f} of {ask.tokens:.0f} prompt tokens cached" if load.cached else "nothing of it cached"
+def _why(demand: Demand, view: ReplicaView, found: Estimate) -> str:
+    known = (
+        f"{view.cached_tokens:.0f} of {demand.tokens:.0f} prompt tokens cached"
+        if view.cached_tokens
+        else "nothing of it cached"
+    )
     waits = f", waits {found.wait_s:.1f} s" if found.wait_s else ""
     return f"least seconds: first token in {found.ttft_s:.1f} s{waits}, {known}"

@@ -31,7 +31,7 @@ class ReuseModel:
         self._back, self._gone, self._gap_s = _GOES_ON * _PRIOR, (1 - _GOES_ON) * _PRIOR, _GOES_ON * _PRIOR * _GAP_S
 
     @property
-    def gap_s(self) -> float:
+    def mean_gap_s(self) -> float:
         """Mean seconds from an answer to the next question."""
         return self._gap_s / self._back
 
@@ -41,32 +41,32 @@ class ReuseModel:
             mark = _mark(held)
             self._answered.pop(mark, None)  # so that the order stays that of the answers
             self._answered[mark] = now
-        patience = GAPS * self.gap_s
+        patience = GAPS * self.mean_gap_s
         while self._answered:
             oldest, since = next(iter(self._answered.items()))
             if now - since < patience and len(self._answered) <= _REMEMBERED:
                 return
             del self._answered[oldest]
-            self._learn(back=0.0, gap_s=0.0)
+            self._learn(back=0.0, mean_gap_s=0.0)
 
     def asked(self, prompt: Chain, now: float) -> None:
         """A question has come; it may go on a conversation that was answered."""
         for link in reversed(prompt.links):
             since = self._answered.pop(link, None)
             if since is not None:
-                self._learn(back=1.0, gap_s=now - since)
+                self._learn(back=1.0, mean_gap_s=now - since)
                 return
 
     def likely(self, age_s: float) -> float:
         """How likely a conversation goes on that was answered ``age_s`` seconds ago."""
         share = self._back / (self._back + self._gone)
-        silent = share * math.exp(-max(0.0, age_s) / self.gap_s)
+        silent = share * math.exp(-max(0.0, age_s) / self.mean_gap_s)
         return silent / (silent + 1 - share)
 
-    def _learn(self, *, back: float, gap_s: float) -> None:
+    def _learn(self, *, back: float, mean_gap_s: float) -> None:
         self._back = _FADE * self._back + back
         self._gone = _FADE * self._gone + 1 - back
-        self._gap_s = _FADE * self._gap_s + gap_s
+        self._gap_s = _FADE * self._gap_s + mean_gap_s
 
 
 def _mark(held: Chain) -> int:

@@ -9,25 +9,25 @@ from promptai.router.schedule.lease import SlotLease
 from promptai.wire.passing import PassingRequest
 
 
-def first_body(grant: SlotLease, request: PassingRequest, body: dict[str, Any]) -> bytes:
+def first_body(lease: SlotLease, request: PassingRequest, body: dict[str, Any]) -> bytes:
     """A request that is sent from its beginning."""
-    sent = {**body, "model": grant.replica.model}
-    if request.stream and grant.replica.dialect == "llama-server":
+    sent = {**body, "model": lease.replica.model}
+    if request.stream and lease.replica.dialect == "llama-server":
         # Not only to tell how far it is: an engine that writes nothing does not notice that its client has gone.
         sent["return_progress"] = True
-    return msgspec.json.encode(own_fields(grant, request, sent))
+    return msgspec.json.encode(own_fields(lease, request, sent))
 
 
-def own_fields(grant: SlotLease, request: PassingRequest, body: dict[str, Any]) -> dict[str, Any]:
+def own_fields(lease: SlotLease, request: PassingRequest, body: dict[str, Any]) -> dict[str, Any]:
     """What every request of ours says to a llama-server."""
-    replica = grant.replica
+    replica = lease.replica
     if replica.dialect != "llama-server":
         return body
     # Its HTTP thread says every 30 s that it lives (b11549), also where nothing is computed any more.
     sent = {**body, "sse_ping_interval": -1}
     if replica.slots > 1 and replica.host_cache_tokens == 0 and answers(request) == 1:
         # Without a prompt cache, a slot of its own choosing might be the one that somebody comes back to.
-        sent["id_slot"] = grant.slot
+        sent["id_slot"] = lease.slot
     return sent
 
 

@@ -76,28 +76,30 @@ class RoutedRequest:
         usage: The engine's account, if it is no llama-server; else it is in ``timings``.
     """
 
-    def __init__(self, order: ClientRequest, job: RouteRequest, dispatcher: Dispatcher, upstream: Upstream) -> None:
+    def __init__(
+        self, order: ClientRequest, route_request: RouteRequest, dispatcher: Dispatcher, upstream: Upstream
+    ) -> None:
         self.order = order
-        self.job = job
-        self.grants: list[SlotLease] = []
+        self.route_request = route_request
+        self.leases: list[SlotLease] = []
         self.retries: list[str] = []
         self.continuations: list[Literal["ids", "text"]] = []
         self.usage: PassingUsage | None = None
         self.said = SentText(answers(order.request))
         self._dispatcher = dispatcher
-        self._accounts = dispatcher.accounts
+        self._fleet_state = dispatcher.fleet_state
         self._upstream = upstream
-        self._waiter: QueueEntry | None = None
+        self._entry: QueueEntry | None = None
         self._sent = 0
-        self._prompt_tokens = job.tokens
+        self._prompt_tokens = route_request.tokens
         self._bill = UsageTally(order.request.n or 1)
         self._objectors: list[SlotLease] = []
         self._objection = ""
 
     @property
-    def grant(self) -> SlotLease | None:
+    def lease(self) -> SlotLease | None:
         """The slot that it has, or had last."""
-        return self.grants[-1] if self.grants else None
+        return self.leases[-1] if self.leases else None
 
     @property
     def timings(self) -> Timings | None:
@@ -106,20 +108,20 @@ class RoutedRequest:
 
     def stage(self) -> RequestStatus:
         """Where it is now."""
-        if self._waiter is not None:
-            choice, place = self._waiter.choice, self._dispatcher.place(self._waiter)
+        if self._entry is not None:
+            choice, place = self._entry.placement, self._dispatcher.position(self._entry)
             left = choice.estimate.ttft_s if choice is not None else None
-            replica = choice.load.replica if choice is not None else None
+            replica = choice.view.replica if choice is not None else None
             if replica is not None and replica.state.value in {"cold", "loading"}:
                 return RequestStatus(stage="loading", place=place, share=replica.progress, left_s=left)
             return RequestStatus(stage="queued", place=place, left_s=left)
-        grant = self.grant
-        if grant is None or grant.first_at is not None:
-            return RequestStatus(stage="decode" if grant is not None else "queued")
-        now, tps = self._accounts.now(), self._accounts.book.prefill_tps(grant.replica)
-        left = grant.prefill_left(now, tps or 0.0)
+        lease = self.lease
+        if lease is None or lease.first_at is not None:
+            return RequestStatus(stage="decode" if lease is not None else "queued")
+        now, tps = self._fleet_state.now(), self._fleet_state.book.prefill_tps(lease.replica)
+        left = lease.prefill_left(now, tps or 0.0)
         return RequestStatus(
-            stage="prefill", share=grant.prefill_share(now, tps or 0.0), left_s=left / tps if tps else None
+            stage="prefill", share=lease.prefill_share(now, tps or 0.0), left_s=left / tps if tps else None
         )
 
     async def events(self) -> AsyncGenerator[list[bytes], None]:
@@ -133,16 +135,16 @@ class RoutedRequest:
             BrokenOffError: A part of it has been sent, and it cannot go on.
         """
         while True:
-            async with self._slot() as grant:
+            async with self._slot() as lease:
                 try:
-                    self._sends(grant)
-                    attempt = self._go_on(grant) if self.said.anything else self._begin(grant)
+                    self._sends(lease)
+                    attempt = self._go_on(lease) if self.said.anything else self._begin(lease)
                     async with aclosing(attempt) as chunks:
                         async for some in chunks:
                             yield some
                     return
                 except (EngineDiedError, EngineProtocolError, EngineRefusedError) as error:
-                    if self._failed(grant, error):
+                    if self._failed(lease, error):
                         yield rest(self.said, self.order.request, self.timings)
                         return
 
@@ -165,60 +167,60 @@ class RoutedRequest:
 
     def _streamable(self) -> bool:
         """Whether an answer can be had as a stream: llama-server does not stream tools with ``logprobs``."""
-        request, replicas = self.order.request, self._accounts.fleet.snapshot.of(self.job.model)
+        request, replicas = self.order.request, self._fleet_state.fleet.snapshot.of(self.route_request.model)
         known = all(replica.dialect in {"llama-server", "promptai"} for replica in replicas)
         return request.input is None and known and not (request.tools and self.order.body.get("logprobs"))
 
     async def _asked(self) -> Reply:
         """Ask for the answer in one piece; an engine's refusal is an answer."""
         while True:
-            async with self._slot() as grant:
-                self._sends(grant)
+            async with self._slot() as lease:
+                self._sends(lease)
                 try:
                     reply = await self._upstream.ask(
-                        grant.replica.url, self.order.path, self._body(grant), limit_s=self._limit_s(grant)
+                        lease.replica.url, self.order.path, self._body(lease), limit_s=self._response_limit_s(lease)
                     )
                     if reply.status >= 500 or reply.status == 429:
-                        raise refused(grant.replica.id, reply)
+                        raise refused(lease.replica.id, reply)
                 except (EngineDiedError, EngineRefusedError) as error:
-                    self._failed(grant, error)
+                    self._failed(lease, error)
                     continue
                 account = account_of(reply)
                 self.usage = account.usage
                 if account.timings is not None:
                     self._bill.note(account.timings)
-                grant.outcome = outcome_of(account, chain(self.order.text), counted=counts(self.order.request))
+                lease.outcome = outcome_of(account, chain(self.order.text), counted=counts(self.order.request))
                 if reply.status == 200:
                     self._blame()
                 else:
-                    grant.outcome = LeaseResult(generated=0)
+                    lease.outcome = LeaseResult(generated=0)
                 return reply
 
     def _slot(self) -> Any:
-        return self._dispatcher.grant(self.job, entered=self._entered)
+        return self._dispatcher.acquire(self.route_request, entered=self._entered)
 
-    def _entered(self, waiter: QueueEntry) -> None:
-        self._waiter = waiter
+    def _entered(self, entry: QueueEntry) -> None:
+        self._entry = entry
 
-    def _sends(self, grant: SlotLease) -> None:
-        self.grants.append(grant)
-        self._waiter = None
+    def _sends(self, lease: SlotLease) -> None:
+        self.leases.append(lease)
+        self._entry = None
         self._sent += 1
 
-    async def _begin(self, grant: SlotLease) -> AsyncGenerator[list[bytes], None]:
+    async def _begin(self, lease: SlotLease) -> AsyncGenerator[list[bytes], None]:
         """Send it as it is."""
         async with aclosing(
-            self._upstream.stream(grant.replica.url, self.order.path, self._body(grant), silence_s=self._silence(grant))
+            self._upstream.stream(lease.replica.url, self.order.path, self._body(lease), silence_s=self._silence(lease))
         ) as pieces:
             async for piece in pieces:
-                out, error = taken(piece.events, partial(self._take, grant, piece.t))
+                out, error = taken(piece.events, partial(self._take, lease, piece.t))
                 if out:
                     yield out
                 if error is not None:
                     raise error
-        grant.outcome = self._ended(grant)
+        lease.outcome = self._ended(lease)
 
-    def _ended(self, grant: SlotLease) -> LeaseResult:
+    def _ended(self, lease: SlotLease) -> LeaseResult:
         self._blame()
         if answers(self.order.request) > 1:  # nobody knows which of them lies in which slot, or how they shared time
             return LeaseResult(generated=self._generated)
@@ -226,7 +228,7 @@ class RoutedRequest:
         held = chain(self.order.text + (answered(text) if self.order.chat else text))
         limit = self.order.request.limit
         # The engine's account of a part says nothing of how long answers are.
-        capped = bool(self.continuations) or (limit is not None and grant.generated >= limit)
+        capped = bool(self.continuations) or (limit is not None and lease.generated >= limit)
         counted = not self.continuations and counts(self.order.request)
         return LeaseResult(answer=held, timings=self.timings, generated=self._generated, capped=capped, counted=counted)
 
@@ -237,21 +239,21 @@ class RoutedRequest:
             return timings.predicted_n
         return usage.completion_tokens if usage is not None else None
 
-    def _take(self, grant: SlotLease, t: float, event: SseEvent) -> Sequence[bytes]:
+    def _take(self, lease: SlotLease, t: float, event: SseEvent) -> Sequence[bytes]:
         """Note what an event says that came at ``t``; its data, if it is the client's."""
         # With several prompts llama-server begins by saying null (b11549).
         if event.comment or event.data in {_DONE, "null"}:
             return ()
-        chunk = read_chunk(event, PassingChunk, grant.replica.id)
+        chunk = read_chunk(event, PassingChunk, lease.replica.id)
         self._bill.take(chunk)
         self.usage = chunk.usage or self.usage
         progress = chunk.prompt_progress
         if progress is not None:
-            grant.progress(progress.processed, progress.cache, progress.total, t)
+            lease.progress(progress.processed, progress.cache, progress.total, t)
             self.said.prompt_tokens = progress.total
         text = self.said.add(chunk)
         if progress is None and (text or self.said.beyond_text):
-            self._accounts.token(grant, t)
+            self._fleet_state.token(lease, t)
         data = event.data
         if progress is not None and not self.order.request.return_progress:
             if not adds(chunk):
@@ -264,127 +266,128 @@ class RoutedRequest:
             return (rehead(data, self.said.head),) if self.said.anything else ()
         return (data.encode(),)
 
-    async def _go_on(self, grant: SlotLease) -> AsyncGenerator[list[bytes], None]:
+    async def _go_on(self, lease: SlotLease) -> AsyncGenerator[list[bytes], None]:
         """Continue the answer from what has been sent."""
         said, limit = self.said, self.order.request.limit
         joint = await find_joint(
-            lambda path, body: self._quick(grant, path, body), self.order.request, self.order.body, said
+            lambda path, body: self._quick(lease, path, body), self.order.request, self.order.body, said
         )
         self.continuations.append(joint.how)
         said.goes_on(joint.prompt, joint.said)
         left = None if limit is None else max(1, limit - said.tokens)
         before = said.tokens
         body = continued_body(self.order.body, joint.prompt + joint.said, left=left)
-        payload = msgspec.json.encode(own_fields(grant, self.order.request, body))
+        payload = msgspec.json.encode(own_fields(lease, self.order.request, body))
         async with aclosing(
-            self._upstream.stream(grant.replica.url, "/completion", payload, silence_s=self._silence(grant), ends=stops)
+            self._upstream.stream(lease.replica.url, "/completion", payload, silence_s=self._silence(lease), ends=stops)
         ) as pieces:
             async for piece in pieces:
-                out, error = taken(piece.events, partial(self._take_up, grant, before, piece.t))
+                out, error = taken(piece.events, partial(self._take_up, lease, before, piece.t))
                 if out:
                     yield out
                 if error is not None:
                     raise error
-        grant.outcome = self._ended(grant)
+        lease.outcome = self._ended(lease)
 
-    def _take_up(self, grant: SlotLease, before: int, t: float, event: SseEvent) -> Sequence[bytes]:
+    def _take_up(self, lease: SlotLease, before: int, t: float, event: SseEvent) -> Sequence[bytes]:
         """As ``_take``, of a continuation; ``before``: tokens that were sent before it."""
         if event.comment or event.data == _DONE:
             return ()
-        chunk = read_chunk(event, NativeChunk, grant.replica.id)
+        chunk = read_chunk(event, NativeChunk, lease.replica.id)
         if chunk.prompt_progress is not None:
             p = chunk.prompt_progress
-            grant.progress(p.processed, p.cache, p.total, t)
+            lease.progress(p.processed, p.cache, p.total, t)
             return ()
         if chunk.timings is not None:
             self._bill.note(chunk.timings)
         self.said.add_native(chunk)
         if chunk.content:
-            self._accounts.token(grant, t)
+            self._fleet_state.token(lease, t)
         return as_answer(chunk, self.said, self.order.request, before)
 
-    async def _quick(self, grant: SlotLease, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def _quick(self, lease: SlotLease, path: str, body: dict[str, Any]) -> dict[str, Any]:
         # These wait behind whatever the engine computes: its loop takes them between two batches.
-        limit = self._accounts.silence_s(grant, _QUICK_S)
-        reply = await self._upstream.ask(grant.replica.url, path, msgspec.json.encode(body), limit_s=limit)
+        limit = self._fleet_state.silence_s(lease, _QUICK_S)
+        reply = await self._upstream.ask(lease.replica.url, path, msgspec.json.encode(body), limit_s=limit)
         if reply.status != 200:
-            raise refused(grant.replica.id, reply)
+            raise refused(lease.replica.id, reply)
         try:
             return msgspec.json.decode(reply.body, type=dict[str, Any])
         except MALFORMED as error:
-            raise EngineProtocolError(f"{grant.replica.id} answered something else at {path}: {error}") from None
+            raise EngineProtocolError(f"{lease.replica.id} answered something else at {path}: {error}") from None
 
-    def _failed(self, grant: SlotLease, error: EngineError) -> bool:
+    def _failed(self, lease: SlotLease, error: EngineError) -> bool:
         """Decide what follows: True when the answer is whole all the same; raises when nothing can follow."""
         # Where boards are is not for everybody who may ask them; how they are called is in the answer's head.
-        error.message = error.message.replace(grant.replica.url, grant.replica.id)
+        error.message = error.message.replace(lease.replica.url, lease.replica.id)
         refusal = error.status if isinstance(error, EngineRefusedError) else None
         if refusal is not None and 400 <= refusal < 500 and refusal != 429:
-            grant.outcome = LeaseResult(generated=grant.generated)
+            lease.outcome = LeaseResult(generated=lease.generated)
             if self.said.anything:
-                raise self._broken_off(grant, error, "it was to go on with what another one began")
+                raise self._broken_off(lease, error, "it was to go on with what another one began")
             raise error
         if isinstance(error, EngineRefusedError) and refusal in _OBJECTIONS:
-            self._objectors.append(grant)
+            self._objectors.append(lease)
             if not self.said.anything:
-                return self._objected(grant, error)
+                return self._objected(lease, error)
         else:
-            dead = isinstance(error, EngineDiedError) and not grant.first_at
-            self._accounts.failed(grant, weight=3 if dead else 1)
+            dead = isinstance(error, EngineDiedError) and not lease.first_at
+            self._fleet_state.failed(lease, weight=3 if dead else 1)
         if self.said.finished:
             return True
         why = obstacle(self.order.request, self.said) if self.said.anything else None
-        if self.said.anything and not self._accounts.can_go_on(self.job.model):
-            why = why or f"no board of {self.job.model} can go on: only llama-server does"
+        if self.said.anything and not self._fleet_state.can_go_on(self.route_request.model):
+            why = why or f"no board of {self.route_request.model} can go on: only llama-server does"
         limit = self.order.request.limit
         if self.said.anything and why is None and limit is not None and self.said.tokens >= limit:
             return True
         if why is not None or self._sent >= self.order.attempts:
             if self.said.anything:
-                raise self._broken_off(grant, error, why or f"it was sent {self._sent} times")
+                raise self._broken_off(lease, error, why or f"it was sent {self._sent} times")
             raise error
-        return self._again(grant, error)
+        return self._again(lease, error)
 
-    def _objected(self, grant: SlotLease, error: EngineRefusedError) -> Literal[False]:
+    def _objected(self, lease: SlotLease, error: EngineRefusedError) -> Literal[False]:
         """Ask once more; if two boards say the same it is the request."""
         before, self._objection = self._objection, words_of(error)
-        others = {one.replica.id for one in self._objectors} - {grant.replica.id}
+        others = {one.replica.id for one in self._objectors} - {lease.replica.id}
         if others and before == self._objection:
-            hint = f"{grant.replica.id} says so, and {', '.join(sorted(others))}"
+            hint = f"{lease.replica.id} says so, and {', '.join(sorted(others))}"
             raise EngineRefusedError(before, status=400, kind=None, hint=hint)
         if before or error.status == _NOT_IMPLEMENTED or self._sent >= self.order.attempts:
             raise error
-        return self._again(grant, error)
+        return self._again(lease, error)
 
-    def _broken_off(self, grant: SlotLease, error: EngineError, why: str) -> BrokenOffError:
-        return BrokenOffError(f"{grant.replica.id} failed in the middle of the answer: {error.message}", hint=why)
+    def _broken_off(self, lease: SlotLease, error: EngineError, why: str) -> BrokenOffError:
+        return BrokenOffError(f"{lease.replica.id} failed in the middle of the answer: {error.message}", hint=why)
 
     def _blame(self) -> None:
         """What engines objected to has been answered."""
-        for grant in self._objectors:
-            self._accounts.failed(grant)
+        for lease in self._objectors:
+            self._fleet_state.failed(lease)
 
-    def _again(self, grant: SlotLease, error: EngineError) -> Literal[False]:
+    def _again(self, lease: SlotLease, error: EngineError) -> Literal[False]:
         """Let it be sent to another replica."""
         if not self.said.anything:
             self.retries.append(reason_of(error))
-        self.job = msgspec.structs.replace(
-            self.job,
-            refused=self.job.refused | {grant.replica.id: self._accounts.now() + pause_s(error, self._sent)},
+        self.route_request = msgspec.structs.replace(
+            self.route_request,
+            refused=self.route_request.refused
+            | {lease.replica.id: self._fleet_state.now() + pause_s(error, self._sent)},
             again=True,
             goes_on=self.said.anything,
             tokens=self._prompt_tokens + self.said.tokens,
         )
         return False
 
-    def _body(self, grant: SlotLease) -> bytes:
-        return first_body(grant, self.order.request, self.order.body)
+    def _body(self, lease: SlotLease) -> bytes:
+        return first_body(lease, self.order.request, self.order.body)
 
-    def _silence(self, grant: SlotLease) -> Callable[[], float]:
-        return lambda: self._accounts.silence_s(grant, self.order.stall_s)
+    def _silence(self, lease: SlotLease) -> Callable[[], float]:
+        return lambda: self._fleet_state.silence_s(lease, self.order.stall_s)
 
-    def _limit_s(self, grant: SlotLease) -> float:
-        step = self._accounts.book.decode_step_s(grant.replica, grant.replica.slots) or _SLOW_STEP_S
-        tokens = self.job.limit or grant.replica.context or 4096
+    def _response_limit_s(self, lease: SlotLease) -> float:
+        step = self._fleet_state.book.decode_step_s(lease.replica, lease.replica.slots) or _SLOW_STEP_S
+        tokens = self.route_request.limit or lease.replica.context or 4096
         answer = 0.0 if self.order.request.input is not None else 4.0 * tokens * step
-        return self._accounts.silence_s(grant, self.order.stall_s) + min(answer, _WHOLE_S)
+        return self._fleet_state.silence_s(lease, self.order.stall_s) + min(answer, _WHOLE_S)

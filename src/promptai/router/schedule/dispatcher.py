@@ -57,10 +57,10 @@ class QueueEntry:
             may come back and could; it begins when there is none at all, not even one to load. ``None``: it has not.
     """
 
-    def __init__(self, job: RouteRequest, now: float) -> None:
-        self.job = job
+    def __init__(self, request: RouteRequest, now: float) -> None:
+        self.request = request
         self.since = now
-        self.choice: Placement | None = None
+        self.placement: Placement | None = None
         self.hopeless_since: float | None = None
         self.granted: asyncio.Future[SlotLease] = asyncio.get_running_loop().create_future()
 
@@ -74,14 +74,14 @@ class Dispatcher:
         strategy: How replicas are chosen.
     """
 
-    def __init__(self, accounts: FleetState, strategy: Strategy, limits: QueueLimits | None = None) -> None:
-        self.accounts = accounts
+    def __init__(self, fleet_state: FleetState, strategy: Strategy, limits: QueueLimits | None = None) -> None:
+        self.fleet_state = fleet_state
         self.strategy = strategy
         self.limits = limits or QueueLimits()
         self._queues: dict[str, FairQueue[QueueEntry]] = {}
         self._pumping: dict[str, bool] = {}
         self._tick: asyncio.TimerHandle | None = None
-        self._unsubscribe = accounts.fleet.subscribe(self._changed)
+        self._unsubscribe = fleet_state.fleet.subscribe(self._changed)
 
     def close(self) -> None:
         """Stop listening to the fleet."""
@@ -90,8 +90,8 @@ class Dispatcher:
             self._tick.cancel()
 
     @contextlib.asynccontextmanager
-    async def grant(
-        self, job: RouteRequest, *, entered: Callable[[QueueEntry], None] = lambda _: None
+    async def acquire(
+        self, request: RouteRequest, *, entered: Callable[[QueueEntry], None] = lambda _: None
     ) -> AsyncGenerator[SlotLease, None]:
         """
         Wait for a slot; inside the block it is taken.
@@ -103,98 +103,102 @@ class Dispatcher:
             SaturatedError: Too many wait already, or it waited too long.
             NoCapacityError: Nothing can serve it.
         """
-        waiter = self._enter(job)
-        entered(waiter)
+        entry = self._enter(request)
+        entered(entry)
         try:
-            if not waiter.granted.done():
-                async with asyncio.timeout(job.wait_s):
-                    await waiter.granted
-            granted = waiter.granted.result()
+            if not entry.granted.done():
+                async with asyncio.timeout(request.wait_s):
+                    await entry.granted
+            granted = entry.granted.result()
         except BaseException as error:
-            self._leave(waiter)
+            self._leave(entry)
             if isinstance(error, TimeoutError):
-                raise self._saturated(job.model, f"waited {job.wait_s:g} s for {job.model} and got no slot") from None
+                raise self._saturated(
+                    request.model, f"waited {request.wait_s:g} s for {request.model} and got no slot"
+                ) from None
             raise
         try:
             yield granted
         finally:
             self._end(granted)
 
-    def waiting(self, model: str) -> list[QueueEntry]:
+    def queued(self, model: str) -> list[QueueEntry]:
         """Who waits for a model, the next one first."""
         return self._queue(model).ordered(self._now())
 
-    def place(self, waiter: QueueEntry) -> int:
+    def position(self, entry: QueueEntry) -> int:
         """How many are before this one; 0 also for one that has its slot and has not been told yet."""
-        queue = self._queue(waiter.job.model)
-        return queue.position(waiter, self._now()) if waiter in queue else 0
+        queue = self._queue(entry.request.model)
+        return queue.position(entry, self._now()) if entry in queue else 0
 
-    def preview(self, job: RouteRequest) -> Placement | None:
+    def preview(self, request: RouteRequest) -> Placement | None:
         """Where this request would go if it came now, behind all that wait; nothing is taken."""
         reserved: dict[str, list[PendingWork]] = {}
-        for waiter in self.waiting(job.model):
-            if waiter.choice is not None:
-                reserved.setdefault(waiter.choice.load.replica.id, []).append(self._work_of(waiter.job, waiter.choice))
-        return self._choose(job, reserved)
+        for entry in self.queued(request.model):
+            if entry.placement is not None:
+                reserved.setdefault(entry.placement.view.replica.id, []).append(
+                    self._work_of(entry.request, entry.placement)
+                )
+        return self._place(request, reserved)
 
-    def _leave(self, waiter: QueueEntry) -> None:
+    def _leave(self, entry: QueueEntry) -> None:
         """Whoever leaves the queue in the very moment in which it is given a slot gives it back."""
-        self._queue(waiter.job.model).remove(waiter)
-        granted = waiter.granted
+        self._queue(entry.request.model).remove(entry)
+        granted = entry.granted
         if granted.done() and not granted.cancelled() and granted.exception() is None:
             self._end(granted.result())
         else:
-            self._pump(waiter.job.model)
+            self._pump(entry.request.model)
 
-    def _end(self, grant: SlotLease) -> None:
-        self.accounts.end(grant)
+    def _end(self, lease: SlotLease) -> None:
+        self.fleet_state.end(lease)
         # Of a prompt that was charged before, nothing was charged again.
-        charged = max(0.0, grant.charged - grant.job.tokens)
-        generated = _generated(grant)
-        self._queue(grant.job.model).settle(grant.job.key, 0.0 if generated is None else generated - charged)
-        if self._known(grant.replica.id) is not State.READY:
-            self.accounts.forget_idle()
-        self._pump(grant.job.model)
+        charged = max(0.0, lease.charged - lease.request.tokens)
+        generated = _generated(lease)
+        self._queue(lease.request.model).settle(lease.request.key, 0.0 if generated is None else generated - charged)
+        if self._known(lease.replica.id) is not State.READY:
+            self.fleet_state.forget_idle()
+        self._pump(lease.request.model)
 
     def _known(self, replica_id: str) -> State | None:
-        replica = self.accounts.fleet.snapshot.find(replica_id)
+        replica = self.fleet_state.fleet.snapshot.find(replica_id)
         return replica.state if replica is not None else None
 
     def _changed(self, _snapshot: Snapshot) -> None:
-        self.accounts.changed()
-        self.accounts.forget_idle()
+        self.fleet_state.changed()
+        self.fleet_state.forget_idle()
         for model in list(self._queues):
             self._pump(model, anew=True)
-        served = self.accounts.fleet.snapshot.models
+        served = self.fleet_state.fleet.snapshot.models
         for model in [model for model, queue in self._queues.items() if not len(queue) and model not in served]:
             del self._queues[model]
 
-    def _enter(self, job: RouteRequest) -> QueueEntry:
+    def _enter(self, request: RouteRequest) -> QueueEntry:
         now = self._now()
-        queue = self._queue(job.model)
-        waiter = QueueEntry(job, now)
-        if not job.again and not self.accounts.hope(job):
-            raise self.no_capacity(job.model, job)
-        cost = job.tokens + job.answers * self.accounts.expected(job)
-        queue.push(waiter, key=job.key, cost=cost, batch=job.batch, first=job.again, now=now)
-        self._pump(job.model)
-        if not job.again and not waiter.granted.done() and len(queue) > self.limits.queue:
-            self._turn_away(queue, waiter)
-        return waiter
+        queue = self._queue(request.model)
+        entry = QueueEntry(request, now)
+        if not request.again and not self.fleet_state.hope(request):
+            raise self.no_capacity(request.model, request)
+        cost = request.tokens + request.answers * self.fleet_state.expected(request)
+        queue.push(entry, key=request.key, cost=cost, batch=request.batch, first=request.again, now=now)
+        self._pump(request.model)
+        if not request.again and not entry.granted.done() and len(queue) > self.limits.queue:
+            self._turn_away(queue, entry)
+        return entry
 
-    def _turn_away(self, queue: FairQueue[QueueEntry], waiter: QueueEntry) -> None:
+    def _turn_away(self, queue: FairQueue[QueueEntry], entry: QueueEntry) -> None:
         """
         One too many waits: the newest of whoever has most in the queue goes, so that nobody fills it for all.
 
         Batch work goes before anybody who waits in person, as long as it lets them go before it in the queue.
         """
-        model, now = waiter.job.model, self._now()
-        waiting = [one for one in queue.ordered(now) if not one.job.again]
+        model, now = entry.request.model, self._now()
+        waiting = [one for one in queue.ordered(now) if not one.request.again]
         patient = [one for one in waiting if queue.patient(one, now)]
-        goes = _one_too_many(patient or waiting, waiter)
+        goes = _one_too_many(patient or waiting, entry)
         queue.remove(goes)
         refusal = self._saturated(model, f"{self.limits.queue} requests wait for {model} already")
-        if goes is waiter:
+        if goes is entry:
             raise refusal
         if not goes.granted.done():
             goes.granted.set_exception(refusal)
@@ -218,53 +222,53 @@ class Dispatcher:
             return
         now = self._now()
         reserved: dict[str, list[PendingWork]] = {}
-        free = self.accounts.free(model)
+        free = self.fleet_state.free(model)
         planned = 0
         # Who was cancelled is there until it has been told so.
-        for waiter in (one for one in queue.ordered(now) if not one.granted.done()):
+        for entry in (one for one in queue.ordered(now) if not one.granted.done()):
             if planned >= _LOOK and free <= 0:
                 break
-            if anew or free > 0 or waiter.choice is None:
-                waiter.choice = self._choose(waiter.job, reserved)
-            choice = waiter.choice
-            if choice is None:
-                self._mind_outage(queue, waiter, now)
+            if anew or free > 0 or entry.placement is None:
+                entry.placement = self._place(entry.request, reserved)
+            placement = entry.placement
+            if placement is None:
+                self._mind_outage(queue, entry, now)
                 continue
             planned += 1
-            replica = choice.load.replica
+            replica = placement.view.replica
             if replica.state is State.READY:  # one that has failed to load and is loaded again may fail again
-                waiter.hopeless_since = None
-            if choice.now:
+                entry.hopeless_since = None
+            if placement.now:
                 free -= 1
-                grant = self.accounts.start(waiter.job, choice, since=waiter.since)
-                grant.charged = queue.take(waiter)
-                waiter.granted.set_result(grant)
+                lease = self.fleet_state.start(entry.request, placement, since=entry.since)
+                lease.charged = queue.take(entry)
+                entry.granted.set_result(lease)
                 self.strategy.took(replica.id)
             else:
-                reserved.setdefault(replica.id, []).append(self._work_of(waiter.job, choice))
+                reserved.setdefault(replica.id, []).append(self._work_of(entry.request, placement))
                 if replica.state is State.COLD:
-                    self.accounts.fleet.wake(replica.id)
+                    self.fleet_state.fleet.wake(replica.id)
         if len(queue):
             self._look_again(now + _TICK_S)
 
-    def _choose(self, job: RouteRequest, reserved: dict[str, list[PendingWork]]) -> Placement | None:
-        loads = [self.accounts.load(replica, job, reserved) for replica in self.accounts.candidates(job)]
-        ask = Demand(tokens=job.tokens, expected=self.accounts.expected(job), head=job.prompt.head)
+    def _place(self, request: RouteRequest, reserved: dict[str, list[PendingWork]]) -> Placement | None:
+        loads = [self.fleet_state.view(replica, request, reserved) for replica in self.fleet_state.candidates(request)]
+        ask = Demand(tokens=request.tokens, expected=self.fleet_state.expected(request), head=request.prompt.head)
         return self.strategy.choose(ask, loads)
 
-    def _mind_outage(self, queue: FairQueue[QueueEntry], waiter: QueueEntry, now: float) -> None:
+    def _mind_outage(self, queue: FairQueue[QueueEntry], entry: QueueEntry, now: float) -> None:
         """Nobody who has no choice waits for ever for replicas that do not come back, or longer than their pauses."""
-        job = waiter.job
-        for at in job.refused.values():
+        request = entry.request
+        for at in request.refused.values():
             self._look_again(at)
-        if self.accounts.hope(job):
-            waiter.hopeless_since = None
+        if self.fleet_state.hope(request):
+            entry.hopeless_since = None
             return
-        if waiter.hopeless_since is None:
-            waiter.hopeless_since = now
-        if now - waiter.hopeless_since >= self.limits.outage_s:
-            queue.remove(waiter)
-            waiter.granted.set_exception(self.no_capacity(job.model, job))
+        if entry.hopeless_since is None:
+            entry.hopeless_since = now
+        if now - entry.hopeless_since >= self.limits.outage_s:
+            queue.remove(entry)
+            entry.granted.set_exception(self.no_capacity(request.model, request))
 
     def _look_again(self, at: float) -> None:
         """Go through all queues at that time, if not before; a time that is over says nothing."""
@@ -279,40 +283,42 @@ class Dispatcher:
         for model in list(self._queues):
             self._pump(model, anew=True)
 
-    def no_capacity(self, model: str, job: RouteRequest | None = None) -> NoCapacityError:
-        """That no replica of a model can serve, and why; ``job``: what it is that they cannot serve."""
+    def no_capacity(self, model: str, request: RouteRequest | None = None) -> NoCapacityError:
+        """That no replica of a model can serve, and why; ``request``: what it is that they cannot serve."""
         now = self._now()
-        replicas = self.accounts.fleet.snapshot.of(model)
+        replicas = self.fleet_state.fleet.snapshot.of(model)
         if not replicas:
             return NoCapacityError(f"no replica serves {model}", hint="see /api/fleet")
-        able = [r for r in replicas if r.usable and (job is None or suits(r, job))]
-        rests = [self.accounts.breaker(r.id).rest_s(now) for r in able]
-        why = "; ".join(f"{r.id}: {self._why_not(r, job)}" for r in replicas[:4])
+        able = [r for r in replicas if r.usable and (request is None or suits(r, request))]
+        rests = [self.fleet_state.breaker(r.id).rest_s(now) for r in able]
+        why = "; ".join(f"{r.id}: {self._why_not(r, request)}" for r in replicas[:4])
         return NoCapacityError(
             f"no replica of {model} can serve now ({why})",
             retry_after_s=max(1.0, min(rests, default=5.0)),
             hint="try again later; see /api/fleet",
         )
 
-    def _why_not(self, replica: Replica, job: RouteRequest | None) -> str:
-        if job is not None and not holds(replica, job):
+    def _why_not(self, replica: Replica, request: RouteRequest | None) -> str:
+        if request is not None and not holds(replica, request):
             return "too small for this prompt"
-        if job is not None and not suits(replica, job):
+        if request is not None and not suits(replica, request):
             return "cannot go on with an answer"
-        closed = self.accounts.breaker(replica.id).state(self._now()) is BreakerState.CLOSED
+        closed = self.fleet_state.breaker(replica.id).state(self._now()) is BreakerState.CLOSED
         return replica.reason or (replica.state.value if closed or not replica.usable else "failing")
 
     def _saturated(self, model: str, message: str) -> SaturatedError:
-        return SaturatedError(message, retry_after_s=self.moves_in_s(model), hint="try again after Retry-After")
+        return SaturatedError(message, retry_after_s=self.next_slot_in_s(model), hint="try again after Retry-After")
 
-    def moves_in_s(self, model: str) -> float:
+    def next_slot_in_s(self, model: str) -> float:
         """Seconds until the next request of a model's queue gets a slot, as it looks."""
-        job = RouteRequest(model=model, prompt=_NOTHING, tokens=1.0)
-        times = [free_in_s(self.accounts.load(replica, job, {})) for replica in self.accounts.candidates(job)]
+        request = RouteRequest(model=model, prompt=_NOTHING, tokens=1.0)
+        times = [
+            free_in_s(self.fleet_state.view(replica, request, {})) for replica in self.fleet_state.candidates(request)
+        ]
         return max(1.0, math.ceil(min(times, default=5.0)))
 
-    def _work_of(self, job: RouteRequest, choice: Placement) -> PendingWork:
-        return PendingWork(max(1.0, job.tokens - choice.load.cached), self.accounts.expected(job))
+    def _work_of(self, request: RouteRequest, placement: Placement) -> PendingWork:
+        return PendingWork(max(1.0, request.tokens - placement.view.cached_tokens), self.fleet_state.expected(request))
 
     def _queue(self, model: str) -> FairQueue[QueueEntry]:
         return self._queues.setdefault(model, FairQueue())
@@ -325,18 +331,18 @@ def _one_too_many(waiting: list[QueueEntry], newcomer: QueueEntry) -> QueueEntry
     """The newest of the key with most of those who wait; the newcomer, if it is among them and no key has more."""
     by_key: dict[str, list[QueueEntry]] = {}
     for one in waiting:
-        by_key.setdefault(one.job.key, []).append(one)
+        by_key.setdefault(one.request.key, []).append(one)
     most = max(by_key.values(), key=len)
-    if newcomer in waiting and len(by_key[newcomer.job.key]) == len(most):
+    if newcomer in waiting and len(by_key[newcomer.request.key]) == len(most):
         return newcomer
     return most[-1]
 
 
-def _generated(grant: SlotLease) -> int | None:
+def _generated(lease: SlotLease) -> int | None:
     """Tokens of all answers: as the engine says, else the pieces that came; ``None``: answered in one piece, untold."""
-    if grant.outcome is None:
-        return grant.generated
-    return grant.generated or None if grant.outcome.generated is None else grant.outcome.generated
+    if lease.outcome is None:
+        return lease.generated
+    return lease.generated or None if lease.outcome.generated is None else lease.outcome.generated
 
 
 _NOTHING = chain("")

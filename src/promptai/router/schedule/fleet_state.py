@@ -64,7 +64,7 @@ class FleetState:
         self.book = book
         self.index = CacheIndex()
         self.breakers: dict[str, Breaker] = {}
-        self._grants: dict[str, list[SlotLease]] = {}
+        self._leases: dict[str, list[SlotLease]] = {}
         self._prefilling: dict[str, list[SlotLease]] = {}
         self._streams: dict[str, _Integral] = {}
         self._steps: dict[str, tuple[Replica, StepCurve | None]] = {}
@@ -72,7 +72,7 @@ class FleetState:
 
     def running(self, replica_id: str) -> int:
         """Requests that a replica is working on."""
-        return len(self._grants.get(replica_id, ()))
+        return len(self._leases.get(replica_id, ()))
 
     def free(self, model: str) -> int:
         """Slots of a model that are free, on whichever replica."""
@@ -83,54 +83,54 @@ class FleetState:
             if replica.state is State.READY and self.breaker(replica.id).allows(now)
         )
 
-    def grants(self, replica_id: str) -> tuple[SlotLease, ...]:
+    def leases(self, replica_id: str) -> tuple[SlotLease, ...]:
         """Who is in a replica's slots."""
-        return tuple(self._grants.get(replica_id, ()))
+        return tuple(self._leases.get(replica_id, ()))
 
-    def failed(self, grant: SlotLease, *, weight: int = 1) -> None:
+    def failed(self, lease: SlotLease, *, weight: int = 1) -> None:
         """A replica has failed a request; ``weight`` 3 takes it out at once."""
-        grant.broken = True
-        before = self.breaker(grant.replica.id)
-        self.breakers[grant.replica.id] = before.failed(self.now(), weight=weight, sent_at=grant.started)
+        lease.failed = True
+        before = self.breaker(lease.replica.id)
+        self.breakers[lease.replica.id] = before.failed(self.now(), weight=weight, sent_at=lease.started)
 
-    def token(self, grant: SlotLease, now: float) -> None:
+    def token(self, lease: SlotLease, now: float) -> None:
         """Some of an answer has come."""
-        if grant.first_at is None:
-            integral = self._integral(grant.replica.id)
+        if lease.first_at is None:
+            integral = self._integral(lease.replica.id)
             integral.add(1, now)
-            grant.streams_before = integral.at(now)
-            self._read(grant)
-            if self.breaker(grant.replica.id).state(now) is BreakerState.TRIAL:
-                self.breakers.pop(grant.replica.id)  # it works; nobody need wait until this answer has ended
-        grant.token(now)
+            lease.streams_before = integral.at(now)
+            self._read(lease)
+            if self.breaker(lease.replica.id).state(now) is BreakerState.TRIAL:
+                self.breakers.pop(lease.replica.id)  # it works; nobody need wait until this answer has ended
+        lease.token(now)
 
-    def candidates(self, job: RouteRequest) -> list[Replica]:
+    def candidates(self, request: RouteRequest) -> list[Replica]:
         """Replicas that a request may be planned for now."""
-        able = self._able(job)
+        able = self._able(request)
         # Who has failed it is only asked again when nobody else is left, and not at once.
-        others = [replica for replica in able if replica.id not in job.refused]
-        return others or [replica for replica in able if job.refused[replica.id] <= self.now()]
+        others = [replica for replica in able if replica.id not in request.refused]
+        return others or [replica for replica in able if request.refused[replica.id] <= self.now()]
 
-    def _able(self, job: RouteRequest) -> list[Replica]:
+    def _able(self, request: RouteRequest) -> list[Replica]:
         """Replicas that could take a request, whether or not it pauses."""
         now = self.now()
         able = [
             replica
-            for replica in self.fleet.snapshot.of(job.model)
-            if replica.usable and self.breaker(replica.id).allows(now) and suits(replica, job)
+            for replica in self.fleet.snapshot.of(request.model)
+            if replica.usable and self.breaker(replica.id).allows(now) and suits(replica, request)
         ]
         # Its length is an estimate: who holds only what it has at least is asked when nobody else is there.
-        return [replica for replica in able if _likely_holds(replica, job)] or able
+        return [replica for replica in able if _likely_holds(replica, request)] or able
 
-    def hope(self, job: RouteRequest) -> bool:
+    def hope(self, request: RouteRequest) -> bool:
         """Whether some replica can take this request: now, once it has paused, or when one is back."""
-        return bool(self._able(job)) or self.comes_back(job)
+        return bool(self._able(request)) or self.comes_back(request)
 
     def can_go_on(self, model: str) -> bool:
         """Whether an answer that was begun elsewhere could be continued by a replica of a model, now or later."""
         return any(replica.dialect == "llama-server" for replica in self.fleet.snapshot.of(model))
 
-    def comes_back(self, job: RouteRequest) -> bool:
+    def comes_back(self, request: RouteRequest) -> bool:
         """
         Whether a replica that suits a request may soon take requests again.
 
@@ -140,8 +140,8 @@ class FleetState:
         return any(
             (replica.state is State.DRAINING and not replica.leaving)
             or (replica.usable and self.breaker(replica.id).state(now) is BreakerState.TRIAL)
-            for replica in self.fleet.snapshot.of(job.model)
-            if suits(replica, job)
+            for replica in self.fleet.snapshot.of(request.model)
+            if suits(replica, request)
         )
 
     def forget_idle(self) -> None:
@@ -150,118 +150,121 @@ class FleetState:
             if replica.state is State.DRAINING and not self.running(replica.id):
                 self.fleet.forget(replica.id)
 
-    def load(self, replica: Replica, job: RouteRequest, reserved: Mapping[str, Sequence[PendingWork]]) -> ReplicaView:
+    def view(
+        self, replica: Replica, request: RouteRequest, reserved: Mapping[str, Sequence[PendingWork]]
+    ) -> ReplicaView:
         """A replica as this request sees it; ``reserved``: who waits for which replica before it."""
         now = self.now()
-        grants = self._grants.get(replica.id, [])
+        leases = self._leases.get(replica.id, [])
         prefill = self.book.prefill_tps(replica) or ASSUMED_PREFILL_TPS
-        busy = {grant.slot for grant in grants}
-        found = self.index.spot(replica.id, self._room(replica), job.prompt, busy=busy, now=now)
-        per_char = job.tokens / max(1, job.prompt.chars)
+        busy = {lease.slot for lease in leases}
+        found = self.index.spot(replica.id, self._room(replica), request.prompt, busy=busy, now=now)
+        per_char = request.tokens / max(1, request.prompt.chars)
         trust = self.book.trust(replica.id)
         return ReplicaView(
             replica=replica,
-            running=tuple([g.decodes if g.first_at is not None else g.work(now, prefill) for g in grants]),
+            running=tuple([g.decodes if g.first_at is not None else g.work(now, prefill) for g in leases]),
             reserved=tuple(reserved.get(replica.id, ())),
             prefill_tps=prefill,
-            steps=self._steps_of(replica) or _ASSUMED_STEPS,
+            step_curve=self._steps_of(replica) or _ASSUMED_STEPS,
             slot=found.slot,
-            cached=trust * self._cached_chars(replica, found, job) * per_char,
-            lost=trust * found.lost_chars * per_char,
-            awaited=trust * self.index.awaited(replica.id, busy=busy, going=_prompts(job, grants), now=now),
-            gap_s=self.index.returns.gap_s,
+            cached_tokens=trust * self._cached_chars(replica, found, request) * per_char,
+            evicted=trust * found.evicted_chars * per_char,
+            expected_returns=trust
+            * self.index.expected_returns(replica.id, busy=busy, going=_prompts(request, leases), now=now),
+            mean_gap_s=self.index.reuse.mean_gap_s,
             ready_in_s=_ready_in_s(replica),
         )
 
-    def _cached_chars(self, replica: Replica, found: SlotChoice, job: RouteRequest) -> int:
+    def _cached_chars(self, replica: Replica, found: SlotChoice, request: RouteRequest) -> int:
         """What is in a slot that is taken will be there once it is free."""
         if found.slot is not None:
             return found.cached_chars
-        going = [job.prompt.shared(grant.job.prompt) for grant in self._grants.get(replica.id, ())]
+        going = [request.prompt.shared(lease.request.prompt) for lease in self._leases.get(replica.id, ())]
         return max(found.cached_chars, *going, 0)
 
-    def start(self, job: RouteRequest, choice: Placement, *, since: float) -> SlotLease:
+    def start(self, request: RouteRequest, placement: Placement, *, since: float) -> SlotLease:
         """A request takes the slot that was chosen for it; ``since``: when it came."""
         now = self.now()
-        replica = choice.load.replica
-        self.index.returns.asked(job.prompt, now)
-        grant = SlotLease(
-            job,
+        replica = placement.view.replica
+        self.index.reuse.asked(request.prompt, now)
+        lease = SlotLease(
+            request,
             replica,
-            slot=choice.load.slot or 0,
-            cached=min(choice.load.cached, max(0.0, job.tokens - 1)),
-            expected=self.expected(job),
-            estimate=choice.estimate,
-            reason=choice.reason,
+            slot=placement.view.slot or 0,
+            cached=min(placement.view.cached_tokens, max(0.0, request.tokens - 1)),
+            expected=self.expected(request),
+            estimate=placement.estimate,
+            reason=placement.reason,
             queued_s=now - since,
             now=now,
         )
-        beside = self._grants.setdefault(replica.id, [])
-        grant.alone = not beside
+        beside = self._leases.setdefault(replica.id, [])
+        lease.alone = not beside
         for other in beside:
             other.alone = False
-        beside.append(grant)
-        self._prefilling.setdefault(replica.id, []).append(grant)
+        beside.append(lease)
+        self._prefilling.setdefault(replica.id, []).append(lease)
         self.fleet.touch(replica.id)
         breaker = self.breaker(replica.id)
         if breaker.state(now) is BreakerState.TRIAL:
             self.breakers[replica.id] = breaker.took_trial(now)
-        return grant
+        return lease
 
-    def end(self, grant: SlotLease) -> None:
+    def end(self, lease: SlotLease) -> None:
         """A request gives its slot back; its ``outcome`` is learned from."""
         now = self.now()
-        grants = self._grants.get(grant.replica.id, [])
-        grants.remove(grant)
-        self.fleet.touch(grant.replica.id)
-        if not grants:
-            del self._grants[grant.replica.id]
-        if grant.first_at is None:
-            self._read(grant)
-        integral = self._integral(grant.replica.id)
-        if grant.first_at is not None:
+        leases = self._leases.get(lease.replica.id, [])
+        leases.remove(lease)
+        self.fleet.touch(lease.replica.id)
+        if not leases:
+            del self._leases[lease.replica.id]
+        if lease.first_at is None:
+            self._read(lease)
+        integral = self._integral(lease.replica.id)
+        if lease.first_at is not None:
             integral.add(-1, now)
-        self._learn(grant, integral.at(now), now)
-        if not grants and self.fleet.snapshot.find(grant.replica.id) is None:
-            self._forget(grant.replica.id)
+        self._learn(lease, integral.at(now), now)
+        if not leases and self.fleet.snapshot.find(lease.replica.id) is None:
+            self._forget(lease.replica.id)
 
-    def _learn(self, grant: SlotLease, integral: float, now: float) -> None:
-        outcome, name = grant.outcome, grant.replica.id
+    def _learn(self, lease: SlotLease, integral: float, now: float) -> None:
+        outcome, name = lease.outcome, lease.replica.id
         if outcome is None:
-            if grant.first_at is not None and not grant.broken:  # its client left: the prompt is in the cache
-                self.index.hold(name, self._room(grant.replica), grant.slot, grant.job.prompt, now)
+            if lease.first_at is not None and not lease.failed:  # its client left: the prompt is in the cache
+                self.index.hold(name, self._room(lease.replica), lease.slot, lease.request.prompt, now)
             else:
-                self.index.lose(name, grant.slot)
-            if name in self.breakers and not grant.broken:
-                self.breakers[name] = self.breakers[name].released_trial(sent_at=grant.started)
+                self.index.lose(name, lease.slot)
+            if name in self.breakers and not lease.failed:
+                self.breakers[name] = self.breakers[name].released_trial(sent_at=lease.started)
             return
         self.breakers.pop(name, None)
-        if grant.job.answers > 1:  # one slot is in our account, and whichever they took are in use
-            self.index.lose(name, grant.slot)
+        if lease.request.answers > 1:  # one slot is in our account, and whichever they took are in use
+            self.index.lose(name, lease.slot)
         if outcome.answer is not None:
-            self.index.hold(name, self._room(grant.replica), grant.slot, outcome.answer, now)
-            self.index.returns.answered(outcome.answer, now)
+            self.index.hold(name, self._room(lease.replica), lease.slot, outcome.answer, now)
+            self.index.reuse.answered(outcome.answer, now)
         if outcome.timings is None:
             return
-        span = now - grant.first_at if grant.first_at is not None else 0.0
+        span = now - lease.first_at if lease.first_at is not None else 0.0
         self.book.observe(
             name,
-            model=grant.job.model,
+            model=lease.request.model,
             timings=outcome.timings,
-            predicted_cached=round(grant.cached),
-            mean_streams=(integral - grant.streams_before) / span if span > 0 else 1.0,
-            alone=grant.alone,
-            prompt_chars=grant.job.prompt.chars if outcome.counted else 0,
+            predicted_cached=round(lease.cached),
+            mean_streams=(integral - lease.streams_before) / span if span > 0 else 1.0,
+            alone=lease.alone,
+            prompt_chars=lease.request.prompt.chars if outcome.counted else 0,
             capped=outcome.capped,
         )
         self._steps.pop(name, None)
 
-    def _read(self, grant: SlotLease) -> None:
+    def _read(self, lease: SlotLease) -> None:
         """Its prompt holds nobody up any more."""
-        beside = self._prefilling[grant.replica.id]
-        beside.remove(grant)
+        beside = self._prefilling[lease.replica.id]
+        beside.remove(lease)
         if not beside:
-            del self._prefilling[grant.replica.id]
+            del self._prefilling[lease.replica.id]
 
     def _steps_of(self, replica: Replica) -> StepCurve | None:
         """How long a token takes there, if known; every request asks, and only an answer changes it."""
@@ -270,14 +273,14 @@ class FleetState:
             known = self._steps[replica.id] = (replica, self.book.decode_steps(replica))
         return known[1]
 
-    def silence_s(self, grant: SlotLease, floor_s: float) -> float:
+    def silence_s(self, lease: SlotLease, floor_s: float) -> float:
         """
         The longest that its replica may be silent before that is a failure.
 
         Whatever is computed there is waited for, four times as long as it should take: boards throttle, and
         a prompt of somebody else holds up every stream.
         """
-        replica = grant.replica
+        replica = lease.replica
         steps = self._steps_of(replica)
         limit = floor_s + 20.0 * (steps.longest(replica.slots) if steps is not None else _SLOWEST_STEP_S)
         reading = self._prefilling.get(replica.id)
@@ -304,14 +307,14 @@ class FleetState:
         """A replica has left: in a cluster names come and go. What still runs there keeps its account until it ends."""
         self.index.lose(replica_id)
         self._steps.pop(replica_id, None)
-        if replica_id not in self._grants:
+        if replica_id not in self._leases:
             self.breakers.pop(replica_id, None)
             self._streams.pop(replica_id, None)
 
-    def expected(self, job: RouteRequest) -> float:
+    def expected(self, request: RouteRequest) -> float:
         """Tokens that a request's answer will have, as answers of its model usually do."""
-        usual = self.book.answer_tokens(job.model)
-        return usual if job.limit is None else min(usual, float(max(1, job.limit)))
+        usual = self.book.answer_tokens(request.model)
+        return usual if request.limit is None else min(usual, float(max(1, request.limit)))
 
     def _room(self, replica: Replica) -> Capacity:
         tokens = _MUCH_TOKENS if replica.host_cache_tokens is None else replica.host_cache_tokens
@@ -347,24 +350,24 @@ class _Integral:
         return self._sum + self._streams * (now - self._since)
 
 
-def holds(replica: Replica, job: RouteRequest) -> bool:
+def holds(replica: Replica, request: RouteRequest) -> bool:
     """Whether a replica's context may hold a request's prompt, which is estimated; the engine counts."""
-    return replica.context is None or job.fewest < replica.context
+    return replica.context is None or request.fewest < replica.context
 
 
-def suits(replica: Replica, job: RouteRequest) -> bool:
+def suits(replica: Replica, request: RouteRequest) -> bool:
     """Whether a replica could serve a request if it is well: by its context and its dialect."""
-    return holds(replica, job) and (replica.dialect == "llama-server" or not job.goes_on)
+    return holds(replica, request) and (replica.dialect == "llama-server" or not request.goes_on)
 
 
-def _prompts(job: RouteRequest, grants: Iterable[SlotLease]) -> Iterator[Chain]:
-    yield job.prompt
-    for grant in grants:
-        yield grant.job.prompt
+def _prompts(request: RouteRequest, leases: Iterable[SlotLease]) -> Iterator[Chain]:
+    yield request.prompt
+    for lease in leases:
+        yield lease.request.prompt
 
 
-def _likely_holds(replica: Replica, job: RouteRequest) -> bool:
-    return replica.context is None or (job.longest or job.tokens) < replica.context
+def _likely_holds(replica: Replica, request: RouteRequest) -> bool:
+    return replica.context is None or (request.longest or request.tokens) < replica.context
 
 
 def _ready_in_s(replica: Replica) -> float:

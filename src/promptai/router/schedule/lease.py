@@ -90,7 +90,7 @@ class SlotLease:
 
     def __init__(
         self,
-        job: RouteRequest,
+        request: RouteRequest,
         replica: Replica,
         *,
         slot: int,
@@ -101,7 +101,7 @@ class SlotLease:
         queued_s: float,
         now: float,
     ) -> None:
-        self.job = job
+        self.request = request
         self.replica = replica
         self.slot = slot
         self.cached = cached
@@ -112,12 +112,12 @@ class SlotLease:
         self.first_at: float | None = None
         self.generated = 0
         self.alone = True
-        self.broken = False
+        self.failed = False
         self.outcome: LeaseResult | None = None
         self.streams_before = 0.0
         self.expected = expected
         self.charged = 0.0
-        self._left = max(1.0, job.tokens - cached)
+        self._left = max(1.0, request.tokens - cached)
         self._total = self._left
         self._left_at = now
         self.decodes = PendingWork(0.0, self._answer_left())
@@ -150,5 +150,5 @@ class SlotLease:
         return PendingWork(self.prefill_left(now, prefill_tps), self.decodes.decode)
 
     def _answer_left(self) -> float:
-        limit = self.job.limit
+        limit = self.request.limit
         return self.expected if limit is None else min(self.expected, max(1.0, limit - self.generated))
