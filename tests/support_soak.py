@@ -208,4 +208,4 @@ def grown(before: Left, after: Left, *, at_least: int) -> dict[str, tuple[int, i
 
 
 #: Conversations that may go on: as many as are answered in some minutes, 2,048 at most (``router.estimate.prefix``).
-_BOUNDED = "gateway._dispatcher.fleet_state.index.reuse._answered"
+_BOUNDED = "gateway._dispatcher.fleet_state.index.reuse._answered_at"

@@ -63,7 +63,7 @@ def test_the_reason_is_in_the_headers() -> None:
 
     assert answer.headers["x-promptai-model"] == "large"
     assert answer.headers["x-promptai-route-reason"].startswith("auto: large, predicted 5.")
-    assert "; least seconds: first token in" in answer.headers["x-promptai-route-reason"]
+    assert "; lowest cost: first token in" in answer.headers["x-promptai-route-reason"]
 
 
 def test_an_alias_fills_only_what_the_request_leaves_open() -> None:

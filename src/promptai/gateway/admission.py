@@ -266,7 +266,7 @@ class Admission:
         if placement is not None and fleet_state.book.source(placement.view.replica) != "unknown":
             streams = len(placement.view.running) + 1
             tokens = self._answer_tokens(route_request, longest, placement.view.replica.context)
-            finish = placement.estimate.ttft_s + tokens * placement.view.step(streams)
+            finish = placement.estimate.ttft_s + tokens * placement.view.step_s(streams)
         return AutoCandidate(
             model=route_request.model,
             capability=max((r.capability for r in own if r.capability is not None), default=None),

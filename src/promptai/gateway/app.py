@@ -245,7 +245,7 @@ class Gateway:
             view, expected = placement.view, placement.estimate
             found |= {
                 "replica": view.replica.id,
-                "now": placement.now,
+                "now": placement.immediate,
                 "reason": placement.reason,
                 "cached_tokens": round(view.cached_tokens),
                 "wait_s": round(expected.wait_s, 3),

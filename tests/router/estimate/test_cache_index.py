@@ -23,32 +23,32 @@ ANN, BOB, EVE = (chain(letters(10, seed)) for seed in (1, 2, 3))
 
 
 def test_nothing_is_cached_where_nothing_was_sent() -> None:
-    assert SlotChoice(0) == CacheIndex().spot("pi", SLOTS, ANN, busy=(), now=0.0)
+    assert SlotChoice(0) == CacheIndex().best_slot("pi", SLOTS, ANN, busy=(), now=0.0)
 
 
 def test_a_conversation_finds_its_slot_again() -> None:
     index = CacheIndex()
-    index.hold("pi", SLOTS, 0, BOB, 0.0)
-    index.hold("pi", SLOTS, 1, ANN, 1.0)
+    index.store("pi", SLOTS, 0, BOB, 0.0)
+    index.store("pi", SLOTS, 1, ANN, 1.0)
     more = chain(letters(10, 1) + letters(3, 9))
 
-    assert SlotChoice(1, ANN.chars) == index.spot("pi", SLOTS, more, busy=(), now=2.0)
-    assert SlotChoice(0) == index.spot("elsewhere", SLOTS, more, busy=(), now=2.0)
+    assert SlotChoice(1, ANN.chars) == index.best_slot("pi", SLOTS, more, busy=(), now=2.0)
+    assert SlotChoice(0) == index.best_slot("elsewhere", SLOTS, more, busy=(), now=2.0)
 
 
 def test_a_new_conversation_takes_the_empty_slot_before_anybodys() -> None:
     index = CacheIndex()
-    index.hold("pi", SLOTS, 0, ANN, 0.0)
+    index.store("pi", SLOTS, 0, ANN, 0.0)
 
-    assert SlotChoice(1) == index.spot("pi", SLOTS, BOB, busy=(), now=1.0)
+    assert SlotChoice(1) == index.best_slot("pi", SLOTS, BOB, busy=(), now=1.0)
 
 
 def test_a_new_conversation_takes_the_slot_of_whoever_has_been_away_for_longest() -> None:
     index = CacheIndex()
-    index.hold("pi", SLOTS, 0, ANN, 500.0)
-    index.hold("pi", SLOTS, 1, BOB, 0.0)
+    index.store("pi", SLOTS, 0, ANN, 500.0)
+    index.store("pi", SLOTS, 1, BOB, 0.0)
 
-    spot = index.spot("pi", SLOTS, EVE, busy=(), now=600.0)
+    spot = index.best_slot("pi", SLOTS, EVE, busy=(), now=600.0)
 
     assert spot.slot == 1
     assert 0 < spot.evicted_chars < 0.2 * BOB.chars
@@ -56,74 +56,74 @@ def test_a_new_conversation_takes_the_slot_of_whoever_has_been_away_for_longest(
 
 def test_a_slot_in_use_is_nobody_elses_and_its_cache_is_told_all_the_same() -> None:
     index = CacheIndex()
-    index.hold("pi", SLOTS, 0, ANN, 0.0)
+    index.store("pi", SLOTS, 0, ANN, 0.0)
 
-    assert SlotChoice(1) == index.spot("pi", SLOTS, ANN, busy={0}, now=1.0)
-    assert SlotChoice(None, ANN.chars) == index.spot("pi", SLOTS, ANN, busy={0, 1}, now=1.0)
+    assert SlotChoice(1) == index.best_slot("pi", SLOTS, ANN, busy={0}, now=1.0)
+    assert SlotChoice(None, ANN.chars) == index.best_slot("pi", SLOTS, ANN, busy={0, 1}, now=1.0)
 
 
 def test_a_shared_beginning_is_not_worth_somebodys_conversation() -> None:
     """One window of a system prompt against ten of a conversation that goes on, with an empty slot beside it."""
     index, system = CacheIndex(), letters(1, 7)
-    index.hold("pi", SLOTS, 0, chain(system + letters(10, 1)), 0.0)
+    index.store("pi", SLOTS, 0, chain(system + letters(10, 1)), 0.0)
 
-    assert SlotChoice(1) == index.spot("pi", SLOTS, chain(system + letters(2, 2)), busy=(), now=1.0)
+    assert SlotChoice(1) == index.best_slot("pi", SLOTS, chain(system + letters(2, 2)), busy=(), now=1.0)
 
 
 def test_what_is_lost_is_not_found_again() -> None:
     index = CacheIndex()
     for slot, held in enumerate((ANN, BOB)):
-        index.hold("pi", SLOTS, slot, held, 0.0)
+        index.store("pi", SLOTS, slot, held, 0.0)
 
-    index.lose("pi", 0)
+    index.drop("pi", 0)
     assert BOB.chars == index.chars("pi")
 
-    index.lose("pi")
+    index.drop("pi")
     assert index.chars("pi") == 0
 
 
 def test_a_prompt_cache_keeps_more_conversations_than_there_are_slots() -> None:
     index, room = CacheIndex(), Capacity(slots=1, host_chars=10_000)
     for held in (ANN, BOB, EVE):
-        index.hold("pi", room, 0, held, 0.0)
+        index.store("pi", room, 0, held, 0.0)
 
     assert [SlotChoice(0, held.chars) for held in (ANN, BOB, EVE)] == [
-        index.spot("pi", room, held, busy=(), now=1.0) for held in (ANN, BOB, EVE)
+        index.best_slot("pi", room, held, busy=(), now=1.0) for held in (ANN, BOB, EVE)
     ]
 
 
 def test_a_full_prompt_cache_loses_what_was_used_longest_ago() -> None:
     index, room = CacheIndex(), Capacity(slots=1, host_chars=2 * ANN.chars)
     for held in (ANN, BOB, EVE):
-        index.hold("pi", room, 0, held, 0.0)
+        index.store("pi", room, 0, held, 0.0)
 
     assert [0, BOB.chars, EVE.chars] == [
-        index.spot("pi", room, held, busy=(), now=1.0).cached_chars for held in (ANN, BOB, EVE)
+        index.best_slot("pi", room, held, busy=(), now=1.0).cached_chars for held in (ANN, BOB, EVE)
     ]
 
 
 def test_what_a_prompt_pushes_out_of_the_prompt_cache_is_told_before() -> None:
     index, room = CacheIndex(), Capacity(slots=1, host_chars=2 * ANN.chars)
     for held in (ANN, BOB):
-        index.hold("pi", room, 0, held, 0.0)
+        index.store("pi", room, 0, held, 0.0)
 
-    assert index.spot("pi", room, ANN, busy=(), now=1.0).evicted_chars == 0
-    assert 0 < index.spot("pi", room, EVE, busy=(), now=1.0).evicted_chars < ANN.chars
+    assert index.best_slot("pi", room, ANN, busy=(), now=1.0).evicted_chars == 0
+    assert 0 < index.best_slot("pi", room, EVE, busy=(), now=1.0).evicted_chars < ANN.chars
 
 
 def test_a_conversation_that_goes_on_is_kept_once() -> None:
     index, room = CacheIndex(), Capacity(slots=1, host_chars=10_000)
     for windows in (3, 5, 10):
-        index.hold("pi", room, 0, chain(letters(10, 1)[: windows * WINDOW]), 0.0)
+        index.store("pi", room, 0, chain(letters(10, 1)[: windows * WINDOW]), 0.0)
 
     assert index.chars("pi") == 10 * WINDOW
 
 
 def test_the_loss_of_a_slot_takes_nothing_from_the_prompt_cache() -> None:
     index, room = CacheIndex(), Capacity(slots=1, host_chars=10_000)
-    index.hold("pi", room, 0, ANN, 0.0)
+    index.store("pi", room, 0, ANN, 0.0)
 
-    index.lose("pi", 0)
+    index.drop("pi", 0)
 
     assert ANN.chars == index.chars("pi")
 
@@ -132,23 +132,26 @@ def test_a_prompt_finds_what_it_shares_with_a_conversation_that_it_does_not_go_o
     """Two people with the same first three windows."""
     index, room, system = CacheIndex(), Capacity(slots=1, host_chars=100_000), letters(3, 7)
     for seed in range(20):
-        index.hold("pi", room, 0, chain(system + letters(5, seed)), 0.0)
+        index.store("pi", room, 0, chain(system + letters(5, seed)), 0.0)
 
-    assert index.spot("pi", room, chain(system + letters(5, 99)), busy=(), now=1.0) == SlotChoice(0, 3 * WINDOW)
+    assert index.best_slot("pi", room, chain(system + letters(5, 99)), busy=(), now=1.0) == SlotChoice(0, 3 * WINDOW)
 
 
 def test_short_prompts_without_end_take_no_memory_and_no_time() -> None:
     index, room = CacheIndex(), Capacity(slots=1, host_chars=10**9)
     for number in range(3000):
-        index.hold("pi", room, 0, linked(number, 2), float(number))
+        index.store("pi", room, 0, linked(number, 2), float(number))
 
     assert index.chars("pi") == 1024 * 2 * WINDOW
-    assert [index.spot("pi", room, linked(n, 3), busy=(), now=0.0).cached_chars for n in (0, 2999)] == [0, 2 * WINDOW]
+    assert [index.best_slot("pi", room, linked(n, 3), busy=(), now=0.0).cached_chars for n in (0, 2999)] == [
+        0,
+        2 * WINDOW,
+    ]
 
 
 def test_a_replica_that_loses_its_prompt_cache_is_known_by_its_slots() -> None:
     index = CacheIndex()
-    index.hold("pi", Capacity(slots=1, host_chars=10_000), 0, ANN, 0.0)
-    index.hold("pi", SLOTS, 1, BOB, 0.0)
+    index.store("pi", Capacity(slots=1, host_chars=10_000), 0, ANN, 0.0)
+    index.store("pi", SLOTS, 1, BOB, 0.0)
 
-    assert [index.spot("pi", SLOTS, one, busy=(), now=1.0).cached_chars for one in (ANN, BOB)] == [0, BOB.chars]
+    assert [index.best_slot("pi", SLOTS, one, busy=(), now=1.0).cached_chars for one in (ANN, BOB)] == [0, BOB.chars]

@@ -14,14 +14,14 @@ from promptai.router.estimate.step_curve import StepCurve
 SLOTS, CACHE = Capacity(slots=4, host_chars=0), Capacity(slots=4, host_chars=1_000_000)
 TEXTS = ["".join(Random(seed).choices("abcdefgh ", k=10 * WINDOW)) for seed in range(3)]
 ANN, BOB, EVE = map(chain, TEXTS)
-ASK = Demand(tokens=600, expected=150, head=1)
+ASK = Demand(prompt_tokens=600, answer_tokens=150, conversation=1)
 
 
 def left(room: Capacity) -> CacheIndex:
     """Three conversations that have just been answered."""
     index = CacheIndex()
     for slot, held in enumerate((ANN, BOB, EVE)):
-        index.hold("pi", room, slot, held, 0.0)
+        index.store("pi", room, slot, held, 0.0)
     return index
 
 
@@ -35,26 +35,26 @@ def board(*, cached_tokens: float = 0.0, expected_returns: float = 0.0) -> Repli
 
 @pytest.mark.parametrize("room", [SLOTS, CACHE])
 def test_most_of_those_who_were_just_answered_are_expected_back(room: Capacity) -> None:
-    assert pytest.approx(left(room).expected_returns("pi", busy=(), going=(), now=0.0)) == 0.75 * 3
+    assert pytest.approx(left(room).expected_returns("pi", busy=(), current=(), now=0.0)) == 0.75 * 3
 
 
 @pytest.mark.parametrize("room", [SLOTS, CACHE])
 def test_who_has_been_away_for_long_is_not_expected_back(room: Capacity) -> None:
     index = left(room)
 
-    assert index.expected_returns("pi", busy=(), going=(), now=240.0) < 0.5 * 3
-    assert index.expected_returns("pi", busy=(), going=(), now=10_000.0) == 0
+    assert index.expected_returns("pi", busy=(), current=(), now=240.0) < 0.5 * 3
+    assert index.expected_returns("pi", busy=(), current=(), now=10_000.0) == 0
 
 
 @pytest.mark.parametrize("room", [SLOTS, CACHE])
 def test_who_is_back_is_not_awaited_any_more(room: Capacity) -> None:
     back = chain(TEXTS[0] + "and what else?")
 
-    assert pytest.approx(left(room).expected_returns("pi", busy=(), going=[back], now=0.0)) == 0.75 * 2
+    assert pytest.approx(left(room).expected_returns("pi", busy=(), current=[back], now=0.0)) == 0.75 * 2
 
 
 def test_what_is_being_overwritten_is_not_awaited() -> None:
-    assert pytest.approx(left(SLOTS).expected_returns("pi", busy=[1], going=(), now=0.0)) == 0.75 * 2
+    assert pytest.approx(left(SLOTS).expected_returns("pi", busy=[1], current=(), now=0.0)) == 0.75 * 2
 
 
 def test_a_long_prompt_keeps_away_from_a_board_that_many_will_come_back_to() -> None:
@@ -65,7 +65,7 @@ def test_a_long_prompt_keeps_away_from_a_board_that_many_will_come_back_to() -> 
 
 
 def test_a_short_prompt_does_not_care_who_comes_back() -> None:
-    short = Demand(tokens=20, expected=150, head=1)
+    short = Demand(prompt_tokens=20, answer_tokens=150, conversation=1)
 
     assert estimate(short, board(expected_returns=4.0)).interference_s < 0.01
 

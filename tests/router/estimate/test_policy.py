@@ -19,7 +19,7 @@ from promptai.router.estimate.step_curve import StepCurve
 
 #: 50 prompt tokens a second, 0.1 s a token alone and half of that more for each further stream.
 STEPS = StepCurve.between({1: 0.1}, 0.5)
-ASK = Demand(tokens=500, expected=100, head=7)
+ASK = Demand(prompt_tokens=500, answer_tokens=100, conversation=7)
 
 
 def board(name: str = "a", *, slots: int = 2, state: State = State.READY, **fields: object) -> ReplicaView:
@@ -48,7 +48,7 @@ def test_a_prompt_that_is_cached_whole_is_still_asked_for_its_last_token() -> No
 
 
 def test_a_cache_that_is_overwritten_costs_what_it_takes_to_read_it_again() -> None:
-    assert estimate(ASK, board(evicted=250.0)).eviction_s == 5.0
+    assert estimate(ASK, board(evicted_tokens=250.0)).eviction_s == 5.0
 
 
 def test_prompts_that_are_read_before_ours_are_waited_for() -> None:
@@ -92,7 +92,7 @@ def test_a_conversation_waits_for_its_cache_rather_than_be_read_again_elsewhere(
         home = board("a", slots=1, slot=None, cached_tokens=450.0, running=(PendingWork(0.0, left),))
         placement = Affinity().choose(ASK, [home, board("b")])
         assert placement is not None
-        assert (placement.view.replica.id, placement.now) == (chosen, chosen == "b")
+        assert (placement.view.replica.id, placement.immediate) == (chosen, chosen == "b")
 
 
 def test_equal_boards_are_chosen_among_by_the_conversation_alone() -> None:
@@ -100,7 +100,7 @@ def test_equal_boards_are_chosen_among_by_the_conversation_alone() -> None:
     views = [board(name) for name in "abcd"]
 
     def chosen(head: int, views: list[ReplicaView]) -> str:
-        placement = Affinity().choose(msgspec.structs.replace(ASK, head=head), views)
+        placement = Affinity().choose(msgspec.structs.replace(ASK, conversation=head), views)
         assert placement is not None
         return placement.view.replica.id
 
@@ -122,7 +122,7 @@ def test_round_robin_goes_on_behind_the_last_one_that_was_taken() -> None:
     for _ in range(5):
         placement = strategy.choose(ASK, [board("c"), board("a"), board("b")])
         assert placement is not None
-        strategy.took(placement.view.replica.id)
+        strategy.placed(placement.view.replica.id)
         order.append(placement.view.replica.id)
 
     assert order == ["a", "b", "c", "a", "b"]
@@ -134,7 +134,7 @@ def test_round_robin_leaves_out_who_has_no_slot() -> None:
     placement = RoundRobin().choose(ASK, [busy, board("b")])
 
     assert placement is not None
-    assert (placement.view.replica.id, placement.now) == ("b", True)
+    assert (placement.view.replica.id, placement.immediate) == ("b", True)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

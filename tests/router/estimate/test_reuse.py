@@ -21,7 +21,7 @@ def linked(who: int, windows: int) -> Chain:
 
 
 def test_who_was_just_here_is_likelier_back_than_who_has_been_away() -> None:
-    likely = [ReuseModel().likely(age) for age in (0, 60, 300, 3600)]
+    likely = [ReuseModel().probability(age) for age in (0, 60, 300, 3600)]
 
     assert sorted(likely, reverse=True) == likely
     assert likely[0] == pytest.approx(0.75)
@@ -42,7 +42,7 @@ def test_it_is_learned_how_many_come_back_and_when(share: float, mean_gap_s: flo
         heapq.heappush(turns, (then, who, windows + 3) if goes_on else (then, fresh, 2))
 
     assert returns.mean_gap_s == pytest.approx(mean_gap_s, rel=0.3)
-    assert returns.likely(0.0) == pytest.approx(share, abs=0.1)
+    assert returns.probability(0.0) == pytest.approx(share, abs=0.1)
 
 
 def test_a_client_that_strips_an_answer_is_recognised_all_the_same() -> None:
@@ -61,4 +61,4 @@ def test_what_is_remembered_of_answers_is_bounded() -> None:
     for number in range(5000):
         returns.answered(chain(letters(3, number)), 0.0)
 
-    assert len(returns._answered) <= 2048
+    assert len(returns._answered_at) <= 2048

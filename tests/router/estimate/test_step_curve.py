@@ -2,7 +2,7 @@
 
 import pytest
 
-from promptai.router.estimate.step_curve import StepCurve, kept
+from promptai.router.estimate.step_curve import StepCurve, grid_point
 
 
 def test_one_number_that_was_seen_tells_all_along_the_slowdown() -> None:
@@ -42,6 +42,6 @@ def test_flat_is_the_same_for_any_number() -> None:
 
 def test_few_streams_are_kept_one_by_one_and_many_by_their_size() -> None:
     """A server with 256 slots is not remembered 256 times."""
-    assert [kept(streams) for streams in (0.2, 1.0, 1.4, 1.6, 7.4, 8.0, 9.0, 10.0)] == [1, 1, 1, 2, 7, 8, 10, 10]
-    assert len({kept(streams) for streams in range(1, 257)}) < 25
-    assert all(abs(kept(streams) / streams - 1) < 0.15 for streams in range(8, 1000))
+    assert [grid_point(streams) for streams in (0.2, 1.0, 1.4, 1.6, 7.4, 8.0, 9.0, 10.0)] == [1, 1, 1, 2, 7, 8, 10, 10]
+    assert len({grid_point(streams) for streams in range(1, 257)}) < 25
+    assert all(abs(grid_point(streams) / streams - 1) < 0.15 for streams in range(8, 1000))

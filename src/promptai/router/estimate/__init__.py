@@ -1,1 +1,1 @@
-"""Predicts what a request costs on each replica: rates, cached prompts, failures. Pure."""
+"""Estimates what a request costs on each replica: rates, cached prompts, recent failures. Pure."""

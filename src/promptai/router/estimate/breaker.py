@@ -1,19 +1,17 @@
 """Keep a failing replica out of rotation until it has had time to recover.
 
-A throttled or swapping board rarely fails cleanly: ``/health`` still answers 200 while
-every prompt times out. So the router also counts what really happened to requests, one
-breaker for each replica:
+A throttled or swapping board rarely fails cleanly: ``/health`` still returns 200 while every prompt times out. So
+the router counts the failures of real requests, with one breaker per replica:
 
     CLOSED --failures reach the limit--> OPEN --cooldown over--> TRIAL
        ^                                   ^                       |
        |                                   +------ failure --------+
        +---------------------------- success ----------------------+
 
-In TRIAL one request at a time goes through: a board that is still broken should cost one
-person a retry, not everybody.
+In TRIAL one request at a time goes through, so a board that is still broken costs one retry.
 
-A pure state machine: it never sleeps, logs or reads a clock. ``now`` is in seconds of a
-monotonic clock, so that a test walks through an hour of outage in microseconds.
+A pure state machine: it never sleeps, logs or reads a clock. ``now`` is in seconds of a monotonic clock, so a test
+passes an hour of outage in microseconds.
 """
 
 from enum import Enum
@@ -26,7 +24,7 @@ _TRIAL_LIMIT_S = 120.0
 
 
 class BreakerState(Enum):
-    """What the router may send to the replica right now."""
+    """Requests that the router may send to the replica now."""
 
     CLOSED = "closed"  # anything
     OPEN = "open"  # nothing
@@ -35,16 +33,16 @@ class BreakerState(Enum):
 
 class Breaker(msgspec.Struct, frozen=True, kw_only=True):
     """
-    The recent history of one replica, as far as routing cares.
+    Recent failures of one replica.
 
-    Immutable: every event returns another breaker, so that nothing changes under a decision
-    that reads it. A success forgives everything: what follows it is a new ``Breaker()``.
+    Immutable: every event returns another breaker, so a routing decision works on a stable value. A success resets
+    everything: a new ``Breaker()`` follows it.
 
     Attributes:
         failures: Failures since the last success.
         opened_at: When the replica was last taken out; ``None`` while closed.
         cooldown_s: How long it stays out; doubles each time a trial fails.
-        trial_at: When the trial that is under way began; ``None``: there is none.
+        trial_at: When the current trial began; ``None`` without one.
     """
 
     failures: int = 0
@@ -53,7 +51,7 @@ class Breaker(msgspec.Struct, frozen=True, kw_only=True):
     trial_at: float | None = None
 
     def state(self, now: float) -> BreakerState:
-        """What may be sent at that time."""
+        """State at that time."""
         if self.opened_at is None:
             return BreakerState.CLOSED
         return BreakerState.OPEN if now < self.opened_at + self.cooldown_s else BreakerState.TRIAL
@@ -63,8 +61,8 @@ class Breaker(msgspec.Struct, frozen=True, kw_only=True):
         Whether a request may be sent now; in TRIAL it must be announced with ``took_trial``.
 
         Args:
-            trial_limit_s: A trial without an outcome for so long is given up, and another may begin. A long
-                prompt on a slow board takes minutes to its first token, hence two of them.
+            trial_limit_s: A trial without an outcome after this time is given up, and another may begin. Two
+                minutes, since a long prompt on a slow board takes that long to its first token.
         """
         state = self.state(now)
         if state is BreakerState.TRIAL:
@@ -72,22 +70,22 @@ class Breaker(msgspec.Struct, frozen=True, kw_only=True):
         return state is BreakerState.CLOSED
 
     def rest_s(self, now: float) -> float:
-        """Seconds until something may be sent again, as far as the cooldown decides; 0 when it does not."""
+        """Seconds until the cooldown ends; 0 without one."""
         return 0.0 if self.opened_at is None else max(0.0, self.opened_at + self.cooldown_s - now)
 
     def took_trial(self, now: float) -> "Breaker":
-        """A request was sent; in TRIAL it is the only one until its outcome, otherwise nothing changes."""
+        """Record that a request was sent; in TRIAL it is the only one until its outcome."""
         if self.state(now) is not BreakerState.TRIAL:
             return self
         return msgspec.structs.replace(self, trial_at=now)
 
     def released_trial(self, *, sent_at: float | None = None) -> "Breaker":
         """
-        A request ended without saying anything of the replica: its client left.
+        Record that a request ended without an outcome, because its client disconnected.
 
         Args:
-            sent_at: When it was sent; ``None``: it was the one on trial. One that was sent before the trial
-                began is another, and the trial goes on.
+            sent_at: When it was sent; ``None``: it was the trial. A request sent before the trial began does not
+                end the trial.
         """
         if self.trial_at is None or (sent_at is not None and sent_at < self.trial_at):
             return self
@@ -103,22 +101,21 @@ class Breaker(msgspec.Struct, frozen=True, kw_only=True):
         max_cooldown_s: float = 120.0,
     ) -> "Breaker":
         """
-        Count a failure, taking the replica out when it is one too many.
+        Count a failure; open the breaker at the limit.
 
         Args:
-            limit: Failures in a row that open the breaker.
-            weight: As how many it counts. A refused connection counts as ``limit``: a board that is off
-                need not fail three people to be believed.
-            sent_at: When the failed request was sent, if known. One that was sent before the breaker opened is
-                late news even when a trial is under way.
-            max_cooldown_s: Ceiling for the doubling, so that a board that was off all night is tried again
-                within two minutes of coming back.
+            limit: Consecutive failures that open the breaker.
+            weight: Number of failures this one counts as. A refused connection counts as ``limit``: a board that
+                is off need not fail three requests first.
+            sent_at: When the failed request was sent, if known. A request sent before the breaker opened changes
+                nothing, even during a trial.
+            max_cooldown_s: Ceiling for the doubling: a board that was off all night is tried again within two
+                minutes of coming back.
         """
         state = self.state(now)
         late = self.opened_at is not None and sent_at is not None and sent_at < self.opened_at
         if state is BreakerState.OPEN or late:
-            # Sent before the breaker opened and timed out only now: it says nothing new, and
-            # counting it would extend the outage.
+            # Sent before the breaker opened and timed out only now: counting it would extend the outage.
             return self
         failures = self.failures + weight
         if state is BreakerState.TRIAL:

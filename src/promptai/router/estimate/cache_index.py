@@ -1,16 +1,13 @@
-"""What the KV caches of the fleet hold, as far as the gateway can know.
+"""Track which conversations lie in which KV cache, from the gateway's own requests.
 
-Prefilling a long conversation takes minutes on a board, and seconds where its earlier turns
-still lie in a slot's KV cache. Which slot of which replica that is, nobody tells: engines
-report what they found in their cache only after the fact. So the gateway remembers what it
-sent where.
+Prefilling a long conversation takes minutes on a board, and seconds where a slot's KV cache still holds its earlier
+turns. Engines report cache hits only after the fact, so the gateway records which prompt went to which slot.
 
-A slot has room for one conversation. Whatever was in it is lost when another one takes it, or
-moves to the engine's prompt cache in ordinary memory, if it has one (tried with b11549: it is
-found again there whole). What is pushed out costs something if whoever it belongs to comes back;
-``spot`` weighs that against what would have to be computed.
+A slot holds one conversation. When another one takes the slot, the first is lost, or moves to the engine's prompt
+cache in main memory if it has one (tried with b11549: found again there completely). An eviction costs something
+only if the evicted conversation continues; ``best_slot`` weighs that against the tokens to compute.
 
-This module is bookkeeping and arithmetic: it reads no clock and holds no text.
+Bookkeeping and arithmetic only: no clock, no prompt text.
 """
 
 from collections.abc import Collection, Iterable
@@ -19,20 +16,20 @@ from typing import Protocol
 import msgspec
 
 from promptai.router.estimate.prefix import WINDOW, Chain
-from promptai.router.estimate.reuse import GAPS, ReuseModel
+from promptai.router.estimate.reuse import FORGOTTEN_AFTER_GAPS, ReuseModel
 
-#: Conversations of one replica that are remembered, and of those the latest that are asked about one by one.
-_MOST, _LATEST = 1024, 64
+#: Conversations kept per replica, and the most recent ones whose return is estimated one by one.
+_MAX_CONVERSATIONS, _MAX_RECENT = 1024, 64
 
 
 class Capacity(msgspec.Struct, frozen=True):
     """
-    What a replica's caches have room for.
+    Room in a replica's caches.
 
     Attributes:
-        slots: Conversations, one in each slot.
-        host_chars: Of conversations that left their slot, in the engine's prompt cache (llama-server's
-            ``--cache-ram``); 0: it has none, and a slot that is taken is lost.
+        slots: Slots, each with the KV cache of one conversation.
+        host_chars: Characters that fit into the engine's prompt cache (llama-server's ``--cache-ram``), which keeps
+            conversations that left their slot; 0: no such cache.
     """
 
     slots: int
@@ -40,7 +37,7 @@ class Capacity(msgspec.Struct, frozen=True):
 
 
 class CachedConversation(msgspec.Struct, frozen=True):
-    """One conversation in a cache, and since when."""
+    """A conversation in a cache, and the time of its last use."""
 
     chain: Chain
     used_at: float
@@ -48,12 +45,13 @@ class CachedConversation(msgspec.Struct, frozen=True):
 
 class SlotChoice(msgspec.Struct, frozen=True):
     """
-    What a replica's caches are to a prompt.
+    The best slot of a replica for a prompt.
 
     Attributes:
-        slot: The slot that it should get; ``None``: none is free.
-        cached_chars: Of the prompt, that are cached.
-        lost_chars: Of other conversations, that it pushes out, times how likely those go on.
+        slot: ``None`` if no slot is free.
+        cached_chars: Characters of the prompt in the cache.
+        evicted_chars: Characters of other conversations that the prompt evicts, times the probability that they
+            continue.
     """
 
     slot: int | None
@@ -63,58 +61,60 @@ class SlotChoice(msgspec.Struct, frozen=True):
 
 class CacheIndex:
     """
-    What the caches of each replica hold, by what the gateway itself has sent there.
+    Cached conversations of every replica.
 
     Attributes:
-        returns: What has been learned of whether conversations go on.
+        reuse: Model of whether and when conversations continue.
     """
 
     def __init__(self) -> None:
         self.reuse = ReuseModel()
         self._caches: dict[str, _ReplicaCaches] = {}
 
-    def spot(self, replica_id: str, room: Capacity, prompt: Chain, *, busy: Collection[int], now: float) -> SlotChoice:
-        """
-        The cheapest spot for ``prompt``: what must be computed, and what is pushed out.
+    def best_slot(
+        self, replica_id: str, capacity: Capacity, prompt: Chain, *, busy: Collection[int], now: float
+    ) -> SlotChoice:
+        """Return the free slot with the least to compute and to evict; ``busy``: slots in use."""
+        caches = self._caches.get(replica_id)
+        if caches is None:
+            return SlotChoice(_first_free(capacity, busy))
+        return caches.best_slot(capacity, prompt, busy, now)
 
-        Args:
-            busy: Slots that are in use.
-        """
-        there = self._caches.get(replica_id)
-        return there.spot(room, prompt, busy, now) if there is not None else SlotChoice(_first_free(room, busy))
+    def store(self, replica_id: str, capacity: Capacity, slot: int, conversation: Chain, now: float) -> None:
+        """Record that a slot's cache now holds ``conversation``."""
+        caches, kind = self._caches.get(replica_id), _PromptCache if capacity.host_chars else _SlotCaches
+        if not isinstance(caches, kind):
+            caches = self._caches[replica_id] = kind(self.reuse)
+        caches.store(capacity, slot, CachedConversation(conversation, now))
 
-    def hold(self, replica_id: str, room: Capacity, slot: int, held: Chain, now: float) -> None:
-        """A conversation is in a slot's cache now."""
-        there, kind = self._caches.get(replica_id), _PromptCache if room.host_chars else _SlotCaches
-        if not isinstance(there, kind):
-            there = self._caches[replica_id] = kind(self.reuse)
-        there.hold(room, slot, CachedConversation(held, now))
-
-    def lose(self, replica_id: str, slot: int | None = None) -> None:
-        """What is in a slot, or all that a replica has, is gone or unknown."""
+    def drop(self, replica_id: str, slot: int | None = None) -> None:
+        """Forget the contents of a slot, or of the whole replica (``None``)."""
         if slot is None:
             self._caches.pop(replica_id, None)
         elif replica_id in self._caches:
-            self._caches[replica_id].lose(slot)
+            self._caches[replica_id].drop(slot)
 
-    def expected_returns(self, replica_id: str, *, busy: Collection[int], going: Iterable[Chain], now: float) -> float:
+    def expected_returns(
+        self, replica_id: str, *, busy: Collection[int], current: Iterable[Chain], now: float
+    ) -> float:
         """
-        How many conversations that were left in a replica's caches will go on, as it looks.
+        Expected number of idle conversations in a replica's caches that will continue.
 
         Args:
-            busy: Slots that are in use; whatever was in them is either going on or gone.
-            going: Prompts that have come; whom they continue is not awaited any more.
+            busy: Slots in use; their earlier conversation either continues right now or is evicted.
+            current: Prompts already received; the conversations they continue have returned.
         """
-        there, awaited, longest = self._caches.get(replica_id), 0.0, GAPS * self.reuse.mean_gap_s
-        held = [one for one in there.latest(busy) if now - one.used_at < longest] if there is not None else ()
-        prompts = list(going) if held else ()
-        for one in held:
-            if not any(prompt.begins_with(one.chain) for prompt in prompts):
-                awaited += self.reuse.likely(now - one.used_at)
-        return awaited
+        caches, expected = self._caches.get(replica_id), 0.0
+        horizon_s = FORGOTTEN_AFTER_GAPS * self.reuse.mean_gap_s
+        recent = [held for held in caches.recent(busy) if now - held.used_at < horizon_s] if caches is not None else ()
+        prompts = list(current) if recent else ()
+        for held in recent:
+            if not any(prompt.begins_with(held.chain) for prompt in prompts):
+                expected += self.reuse.probability(now - held.used_at)
+        return expected
 
     def chars(self, replica_id: str) -> int:
-        """Characters that a replica's caches hold together."""
+        """Characters of all conversations in a replica's caches."""
         return self._caches[replica_id].chars if replica_id in self._caches else 0
 
 
@@ -123,115 +123,117 @@ class _ReplicaCaches(Protocol):
 
     @property
     def chars(self) -> int: ...
-    def spot(self, room: Capacity, prompt: Chain, busy: Collection[int], now: float) -> SlotChoice: ...
-    def hold(self, room: Capacity, slot: int, held: CachedConversation) -> None: ...
-    def lose(self, slot: int) -> None: ...
-    def latest(self, busy: Collection[int]) -> list[CachedConversation]: ...
+    def best_slot(self, capacity: Capacity, prompt: Chain, busy: Collection[int], now: float) -> SlotChoice: ...
+    def store(self, capacity: Capacity, slot: int, conversation: CachedConversation) -> None: ...
+    def drop(self, slot: int) -> None: ...
+    def recent(self, busy: Collection[int]) -> list[CachedConversation]: ...
 
 
 class _SlotCaches:
-    """Of an engine that has nothing but its slots."""
+    """Caches of an engine that has only its slots."""
 
-    def __init__(self, returns: ReuseModel) -> None:
-        self._returns = returns
-        self._held: dict[int, CachedConversation] = {}
+    def __init__(self, reuse: ReuseModel) -> None:
+        self._reuse = reuse
+        self._by_slot: dict[int, CachedConversation] = {}
 
     @property
     def chars(self) -> int:
-        return sum(held.chain.chars for held in self._held.values())
+        return sum(held.chain.chars for held in self._by_slot.values())
 
-    def spot(self, room: Capacity, prompt: Chain, busy: Collection[int], now: float) -> SlotChoice:
+    def best_slot(self, capacity: Capacity, prompt: Chain, busy: Collection[int], now: float) -> SlotChoice:
         options = []
-        for slot in range(room.slots):
-            there = self._held.get(slot)
-            shared = prompt.shared(there.chain) if there else 0
-            lost = (there.chain.chars - shared) * self._returns.likely(now - there.used_at) if there else 0.0
-            options.append((prompt.chars - shared + lost, there.used_at if there else -1.0, slot, shared, lost))
+        for slot in range(capacity.slots):
+            held = self._by_slot.get(slot)
+            shared = prompt.shared(held.chain) if held else 0
+            evicted = (held.chain.chars - shared) * self._reuse.probability(now - held.used_at) if held else 0.0
+            options.append((prompt.chars - shared + evicted, held.used_at if held else -1.0, slot, shared, evicted))
         free = [option for option in options if option[2] not in busy]
         if not free:
             return SlotChoice(None, max(option[3] for option in options))
-        _, _, slot, shared, lost = min(free)
-        return SlotChoice(slot, shared, lost)
+        _, _, slot, shared, evicted = min(free)
+        return SlotChoice(slot, shared, evicted)
 
-    def hold(self, room: Capacity, slot: int, held: CachedConversation) -> None:
-        self._held[slot] = held
-        for gone in [other for other in self._held if other >= room.slots]:
-            del self._held[gone]
+    def store(self, capacity: Capacity, slot: int, conversation: CachedConversation) -> None:
+        self._by_slot[slot] = conversation
+        for removed in [other for other in self._by_slot if other >= capacity.slots]:
+            del self._by_slot[removed]
 
-    def lose(self, slot: int) -> None:
-        self._held.pop(slot, None)
+    def drop(self, slot: int) -> None:
+        self._by_slot.pop(slot, None)
 
-    def latest(self, busy: Collection[int]) -> list[CachedConversation]:
-        return [held for slot, held in self._held.items() if slot not in busy]
+    def recent(self, busy: Collection[int]) -> list[CachedConversation]:
+        return [held for slot, held in self._by_slot.items() if slot not in busy]
 
 
 class _PromptCache:
     """
-    Of an engine with a prompt cache: conversations wherever they are, least recently used first.
+    Caches of an engine with a prompt cache: conversations in any slot or in memory, least recently used first.
 
-    Finding what a prompt shares with any of a thousand conversations must not take a thousand looks: a link
-    is only there if all links before it are, so that the last one is found by halving.
+    The longest prefix shared with any of a thousand conversations must not take a thousand comparisons. A link is
+    present only if all links before it are, so binary search finds the last one.
     """
 
-    def __init__(self, returns: ReuseModel) -> None:
+    def __init__(self, reuse: ReuseModel) -> None:
         self.chars = 0
-        self._returns = returns
-        self._held: dict[int, CachedConversation] = {}  # by the last link
-        self._links: dict[int, int] = {}  # how many conversations have it
+        self._reuse = reuse
+        self._by_last_link: dict[int, CachedConversation] = {}
+        self._link_counts: dict[int, int] = {}  # conversations that contain the link
 
-    def spot(self, room: Capacity, prompt: Chain, busy: Collection[int], now: float) -> SlotChoice:
+    def best_slot(self, capacity: Capacity, prompt: Chain, busy: Collection[int], now: float) -> SlotChoice:
         low, high = 0, len(prompt.links)
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if prompt.links[middle - 1] in self._links else (low, middle - 1)
+            low, high = (middle, high) if prompt.links[middle - 1] in self._link_counts else (low, middle - 1)
         shared = low * WINDOW
-        lost = self._pushed_out(self.chars + prompt.chars - shared - room.host_chars, now)
-        return SlotChoice(_first_free(room, busy), shared, lost)
+        evicted = self._evicted_chars(self.chars + prompt.chars - shared - capacity.host_chars, now)
+        return SlotChoice(_first_free(capacity, busy), shared, evicted)
 
-    def hold(self, room: Capacity, slot: int, held: CachedConversation) -> None:
-        del slot  # where it lies, the engine decides
-        if not held.chain.links:
+    def store(self, capacity: Capacity, slot: int, conversation: CachedConversation) -> None:
+        del slot  # the engine moves conversations between slots and memory
+        if not conversation.chain.links:
             return
-        for link in held.chain.links:  # what it goes on from, or the same again
-            self._drop(link)
-        self._held[held.chain.links[-1]] = held
-        self.chars += held.chain.chars
-        for link in held.chain.links:
-            self._links[link] = self._links.get(link, 0) + 1
-        while len(self._held) > _MOST or (len(self._held) > room.slots and self.chars > room.host_chars):
-            self._drop(next(iter(self._held)))
+        for link in conversation.chain.links:  # replaces its own earlier turns
+            self._remove(link)
+        self._by_last_link[conversation.chain.links[-1]] = conversation
+        self.chars += conversation.chain.chars
+        for link in conversation.chain.links:
+            self._link_counts[link] = self._link_counts.get(link, 0) + 1
+        while len(self._by_last_link) > _MAX_CONVERSATIONS or (
+            len(self._by_last_link) > capacity.slots and self.chars > capacity.host_chars
+        ):
+            self._remove(next(iter(self._by_last_link)))
 
-    def lose(self, slot: int) -> None:
-        """A slot is not all there is: what was in it has been kept."""
+    def drop(self, slot: int) -> None:
+        """Keep everything: the engine saved the slot's conversation to its prompt cache."""
 
-    def latest(self, busy: Collection[int]) -> list[CachedConversation]:
+    def recent(self, busy: Collection[int]) -> list[CachedConversation]:
         del busy
         found = []
-        for held in reversed(self._held.values()):
+        for held in reversed(self._by_last_link.values()):
             found.append(held)
-            if len(found) == _LATEST:
+            if len(found) == _MAX_RECENT:
                 break
         return found
 
-    def _drop(self, last_link: int) -> None:
-        held = self._held.pop(last_link, None)
+    def _remove(self, last_link: int) -> None:
+        held = self._by_last_link.pop(last_link, None)
         if held is None:
             return
         self.chars -= held.chain.chars
         for link in held.chain.links:
-            self._links[link] -= 1
-            if not self._links[link]:
-                del self._links[link]
+            self._link_counts[link] -= 1
+            if not self._link_counts[link]:
+                del self._link_counts[link]
 
-    def _pushed_out(self, over: float, now: float) -> float:
-        lost = 0.0
-        for held in self._held.values():
-            if over <= 0:
+    def _evicted_chars(self, excess: float, now: float) -> float:
+        evicted = 0.0
+        for held in self._by_last_link.values():
+            if excess <= 0:
                 break
-            over -= held.chain.chars
-            lost += held.chain.chars * self._returns.likely(now - held.used_at)
-        return lost
+            excess -= held.chain.chars
+            evicted += held.chain.chars * self._reuse.probability(now - held.used_at)
+        return evicted
 
 
-def _first_free(room: Capacity, busy: Collection[int]) -> int | None:
-    return next((slot for slot in range(room.slots) if slot not in busy), None)
+def _first_free(capacity: Capacity, busy: Collection[int]) -> int | None:
+    return next((slot for slot in range(capacity.slots) if slot not in busy), None)

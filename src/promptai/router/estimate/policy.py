@@ -1,18 +1,17 @@
-"""Which replica a prompt goes to, and whether it waits for it.
+"""Choose the replica that costs a prompt the fewest seconds, even if the prompt has to wait for it.
 
-On a board the scarce thing is prefill: a follow-up of thirty tokens is answered in seconds
-where the conversation's cache lies, and in minutes anywhere else. But a replica that holds many
-caches is also where everybody wants to go. So nothing is counted here and everything is
-estimated in seconds, and the cheapest replica wins:
+On a board prefill is the scarce resource: a follow-up question of thirty tokens takes seconds where the KV cache
+holds its conversation, and minutes elsewhere. But a replica with many cached conversations also attracts many
+requests. Counting streams cannot weigh the two, so every term is estimated in seconds and the cheapest replica wins:
 
-    wait for a slot + prompt tokens that are computed before ours, and ours / prefill rate
-    + what ours costs the streams that run there, and whoever comes back there meanwhile
-    + what it overwrites, if that comes back
+    wait for a slot + (queued prompt tokens + uncached prompt tokens of this request) / prefill rate
+    + interference with the streams on the replica, and with conversations that return meanwhile
+    + recomputing cached prompts that this one evicts
 
-A replica whose slots are all taken may still be the cheapest: then the prompt waits for it
-although another one is idle, as long as waiting costs less than computing it all again.
+A replica without a free slot may still be the cheapest. The prompt then waits for it, even while another replica is
+idle, as long as waiting costs less than computing the whole prompt again.
 
-Filter (usable, not refused, breaker closed) is the caller's; here are Scorer and Picker. Pure.
+The caller filters (usable, breaker closed, not refused); this module scores and picks. Pure.
 """
 
 import heapq
@@ -26,26 +25,26 @@ from promptai.fleet.replica import Replica, State
 from promptai.router.estimate.prefix import rendezvous
 from promptai.router.estimate.step_curve import StepCurve
 
-#: Rates of a replica that nobody knows anything of: a 1.5 B model on a Pi 5. Only their ratio to others matters.
+#: Rates of a replica that has none yet: a 1.5 B model on a Pi 5. Only their ratio to other replicas matters.
 ASSUMED_PREFILL_TPS, ASSUMED_STEP_S = 60.0, 0.1
-#: Estimates closer than this are equal, and the conversation's hash decides: gateways need not agree on noise.
+#: Costs closer than this count as equal, and the conversation's hash decides: gateways need not agree on noise.
 _TIE = 0.05
 _TIE_S = 0.02
-#: A second that streams stand still because a prompt is computed weighs half of one that somebody waits for a first
-#: token. With 1 (idle boards) and with 0.25 (saturated ones) p95 was up to 1.2 times as long (benchmarks/routing.py).
-_STALL = 0.5
-#: A second by which streams are slower beside one more weighs next to nothing: whoever goes elsewhere slows those who
-#: are there, now and with every later question. With 0.5, one conversation in twelve left its cache for the sake of it.
-_SLOWER = 0.05
+#: Weight of a second in which running streams stall during a prefill, relative to a second of TTFT. At 1 (idle
+#: boards) and at 0.25 (saturated boards) p95 TTFT was up to 1.2 times as long (benchmarks/routing.py).
+_STALL_WEIGHT = 0.5
+#: Weight of a second by which one more stream slows the others. Nearly 0: a conversation that moves elsewhere slows
+#: the streams there, now and on every later turn. At 0.5 one conversation in twelve left its cache for this term.
+_SLOWDOWN_WEIGHT = 0.05
 
 
 class PendingWork(msgspec.Struct, frozen=True):
     """
-    What one request still makes its replica do, in tokens.
+    Work that one request still causes on its replica, in tokens.
 
     Attributes:
         prefill: Prompt tokens to compute.
-        decode: Tokens that are expected to be generated.
+        decode: Expected tokens to generate.
     """
 
     prefill: float
@@ -54,18 +53,20 @@ class PendingWork(msgspec.Struct, frozen=True):
 
 class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
     """
-    One replica as one prompt sees it.
+    One replica from the point of view of one prompt.
 
     Attributes:
         running: Requests in its slots.
-        reserved: Requests that wait for it, in their order, before this prompt.
+        reserved: Queued requests that go there before this prompt, in queue order.
         prefill_tps: Prompt tokens a second.
-        steps: Seconds a token by number of streams.
-        slot: The slot that the prompt would get; ``None`` where none is free or the replica chooses itself.
-        cached: Tokens of the prompt that are in its cache.
-        lost: Tokens of others' caches that would be missed.
-        awaited: Conversations in its caches that will go on, as it looks; ``gap_s`` from now on average.
-        ready_in_s: Seconds until it can begin: it is cold, or loads.
+        step_curve: Seconds per token by number of streams.
+        slot: Slot for this prompt; ``None`` if no slot is free or the engine chooses.
+        cached_tokens: Tokens of this prompt in the replica's cache.
+        evicted_tokens: Tokens of other conversations that this prompt evicts, weighted by the probability of their
+            return.
+        expected_returns: Expected number of cached conversations that will continue, ``mean_gap_s`` from now on
+            average.
+        ready_in_s: Seconds until a cold or loading replica can start.
     """
 
     replica: Replica
@@ -75,38 +76,38 @@ class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
     step_curve: StepCurve = StepCurve.flat(ASSUMED_STEP_S)
     slot: int | None = None
     cached_tokens: float = 0.0
-    evicted: float = 0.0
+    evicted_tokens: float = 0.0
     expected_returns: float = 0.0
     mean_gap_s: float = 60.0
     ready_in_s: float = 0.0
 
     @property
-    def free(self) -> bool:
-        """Whether a slot is free right now."""
+    def has_free_slot(self) -> bool:
+        """Whether a slot is free now."""
         return self.replica.state is State.READY and len(self.running) < self.replica.slots
 
-    def step(self, streams: int) -> float:
-        """Seconds a token when so many streams decode."""
+    def step_s(self, streams: int) -> float:
+        """Seconds per token while ``streams`` streams decode."""
         return self.step_curve.longest(streams)
 
     def duration_s(self, work: PendingWork) -> float:
-        """Seconds that a request takes among as many as there are slots."""
-        return work.prefill / self.prefill_tps + work.decode * self.step(self.replica.slots)
+        """Seconds that a request takes while all slots are busy."""
+        return work.prefill / self.prefill_tps + work.decode * self.step_s(self.replica.slots)
 
 
 class Demand(msgspec.Struct, frozen=True, kw_only=True):
     """
-    A prompt that wants a replica.
+    A prompt that needs a replica.
 
     Attributes:
-        tokens: Of its prompt.
-        expected: Tokens that will be generated.
-        head: What stands for its conversation (``Chain.head``).
+        prompt_tokens: Estimated length of the prompt.
+        answer_tokens: Expected length of the answer.
+        conversation: Identifies the conversation (``Chain.head``).
     """
 
-    tokens: float
-    expected: float
-    head: int
+    prompt_tokens: float
+    answer_tokens: float
+    conversation: int
 
 
 class Estimate(msgspec.Struct, frozen=True):
@@ -114,10 +115,10 @@ class Estimate(msgspec.Struct, frozen=True):
     Seconds that a prompt costs on one replica.
 
     Attributes:
-        wait_s: Until a slot is free, and the replica loaded.
-        prefill_s: From then until its first token.
-        harm_s: What others lose by it: the streams that run there, by weight, and who comes back meanwhile.
-        lost_s: What will be computed again because its cache was overwritten.
+        wait_s: Until the replica is loaded and has a free slot.
+        prefill_s: From then to the first token.
+        interference_s: Weighted delay of running streams and of conversations that return meanwhile.
+        eviction_s: Expected recomputing of the cached prompts that this one evicts.
     """
 
     wait_s: float
@@ -127,51 +128,51 @@ class Estimate(msgspec.Struct, frozen=True):
 
     @property
     def ttft_s(self) -> float:
-        """Seconds to its first token."""
+        """Seconds to the first token."""
         return self.wait_s + self.prefill_s
 
     @property
     def cost_s(self) -> float:
-        """All of it."""
+        """Sum of all terms."""
         return self.ttft_s + self.interference_s + self.eviction_s
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """
-    Where a prompt goes.
+    The replica chosen for a prompt.
 
     Attributes:
-        now: It has a slot; otherwise it waits for this replica.
-        reason: One line, for people and for the answer's headers.
+        immediate: A slot is free; otherwise the prompt waits for this replica.
+        reason: One line for people and for the response headers.
     """
 
     view: ReplicaView
-    now: bool
+    immediate: bool
     estimate: Estimate
     reason: str
 
 
 class Strategy(Protocol):
-    """Chooses among replicas; ``name`` is what settings call it."""
+    """Chooses among replicas; ``name`` is its name in the settings."""
 
     name: str
 
     def choose(self, demand: Demand, views: Sequence[ReplicaView]) -> Placement | None:
-        """The replica for ``demand``; ``None`` where there is none that it could even wait for. Changes nothing."""
+        """Return the best replica for ``demand``, or ``None`` if none is usable. Changes no state."""
 
-    def took(self, replica_id: str) -> None:
-        """A choice was carried out."""
+    def placed(self, replica_id: str) -> None:
+        """Take note that a request was sent to the chosen replica."""
 
 
 def free_in_s(view: ReplicaView) -> float:
-    """Seconds until a slot of this replica is free for one more, those that wait before it included."""
-    if view.free and len(view.running) + len(view.reserved) < view.replica.slots:
+    """Seconds until the replica has a slot for one more request, after the queued requests ahead of it."""
+    if view.has_free_slot and len(view.running) + len(view.reserved) < view.replica.slots:
         return 0.0
     ends = [view.ready_in_s] * (view.replica.slots - len(view.running))
     backlog = 0.0
     for work in view.running:
-        backlog += work.prefill  # prompts are computed one after another
-        ends.append(view.ready_in_s + backlog / view.prefill_tps + work.decode * view.step(len(view.running)))
+        backlog += work.prefill  # an engine computes one prompt after another
+        ends.append(view.ready_in_s + backlog / view.prefill_tps + work.decode * view.step_s(len(view.running)))
     heapq.heapify(ends)
     for work in view.reserved:
         heapq.heappush(ends, heapq.heappop(ends) + view.duration_s(work))
@@ -179,70 +180,71 @@ def free_in_s(view: ReplicaView) -> float:
 
 
 def estimate(demand: Demand, view: ReplicaView) -> Estimate:
-    """What ``demand`` costs on this replica."""
+    """Estimate the cost of ``demand`` on this replica."""
     wait = free_in_s(view)
-    uncached = max(1.0, demand.tokens - view.cached_tokens)
-    compute, step = uncached / view.prefill_tps, view.step(1)
-    still: Sequence[PendingWork] = view.running
+    uncached = max(1.0, demand.prompt_tokens - view.cached_tokens)
+    compute, step = uncached / view.prefill_tps, view.step_s(1)
+    still_running: Sequence[PendingWork] = view.running
     if wait > 0:
-        still = [work for work in still if work.prefill / view.prefill_tps + work.decode * step > wait]
-    before = stall = beside = 0.0
-    for work in still:  # written out: a server that has two hundred streams is asked about each of them
-        before += work.prefill
+        still_running = [work for work in view.running if work.prefill / view.prefill_tps + work.decode * step > wait]
+    queued_prefill = stalled_s = shared_tokens = 0.0
+    for work in still_running:  # one loop: a server with two hundred streams is estimated for each request
+        queued_prefill += work.prefill
         seconds = work.decode * step
-        stall += min(compute, seconds)
-        beside += min(demand.expected, work.decode)
-    backlog = max(0.0, before - wait * view.prefill_tps)
-    # Who decodes there stands still while our prompt is computed, and is slower beside one more stream.
-    crowd = beside * (view.step(len(still) + 1) - view.step(len(still)))
-    # Who comes back while it is computed waits for the rest of it; on average that is half.
-    late = view.expected_returns * (1.0 - math.exp(-compute / view.mean_gap_s)) * compute / 2
-    harm = _STALL * stall + _SLOWER * crowd + late
-    return Estimate(wait, backlog / view.prefill_tps + compute, harm, view.evicted / view.prefill_tps)
+        stalled_s += min(compute, seconds)
+        shared_tokens += min(demand.answer_tokens, work.decode)
+    backlog = max(0.0, queued_prefill - wait * view.prefill_tps)
+    # Running streams stall while this prompt is computed, and decode more slowly beside one more stream.
+    streams = len(still_running)
+    slowed_s = shared_tokens * (view.step_s(streams + 1) - view.step_s(streams))
+    # A conversation that returns during the prefill waits for the rest of it: half of it on average.
+    delayed_returns_s = view.expected_returns * (1.0 - math.exp(-compute / view.mean_gap_s)) * compute / 2
+    interference = _STALL_WEIGHT * stalled_s + _SLOWDOWN_WEIGHT * slowed_s + delayed_returns_s
+    return Estimate(wait, backlog / view.prefill_tps + compute, interference, view.evicted_tokens / view.prefill_tps)
 
 
 class Affinity:
-    """The least seconds, caches included; equal ones by the conversation's hash."""
+    """Lowest cost in seconds, caches included; near ties are broken by the conversation's hash."""
 
     name = "affinity"
 
     def choose(self, demand: Demand, views: Sequence[ReplicaView]) -> Placement | None:
-        """The cheapest replica; it may be one that has no slot right now."""
+        """Return the cheapest replica, which may have no free slot."""
         scored = [(estimate(demand, view), view) for view in views if view.replica.usable]
         if not scored:
             return None
         least = min(found.cost_s for found, _ in scored)
         near = {view.replica.id: (found, view) for found, view in scored if found.cost_s <= least * (1 + _TIE) + _TIE_S}
-        found, view = near[rendezvous(demand.head, list(near))]
-        return Placement(
-            view=view, now=found.wait_s == 0 and view.free, estimate=found, reason=_why(demand, view, found)
-        )
+        found, view = near[rendezvous(demand.conversation, list(near))]
+        immediate = found.wait_s == 0 and view.has_free_slot
+        return Placement(view=view, immediate=immediate, estimate=found, reason=_reason(demand, view, found))
 
-    def took(self, replica_id: str) -> None:
-        """Nothing to remember."""
+    def placed(self, replica_id: str) -> None:
+        """Do nothing: the strategy has no state."""
 
 
 class LeastBusy:
-    """The fewest streams for its slots, whatever the caches hold; as most proxies do it."""
+    """Fewest streams per slot, regardless of caches; the strategy of most proxies."""
 
     name = "least-busy"
 
     def choose(self, demand: Demand, views: Sequence[ReplicaView]) -> Placement | None:
-        """The idlest replica with a free slot; the idlest of all where none has one."""
+        """Return the replica with the lowest load, with or without a free slot."""
         usable = [view for view in views if view.replica.usable]
         if not usable:
             return None
-        ids = {view.replica.id: view for view in usable}
-        least = min(_busy(view) for view in usable)
-        view = ids[rendezvous(demand.head, [name for name, view in ids.items() if _busy(view) == least])]
-        return _taken(demand, view, f"least busy: {len(view.running)} of {view.replica.slots} slots")
+        by_id = {view.replica.id: view for view in usable}
+        least = min(_occupancy(view) for view in usable)
+        idlest = [replica_id for replica_id, view in by_id.items() if _occupancy(view) == least]
+        view = by_id[rendezvous(demand.conversation, idlest)]
+        return _placement(demand, view, f"least busy: {len(view.running)} of {view.replica.slots} slots")
 
-    def took(self, replica_id: str) -> None:
-        """Nothing to remember."""
+    def placed(self, replica_id: str) -> None:
+        """Do nothing: the strategy has no state."""
 
 
 class RoundRobin:
-    """One after another, whoever is next and has a free slot."""
+    """The next replica in turn that has a free slot."""
 
     name = "round-robin"
 
@@ -250,17 +252,17 @@ class RoundRobin:
         self._last = ""
 
     def choose(self, demand: Demand, views: Sequence[ReplicaView]) -> Placement | None:
-        """The next replica in the order of their ids."""
+        """Return the next replica in the order of their ids."""
         usable = sorted((view for view in views if view.replica.usable), key=lambda view: view.replica.id)
         if not usable:
             return None
         after = [view for view in usable if view.replica.id > self._last]
-        order = after + [view for view in usable if view not in after]
-        view = next((view for view in order if view.free), order[0])
-        return _taken(demand, view, "next in turn")
+        in_turn = after + [view for view in usable if view not in after]
+        view = next((view for view in in_turn if view.has_free_slot), in_turn[0])
+        return _placement(demand, view, "next in turn")
 
-    def took(self, replica_id: str) -> None:
-        """Go on behind it."""
+    def placed(self, replica_id: str) -> None:
+        """Continue after this replica."""
         self._last = replica_id
 
 
@@ -269,19 +271,20 @@ STRATEGIES: dict[str, type[Affinity] | type[LeastBusy] | type[RoundRobin]] = {
 }
 
 
-def _busy(view: ReplicaView) -> float:
+def _occupancy(view: ReplicaView) -> float:
     return (len(view.running) + len(view.reserved)) / view.replica.slots + view.ready_in_s
 
 
-def _taken(demand: Demand, view: ReplicaView, reason: str) -> Placement:
-    return Placement(view=view, now=view.free and not view.reserved, estimate=estimate(demand, view), reason=reason)
+def _placement(demand: Demand, view: ReplicaView, reason: str) -> Placement:
+    immediate = view.has_free_slot and not view.reserved
+    return Placement(view=view, immediate=immediate, estimate=estimate(demand, view), reason=reason)
 
 
-def _why(demand: Demand, view: ReplicaView, found: Estimate) -> str:
-    known = (
-        f"{view.cached_tokens:.0f} of {demand.tokens:.0f} prompt tokens cached"
+def _reason(demand: Demand, view: ReplicaView, found: Estimate) -> str:
+    cached = (
+        f"{view.cached_tokens:.0f} of {demand.prompt_tokens:.0f} prompt tokens cached"
         if view.cached_tokens
-        else "nothing of it cached"
+        else "prompt not cached"
     )
-    waits = f", waits {found.wait_s:.1f} s" if found.wait_s else ""
-    return f"least seconds: first token in {found.ttft_s:.1f} s{waits}, {known}"
+    wait = f", {found.wait_s:.1f} s of it in the queue" if found.wait_s else ""
+    return f"lowest cost: first token in {found.ttft_s:.1f} s{wait}, {cached}"

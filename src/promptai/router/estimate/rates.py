@@ -1,16 +1,14 @@
-"""What the gateway has learned of each replica from the requests that it finished.
+"""Learn the speed of each replica from the timings of the requests that it finished.
 
-An earlier run or a forecast says how fast a board ought to be. Then it throttles, swaps, or is
-busy with something else. The timings that come back with every answer say how fast it is, so
-the router believes those as soon as there are any, and ``Replica.rates`` until then.
+An earlier run or a forecast predicts how fast a board should be. Then the board throttles, swaps or runs other
+programs. Every answer comes with timings, so the router uses those as soon as there are any, and ``Replica.rates``
+until then.
 
-Learned of a replica: prefill rate, decode step by the number of streams, and how far it can be
-trusted to still have in its cache what was left there. Learned of a model: how long its answers
-are, and how many characters make a token.
+Per replica it learns the prefill rate, the decode step by number of streams, and which share of the expected cache
+hits occurs. Per model it learns the length of answers and the characters per token.
 
-Averages fade: with every request the earlier ones count a little less, in numerator and
-denominator alike, so that a rate is always a sum over a sum. Pure: no clock; a book that nobody
-writes in keeps what it says.
+Averages fade: each request lowers the weight of the earlier ones, in numerator and denominator alike, so a rate is
+always a sum over a sum. Pure: no clock; without new requests nothing fades.
 """
 
 from typing import Any
@@ -18,22 +16,22 @@ from typing import Any
 import msgspec
 
 from promptai.fleet.replica import Rates, Replica
-from promptai.router.estimate.step_curve import StepCurve, kept, shape
+from promptai.router.estimate.step_curve import StepCurve, grid_point, shape
 from promptai.wire.llamaserver import Timings
 
-_FADE = 0.9  # of what concerns a board: half is forgotten after 7 requests, so that throttling shows
-_FADE_MODEL = 0.98  # of what concerns a model, whose answers vary more than it changes
-_MIN_PROMPT_TOKENS = 16  # of fewer, the time is mostly overhead
-_MIN_COUNTED_TOKENS = 64  # of fewer, many are marks of the chat template
+_FADE = 0.9  # for replicas: half the weight is gone after 7 requests, so that throttling shows soon
+_FADE_MODEL = 0.98  # for models: their answers vary more than the model changes
+_MIN_PROMPT_TOKENS = 16  # below this, prefill time is mostly overhead
+_MIN_COUNTED_TOKENS = 64  # below this, much of the prompt is the chat template's marks
 _MIN_ANSWER_TOKENS = 8
 _MIN_CACHED_TOKENS = 32
 _ANSWER_PRIOR_TOKENS = 200.0
-# Both in tokens: as much as one or two prompts, so that one lost slot does not look like a cache that never works.
+# Both in tokens, worth one or two prompts: one lost slot must not look like a cache that never works.
 _TRUST_PRIOR = 1000.0
 _CHARS_PRIOR = 500.0
 _CHARS_PER_TOKEN_PRIOR = 3.6
-#: Boards and models that are remembered, gone ones included: in a cluster names come and go.
-_REMEMBERED = 1024
+#: Replicas and models to remember, including removed ones: in a cluster names come and go.
+_MAX_REMEMBERED = 1024
 
 
 class _Ratio(msgspec.Struct, frozen=True):
@@ -50,29 +48,30 @@ class _Ratio(msgspec.Struct, frozen=True):
         return _Ratio(fade * self.above + above, fade * self.below + below)
 
 
-class _Board(msgspec.Struct):
+class _ReplicaRates(msgspec.Struct):
     """
-    What is known of a replica while it serves one model.
+    Learned rates of a replica while it serves one model.
 
     Attributes:
-        prefill: Prompt tokens over seconds; ``None`` until a request was alone.
-        prefill_bound: The best rate of a request among others, as long as none was alone.
-        steps: Seconds over generated tokens, by the number of streams.
+        prefill: Prompt tokens over seconds; ``None`` until a request ran alone.
+        prefill_bound: Best rate of a request beside others, until one ran alone.
+        steps: Seconds over generated tokens, by number of streams.
+        cache_hits: Cached tokens found over cached tokens expected.
     """
 
     model: str
     prefill: _Ratio | None = None
     prefill_bound: float | None = None
     steps: dict[int, _Ratio] = {}
-    cached: _Ratio = _Ratio(_TRUST_PRIOR, _TRUST_PRIOR)
+    cache_hits: _Ratio = _Ratio(_TRUST_PRIOR, _TRUST_PRIOR)
 
 
-class _Model(msgspec.Struct):
+class _ModelStatistics(msgspec.Struct):
     """
-    What is known of a model wherever it runs.
+    Learned properties of a model, on any replica.
 
     Attributes:
-        answers: Generated tokens over answers that ended by themselves.
+        answers: Generated tokens over answers that the model ended itself.
         chars: Characters over prompt tokens.
     """
 
@@ -81,11 +80,11 @@ class _Model(msgspec.Struct):
 
 
 class RateBook:
-    """The only state of this module; one for a gateway."""
+    """Learned rates of all replicas and models of one gateway."""
 
     def __init__(self) -> None:
-        self._boards: dict[str, _Board] = {}
-        self._models: dict[str, _Model] = {}
+        self._replicas: dict[str, _ReplicaRates] = {}
+        self._models: dict[str, _ModelStatistics] = {}
 
     def observe(
         self,
@@ -103,47 +102,47 @@ class RateBook:
         Learn from a finished request.
 
         Args:
-            replica_id: Who answered. A replica that has changed its model is learned anew.
-            timings: The engine's own account.
+            replica_id: The replica that answered. Its rates start anew when it changes its model.
+            timings: As the engine reported them.
             predicted_cached: Prompt tokens that were expected in the cache.
-            mean_streams: Streams on the replica while it answered, this one included, averaged over time.
-            alone: Whether there was never another.
-            prompt_chars: Of the prompt as it was counted; 0: not known.
+            mean_streams: Streams on the replica during the answer, this one included, averaged over time.
+            alone: Whether no other request ran there at any time.
+            prompt_chars: Length of the prompt that the engine counted; 0: unknown.
             capped: Whether ``max_tokens``, the context or the client ended the answer, not the model.
         """
-        board = self._boards.pop(replica_id, None)
-        if board is None or board.model != model:
-            board = _Board(model)
-        self._boards[replica_id] = board
-        _trim(self._boards)
-        _learn_prefill(board, timings, alone=alone)
-        _learn_decode(board, timings, mean_streams)
-        _learn_trust(board, timings, predicted_cached)
-        known = self._models[model] = self._models.pop(model, _Model())
+        rates = self._replicas.pop(replica_id, None)
+        if rates is None or rates.model != model:
+            rates = _ReplicaRates(model)
+        self._replicas[replica_id] = rates
+        _trim(self._replicas)
+        _learn_prefill(rates, timings, alone=alone)
+        _learn_decode(rates, timings, mean_streams)
+        _learn_trust(rates, timings, predicted_cached)
+        known = self._models[model] = self._models.pop(model, _ModelStatistics())
         _trim(self._models)
         _learn_model(known, timings, prompt_chars, capped=capped)
 
     def prefill_tps(self, replica: Replica) -> float | None:
-        """Prompt tokens a second of a request that is alone; ``None``: not known."""
-        board, expected = self._board(replica), replica.rates.prefill_tps
-        if board.prefill is not None:
-            return board.prefill.value
-        if board.prefill_bound is None:
+        """Prompt tokens a second of a request that runs alone; ``None`` if unknown."""
+        rates, expected = self._of(replica), replica.rates.prefill_tps
+        if rates.prefill is not None:
+            return rates.prefill.value
+        if rates.prefill_bound is None:
             return expected
-        return max(board.prefill_bound, expected or 0.0)
+        return max(rates.prefill_bound, expected or 0.0)
 
     def decode_step_s(self, replica: Replica, streams: int) -> float | None:
         """
-        Seconds from one token of a stream to its next, with so many streams at once; ``None``: not known.
+        Seconds from one token of a stream to its next, with that many concurrent streams; ``None`` if unknown.
 
-        A number of streams that was not seen is filled in from the nearest that were, by a straight line.
+        Numbers of streams without an observation are interpolated (``StepCurve``).
         """
         steps = self.decode_steps(replica)
         return steps.at(streams) if steps is not None else None
 
     def decode_steps(self, replica: Replica) -> StepCurve | None:
-        """``decode_step_s`` of any number of streams; ``None``: not known."""
-        seen = self._board(replica).steps
+        """``decode_step_s`` for any number of streams; ``None`` if unknown."""
+        seen = self._of(replica).steps
         slowdown = _slowdown(seen)
         if slowdown is None:
             slowdown = replica.rates.decode_slowdown
@@ -154,72 +153,71 @@ class RateBook:
 
     def answer_tokens(self, model: str) -> float:
         """
-        Tokens of an answer that nobody cuts, on average.
+        Mean length of an answer that the model ends itself, in tokens.
 
-        A cut answer would have been longer, so its tokens count but its end does not: the estimate for
-        exponential lengths. It begins as if one answer of 200 tokens had been seen.
+        A capped answer would have been longer, so its tokens count but its end does not: the maximum-likelihood
+        estimate for exponential lengths. The prior is one answer of 200 tokens.
         """
-        answers = self._models.get(model, _Model()).answers
+        answers = self._models.get(model, _ModelStatistics()).answers
         return (_ANSWER_PRIOR_TOKENS + answers.above) / (1.0 + answers.below)
 
     def chars_per_token(self, model: str) -> float:
-        """Characters of a prompt for each of its tokens; 3.6, as of English, until prompts have been seen."""
-        return self._models.get(model, _Model()).chars.value
+        """Characters per prompt token; starts at 3.6, the value for English."""
+        return self._models.get(model, _ModelStatistics()).chars.value
 
     def trust(self, replica_id: str) -> float:
         """
-        How much of what was expected in its cache was there, 0 to 1.
+        Share of the expected cached tokens that a replica's cache held, 0 to 1.
 
-        An engine whose cache does not work (some architectures and builds) is thereby no longer preferred for
-        a conversation.
+        Keeps the router from preferring an engine whose cache does not work (some architectures and builds).
         """
-        board = self._boards.get(replica_id)
-        return 1.0 if board is None else board.cached.value
+        rates = self._replicas.get(replica_id)
+        return 1.0 if rates is None else rates.cache_hits.value
 
     def source(self, replica: Replica) -> str:
-        """Where its rates come from: ``learned``, else as ``Rates.source`` says, else ``unknown``."""
-        board, rates = self._board(replica), replica.rates
-        if board.prefill is not None or board.prefill_bound is not None or board.steps:
+        """Origin of a replica's rates: ``learned``, else ``Rates.source``, else ``unknown``."""
+        learned, expected = self._of(replica), replica.rates
+        if learned.prefill is not None or learned.prefill_bound is not None or learned.steps:
             return "learned"
-        return rates.source if rates.prefill_tps is not None or rates.decode_tps is not None else "unknown"
+        return expected.source if expected.prefill_tps is not None or expected.decode_tps is not None else "unknown"
 
-    def _board(self, replica: Replica) -> _Board:
-        board = self._boards.get(replica.id)
-        return board if board is not None and board.model == replica.model else _Board(replica.model)
+    def _of(self, replica: Replica) -> _ReplicaRates:
+        rates = self._replicas.get(replica.id)
+        return rates if rates is not None and rates.model == replica.model else _ReplicaRates(replica.model)
 
 
-def _learn_prefill(board: _Board, timings: Timings, *, alone: bool) -> None:
-    """Others can only have slowed a request down: its rate is then a lower bound, and counts if it is news."""
+def _learn_prefill(rates: _ReplicaRates, timings: Timings, *, alone: bool) -> None:
+    """Use the rate of a request that ran alone; other requests only slow it down, so theirs is a lower bound."""
     if timings.prompt_n < _MIN_PROMPT_TOKENS or timings.prompt_ms <= 0:
         return
     seconds = timings.prompt_ms / 1000
     rate = timings.prompt_n / seconds
-    if alone or (board.prefill is not None and rate > board.prefill.value):
-        board.prefill = (board.prefill or _Ratio()).after(timings.prompt_n, seconds)
-    elif board.prefill is None:
-        board.prefill_bound = max(rate, board.prefill_bound or 0.0)
+    if alone or (rates.prefill is not None and rate > rates.prefill.value):
+        rates.prefill = (rates.prefill or _Ratio()).after(timings.prompt_n, seconds)
+    elif rates.prefill is None:
+        rates.prefill_bound = max(rate, rates.prefill_bound or 0.0)
 
 
-def _learn_decode(board: _Board, timings: Timings, mean_streams: float) -> None:
-    """The number of streams is seldom whole over a request; the step is carried to the nearest that is kept."""
+def _learn_decode(rates: _ReplicaRates, timings: Timings, mean_streams: float) -> None:
+    """Scale the step from the mean number of streams, seldom a whole number, to the nearest grid point."""
     if timings.predicted_n < _MIN_ANSWER_TOKENS or timings.predicted_ms <= 0:
         return
-    streams = kept(mean_streams)
-    slowdown = _slowdown(board.steps)
+    streams = grid_point(mean_streams)
+    slowdown = _slowdown(rates.steps)
     if slowdown is None:
         slowdown = Rates().decode_slowdown
-    carried = shape(slowdown, streams) / shape(slowdown, max(1.0, mean_streams))
-    tokens = timings.predicted_n - 1  # the time runs from the first token
-    seen = board.steps.get(streams, _Ratio())
-    board.steps[streams] = seen.after(carried * timings.predicted_ms / 1000, tokens)
+    scale = shape(slowdown, streams) / shape(slowdown, max(1.0, mean_streams))
+    tokens = timings.predicted_n - 1  # predicted_ms starts at the first token
+    seen = rates.steps.get(streams, _Ratio())
+    rates.steps[streams] = seen.after(scale * timings.predicted_ms / 1000, tokens)
 
 
-def _learn_trust(board: _Board, timings: Timings, predicted_cached: float) -> None:
+def _learn_trust(rates: _ReplicaRates, timings: Timings, predicted_cached: float) -> None:
     if timings.cache_n is not None and predicted_cached >= _MIN_CACHED_TOKENS:
-        board.cached = board.cached.after(min(timings.cache_n, predicted_cached), predicted_cached)
+        rates.cache_hits = rates.cache_hits.after(min(timings.cache_n, predicted_cached), predicted_cached)
 
 
-def _learn_model(model: _Model, timings: Timings, prompt_chars: int, *, capped: bool) -> None:
+def _learn_model(model: _ModelStatistics, timings: Timings, prompt_chars: int, *, capped: bool) -> None:
     model.answers = model.answers.after(timings.predicted_n, 0.0 if capped else 1.0, fade=_FADE_MODEL)
     if timings.cache_n is None:
         return
@@ -229,15 +227,15 @@ def _learn_model(model: _Model, timings: Timings, prompt_chars: int, *, capped: 
 
 
 def _trim(known: dict[str, Any]) -> None:
-    while len(known) > _REMEMBERED:
+    while len(known) > _MAX_REMEMBERED:
         del known[next(iter(known))]
 
 
 def _slowdown(steps: dict[int, _Ratio]) -> float | None:
     """
-    What each further stream adds, as a share of the step of one: a line through the steps, weighted by tokens.
+    Share of the single-stream step that each further stream adds: a least-squares line, weighted by tokens.
 
-    ``None``: fewer than two numbers of streams were seen, or they make no sense as a line.
+    ``None`` with fewer than two numbers of streams, or without a positive single-stream step.
     """
     if len(steps) < 2:
         return None

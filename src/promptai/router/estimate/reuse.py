@@ -1,74 +1,75 @@
-"""Whether a conversation that was answered some time ago will go on.
+"""Learn whether, and how soon, a conversation continues after an answer.
 
-Which of sixteen conversations is over, nobody says. But how long people take for their next
-question can be learned, and whoever has taken six times as long is hardly coming back. What lies
-in a cache is worth as much as that. Pure: the time comes in as ``now``.
+Clients never announce that a conversation is over. But the pause before the next question can be learned, and after
+six times the mean pause hardly any conversation returns. A cached prompt is worth as much as the probability that it
+is used again. Pure: the time comes in as ``now``.
 """
 
 import math
 
 from promptai.router.estimate.prefix import Chain
 
-#: What is believed before anything was seen, as if of so many conversations: most go on, after two minutes.
-_GOES_ON, _GAP_S, _PRIOR = 0.75, 120.0, 4.0
+#: Prior, weighted like ``_PRIOR`` conversations: three quarters continue, after a mean pause of two minutes.
+_CONTINUES, _GAP_S, _PRIOR = 0.75, 120.0, 4.0
 _FADE = 0.98
-#: Answers that are remembered, to see whether their conversation goes on; and for how many mean gaps.
-_REMEMBERED, GAPS = 2048, 6.0
+#: Answers remembered while their conversation may still continue, and for how many mean pauses.
+_MAX_ANSWERS, FORGOTTEN_AFTER_GAPS = 2048, 6.0
 
 
 class ReuseModel:
     """
-    What was learned of pauses between an answer and the next question.
+    Pauses between an answer and the next question of its conversation.
 
     With exponential pauses of mean m, and a share g of answers that are followed by a question at all, a
-    conversation of that age goes on with probability
+    conversation of age a continues with probability
 
-        g e^(-age/m) / (g e^(-age/m) + 1 - g)
+        g e^(-a/m) / (g e^(-a/m) + 1 - g)
     """
 
     def __init__(self) -> None:
-        self._answered: dict[int, float] = {}
-        self._back, self._gone, self._gap_s = _GOES_ON * _PRIOR, (1 - _GOES_ON) * _PRIOR, _GOES_ON * _PRIOR * _GAP_S
+        self._answered_at: dict[int, float] = {}  # by link, in the order of the answers
+        self._returned, self._ended = _CONTINUES * _PRIOR, (1 - _CONTINUES) * _PRIOR
+        self._gaps_s = self._returned * _GAP_S
 
     @property
     def mean_gap_s(self) -> float:
         """Mean seconds from an answer to the next question."""
-        return self._gap_s / self._back
+        return self._gaps_s / self._returned
 
-    def answered(self, held: Chain, now: float) -> None:
-        """A conversation has been answered; ``held`` is all of it."""
-        if len(held.links) > 1:
-            mark = _mark(held)
-            self._answered.pop(mark, None)  # so that the order stays that of the answers
-            self._answered[mark] = now
-        patience = GAPS * self.mean_gap_s
-        while self._answered:
-            oldest, since = next(iter(self._answered.items()))
-            if now - since < patience and len(self._answered) <= _REMEMBERED:
+    def answered(self, conversation: Chain, now: float) -> None:
+        """Record an answer; ``conversation`` includes it."""
+        if len(conversation.links) > 1:
+            link = _continuation_link(conversation)
+            self._answered_at.pop(link, None)  # keeps the order of answers
+            self._answered_at[link] = now
+        horizon_s = FORGOTTEN_AFTER_GAPS * self.mean_gap_s
+        while self._answered_at:
+            oldest, answered_at = next(iter(self._answered_at.items()))
+            if now - answered_at < horizon_s and len(self._answered_at) <= _MAX_ANSWERS:
                 return
-            del self._answered[oldest]
-            self._learn(back=0.0, mean_gap_s=0.0)
+            del self._answered_at[oldest]
+            self._learn(returned=0.0, gap_s=0.0)
 
     def asked(self, prompt: Chain, now: float) -> None:
-        """A question has come; it may go on a conversation that was answered."""
+        """Record a question, which may continue an answered conversation."""
         for link in reversed(prompt.links):
-            since = self._answered.pop(link, None)
-            if since is not None:
-                self._learn(back=1.0, mean_gap_s=now - since)
+            answered_at = self._answered_at.pop(link, None)
+            if answered_at is not None:
+                self._learn(returned=1.0, gap_s=now - answered_at)
                 return
 
-    def likely(self, age_s: float) -> float:
-        """How likely a conversation goes on that was answered ``age_s`` seconds ago."""
-        share = self._back / (self._back + self._gone)
-        silent = share * math.exp(-max(0.0, age_s) / self.mean_gap_s)
-        return silent / (silent + 1 - share)
+    def probability(self, age_s: float) -> float:
+        """Probability that a conversation answered ``age_s`` seconds ago continues."""
+        share = self._returned / (self._returned + self._ended)
+        still_silent = share * math.exp(-max(0.0, age_s) / self.mean_gap_s)
+        return still_silent / (still_silent + 1 - share)
 
-    def _learn(self, *, back: float, mean_gap_s: float) -> None:
-        self._back = _FADE * self._back + back
-        self._gone = _FADE * self._gone + 1 - back
-        self._gap_s = _FADE * self._gap_s + mean_gap_s
+    def _learn(self, *, returned: float, gap_s: float) -> None:
+        self._returned = _FADE * self._returned + returned
+        self._ended = _FADE * self._ended + 1 - returned
+        self._gaps_s = _FADE * self._gaps_s + gap_s
 
 
-def _mark(held: Chain) -> int:
-    """What the next question will have among its links; not the last one: clients strip what ends in a space."""
-    return held.links[-2]
+def _continuation_link(conversation: Chain) -> int:
+    """Link that the next question will contain: the last but one, since clients strip trailing spaces of an answer."""
+    return conversation.links[-2]

@@ -1,1 +1,1 @@
-"""Sends one request to engines until its answer is complete: attempts, retries, answers resumed elsewhere."""
+"""Carries one request through attempts on replicas until its answer is complete."""

@@ -1,1 +1,1 @@
-"""Gives each request a slot: the queue, the leases and the state of the fleet."""
+"""Decides when a request gets a slot: the queue, slot leases and the state of the fleet."""

@@ -238,12 +238,12 @@ class Dispatcher:
             replica = placement.view.replica
             if replica.state is State.READY:  # one that has failed to load and is loaded again may fail again
                 entry.hopeless_since = None
-            if placement.now:
+            if placement.immediate:
                 free -= 1
                 lease = self.fleet_state.start(entry.request, placement, since=entry.since)
                 lease.charged = queue.take(entry)
                 entry.granted.set_result(lease)
-                self.strategy.took(replica.id)
+                self.strategy.placed(replica.id)
             else:
                 reserved.setdefault(replica.id, []).append(self._work_of(entry.request, placement))
                 if replica.state is State.COLD:
@@ -253,7 +253,11 @@ class Dispatcher:
 
     def _place(self, request: RouteRequest, reserved: dict[str, list[PendingWork]]) -> Placement | None:
         loads = [self.fleet_state.view(replica, request, reserved) for replica in self.fleet_state.candidates(request)]
-        ask = Demand(tokens=request.tokens, expected=self.fleet_state.expected(request), head=request.prompt.head)
+        ask = Demand(
+            prompt_tokens=request.tokens,
+            answer_tokens=self.fleet_state.expected(request),
+            conversation=request.prompt.head,
+        )
         return self.strategy.choose(ask, loads)
 
     def _mind_outage(self, queue: FairQueue[QueueEntry], entry: QueueEntry, now: float) -> None:

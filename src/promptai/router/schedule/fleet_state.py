@@ -158,7 +158,7 @@ class FleetState:
         leases = self._leases.get(replica.id, [])
         prefill = self.book.prefill_tps(replica) or ASSUMED_PREFILL_TPS
         busy = {lease.slot for lease in leases}
-        found = self.index.spot(replica.id, self._room(replica), request.prompt, busy=busy, now=now)
+        found = self.index.best_slot(replica.id, self._room(replica), request.prompt, busy=busy, now=now)
         per_char = request.tokens / max(1, request.prompt.chars)
         trust = self.book.trust(replica.id)
         return ReplicaView(
@@ -169,9 +169,9 @@ class FleetState:
             step_curve=self._steps_of(replica) or _ASSUMED_STEPS,
             slot=found.slot,
             cached_tokens=trust * self._cached_chars(replica, found, request) * per_char,
-            evicted=trust * found.evicted_chars * per_char,
+            evicted_tokens=trust * found.evicted_chars * per_char,
             expected_returns=trust
-            * self.index.expected_returns(replica.id, busy=busy, going=_prompts(request, leases), now=now),
+            * self.index.expected_returns(replica.id, busy=busy, current=_prompts(request, leases), now=now),
             mean_gap_s=self.index.reuse.mean_gap_s,
             ready_in_s=_ready_in_s(replica),
         )
@@ -232,17 +232,17 @@ class FleetState:
         outcome, name = lease.outcome, lease.replica.id
         if outcome is None:
             if lease.first_at is not None and not lease.failed:  # its client left: the prompt is in the cache
-                self.index.hold(name, self._room(lease.replica), lease.slot, lease.request.prompt, now)
+                self.index.store(name, self._room(lease.replica), lease.slot, lease.request.prompt, now)
             else:
-                self.index.lose(name, lease.slot)
+                self.index.drop(name, lease.slot)
             if name in self.breakers and not lease.failed:
                 self.breakers[name] = self.breakers[name].released_trial(sent_at=lease.started)
             return
         self.breakers.pop(name, None)
         if lease.request.answers > 1:  # one slot is in our account, and whichever they took are in use
-            self.index.lose(name, lease.slot)
+            self.index.drop(name, lease.slot)
         if outcome.answer is not None:
-            self.index.hold(name, self._room(lease.replica), lease.slot, outcome.answer, now)
+            self.index.store(name, self._room(lease.replica), lease.slot, outcome.answer, now)
             self.index.reuse.answered(outcome.answer, now)
         if outcome.timings is None:
             return
@@ -298,14 +298,14 @@ class FleetState:
             if new is None:
                 self._forget(old.id)
             elif (old.state in _RUNNING and new.state not in _RUNNING) or (old.model and new.model != old.model):
-                self.index.lose(old.id)
+                self.index.drop(old.id)
             elif new.state is State.READY and old.state is not State.READY:
                 # It answers again: whoever knows that need not wait until its rest is over.
                 self.breakers.pop(old.id, None)
 
     def _forget(self, replica_id: str) -> None:
         """A replica has left: in a cluster names come and go. What still runs there keeps its account until it ends."""
-        self.index.lose(replica_id)
+        self.index.drop(replica_id)
         self._steps.pop(replica_id, None)
         if replica_id not in self._leases:
             self.breakers.pop(replica_id, None)
