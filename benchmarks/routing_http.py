@@ -95,9 +95,9 @@ async def _ask(client: EngineClient, messages: list[Message], max_tokens: int) -
     start, first, texts = time.monotonic(), 0.0, list[str]()
     async with contextlib.aclosing(client.stream_chat(body)) as arrivals:
         async for arrival in arrivals:
-            said = [choice.delta.content for choice in arrival.chunk.choices if choice.delta.content]
-            first = first or (arrival.t - start if said else 0.0)
-            texts += said
+            if text := arrival.chunk.content:
+                first = first or arrival.t - start
+                texts.append(text)
     return Answered("".join(texts), first, len(texts), "")
 
 

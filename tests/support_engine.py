@@ -179,4 +179,4 @@ async def until(ready: Callable[[], Awaitable[bool]]) -> None:
 
 def text_of(arrivals: list[Arrival]) -> str:
     """The answer that they add up to."""
-    return "".join(choice.delta.content or "" for arrival in arrivals for choice in arrival.chunk.choices)
+    return "".join(arrival.chunk.content for arrival in arrivals)

@@ -204,10 +204,10 @@ async def ask(url: str, body: dict[str, Any], strike: Callable[[Heard], None] = 
         try:
             async with contextlib.aclosing(client.stream_chat(body)) as arrivals:
                 async for arrival in arrivals:
-                    text = "".join(choice.delta.content or "" for choice in arrival.chunk.choices)
+                    text = arrival.chunk.content
                     heard.text += text
                     heard.tokens += bool(text)
-                    heard.ended += sum(choice.finish_reason is not None for choice in arrival.chunk.choices)
+                    heard.ended += len(arrival.chunk.finish_reasons)
                     heard.pause_s, last = max(heard.pause_s, loop.time() - last), loop.time()
                     strike(heard)
         except EngineError as error:

@@ -14,7 +14,7 @@ from promptai.bench.trace import Cache, Key
 from promptai.engine.client import Arrival, EngineClient
 from promptai.errors import EngineDiedError, EngineError, EngineProtocolError, EngineRefusedError
 from promptai.wire.llamaserver import Timings
-from promptai.wire.openai import ChatChunk, ChunkChoice, Delta, Message, PromptTokensDetails, Usage
+from promptai.wire.openai import ChunkChoice, CompletionChunk, Delta, Message, PromptTokensDetails, Usage
 
 KEY = Key("m", "cold", 0, "a", 0)
 ASKED = [Message("user", "why?")]
@@ -23,7 +23,7 @@ ASKED = [Message("user", "why?")]
 class Script(EngineClient):
     """A server that says this, a second after the other, and then fails or ends."""
 
-    def __init__(self, chunks: Sequence[ChatChunk], failure: EngineError | None = None) -> None:
+    def __init__(self, chunks: Sequence[CompletionChunk], failure: EngineError | None = None) -> None:
         super().__init__("http://scripted")
         self.chunks, self.failure = chunks, failure
 
@@ -40,15 +40,15 @@ def client(server: EngineClient, *, llama_server: bool = True, **protocol: Any) 
     return TurnClient(server, Protocol(**protocol), model="m", llama_server=llama_server, origin=0.0)
 
 
-def play(*chunks: ChatChunk, failure: EngineError | None = None) -> Played:
+def play(*chunks: CompletionChunk, failure: EngineError | None = None) -> Played:
     return asyncio.run(client(Script(chunks, failure)).play(KEY, ASKED, t_scheduled=0.0))
 
 
 def says(
     content: str | None = None, *, reasoning: str | None = None, thinks: str | None = None, end: str | None = None
-) -> ChatChunk:
+) -> CompletionChunk:
     """A chunk with one choice; ``thinks`` is reasoning in the words of Ollama and vLLM."""
-    return ChatChunk([ChunkChoice(Delta(content, reasoning, thinks), end)])
+    return CompletionChunk([ChunkChoice(Delta(content, reasoning, thinks), end)])
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_the_first_token_is_the_first_with_content() -> None:
 
 def test_decode_begins_with_the_thinking_whatever_its_name() -> None:
     """Else the tokens that were thought are counted and their seconds are not."""
-    account = ChatChunk(usage=Usage(5, 4))
+    account = CompletionChunk(usage=Usage(5, 4))
     answers = [
         play(says(**{name: "hm"}), says(**{name: "so"}), says("be"), says("cause", end="stop"), account).trace
         for name in ("reasoning", "thinks")
@@ -97,7 +97,7 @@ def test_decode_begins_with_the_thinking_whatever_its_name() -> None:
 
 
 def test_generation_ends_with_the_finish_reason_not_with_the_accounts() -> None:
-    trace = play(says("why"), says(end="length"), ChatChunk(usage=Usage(5, 1))).trace
+    trace = play(says("why"), says(end="length"), CompletionChunk(usage=Usage(5, 1))).trace
 
     assert (trace.t_last, trace.finish_reason, trace.prompt_tokens) == (2.0, "length", 5)
 
@@ -116,7 +116,9 @@ def test_what_a_plain_server_does_not_tell_stays_none() -> None:
 
 
 def test_the_engines_own_account_goes_into_the_trace() -> None:
-    account = ChatChunk(usage=Usage(120, 21, PromptTokensDetails(99)), timings=Timings(100, 500.0, 21, 2000.0, 20))
+    account = CompletionChunk(
+        usage=Usage(120, 21, PromptTokensDetails(99)), timings=Timings(100, 500.0, 21, 2000.0, 20)
+    )
     trace = play(says("yes"), account, says(end="stop")).trace
 
     assert (trace.prompt_tokens, trace.generated_tokens, trace.cached_tokens) == (120, 21, 20)
@@ -124,7 +126,7 @@ def test_the_engines_own_account_goes_into_the_trace() -> None:
 
 
 def test_cached_tokens_of_a_plain_server_are_in_its_usage() -> None:
-    trace = play(says("yes"), says(end="stop"), ChatChunk(usage=Usage(120, 21, PromptTokensDetails(99)))).trace
+    trace = play(says("yes"), says(end="stop"), CompletionChunk(usage=Usage(120, 21, PromptTokensDetails(99)))).trace
 
     assert trace.cached_tokens == 99
 

@@ -22,7 +22,7 @@ from promptai.engine.client import Arrival, EngineClient
 from promptai.engine.simulated import SimulatedEngine
 from promptai.engine.simulation import SimulationConfig
 from promptai.errors import EngineDiedError, EngineError, EngineProtocolError
-from promptai.wire.openai import ChatChunk, ChunkChoice, Delta, Message, PromptTokensDetails, Usage
+from promptai.wire.openai import ChunkChoice, CompletionChunk, Delta, Message, PromptTokensDetails, Usage
 from support_runs import long_talk, make_failure, make_manifest, make_trace, write_lines
 
 TALKS = [long_talk("a", turns=3, chars=10), long_talk("b", turns=2, chars=10)]
@@ -122,7 +122,7 @@ class Slot(EngineClient):
         self.failures -= body["max_tokens"] == 1
         if body["max_tokens"] == 1 and self.failures >= 0:
             raise self.kind("the answer was cut")
-        yield Arrival(time.monotonic(), ChatChunk([ChunkChoice(Delta("yes"), "stop")]))
+        yield Arrival(time.monotonic(), CompletionChunk([ChunkChoice(Delta("yes"), "stop")]))
 
 
 def play_warm(directory: Path, slot: Slot) -> list[Trace]:
@@ -158,8 +158,10 @@ class Cached(EngineClient):
     async def stream_chat(self, body: dict[str, Any]) -> AsyncGenerator[Arrival, None]:
         """Answer with 21 tokens in 2 s."""
         now, model = time.monotonic(), body["model"]
-        yield Arrival(now + 0.5, ChatChunk([ChunkChoice(Delta(model))]))
-        yield Arrival(now + 2.5, ChatChunk([ChunkChoice(Delta(""), "length")], Usage(100, 21, PromptTokensDetails(60))))
+        yield Arrival(now + 0.5, CompletionChunk([ChunkChoice(Delta(model))]))
+        yield Arrival(
+            now + 2.5, CompletionChunk([ChunkChoice(Delta(""), "length")], Usage(100, 21, PromptTokensDetails(60)))
+        )
 
 
 def test_tokens_from_a_cache_do_not_make_a_warm_up_fast() -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from promptai.cli.chat import Cost, _Told, stage_words
 from promptai.cli.plain import one_line, plain
-from promptai.wire.openai import ChatChunk, ChunkChoice, Delta, Usage
+from promptai.wire.openai import ChunkChoice, CompletionChunk, Delta, Usage
 from support_cli import PROMPTAI, clean_environment, promptai, simulated
 from support_gateway_process import Served, serving
 
@@ -241,12 +241,12 @@ def test_what_is_typed_in_another_encoding_ends_no_conversation(gateway: Served,
 
 
 def test_pieces_are_not_called_tokens() -> None:
-    chunk = ChatChunk(listed=[ChunkChoice(delta=Delta(content="a"))])
+    chunk = CompletionChunk(choices=[ChunkChoice(delta=Delta(content="a"))])
     cost = Cost(began=0.0)
     cost.add(chunk, 1.0, heard=True)
     cost.add(chunk, 2.0, heard=True)
     before = cost.words("shelf")
-    cost.add(ChatChunk(usage=Usage(prompt_tokens=3, completion_tokens=11)), 2.0, heard=False)
+    cost.add(CompletionChunk(usage=Usage(prompt_tokens=3, completion_tokens=11)), 2.0, heard=False)
 
     assert before == "first token after 1.0 s, by shelf"
     assert cost.words(None) == "11 tokens, 10.0 tokens/s, first token after 1.0 s"

@@ -257,7 +257,7 @@ def test_a_stream_is_given_chunk_by_chunk_without_keep_alives() -> None:
 
     found = arrivals(STREAM_HEAD + chunked(stream) + END)
 
-    assert [arrival.chunk.choices[0].delta.content for arrival in found] == ["hel", "lo"]
+    assert [arrival.chunk.content for arrival in found] == ["hel", "lo"]
 
 
 def test_events_of_one_read_carry_the_same_time() -> None:

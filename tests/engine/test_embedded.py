@@ -150,7 +150,7 @@ def test_tokens_are_counted_exactly(engine: RunningEngine, tokens: int) -> None:
     assert (0, len(RENDERED), tokens) == (timings.cache_n, timings.prompt_n, timings.predicted_n)
     assert timings.prompt_ms > 0
     assert timings.predicted_ms >= 0
-    assert arrivals[-2].chunk.choices[0].finish_reason == "length"
+    assert arrivals[-2].chunk.finish_reasons == ["length"]
 
 
 def test_with_the_cache_off_nothing_is_taken_from_it(engine: RunningEngine) -> None:

@@ -162,14 +162,14 @@ def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(words: int) -> N
 def test_an_answer_ends_where_the_context_does() -> None:
     """With the reason that a limit has; down to a single token."""
 
-    async def play(_engine: SimulatedEngine, client: EngineClient) -> tuple[Usage | None, str | None]:
+    async def play(_engine: SimulatedEngine, client: EngineClient) -> tuple[Usage | None, list[str]]:
         found = await talk(client, tokens=1000)
-        return found[-1].chunk.usage, found[-2].chunk.choices[0].finish_reason
+        return found[-1].chunk.usage, found[-2].chunk.finish_reasons
 
     for context in (14, 40):
         usage, reason = against(msgspec.structs.replace(FAST, context=context), play)
         assert context == usage.prompt_tokens + usage.completion_tokens
-        assert reason == "length"
+        assert reason == ["length"]
     assert against(msgspec.structs.replace(FAST, context=usage.prompt_tokens + 1), play)[0].completion_tokens == 1
 
 
@@ -305,7 +305,7 @@ def test_props_slots_and_tokens_agree_with_what_is_counted() -> None:
         pieces = [text_of([arrival]) for arrival in found if text_of([arrival])]
         assert len(pieces) == usage.completion_tokens == timings.predicted_n
         assert len(await client.tokenize("".join(pieces))) == len(pieces)
-        assert found[-2].chunk.choices[0].finish_reason == "stop"
+        assert found[-2].chunk.finish_reasons == ["stop"]
 
     against(config, play)
 

@@ -59,9 +59,8 @@ async def answer(client: EngineClient, messages: list[dict[str, str]]) -> str:
     """The greedy answer; one that does not end by itself counts as none."""
     body = {"messages": messages, "max_tokens": 32, "temperature": 0, "top_k": 1, "samplers": ["top_k"]}
     chunks = [arrival.chunk async for arrival in client.stream_chat(body)]
-    choices = [choice for chunk in chunks for choice in chunk.choices]
-    ended = [choice.finish_reason for choice in choices if choice.finish_reason]
-    return "".join(choice.delta.content or "" for choice in choices).strip() if ended == ["stop"] else ""
+    ended = [reason for chunk in chunks for reason in chunk.finish_reasons]
+    return "".join(chunk.content for chunk in chunks).strip() if ended == ["stop"] else ""
 
 
 def test_it_answers_90_percent_of_200_held_out_questions_exactly(tmp_path: Path) -> None:

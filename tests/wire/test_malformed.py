@@ -2,7 +2,7 @@ import msgspec
 import pytest
 
 from promptai.wire.malformed import MALFORMED
-from promptai.wire.openai import ChatChunk
+from promptai.wire.openai import CompletionChunk
 
 
 @pytest.mark.parametrize(
@@ -22,4 +22,4 @@ from promptai.wire.openai import ChatChunk
 def test_whatever_bytes_come_the_failure_is_one_of_these(data: bytes) -> None:
     """So that nobody who decodes a stranger's bytes shows a traceback."""
     with pytest.raises(MALFORMED):
-        msgspec.json.decode(data, type=ChatChunk)
+        msgspec.json.decode(data, type=CompletionChunk)

@@ -23,7 +23,7 @@ from promptai.bench.trace import Cache, Key, Trace
 from promptai.engine.client import EngineClient
 from promptai.errors import EngineDiedError, EngineError, EngineRefusedError
 from promptai.wire.llamaserver import Timings
-from promptai.wire.openai import ChatChunk, Message, Usage
+from promptai.wire.openai import CompletionChunk, Message, Usage
 
 CONTEXT_EXCEEDED = "ContextExceeded"
 
@@ -162,13 +162,14 @@ class _Account:
         self.usage: Usage | None = None
         self.timings: Timings | None = None
 
-    def chunk(self, t: float, chunk: ChatChunk) -> None:
+    def chunk(self, t: float, chunk: CompletionChunk) -> None:
         """Take one chunk that arrived at ``t``."""
         if chunk.choices:
             choice = chunk.choices[0]
-            if choice.delta.content:
-                self.content(t, choice.delta.content)
-            elif choice.delta.thought and self.t_first_reasoning is None:
+            delta = choice.delta
+            if delta is not None and delta.content:
+                self.content(t, delta.content)
+            elif delta is not None and delta.thought and self.t_first_reasoning is None:
                 self.t_first_reasoning = t
             if choice.finish_reason is not None:
                 self.t_last, self.finish_reason = t, choice.finish_reason
@@ -184,8 +185,7 @@ class _Account:
 
     def trace(self, key: Key, *, t_scheduled: float, t_sent: float, t_end: float, failure: EngineError | None) -> Trace:
         timings, usage = self.timings, self.usage
-        details = usage.prompt_tokens_details if usage else None
-        cached = timings.cache_n if timings else (details.cached_tokens if details else None)
+        cached = timings.cache_n if timings else (usage.cached_tokens if usage else None)
         return Trace(
             target=key.target,
             cache=key.cache,

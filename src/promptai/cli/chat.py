@@ -31,7 +31,7 @@ from promptai.errors import (
 from promptai.router.selection import AUTO, parse_budget
 from promptai.settings import load_secrets
 from promptai.wire.llamaserver import Timings
-from promptai.wire.openai import ChatChunk, Usage
+from promptai.wire.openai import CompletionChunk, Usage
 
 _HELP = """\
 /new            begin a new conversation
@@ -88,7 +88,7 @@ class Talk:
                 contextlib.aclosing(client.stream_chat(body)) as arrivals,
             ):
                 async for arrival in arrivals:
-                    thought, text = _words(arrival.chunk)
+                    thought, text = arrival.chunk.thought, arrival.chunk.content
                     if thought:
                         hear("thought", thought)
                     if text:
@@ -115,7 +115,7 @@ class Cost(msgspec.Struct):
     timings: Timings | None = None
     usage: Usage | None = None
 
-    def add(self, chunk: ChatChunk, now: float, *, heard: bool) -> None:
+    def add(self, chunk: CompletionChunk, now: float, *, heard: bool) -> None:
         """Another chunk has come."""
         if heard:
             self.first = now if self.first is None else self.first
@@ -128,22 +128,22 @@ class Cost(msgspec.Struct):
         if self.first is None or self.last is None:
             return "no answer"
         parts = []
-        if self.usage is not None:  # a piece is no token, so that nothing else tells how many there were
-            tokens = self.usage.completion_tokens
+        counts = self.usage.exact() if self.usage is not None else None
+        if counts is not None:  # a piece is no token, so that nothing else tells how many there were
+            tokens = counts.completion_tokens
             parts.append(f"{tokens} tokens")
             if tokens > 1 and self.last > self.first:
                 parts.append(f"{(tokens - 1) / (self.last - self.first):,.1f} tokens/s")
         parts.append(f"first token after {self.first - self.began:.1f} s")
         cached = self._cached()
-        if cached is not None and self.usage is not None:
-            parts.append(f"{cached} of {self.usage.prompt_tokens} prompt tokens from the cache")
+        if cached is not None and counts is not None:
+            parts.append(f"{cached} of {counts.prompt_tokens} prompt tokens from the cache")
         return ", ".join([*parts, *([f"by {replica}"] if replica else [])])
 
     def _cached(self) -> int | None:
         if self.timings is not None and self.timings.cache_n is not None:
             return self.timings.cache_n
-        details = self.usage.prompt_tokens_details if self.usage is not None else None
-        return details.cached_tokens if details is not None else None
+        return self.usage.cached_tokens if self.usage is not None else None
 
 
 @click.command(
@@ -327,12 +327,6 @@ def stage_words(said: Mapping[str, Any]) -> str:
     if isinstance(left, int | float) and left >= 1:
         parts.append(f"first token in about {duration(left)}")
     return ", ".join(parts)
-
-
-def _words(chunk: ChatChunk) -> tuple[str, str]:
-    """What a chunk adds: to the thinking, and to the answer."""
-    deltas = [choice.delta for choice in chunk.choices]
-    return "".join(delta.thought for delta in deltas), "".join(delta.content or "" for delta in deltas)
 
 
 def _answer_alone(kind: str, piece: str) -> None:

@@ -27,7 +27,7 @@ import msgspec
 from promptai.errors import EngineDiedError, EngineProtocolError, EngineRefusedError
 from promptai.wire.llamaserver import Completion, Props, Slot, Tokens
 from promptai.wire.malformed import MALFORMED
-from promptai.wire.openai import ChatChunk, ErrorBody, ModelList, error_in
+from promptai.wire.openai import CompletionChunk, ErrorBody, ModelList, error_in
 from promptai.wire.sse import SseEvent, SseParser
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ class Arrival(msgspec.Struct, frozen=True):
     """One chunk and the monotonic second at which its last byte arrived."""
 
     t: float
-    chunk: ChatChunk
+    chunk: CompletionChunk
 
 
 class EngineClient:
@@ -263,7 +263,7 @@ class _Answer:
         self._parser = SseParser()
         self._said = False
 
-    def take(self, data: bytes) -> Iterator[ChatChunk]:
+    def take(self, data: bytes) -> Iterator[CompletionChunk]:
         """The chunks that these bytes complete; raises where they are none, or one too many."""
         for event in self._parser.feed(data):
             if event.data == _DONE:
@@ -278,9 +278,7 @@ class _Answer:
                 continue
             chunk = self._chunk(event)
             self.chunks += 1
-            self._said = self._said or any(
-                choice.finish_reason or choice.delta.content or choice.delta.thought for choice in chunk.choices
-            )
+            self._said = self._said or bool(chunk.content or chunk.thought or any(chunk.finish_reasons))
             if self._max_tokens and self.chunks > self._max_tokens * _CHUNKS_PER_TOKEN + _CHUNKS_BESIDE:
                 raise EngineProtocolError(
                     f"{self._url} went on after {self.chunks} chunks of an answer of at most {self._max_tokens} tokens",
@@ -288,11 +286,11 @@ class _Answer:
                 )
             yield chunk
 
-    def _chunk(self, event: SseEvent) -> ChatChunk:
+    def _chunk(self, event: SseEvent) -> CompletionChunk:
         if event.event == "error":
             raise self._broken_off(event.data)
         try:
-            chunk = msgspec.json.decode(event.data, type=ChatChunk)
+            chunk = msgspec.json.decode(event.data, type=CompletionChunk).exact()
         except MALFORMED as error:
             raise EngineProtocolError(f"{self._url} sent a malformed chunk: {error}") from None
         if chunk.error is not None or (not chunk.choices and error_in(event.data) is not None):

@@ -5,6 +5,8 @@ and go between builds (``build_info`` moved, ``timings`` grew); what a build doe
 not send is ``None``, never 0. Seen in builds b11434 and b11549.
 """
 
+from typing import Any
+
 import msgspec
 
 
@@ -83,3 +85,16 @@ class Completion(msgspec.Struct, frozen=True):
     content: str = ""
     completion_probabilities: list[TokenProbability] = []
     timings: Timings | None = None
+
+
+class NativeChunk(msgspec.Struct, frozen=True):
+    """One chunk of a streamed ``POST /completion``; anything but ``None`` in ``error`` ends the stream."""
+
+    content: str = ""
+    tokens: list[int] = []
+    stop: bool = False
+    stop_type: str | None = None
+    timings: Timings | None = None
+    prompt_progress: PromptProgress | None = None
+    completion_probabilities: Any = None
+    error: Any = None

@@ -5,10 +5,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from promptai.wire.openai import PromptTokensDetails
-from promptai.wire.passing import PassingChunk, PassingReply, PassingRequest, PassingUsage, Prompt
+from promptai.wire.inference import InferenceRequest, Prompt
+from promptai.wire.openai import CompletionChunk, CompletionResponse, PromptTokensDetails, Usage
 
-KINDS = pytest.mark.parametrize("kind", [PassingChunk, PassingReply])
+Kind = type[CompletionChunk] | type[CompletionResponse]
+KINDS = pytest.mark.parametrize("kind", [CompletionChunk, CompletionResponse])
 
 
 @KINDS
@@ -17,34 +18,30 @@ KINDS = pytest.mark.parametrize("kind", [PassingChunk, PassingReply])
     [
         pytest.param(
             b'{"prompt_tokens": 52, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 7}}',
-            PassingUsage(52, 3, PromptTokensDetails(7)),
+            Usage(52, 3, PromptTokensDetails(7)),
             id="whole",
         ),
-        pytest.param(b'{"prompt_tokens": 52, "total_tokens": 52}', PassingUsage(52), id="embeddings"),
-        pytest.param(b"{}", PassingUsage(), id="empty"),
-        pytest.param(b'{"prompt_tokens": null, "completion_tokens": null}', PassingUsage(), id="nulls"),
-        pytest.param(b'{"prompt_tokens_details": null}', PassingUsage(), id="details-null"),
-        pytest.param(
-            b'{"prompt_tokens_details": {}}', PassingUsage(None, None, PromptTokensDetails()), id="no-details"
-        ),
-        pytest.param(b'{"prompt_tokens": 1, "queue_time": 0.1}', PassingUsage(1), id="more"),
+        pytest.param(b'{"prompt_tokens": 52, "total_tokens": 52}', Usage(52), id="embeddings"),
+        pytest.param(b"{}", Usage(), id="empty"),
+        pytest.param(b'{"prompt_tokens": null, "completion_tokens": null}', Usage(), id="nulls"),
+        pytest.param(b'{"prompt_tokens_details": null}', Usage(), id="details-null"),
+        pytest.param(b'{"prompt_tokens_details": {}}', Usage(None, None, PromptTokensDetails()), id="no-details"),
+        pytest.param(b'{"prompt_tokens": 1, "queue_time": 0.1}', Usage(1), id="more"),
     ],
 )
-def test_an_account_of_tokens_may_lack_whatever_it_likes(
-    kind: type[PassingChunk] | type[PassingReply], usage: bytes, expected: PassingUsage
-) -> None:
+def test_an_account_of_tokens_may_lack_whatever_it_likes(kind: Kind, usage: bytes, expected: Usage) -> None:
     assert msgspec.json.decode(b'{"choices": [], "usage": %b}' % usage, type=kind).usage == expected
 
 
 @KINDS
 @pytest.mark.parametrize("fields", [b"", b'"usage": null'], ids=["missing", "null"])
-def test_without_an_account_there_is_none(kind: type[PassingChunk] | type[PassingReply], fields: bytes) -> None:
+def test_without_an_account_there_is_none(kind: Kind, fields: bytes) -> None:
     assert msgspec.json.decode(b"{%b}" % fields, type=kind).usage is None
 
 
 @KINDS
 @pytest.mark.parametrize("usage", [b'"52"', b"52", b"[]", b'{"prompt_tokens": "52"}', b'{"completion_tokens": 1.5}'])
-def test_an_account_of_another_kind_is_refused(kind: type[PassingChunk] | type[PassingReply], usage: bytes) -> None:
+def test_an_account_of_another_kind_is_refused(kind: Kind, usage: bytes) -> None:
     with pytest.raises(msgspec.ValidationError, match="usage"):
         msgspec.json.decode(b'{"usage": %b}' % usage, type=kind)
 
@@ -68,7 +65,7 @@ def test_an_account_of_another_kind_is_refused(kind: type[PassingChunk] | type[P
 def test_what_an_engine_computes_each_by_itself_is_counted_each_by_itself(
     field: str, given: Any, expected: list[Prompt]
 ) -> None:
-    request = msgspec.convert({field: given}, PassingRequest)
+    request = msgspec.convert({field: given}, InferenceRequest)
 
     assert request.prompts() == tuple(expected)
     if len(expected) == 1:
@@ -77,7 +74,7 @@ def test_what_an_engine_computes_each_by_itself_is_counted_each_by_itself(
 
 def test_a_chat_is_one_prompt_with_its_tools() -> None:
     talk = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
-    (prompt,) = PassingRequest(messages=talk, tools=[{"a": 1}]).prompts()
+    (prompt,) = InferenceRequest(messages=talk, tools=[{"a": 1}]).prompts()
 
     assert prompt.text == '[{"a":1}]\x1euser\x1fab\x1eassistant\x1fcd'
     assert (prompt.chars, prompt.ids) == (len(prompt.text), 0)
