@@ -35,7 +35,7 @@ from promptai.router.selection import (
     parse_budget,
     resolve,
 )
-from promptai.wire.passing import PassingRequest, Prompt
+from promptai.wire.inference import InferenceRequest, Prompt
 
 #: Tokens that a chat template puts around a message: 3 to 8 in those of the catalogue.
 _MESSAGE_TOKENS = 5.0
@@ -76,7 +76,7 @@ class AdmittedRequest(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     routed: RoutedRequest
-    request: PassingRequest
+    request: InferenceRequest
     model: str
     why: str
     tokens: int
@@ -88,7 +88,7 @@ class _ParsedRequest(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     wanted: ResolvedName
     body: dict[str, Any]
-    request: PassingRequest
+    request: InferenceRequest
     prompts: tuple[Prompt, ...]
     headers: Mapping[str, str]
     caller: Caller
@@ -112,7 +112,7 @@ class _ParsedRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def text(self) -> str:
-        """See ``PassingRequest.text``."""
+        """See ``InferenceRequest.text``."""
         return self.prompts[0].text if len(self.prompts) == 1 else self.request.text()
 
     def longest(self, chars_per_token: float) -> Prompt:
@@ -304,9 +304,9 @@ def path_for(body: Mapping[str, Any]) -> str:
     return next((path for path, field in _PATHS.items() if body.get(field) is not None), "/v1/chat/completions")
 
 
-def _convert(body: dict[str, Any]) -> PassingRequest:
+def _convert(body: dict[str, Any]) -> InferenceRequest:
     try:
-        return msgspec.convert(body, PassingRequest)
+        return msgspec.convert(body, InferenceRequest)
     except msgspec.ValidationError as error:
         text = str(error)
         param = text.rpartition("`$.")[2].rstrip("`").partition("[")[0] if "`$." in text else None
@@ -323,7 +323,7 @@ def _likely_holds(model: str, tokens: float, snapshot: Snapshot) -> bool:
     return isinstance(found, ContextFits)
 
 
-def _demand_field(path: str, request: PassingRequest) -> None:
+def _demand_field(path: str, request: InferenceRequest) -> None:
     """
     Refuse a request that is not of its path alone.
 
@@ -341,7 +341,7 @@ def _demand_field(path: str, request: PassingRequest) -> None:
         )
 
 
-def _demand_roles(request: PassingRequest) -> None:
+def _demand_roles(request: InferenceRequest) -> None:
     """llama-server answers a message without a role with HTTP 500, as if it were broken itself."""
     for number, message in enumerate(request.messages or ()):
         if not isinstance(message.get("role"), str):

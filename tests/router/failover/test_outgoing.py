@@ -5,19 +5,19 @@ from typing import Any
 import pytest
 
 from promptai.router.failover.outgoing import counts
-from promptai.wire.passing import PassingRequest
+from promptai.wire.inference import InferenceRequest
 
 TEXT = {"type": "text", "text": "up?"}
 
 
-def chat(content: object, **fields: Any) -> PassingRequest:
-    return PassingRequest(messages=[{"role": "user", "content": content}], **fields)
+def chat(content: object, **fields: Any) -> InferenceRequest:
+    return InferenceRequest(messages=[{"role": "user", "content": content}], **fields)
 
 
 @pytest.mark.parametrize(
-    "request_", [chat("up?"), chat([TEXT]), PassingRequest(prompt="up?"), PassingRequest(input="up?")]
+    "request_", [chat("up?"), chat([TEXT]), InferenceRequest(prompt="up?"), InferenceRequest(input="up?")]
 )
-def test_one_text_counts(request_: PassingRequest) -> None:
+def test_one_text_counts(request_: InferenceRequest) -> None:
     assert counts(request_)
 
 
@@ -26,14 +26,14 @@ def test_one_text_counts(request_: PassingRequest) -> None:
     [
         chat([TEXT, {"type": "image_url"}]),
         chat("up?", n=2),
-        PassingRequest(prompt=["up?", "down?"]),
-        PassingRequest(prompt=[7, 8, 9]),
-        PassingRequest(prompt="up?", n=2),
-        PassingRequest(input=["up?", "down?"]),
-        PassingRequest(input=[[7], [8]]),
+        InferenceRequest(prompt=["up?", "down?"]),
+        InferenceRequest(prompt=[7, 8, 9]),
+        InferenceRequest(prompt="up?", n=2),
+        InferenceRequest(input=["up?", "down?"]),
+        InferenceRequest(input=[[7], [8]]),
     ],
     ids=str,
 )
-def test_pictures_ids_and_several_do_not(request_: PassingRequest) -> None:
+def test_pictures_ids_and_several_do_not(request_: InferenceRequest) -> None:
     """Four arrays of prompts, and every prompt was thought to be a fifth of what it is."""
     assert not counts(request_)

@@ -20,7 +20,8 @@ from promptai.router.failover.protocol import (
     without_progress,
 )
 from promptai.router.schedule.lease import LeaseResult
-from promptai.wire.passing import NativeChunk, PassingChunk
+from promptai.wire.llamaserver import NativeChunk
+from promptai.wire.openai import CompletionChunk
 from promptai.wire.sse import SseEvent
 
 
@@ -29,7 +30,7 @@ def event(data: str, name: str = "message") -> SseEvent:
 
 
 def test_a_chunk_is_read_whatever_else_is_in_it() -> None:
-    chunk = read_chunk(event('{"choices":[{"delta":{"content":"a"}}],"x":1}'), PassingChunk, "pi")
+    chunk = read_chunk(event('{"choices":[{"delta":{"content":"a"}}],"x":1}'), CompletionChunk, "pi")
 
     assert chunk.choices is not None
     assert chunk.choices[0].delta is not None
@@ -37,21 +38,21 @@ def test_a_chunk_is_read_whatever_else_is_in_it() -> None:
 
 
 def test_a_part_of_a_tool_call_is_no_malformed_chunk() -> None:
-    chunk = read_chunk(event('{"choices":[{"delta":{"tool_calls":[{"index":0}]}}]}'), PassingChunk, "pi")
+    chunk = read_chunk(event('{"choices":[{"delta":{"tool_calls":[{"index":0}]}}]}'), CompletionChunk, "pi")
 
     assert chunk.choices is not None
     assert chunk.choices[0].delta is not None
     assert chunk.choices[0].delta.tool_calls == [{"index": 0}]
 
 
-@pytest.mark.parametrize("kind", [PassingChunk, NativeChunk])
+@pytest.mark.parametrize("kind", [CompletionChunk, NativeChunk])
 @pytest.mark.parametrize("data", ["{", "7", '{"choices":7,"tokens":7}', ""])
 def test_what_is_no_chunk_breaks_the_protocol(kind: Any, data: str) -> None:
     with pytest.raises(EngineProtocolError, match="pi sent a malformed chunk"):
         read_chunk(event(data), kind, "pi")
 
 
-@pytest.mark.parametrize("kind", [PassingChunk, NativeChunk])
+@pytest.mark.parametrize("kind", [CompletionChunk, NativeChunk])
 @pytest.mark.parametrize(
     ("data", "name", "status", "message"),
     [

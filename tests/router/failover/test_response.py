@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from promptai.router.failover.response import ResponseBuilder, begun
-from promptai.wire.passing import PassingRequest
+from promptai.wire.inference import InferenceRequest
 
 HEAD = {"id": "a", "created": 1, "model": "m", "object": "chat.completion.chunk"}
 
@@ -113,7 +113,7 @@ def test_what_the_request_began_is_a_part_of_the_answer() -> None:
     ],
 )
 def test_only_a_trailing_assistant_message_begins_an_answer(messages: list[dict[str, Any]], text: str) -> None:
-    assert text == begun(PassingRequest(messages=messages))
+    assert text == begun(InferenceRequest(messages=messages))
 
 
 def test_each_prompt_is_counted_once_however_many_answers_it_has() -> None:

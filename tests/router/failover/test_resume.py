@@ -4,18 +4,19 @@ import msgspec
 import pytest
 
 from promptai.router.failover.resume import SentText, answers, as_answer, continued_body, obstacle, rest
-from promptai.wire.llamaserver import Timings
-from promptai.wire.passing import NativeChunk, PassingChunk, PassingRequest
+from promptai.wire.inference import InferenceRequest
+from promptai.wire.llamaserver import NativeChunk, Timings
+from promptai.wire.openai import CompletionChunk
 
 HEAD = {"id": "a", "object": "chat.completion.chunk"}
 TIMINGS = Timings(prompt_n=4, prompt_ms=1.0, predicted_n=3, predicted_ms=1.0)
 
 
-def chunk(**choice: Any) -> PassingChunk:
-    return msgspec.convert({"choices": [{"index": 0, **choice}]}, PassingChunk)
+def chunk(**choice: Any) -> CompletionChunk:
+    return msgspec.convert({"choices": [{"index": 0, **choice}]}, CompletionChunk)
 
 
-def told(text: str, *ids: int | None) -> PassingChunk:
+def told(text: str, *ids: int | None) -> CompletionChunk:
     return chunk(delta={"content": text}, logprobs={"content": [{"id": token} for token in ids]})
 
 
@@ -27,8 +28,8 @@ def decoded(chunks: list[bytes]) -> list[dict[str, Any]]:
     return [msgspec.json.decode(one) for one in chunks]
 
 
-def request(**fields: Any) -> PassingRequest:
-    return msgspec.convert({"messages": [{"role": "user", "content": "a"}], **fields}, PassingRequest)
+def request(**fields: Any) -> InferenceRequest:
+    return msgspec.convert({"messages": [{"role": "user", "content": "a"}], **fields}, InferenceRequest)
 
 
 def test_nothing_has_been_said_by_a_role() -> None:
@@ -49,7 +50,7 @@ def test_text_and_ids_are_kept_as_long_as_every_token_is_told() -> None:
 
 
 @pytest.mark.parametrize("second", [chunk(delta={"content": "b"}), told("b", None), told("b")])
-def test_one_token_that_is_not_told_ends_the_certainty_for_good(second: PassingChunk) -> None:
+def test_one_token_that_is_not_told_ends_the_certainty_for_good(second: CompletionChunk) -> None:
     said = SentText()
     said.add(told("a", 1))
     said.add(second)
@@ -73,7 +74,7 @@ def test_a_token_whose_text_was_held_back_counts_where_its_text_comes() -> None:
 def test_a_tag_that_is_shown_while_the_prompt_is_computed_is_no_token() -> None:
     said = SentText()
     tag = {"choices": [{"index": 0, "delta": {"content": "<think>"}}], "prompt_progress": {"total": 4, "processed": 0}}
-    said.add(msgspec.convert(tag, PassingChunk))
+    said.add(msgspec.convert(tag, CompletionChunk))
 
     assert said.anything
     assert (said.text, said.ids, said.tokens) == ("<think>", [], 0)

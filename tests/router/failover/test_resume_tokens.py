@@ -8,10 +8,10 @@ import pytest
 from promptai.errors import EngineRefusedError
 from promptai.router.failover.joint import ResumePoint, find_joint
 from promptai.router.failover.resume import SentText
-from promptai.wire.passing import PassingRequest
+from promptai.wire.inference import InferenceRequest
 
 PIECES = ["<s>", "<|user|>", "<|assistant|>", "Hi", " there", "The", "re", "There", " ", "\n", "é", "<0xC3>", "a"]
-CHAT = PassingRequest(messages=[{"role": "user", "content": "Hi"}])
+CHAT = InferenceRequest(messages=[{"role": "user", "content": "Hi"}])
 SPECIAL = 3
 
 
@@ -52,7 +52,7 @@ class Vocabulary:
         return {"tokens": found}
 
 
-def joint(said: SentText, engine: Vocabulary | None = None, request: PassingRequest = CHAT) -> ResumePoint:
+def joint(said: SentText, engine: Vocabulary | None = None, request: InferenceRequest = CHAT) -> ResumePoint:
     body = {"messages": request.messages, "stream": True}
     return asyncio.run(find_joint(engine or Vocabulary(), request, body, said))
 
@@ -69,7 +69,7 @@ def test_a_chat_s_prompt_is_rendered_and_its_marks_are_read_as_marks() -> None:
 
 @pytest.mark.parametrize("prompt", ["Hi", [0, 3]])
 def test_a_completion_s_prompt_is_taken_as_it_is(prompt: str | list[int]) -> None:
-    assert joint(having("There"), request=PassingRequest(prompt=prompt)).prompt == [0, 3]
+    assert joint(having("There"), request=InferenceRequest(prompt=prompt)).prompt == [0, 3]
 
 
 def test_told_ids_are_believed_even_where_the_text_would_be_cut_otherwise() -> None:

@@ -2,7 +2,7 @@
 
 from promptai.router.failover.usage import UsageTally
 from promptai.wire.llamaserver import Timings
-from promptai.wire.passing import PassingChoice, PassingChunk
+from promptai.wire.openai import ChunkChoice, CompletionChunk
 
 
 def told(prompt: int, cached: int | None, generated: int) -> Timings:
@@ -17,7 +17,7 @@ def test_of_one_answer_the_last_account_counts() -> None:
     assert bill.total() is None
 
     for generated in (1, 2, 3):
-        bill.take(PassingChunk(choices=[PassingChoice()], timings=told(7, 2, generated)))
+        bill.take(CompletionChunk(choices=[ChunkChoice()], timings=told(7, 2, generated)))
 
     assert bill.total() == told(7, 2, 3)
 
@@ -26,7 +26,7 @@ def test_answers_to_one_prompt_share_it() -> None:
     """The second one found all of it computed."""
     bill = UsageTally(alternatives=2)
     for index, prompt, cached in ((1, 1, 6), (0, 5, 2)):
-        bill.take(PassingChunk(choices=[PassingChoice(index=index)], timings=told(prompt, cached, 20)))
+        bill.take(CompletionChunk(choices=[ChunkChoice(index=index)], timings=told(prompt, cached, 20)))
 
     total = bill.total()
 
@@ -38,7 +38,7 @@ def test_answers_to_one_prompt_share_it() -> None:
 def test_every_prompt_counts() -> None:
     bill = UsageTally()
     for index in range(40):
-        bill.take(PassingChunk(choices=[PassingChoice(index=index)], timings=told(100, 14, 40)))
+        bill.take(CompletionChunk(choices=[ChunkChoice(index=index)], timings=told(100, 14, 40)))
 
     total = bill.total()
 
@@ -49,8 +49,8 @@ def test_every_prompt_counts() -> None:
 def test_an_account_that_comes_alone_belongs_to_the_answer_before_it() -> None:
     bill = UsageTally(alternatives=2)
     for index in (1, 0):
-        bill.take(PassingChunk(choices=[PassingChoice(index=index)]))
-        bill.take(PassingChunk(choices=[], timings=told(5, None, 10 + index)))
+        bill.take(CompletionChunk(choices=[ChunkChoice(index=index)]))
+        bill.take(CompletionChunk(choices=[], timings=told(5, None, 10 + index)))
 
     total = bill.total()
 

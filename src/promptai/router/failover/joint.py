@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from promptai.errors import EngineRefusedError
 from promptai.router.failover.resume import SentText
-from promptai.wire.passing import PassingRequest
+from promptai.wire.inference import InferenceRequest
 
 #: Asks an engine something quick: path and body; the answer's object.
 Ask = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
@@ -37,7 +37,7 @@ class ResumePoint(NamedTuple):
     how: Literal["ids", "text"]
 
 
-async def find_joint(ask: Ask, request: PassingRequest, body: dict[str, Any], said: SentText) -> ResumePoint:
+async def find_joint(ask: Ask, request: InferenceRequest, body: dict[str, Any], said: SentText) -> ResumePoint:
     """Find where to go on; ``body`` is the request as it came."""
     before, text = request.prompt, said.text
     if request.messages is not None:

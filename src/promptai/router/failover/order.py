@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 
-from promptai.wire.passing import PassingRequest
+from promptai.wire.inference import InferenceRequest
 
 
 class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,7 +22,7 @@ class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     path: str
     body: dict[str, Any]
-    request: PassingRequest
+    request: InferenceRequest
     text: str
     attempts: int = 4
     stall_s: float = 15.0

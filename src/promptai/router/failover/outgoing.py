@@ -6,10 +6,10 @@ import msgspec
 
 from promptai.router.failover.resume import answers
 from promptai.router.schedule.lease import SlotLease
-from promptai.wire.passing import PassingRequest
+from promptai.wire.inference import InferenceRequest
 
 
-def first_body(lease: SlotLease, request: PassingRequest, body: dict[str, Any]) -> bytes:
+def first_body(lease: SlotLease, request: InferenceRequest, body: dict[str, Any]) -> bytes:
     """A request that is sent from its beginning."""
     sent = {**body, "model": lease.replica.model}
     if request.stream and lease.replica.dialect == "llama-server":
@@ -18,7 +18,7 @@ def first_body(lease: SlotLease, request: PassingRequest, body: dict[str, Any]) 
     return msgspec.json.encode(own_fields(lease, request, sent))
 
 
-def own_fields(lease: SlotLease, request: PassingRequest, body: dict[str, Any]) -> dict[str, Any]:
+def own_fields(lease: SlotLease, request: InferenceRequest, body: dict[str, Any]) -> dict[str, Any]:
     """What every request of ours says to a llama-server."""
     replica = lease.replica
     if replica.dialect != "llama-server":
@@ -31,7 +31,7 @@ def own_fields(lease: SlotLease, request: PassingRequest, body: dict[str, Any]) 
     return sent
 
 
-def counts(request: PassingRequest) -> bool:
+def counts(request: InferenceRequest) -> bool:
     """Whether what an engine counts is the text that is counted here: one prompt, no pictures, no token ids."""
     if request.messages is None:
         given = request.prompt if request.prompt is not None else request.input

@@ -9,12 +9,12 @@ from promptai.engine.upstream import Reply
 from promptai.errors import EngineError, EngineProtocolError, EngineRefusedError
 from promptai.router.estimate.prefix import Chain
 from promptai.router.schedule.lease import LeaseResult
+from promptai.wire.llamaserver import NativeChunk
 from promptai.wire.malformed import MALFORMED
-from promptai.wire.openai import ErrorBody, error_in
-from promptai.wire.passing import NativeChunk, PassingChunk, PassingReply
+from promptai.wire.openai import CompletionChunk, CompletionResponse, ErrorBody, error_in
 from promptai.wire.sse import SseEvent
 
-AnyChunk = TypeVar("AnyChunk", PassingChunk, NativeChunk)
+AnyChunk = TypeVar("AnyChunk", CompletionChunk, NativeChunk)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
 _OWN_OF_CHUNK = frozenset(("choices", "usage", "timings", "prompt_progress"))
 
@@ -70,7 +70,7 @@ def words_of(error: EngineRefusedError) -> str:
     return found.message if found is not None and found.message else error.message
 
 
-def adds(chunk: PassingChunk) -> bool:
+def adds(chunk: CompletionChunk) -> bool:
     """Whether there is something for the client in a chunk that also tells progress."""
     for choice in chunk.choices or ():
         delta = choice.delta
@@ -131,15 +131,15 @@ def rehead(data: str, head: dict[str, Any]) -> bytes:
     return msgspec.json.encode({**chunk, **head})
 
 
-def account_of(reply: Reply) -> PassingReply:
+def account_of(reply: Reply) -> CompletionResponse:
     """What an answer in one piece says of itself; nothing where it is a refusal, or none."""
     try:
-        return msgspec.json.decode(reply.body, type=PassingReply) if reply.status == 200 else PassingReply()
+        return msgspec.json.decode(reply.body, type=CompletionResponse) if reply.status == 200 else CompletionResponse()
     except MALFORMED:
-        return PassingReply()
+        return CompletionResponse()
 
 
-def outcome_of(found: PassingReply, held: Chain, *, counted: bool) -> LeaseResult:
+def outcome_of(found: CompletionResponse, held: Chain, *, counted: bool) -> LeaseResult:
     """How a request ended that was answered in one piece; of its engine only timings tell more than that it lives."""
     generated = found.usage.completion_tokens if found.usage is not None else None
     if found.timings is None:

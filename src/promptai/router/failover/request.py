@@ -49,9 +49,10 @@ from promptai.router.failover.resume import SentText, answers, as_answer, contin
 from promptai.router.failover.usage import UsageTally
 from promptai.router.schedule.dispatcher import Dispatcher, QueueEntry
 from promptai.router.schedule.lease import LeaseResult, RouteRequest, SlotLease
-from promptai.wire.llamaserver import Timings
+from promptai.wire.inference import assistant_turn
+from promptai.wire.llamaserver import NativeChunk, Timings
 from promptai.wire.malformed import MALFORMED
-from promptai.wire.passing import NativeChunk, PassingChunk, PassingUsage, answered
+from promptai.wire.openai import CompletionChunk, Usage
 from promptai.wire.sse import SseEvent
 
 _DONE = "[DONE]"
@@ -84,7 +85,7 @@ class RoutedRequest:
         self.leases: list[SlotLease] = []
         self.retries: list[str] = []
         self.continuations: list[Literal["ids", "text"]] = []
-        self.usage: PassingUsage | None = None
+        self.usage: Usage | None = None
         self.said = SentText(answers(order.request))
         self._dispatcher = dispatcher
         self._fleet_state = dispatcher.fleet_state
@@ -225,7 +226,7 @@ class RoutedRequest:
         if answers(self.order.request) > 1:  # nobody knows which of them lies in which slot, or how they shared time
             return LeaseResult(generated=self._generated)
         text = self.said.text
-        held = chain(self.order.text + (answered(text) if self.order.chat else text))
+        held = chain(self.order.text + (assistant_turn(text) if self.order.chat else text))
         limit = self.order.request.limit
         # The engine's account of a part says nothing of how long answers are.
         capped = bool(self.continuations) or (limit is not None and lease.generated >= limit)
@@ -244,7 +245,7 @@ class RoutedRequest:
         # With several prompts llama-server begins by saying null (b11549).
         if event.comment or event.data in {_DONE, "null"}:
             return ()
-        chunk = read_chunk(event, PassingChunk, lease.replica.id)
+        chunk = read_chunk(event, CompletionChunk, lease.replica.id)
         self._bill.take(chunk)
         self.usage = chunk.usage or self.usage
         progress = chunk.prompt_progress

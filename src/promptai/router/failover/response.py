@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from promptai.wire.passing import PassingRequest
+from promptai.wire.inference import InferenceRequest
 
 _BETWEEN_PARTS = "\n\n"
 _OBJECTS = {"chat.completion.chunk": "chat.completion"}
@@ -90,7 +90,7 @@ class ResponseBuilder:
                 into[name] = into.get(name) if value is None else value
 
 
-def begun(request: PassingRequest) -> str:
+def begun(request: InferenceRequest) -> str:
     """What the answer of a chat begins with because the request wrote it (assistant prefill)."""
     last = request.messages[-1] if request.messages else {}
     content = last.get("content") if last.get("role") == "assistant" else None

@@ -16,8 +16,9 @@ from typing import Any
 
 import msgspec
 
-from promptai.wire.llamaserver import Timings
-from promptai.wire.passing import NativeChunk, PassingChunk, PassingRequest
+from promptai.wire.inference import InferenceRequest
+from promptai.wire.llamaserver import NativeChunk, Timings
+from promptai.wire.openai import CompletionChunk
 
 #: Of a chat's body, what means nothing, or something else, to /completion.
 _CHAT_ONLY = frozenset(
@@ -73,7 +74,7 @@ class SentText:
         """Whether the client has been sent a part of the answer."""
         return bool(self.text or self.beyond_text or self._unfinished < self._choices)
 
-    def add(self, chunk: PassingChunk) -> bool:
+    def add(self, chunk: CompletionChunk) -> bool:
         """Take note of a chunk; True when it carried text."""
         text = ""
         ids: list[int | None] = []
@@ -128,7 +129,7 @@ def _beyond(tool_calls: object, *thoughts: str | None) -> str:
     return "a thought" if any(thoughts) else ""
 
 
-def obstacle(request: PassingRequest, said: SentText) -> str | None:
+def obstacle(request: InferenceRequest, said: SentText) -> str | None:
     """Why this answer cannot go on elsewhere, once a part of it has been sent; ``None`` when it can."""
     if said.beyond_text:
         return f"{said.beyond_text} cannot be taken up elsewhere"
@@ -151,7 +152,7 @@ def obstacle(request: PassingRequest, said: SentText) -> str | None:
     return None
 
 
-def answers(request: PassingRequest) -> int:
+def answers(request: InferenceRequest) -> int:
     """How many answers a request asks for."""
     prompts = len(request.prompts()) if isinstance(request.prompt, list) else 1
     return max(1, request.n or 1) * prompts
@@ -188,7 +189,7 @@ def continued_body(body: dict[str, Any], prompt: list[int], *, left: int | None)
     return {**kept, "prompt": prompt, "stream": True, "return_tokens": True, "return_progress": True}
 
 
-def as_answer(chunk: NativeChunk, said: SentText, request: PassingRequest, before: int) -> list[bytes]:
+def as_answer(chunk: NativeChunk, said: SentText, request: InferenceRequest, before: int) -> list[bytes]:
     """
     A continuation's chunk as chunks of the answer that it continues.
 
@@ -216,7 +217,7 @@ def as_answer(chunk: NativeChunk, said: SentText, request: PassingRequest, befor
     return [msgspec.json.encode(one) for one in found]
 
 
-def rest(said: SentText, request: PassingRequest, timings: Timings | None) -> list[bytes]:
+def rest(said: SentText, request: InferenceRequest, timings: Timings | None) -> list[bytes]:
     """What is missing of an answer that is whole, though its engine failed before it said so."""
     chat, found = request.messages is not None, []
     usage = None if said.prompt_tokens is None else _usage(said.prompt_tokens, said.tokens)

@@ -5,7 +5,7 @@ last account is that of one of them, and a key that pays for it pays a fraction.
 """
 
 from promptai.wire.llamaserver import Timings
-from promptai.wire.passing import PassingChunk
+from promptai.wire.openai import CompletionChunk
 
 
 class UsageTally:
@@ -21,7 +21,7 @@ class UsageTally:
         self._told: dict[int, Timings] = {}
         self._index = 0
 
-    def take(self, chunk: PassingChunk) -> None:
+    def take(self, chunk: CompletionChunk) -> None:
         """Look into a chunk; an account without an answer beside it is that of the answer before it."""
         for choice in chunk.choices or ():
             self._index = choice.index
