@@ -28,7 +28,7 @@ class Cold:
         config: SimulationConfig,
         budget: int = 4 * GB,
         limits: QueueLimits | None = None,
-        serving: AdmissionRules | None = None,
+        rules: AdmissionRules | None = None,
     ) -> None:
         self.launcher = FakeLauncher()
         self.upstream = SimulatedUpstream({f"http://{model.name}": Simulator(config) for model in models})
@@ -37,7 +37,7 @@ class Cold:
         self.source = LocalSource(models, self.launcher, lambda: budget, self.fleet_state.running)
         self.registry.replace([self.source])
         self.dispatcher = Dispatcher(self.fleet_state, Affinity(), limits)
-        self.admission = Admission(self.dispatcher, self.upstream, serving)
+        self.admission = Admission(self.dispatcher, self.upstream, rules)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncGenerator[Self, None]:
@@ -61,4 +61,4 @@ class Cold:
     ) -> AdmittedRequest:
         """A chat that has been accepted."""
         body = {"model": model, "messages": [dict(message) for message in messages], "stream": True, **fields}
-        return self.admission.accept("/v1/chat/completions", body, {}, Caller(key_id=key))
+        return self.admission.admit("/v1/chat/completions", body, {}, Caller(key_id=key))

@@ -162,7 +162,7 @@ async def front(
             [StaticSource([Target(url, rates=rates or Rates()) for url in urls], upstream, period_s=0.2)]
         )
         dispatcher = Dispatcher(FleetState(registry, RateBook()), STRATEGIES["affinity"]())
-        gateway = Gateway(dispatcher, upstream, Guard(None, open=True), serving=AdmissionRules(stall_s=stall_s))
+        gateway = Gateway(dispatcher, upstream, Guard(None, open=True), rules=AdmissionRules(stall_s=stall_s))
         watching = asyncio.create_task(registry.run())
         try:
             async with GatewayServer(gateway) as server:

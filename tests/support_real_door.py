@@ -53,7 +53,7 @@ class Site(NamedTuple):
             "engine": sum(map(self.busy, self.engines)),
             "grants": sum(fleet_state.running(replica.id) for replica in self.registry.snapshot.replicas),
             "queue": len(self.dispatcher.queued(served)),
-            "gateway": self.door.gateway.under_way,
+            "gateway": self.door.gateway.open_requests,
             "meter": self.guard.meter.running("local"),
         }
 
@@ -80,7 +80,7 @@ async def site(*configs: SimulationConfig, queue: int = 64) -> AsyncGenerator[Si
         stack.callback(dispatcher.close)
         guard = Guard(None, open=True)
         opened = await stack.enter_async_context(
-            door(dispatcher, upstream, guard=guard, rhythm=Heartbeat(ping_s=0.2, status_s=0.2))
+            door(dispatcher, upstream, guard=guard, heartbeat=Heartbeat(ping_s=0.2, status_s=0.2))
         )
         found = Site(opened, engines, registry, dispatcher, guard)
         await soon(lambda: found.state("a") is State.READY and found.state(f"local/{COLD}") is State.COLD)

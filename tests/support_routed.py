@@ -24,7 +24,7 @@ ASKED = [{"role": "user", "content": "Is cell 12 up?"}]
 TOKENS = 20
 #: Longer than anything here may take: a silence of 5 s, an outage of 30 s, four times.
 FOR_EVER_S = 3600.0
-SERVING = AdmissionRules(stall_s=5.0)
+RULES = AdmissionRules(stall_s=5.0)
 
 
 class Got(msgspec.Struct, kw_only=True):
@@ -120,12 +120,12 @@ class Snip:
 
 def world(*names: str, config: SimulationConfig = PACE, **fields: Any) -> World:
     """Equal boards."""
-    return World(dict.fromkeys(names or ("one", "two"), config), **{"serving": SERVING, **fields})
+    return World(dict.fromkeys(names or ("one", "two"), config), **{"rules": RULES, **fields})
 
 
 def accept(world: World, body: Mapping[str, Any], path: str = "/v1/chat/completions") -> AdmittedRequest:
     """A request that has been accepted."""
-    return world.admission.accept(path, {"model": "yi", "stream": True, **body}, {}, Caller(key_id="local"))
+    return world.admission.admit(path, {"model": "yi", "stream": True, **body}, {}, Caller(key_id="local"))
 
 
 def chat(**fields: Any) -> dict[str, Any]:

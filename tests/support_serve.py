@@ -35,7 +35,7 @@ class World:
         *,
         strategy: str = "affinity",
         limits: QueueLimits | None = None,
-        serving: AdmissionRules | None = None,
+        rules: AdmissionRules | None = None,
         known_rates: bool = True,
         dialects: Mapping[str, str] | None = None,
     ) -> None:
@@ -66,7 +66,7 @@ class World:
         self.upstream = SimulatedUpstream(self.engines)
         self.fleet_state = FleetState(self.registry, RateBook())
         self.dispatcher = Dispatcher(self.fleet_state, STRATEGIES[strategy](), limits)
-        self.admission = Admission(self.dispatcher, self.upstream, serving)
+        self.admission = Admission(self.dispatcher, self.upstream, rules)
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncGenerator["World", None]:
@@ -96,7 +96,7 @@ class World:
     ) -> AdmittedRequest:
         """A chat that has been accepted."""
         body = {"model": "default", "messages": [dict(message) for message in messages], "stream": True, **fields}
-        return self.admission.accept("/v1/chat/completions", body, headers or {}, Caller(key_id=key))
+        return self.admission.admit("/v1/chat/completions", body, headers or {}, Caller(key_id=key))
 
 
 class Heard(msgspec.Struct):

@@ -168,14 +168,14 @@ async def door(
     upstream: Upstream,
     *,
     guard: Guard | None = None,
-    serving: AdmissionRules | None = None,
-    rhythm: Heartbeat | None = None,
+    rules: AdmissionRules | None = None,
+    heartbeat: Heartbeat | None = None,
     limits: GatewayLimits | None = None,
 ) -> AsyncGenerator[Door, None]:
     """A gateway on loopback; whatever went wrong behind everybody's back is in ``Door.troubles``."""
     loop = asyncio.get_running_loop()
     gateway = Gateway(
-        dispatcher, upstream, guard or Guard(None, open=True), serving=serving, rhythm=rhythm, limits=limits
+        dispatcher, upstream, guard or Guard(None, open=True), rules=rules, heartbeat=heartbeat, limits=limits
     )
     connector = aiohttp.TCPConnector(force_close=True)
     no_limit = aiohttp.ClientTimeout(total=None)

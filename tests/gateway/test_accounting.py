@@ -9,7 +9,7 @@ import pytest
 
 from promptai.engine.simulation import SimulationConfig
 from promptai.engine.upstream import Piece, Reply
-from promptai.gateway.accounting import outcome_of, used
+from promptai.gateway.accounting import charged_tokens, request_record
 from promptai.gateway.auth import Caller
 from promptai.gateway.metrics import RequestRecord
 from promptai.wire.sse import SseEvent
@@ -34,7 +34,7 @@ def test_an_answer_that_went_on_elsewhere_is_counted_as_one_from_its_first_token
             world.kill(first.replica.id)
             heard = await hearing
             assert len(admitted.routed.leases) == 2
-            return outcome_of(admitted, 200, arrived), heard.first_s
+            return request_record(admitted, 200, arrived), heard.first_s
 
     outcome, first_s = run_virtually(play())
 
@@ -54,8 +54,8 @@ def test_a_client_that_leaves_in_the_middle_is_charged_the_prompt_that_was_compu
             await asyncio.sleep(3.0)
             hearing.cancel()
             await asyncio.wait([hearing])
-            outcome = outcome_of(admitted, 499, 0.0)
-            return outcome, used(admitted, outcome)
+            outcome = request_record(admitted, 499, 0.0)
+            return outcome, charged_tokens(admitted, outcome)
 
     outcome, charged = run_virtually(play())
 
@@ -72,11 +72,11 @@ def test_embeddings_are_charged_what_the_engine_counted() -> None:
         world = World({"a": PI})
         async with world.running():
             body = {"model": "yi", "input": "Is cell 12 up? " * 30}
-            admitted = world.admission.accept("/v1/embeddings", body, {}, Caller())
-            reply = await admitted.routed.whole()
+            admitted = world.admission.admit("/v1/embeddings", body, {}, Caller())
+            reply = await admitted.routed.response()
             assert reply.status == 200
-            outcome = outcome_of(admitted, 200, 0.0)
-            return outcome, used(admitted, outcome)
+            outcome = request_record(admitted, 200, 0.0)
+            return outcome, charged_tokens(admitted, outcome)
 
     outcome, charged = run_virtually(play())
 
@@ -91,12 +91,12 @@ def test_several_prompts_and_answers_are_counted_and_charged_together() -> None:
         world = World({"a": PI})
         async with world.running():
             world.admission.upstream = Several()  # type: ignore[assignment]
-            admitted = world.admission.accept(
+            admitted = world.admission.admit(
                 "/v1/completions", {"model": "yi", "prompt": ["a", "b"], "n": 2}, {}, Caller()
             )
-            await admitted.routed.whole()
-            outcome = outcome_of(admitted, 200, 0.0)
-            return outcome, used(admitted, outcome)
+            await admitted.routed.response()
+            outcome = request_record(admitted, 200, 0.0)
+            return outcome, charged_tokens(admitted, outcome)
 
     outcome, charged = run_virtually(play())
 
@@ -122,11 +122,11 @@ def test_of_several_answers_in_one_piece_what_is_not_told_is_not_nothing(
         world = World({"a": PI}, dialects={"a": "openai"})
         async with world.running():
             world.admission.upstream = OnePiece(status, usage)  # type: ignore[assignment]
-            admitted = world.admission.accept("/v1/completions", {"model": "yi", "prompt": "up?", "n": 2}, {}, Caller())
-            reply = await admitted.routed.whole()
+            admitted = world.admission.admit("/v1/completions", {"model": "yi", "prompt": "up?", "n": 2}, {}, Caller())
+            reply = await admitted.routed.response()
             assert reply.status == status
-            outcome = outcome_of(admitted, status, 0.0)
-            return outcome, used(admitted, outcome), round(admitted.routed.route_request.tokens)
+            outcome = request_record(admitted, status, 0.0)
+            return outcome, charged_tokens(admitted, outcome), round(admitted.routed.route_request.prompt_tokens)
 
     outcome, found, prompt = run_virtually(play())
 
@@ -146,8 +146,8 @@ def test_whoever_leaves_in_the_middle_of_several_answers_pays_what_was_made_for_
             await asyncio.sleep(1.0)
             hearing.cancel()
             await asyncio.wait([hearing])
-            outcome = outcome_of(admitted, 499, 0.0)
-            return outcome, round(admitted.routed.route_request.tokens)
+            outcome = request_record(admitted, 499, 0.0)
+            return outcome, round(admitted.routed.route_request.prompt_tokens)
 
     outcome, prompt = run_virtually(play())
 
@@ -169,8 +169,8 @@ def test_what_was_cached_is_a_part_of_the_prompt_also_after_a_joint() -> None:
             await hearing
             timings = admitted.routed.timings
             assert timings is not None
-            admitted.routed._bill.note(msgspec.structs.replace(timings, prompt_n=1, cache_n=500))
-            return outcome_of(admitted, 200, 0.0)
+            admitted.routed._state.tally.record(timings=msgspec.structs.replace(timings, prompt_n=1, cache_n=500))
+            return request_record(admitted, 200, 0.0)
 
     outcome = run_virtually(play())
 

@@ -49,10 +49,10 @@ def test_auto_takes_the_larger_model_while_it_is_idle_and_the_smaller_when_it_is
     idle, busy, patient, hasty = play(pair(), use)
 
     assert [admitted.model for admitted in (idle, busy, patient, hasty)] == ["large", "small", "large", "small"]
-    assert idle.why.startswith("auto: large, predicted 5.")
-    assert "auto: small, predicted 1." in busy.why
-    assert "large would take 2" in busy.why
-    assert "too long, but the fastest" in hasty.why
+    assert idle.reason.startswith("auto: large, predicted 5.")
+    assert "auto: small, predicted 1." in busy.reason
+    assert "large would take 2" in busy.reason
+    assert "too long, but the fastest" in hasty.reason
 
 
 def test_the_reason_is_in_the_headers() -> None:
@@ -73,9 +73,11 @@ def test_an_alias_fills_only_what_the_request_leaves_open() -> None:
         open_ = world.admitted(TALK, model="small:short")
         set_ = world.admitted(TALK, model="small:short", max_completion_tokens=7, temperature=0.9)
         heard = [await listen(open_), await listen(set_)]
-        return [len(one.text.split()) for one in heard] + [t.routed.order.body["temperature"] for t in (open_, set_)]
+        return [len(one.text.split()) for one in heard] + [
+            t.routed.client_request.body["temperature"] for t in (open_, set_)
+        ]
 
-    assert play(pair(serving=AdmissionRules(names=names)), use) == [3, 7, 0.2, 0.9]
+    assert play(pair(rules=AdmissionRules(names=names)), use) == [3, 7, 0.2, 0.9]
 
 
 def test_what_one_model_does_not_hold_goes_to_its_fallback_or_is_refused_with_the_numbers() -> None:
@@ -85,12 +87,12 @@ def test_what_one_model_does_not_hold_goes_to_its_fallback_or_is_refused_with_th
     async def use(world: World) -> AdmittedRequest:
         return world.admitted(huge, model="large")
 
-    moved = play(pair(serving=AdmissionRules(fallbacks=fallbacks)), use)
+    moved = play(pair(rules=AdmissionRules(fallbacks=fallbacks)), use)
     with pytest.raises(RequestRefusedError) as refused:
         play(pair(), use)
 
     assert (moved.model, moved.routed.route_request.model) == ("small", "small")
-    assert moved.why == "large holds 2048 tokens, the prompt has about 4173"
+    assert moved.reason == "large holds 2048 tokens, the prompt has about 4173"
     assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
     assert "the prompt has about 4173 tokens" in refused.value.message
     assert "large holds 2048" in refused.value.message
@@ -112,7 +114,7 @@ def test_auto_of_an_empty_fleet_is_no_fault_of_the_request() -> None:
     async def use(world: World) -> None:
         world.admitted(TALK, model="auto")
 
-    with pytest.raises(NoCapacityError, match="no model is served"):
+    with pytest.raises(NoCapacityError, match="no model is available for auto"):
         play(lambda: World({}), use)
 
 
@@ -168,20 +170,20 @@ def test_a_field_of_another_path_is_refused_and_the_path_that_takes_it_is_named(
     """Whichever of the two were answered, the other one would have been dropped."""
 
     async def use(world: World) -> None:
-        world.admission.accept(path, {**asking(path, {field: value}), "model": "small"}, {}, Caller(key_id="local"))
+        world.admission.admit(path, {**asking(path, {field: value}), "model": "small"}, {}, Caller(key_id="local"))
 
-    with pytest.raises(RequestRefusedError, match=f"{path} takes no {field}") as refused:
+    with pytest.raises(RequestRefusedError, match=f"{path} does not take {field}") as refused:
         play(pair(), use)
 
     assert (refused.value.status, refused.value.code, refused.value.param) == (400, "wrong_field", field)
-    assert f"{field} goes to {home}" in refused.value.hint
+    assert f"send {field} to {home}" in refused.value.hint
 
 
 @pytest.mark.parametrize(("path", "field"), [(CHAT, "prompt"), (TEXT, "messages"), (EMBED, "messages")])
 def test_a_field_of_another_path_that_is_null_is_as_good_as_none(path: str, field: str) -> None:
     async def use(world: World) -> AdmittedRequest:
         body = {**asking(path, {field: None}), "model": "small"}
-        return world.admission.accept(path, body, {}, Caller(key_id="local"))
+        return world.admission.admit(path, body, {}, Caller(key_id="local"))
 
     assert play(pair(), use).model == "small"
 
@@ -237,14 +239,14 @@ def test_auto_expects_no_more_of_an_answer_than_the_context_leaves(limit: int) -
     admitted = play(pair(), use)
 
     assert admitted.model == "large"
-    assert admitted.why.startswith("auto: large, predicted 203")
+    assert admitted.reason.startswith("auto: large, predicted 203")
 
 
 def accepted(path: str, **fields: Any) -> Callable[[World], Any]:
     """Accepts a request of that path."""
 
     async def use(world: World) -> AdmittedRequest:
-        return world.admission.accept(
+        return world.admission.admit(
             path, {**asking(path, fields), "model": fields.get("model", "large")}, {}, Caller()
         )
 
@@ -266,7 +268,7 @@ def test_of_many_prompts_a_context_has_to_hold_only_the_longest(path: str, field
     admitted, boards = play(lambda: World({"l": msgspec.structs.replace(LARGE, context=1024)}), use)
 
     assert (boards, admitted.model) == (1, "large")
-    assert admitted.routed.route_request.tokens == pytest.approx(150 * 15, rel=0.5)
+    assert admitted.routed.route_request.prompt_tokens == pytest.approx(150 * 15, rel=0.5)
 
 
 @BATCHES
@@ -297,7 +299,7 @@ def test_token_ids_are_counted_by_their_number(path: str, field: str) -> None:
     one = play(pair(), accepted(path, **{field: [151_643] * 2047}))
     several = play(pair(), accepted(path, **{field: [[151_643] * 500, [7] * 300]}))
 
-    assert (one.routed.route_request.tokens, several.routed.route_request.tokens) == (2047, 800)
+    assert (one.routed.route_request.prompt_tokens, several.routed.route_request.prompt_tokens) == (2047, 800)
 
 
 @BATCHES

@@ -147,7 +147,7 @@ def test_whoever_names_a_deadline_is_told_when_it_is_over() -> None:
 
     assert isinstance(refused, SaturatedError)
     assert waited == pytest.approx(2.5, abs=0.01)
-    assert refused.message == "waited 2.5 s for yi and got no slot"
+    assert refused.message == "no slot for yi became free within 2.5 s"
     assert 5 <= refused.retry_after_s <= 12
 
 
@@ -240,9 +240,9 @@ def test_in_the_queue_the_time_left_shrinks() -> None:
         mine = asyncio.create_task(listen(admitted))
         seen = []
         loop = asyncio.get_running_loop()
-        while admitted.routed.lease is None or admitted.routed.lease.first_at is None:
+        while admitted.routed.lease is None or admitted.routed.lease.first_token_at is None:
             await asyncio.sleep(1)
-            left = admitted.routed.stage().left_s
+            left = admitted.routed.status().left_s
             if left is not None:
                 seen.append((loop.time(), left))
         await mine

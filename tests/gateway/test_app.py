@@ -169,7 +169,7 @@ def test_the_fleet_is_shown_with_what_was_learned() -> None:
         return await at.get("/api/fleet")
 
     names = ModelNames(aliases={"gpt-4o": Alias("yi")})
-    found = visit(one(), use, serving=AdmissionRules(names=names))
+    found = visit(one(), use, rules=AdmissionRules(names=names))
 
     assert (found["gateway"], found["aliases"]) == ("promptai", {"gpt-4o": "yi"})
     assert [found["models"][0][name] for name in ("id", "slots", "context")] == ["yi", 1, 8192]
@@ -228,7 +228,7 @@ def test_while_it_drains_nothing_new_is_taken_and_what_runs_ends() -> None:
         drain = asyncio.create_task(at.gateway.drain(100))
         await asyncio.sleep(0)
         refused, ready, alive = await at.chat(), await at.ask("/readyz"), await at.ask("/healthz")
-        under_way = at.gateway.under_way
+        under_way = at.gateway.open_requests
         answer = await running
         await asyncio.wait_for(drain, 0.1)
         return refused, ready, alive, under_way, answer
@@ -264,11 +264,11 @@ def test_draining_has_an_end(caplog: pytest.LogCaptureFixture) -> None:
         running.cancel()
         await asyncio.wait([running])
         await asyncio.sleep(1)
-        assert at.gateway.under_way == 0
+        assert at.gateway.open_requests == 0
         return end
 
     assert visit(one(), use) == pytest.approx(6, abs=0.1)
-    assert "1 requests were still under way after 5 s" in caplog.text
+    assert "1 requests were still running after 5 s" in caplog.text
 
 
 def test_the_page_for_people_has_examples_that_reach_this_gateway() -> None:

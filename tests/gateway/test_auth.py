@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from promptai.gateway.auth import CALLER, Caller, Guard, host_name, is_loopback, scope_of
-from promptai.gateway.envelope import ApiError
+from promptai.gateway.errors import ApiError
 from promptai.gateway.keys import KeyStore, Scope
 from promptai.gateway.limits import KeyLimits
 from support_engine import until

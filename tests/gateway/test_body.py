@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 
 from promptai.gateway.body import MAX_DEPTH, decode_object, read_json
-from promptai.gateway.envelope import ApiError
+from promptai.gateway.errors import ApiError
 from support_gateway import Answer, Site, asked, visit
 
 

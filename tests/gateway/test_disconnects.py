@@ -73,7 +73,7 @@ def reached(found: Site, stage: str) -> bool:
     if stage == "decode":
         return bool(leases) and leases[0].generated >= 2
     requests = [slot.request for slot in found.engines["a"].simulator.scheduler.slots if slot.request]
-    return bool(requests) and requests[0].prefilled > 0 and leases[0].first_at is None
+    return bool(requests) and requests[0].prefilled > 0 and leases[0].first_token_at is None
 
 
 async def leave_at(stage: str, leave: Callable[[Client], None], *, streamed: bool) -> None:

@@ -16,7 +16,7 @@ from promptai.errors import (
     PromptAIError,
     SettingsError,
 )
-from promptai.gateway.envelope import ApiError, from_engine, kind_of
+from promptai.gateway.errors import ApiError, engine_refusal, error_type
 from support_gateway import Answer, Site, asked, visit
 
 ID, OPENAI_ID = "x-promptai-request-id", "x-request-id"
@@ -84,7 +84,7 @@ def test_an_unknown_path_says_where_the_known_ones_are() -> None:
 
     answer = visit([web.get("/it", well)], use)
 
-    assert answer.line == (404, "not_found_error", "there is no /v1/chat (/openapi.json lists what there is)")
+    assert answer.line == (404, "not_found_error", "no such path: /v1/chat (see /openapi.json for all paths)")
     assert answer.error["src"] == "gateway"
 
 
@@ -95,7 +95,7 @@ def test_a_wrong_method_is_told_the_right_one() -> None:
     answer = visit([web.post("/it", well)], use)
 
     assert (answer.status, answer.headers["allow"]) == (405, "POST")
-    assert answer.error["hint"] == "it takes POST"
+    assert answer.error["hint"] == "it allows POST"
 
 
 def test_an_unexpected_exception_tells_the_log_and_not_the_client(caplog: pytest.LogCaptureFixture) -> None:
@@ -169,7 +169,7 @@ def test_every_field_of_an_error_arrives() -> None:
 
 
 def test_text_that_no_json_can_hold_is_replaced() -> None:
-    assert msgspec.json.decode(ApiError(404, "there is no /\udcff").body())["error"]["message"] == "there is no /?"
+    assert msgspec.json.decode(ApiError(404, "no such path: /\udcff").body())["error"]["message"] == "no such path: /?"
 
 
 @pytest.mark.parametrize(
@@ -221,16 +221,18 @@ def test_a_stream_that_has_begun_is_broken_off_and_gets_no_second_head(
 def test_an_engines_status_passes_unless_it_would_blame_the_wrong_one(status: int, answered: int) -> None:
     """A key that an engine refuses is the gateway's, and the gateway itself works when an engine does not."""
     body = b'{"error": {"code": 500, "type": "strange_error", "message": "no"}}'
-    error = from_engine(status, body)
+    error = engine_refusal(status, body)
 
     assert (answered, "engine", "no") == (error.status, error.src, error.message)
-    assert (error.kind, error.code) == ("strange_error", 500)
+    assert (error.type, error.code) == ("strange_error", 500)
 
 
 def test_the_numbers_of_a_prompt_that_is_too_long_are_kept() -> None:
     told = {"type": "exceed_context_size_error", "message": "m", "n_prompt_tokens": 9, "n_ctx": 4}
 
-    error = msgspec.json.decode(from_engine(400, msgspec.json.encode({"error": {"code": 400, **told}})).body())["error"]
+    error = msgspec.json.decode(engine_refusal(400, msgspec.json.encode({"error": {"code": 400, **told}})).body())[
+        "error"
+    ]
 
     assert told == {name: error[name] for name in told}
 
@@ -252,24 +254,24 @@ def test_a_prompt_that_is_too_long_has_the_code_that_clients_compare(
     """The same as where the gateway refuses it by its estimate; other codes are the engine's."""
     body = msgspec.json.encode({"error": {"type": kind, "code": code, "message": "m"}})
 
-    assert from_engine(400, body).code == answered
+    assert engine_refusal(400, body).code == answered
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"\xff", b"[" * 5000, b'{"error": {"message": ""}}'])
 def test_an_engine_that_says_nothing_readable_is_quoted_with_its_status(body: bytes) -> None:
-    assert from_engine(500, body).message == "the engine answered HTTP 500 without a reason"
+    assert engine_refusal(500, body).message == "the engine answered HTTP 500 without a reason"
 
 
 def test_another_gateways_hint_is_not_said_twice() -> None:
     there = ApiError(429, "the queue is full", hint="wait", param="model")
 
-    here = msgspec.json.decode(from_engine(429, there.body()).body())["error"]
+    here = msgspec.json.decode(engine_refusal(429, there.body()).body())["error"]
 
     assert (here["message"], here["param"]) == ("the queue is full (wait)", "model")
 
 
 def test_each_status_has_a_type() -> None:
-    kinds = {status: kind_of(status) for status in (400, 401, 403, 404, 405, 408, 413, 429, 500, 502, 503, 504)}
+    kinds = {status: error_type(status) for status in (400, 401, 403, 404, 405, 408, 413, 429, 500, 502, 503, 504)}
 
     assert kinds == {
         400: "invalid_request_error",

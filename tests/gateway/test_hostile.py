@@ -44,7 +44,7 @@ def attack(use: Callable[[Door], Awaitable[bytes]], **options: object) -> bytes:
         heard = await use(at)
         await asyncio.sleep(1)
         assert (await at.ask("/healthz")).status == 200
-        assert at.gateway.under_way == 0
+        assert at.gateway.open_requests == 0
         return heard
 
     return visit(one(FAST), play, **options)

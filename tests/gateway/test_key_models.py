@@ -10,7 +10,7 @@ import pytest
 from promptai.errors import NoCapacityError, RequestRefusedError
 from promptai.gateway.admission import AdmissionRules
 from promptai.gateway.auth import Caller, Guard
-from promptai.gateway.envelope import ApiError
+from promptai.gateway.errors import ApiError
 from promptai.gateway.keys import KeyStore
 from promptai.gateway.limits import KeyLimits
 from promptai.router.selection import Alias, ModelNames
@@ -26,7 +26,7 @@ NAMES = ModelNames(
 
 
 def world(names: ModelNames = NAMES, **fallbacks: str) -> Callable[[], World]:
-    return lambda: World({"s": SMALL, "l": LARGE}, serving=AdmissionRules(names=names, fallbacks=fallbacks))
+    return lambda: World({"s": SMALL, "l": LARGE}, rules=AdmissionRules(names=names, fallbacks=fallbacks))
 
 
 def only_small() -> World:
@@ -40,7 +40,7 @@ def taken(made: Callable[[], World], models: tuple[str, ...], words: int = 1, **
         messages = [{"role": "user", "content": "cell " * words}]
         body = {"messages": messages, "max_tokens": 4, **fields}
         caller = Caller(key_id="k", limits=KeyLimits(models=models))
-        return world.admission.accept(CHAT, body, {}, caller).model
+        return world.admission.admit(CHAT, body, {}, caller).model
 
     return play(made, use)
 
@@ -116,7 +116,7 @@ def test_a_key_that_may_not_use_auto_is_told_so(models: tuple[str, ...]) -> None
 
 
 def test_where_nothing_is_served_it_is_not_the_key_that_is_blamed() -> None:
-    with pytest.raises(NoCapacityError, match="no model is served"):
+    with pytest.raises(NoCapacityError, match="no model is available for auto"):
         taken(lambda: World({}), ("auto",), model="auto")
 
 
@@ -132,6 +132,6 @@ def test_what_a_key_is_shown_it_may_ask_for_and_nothing_else(models: tuple[str, 
         asked = {name: await at.chat(model=name, messages=TALK, headers=headers) for name in names}
         return {entry["id"] for entry in listed}, {name for name, answer in asked.items() if answer.status == 200}
 
-    shown, answered = visit(world(), use, guard=Guard(store, open=False), serving=AdmissionRules(names=NAMES))
+    shown, answered = visit(world(), use, guard=Guard(store, open=False), rules=AdmissionRules(names=NAMES))
 
     assert shown == answered == (set(names) if models is None else set(models))

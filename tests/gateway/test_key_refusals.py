@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from promptai.gateway.auth import Caller, Guard
-from promptai.gateway.envelope import ApiError
+from promptai.gateway.errors import ApiError
 from promptai.gateway.keys import KeyStore, Scope
 from promptai.gateway.limits import KeyLimits
 from support_clock import run_virtually

@@ -127,4 +127,4 @@ def test_what_cannot_go_on_ends_in_an_error_event_that_says_why() -> None:
     text, failure = asyncio.run(play())
 
     assert text
-    assert "an answer with tools cannot be taken up elsewhere" in failure
+    assert "an answer with tools cannot be resumed on another engine" in failure

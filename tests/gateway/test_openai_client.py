@@ -56,7 +56,7 @@ def noting() -> World:
 def gateway() -> Iterator[Threaded]:
     """A fast one."""
     names = ModelNames(aliases={"gpt-4o": Alias("yi", {"max_tokens": 3})})
-    with threaded(noting, serving=AdmissionRules(names=names)) as thread:
+    with threaded(noting, rules=AdmissionRules(names=names)) as thread:
         yield thread
 
 
@@ -299,7 +299,7 @@ def test_keys_and_what_they_may_not(tmp_path: Path) -> None:
 @pytest.mark.timeout(20)
 def test_comments_while_it_waits_do_not_disturb_it() -> None:
     slow = msgspec.structs.replace(SLOW, prefill_tps=10.0, decode_tps=1000.0)
-    with threaded(one(slow), rhythm=Heartbeat(ping_s=0.1)) as gateway, made(gateway) as client:
+    with threaded(one(slow), heartbeat=Heartbeat(ping_s=0.1)) as gateway, made(gateway) as client:
         talk: list[ChatCompletionMessageParam] = [{"role": "user", "content": "a b c d e f g h i"}]
         stream = client.chat.completions.create(model="yi", messages=talk, max_tokens=4, stream=True)
         text = "".join(choice.delta.content or "" for chunk in stream for choice in chunk.choices)

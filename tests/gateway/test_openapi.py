@@ -12,7 +12,7 @@ from jsonschema_rs import Draft202012Validator, meta
 from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 
 from promptai.gateway.auth import scope_of
-from promptai.gateway.envelope import ApiError
+from promptai.gateway.errors import ApiError
 from promptai.gateway.openapi import document, document_json, page
 from promptai.router.selection import parse_budget
 

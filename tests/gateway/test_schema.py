@@ -62,7 +62,7 @@ def boards() -> World:
 def gateway() -> Iterator[Threaded]:
     """An open one."""
     serving = AdmissionRules(names=ModelNames(default="yi", aliases={"gpt-4o": Alias("phi", {"temperature": 0.5})}))
-    with threaded(boards, rhythm=Heartbeat(ping_s=0.1), serving=serving) as thread:
+    with threaded(boards, heartbeat=Heartbeat(ping_s=0.1), rules=serving) as thread:
         yield thread
 
 

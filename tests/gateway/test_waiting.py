@@ -72,7 +72,7 @@ def test_what_is_left_comes_true_and_only_shrinks() -> None:
 
 
 def test_who_waits_hears_something_from_the_first_second_on() -> None:
-    answer = visit(one(), lambda at: at.stream(messages=LONG * 3), rhythm=Heartbeat(ping_s=2.0))
+    answer = visit(one(), lambda at: at.stream(messages=LONG * 3), heartbeat=Heartbeat(ping_s=2.0))
 
     times = [line.t for line in answer.of("comment")]
     assert times[0] == pytest.approx(1.0, abs=0.05)
@@ -87,7 +87,7 @@ def test_a_silence_in_the_middle_is_filled_too() -> None:
         made.engines["sim://a"].fault = Fault(kind="stall", after_tokens=2, stall_s=11.0)
         return made
 
-    answer = visit(world, lambda at: at.stream(max_tokens=6), rhythm=Heartbeat(ping_s=3.0))
+    answer = visit(world, lambda at: at.stream(max_tokens=6), heartbeat=Heartbeat(ping_s=3.0))
 
     kinds = ["comment" if line.kind else "chunk" for line in answer.lines]
     assert kinds.count("comment") == 3
@@ -105,13 +105,13 @@ def test_nothing_is_said_behind_the_end_of_an_answer(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(web.StreamResponse, "write_eof", late)
 
-    answer = visit(one(), lambda at: at.stream(max_tokens=6), rhythm=Heartbeat(ping_s=3.0))
+    answer = visit(one(), lambda at: at.stream(max_tokens=6), heartbeat=Heartbeat(ping_s=3.0))
 
     assert (answer.of("comment"), answer.whole) == ([], True)
 
 
 def test_a_client_that_chokes_on_comments_gets_none() -> None:
-    answer = visit(one(), lambda at: at.stream(messages=LONG * 3), rhythm=Heartbeat(ping_s=0.0))
+    answer = visit(one(), lambda at: at.stream(messages=LONG * 3), heartbeat=Heartbeat(ping_s=0.0))
 
     assert (answer.of("comment"), answer.of("promptai.status"), answer.whole) == ([], [], True)
 

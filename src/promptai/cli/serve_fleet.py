@@ -182,7 +182,7 @@ def simulated_source(engines: Sequence[SimulatedEngine]) -> SimulatedSource:
     )
 
 
-def serving_of(settings: Settings) -> AdmissionRules:
+def rules_of(settings: Settings) -> AdmissionRules:
     """What may change while the gateway runs."""
     gateway = settings.gateway
     return AdmissionRules(
@@ -191,9 +191,9 @@ def serving_of(settings: Settings) -> AdmissionRules:
             default=gateway.default,
         ),
         fallbacks=settings.fallbacks,
-        wait_s=gateway.wait_s,
+        max_wait_s=gateway.wait_s,
         stall_s=gateway.stall_s,
-        attempts=gateway.attempts,
+        max_attempts=gateway.attempts,
     )
 
 

@@ -25,7 +25,7 @@ from promptai.cli.serve_fleet import (
     MemoryBudget,
     boards,
     limits_of,
-    serving_of,
+    rules_of,
     simulated_source,
     static_sources,
 )
@@ -159,8 +159,8 @@ class Running:
                 self._dispatcher,
                 self._upstream,
                 self._guard,
-                serving=serving_of(self.plan.settings),
-                rhythm=Heartbeat(ping_s=gateway_settings.ping_s),
+                rules=rules_of(self.plan.settings),
+                heartbeat=Heartbeat(ping_s=gateway_settings.ping_s),
                 limits=GatewayLimits(body_bytes=gateway_settings.body_mib * 1024**2),
             )
             self._catch_signals(loop, stack)
@@ -220,10 +220,10 @@ class Running:
                 signalled.cancel()
                 task.result()  # a bug: it never ends by itself
         limit_s = self.plan.settings.gateway.drain_s
-        if self._gateway.under_way:
+        if self._gateway.open_requests:
             _log.info(
                 "ending: %d under way may go on for %g s; the same signal again ends at once",
-                self._gateway.under_way,
+                self._gateway.open_requests,
                 limit_s,
             )
         again = asyncio.ensure_future(self._signals.get())
@@ -231,7 +231,7 @@ class Running:
         await asyncio.wait([again, drained], return_when=asyncio.FIRST_COMPLETED)
         drained.cancel()
         if again.done() and not drained.done():
-            _log.info("ended at once: %d were under way", self._gateway.under_way)
+            _log.info("ended at once: %d were under way", self._gateway.open_requests)
             return _SIGNALLED + again.result()
         again.cancel()
         return 0
@@ -257,7 +257,7 @@ class Running:
         """Take over what the file says now; a file that is wrong changes nothing."""
         try:
             plan = await asyncio.to_thread(self._replan, self.plan.machine)
-            serving, limits, sources = serving_of(plan.settings), limits_of(plan.settings), self._sources(plan)
+            rules, limits, sources = rules_of(plan.settings), limits_of(plan.settings), self._sources(plan)
         except PromptAIError as error:
             _log.error("settings stay as they were: %s", error)
             return
@@ -269,7 +269,7 @@ class Running:
         waits = _settled_at_the_start(self._in_force, plan.settings)
         self.keys.clear()
         self.keys.update(plan.boards.keys)
-        self._gateway.admission.serving = serving
+        self._gateway.admission.rules = rules
         self._dispatcher.limits = limits
         self.plan = msgspec.structs.replace(plan, machine=plan.machine or self.plan.machine)
         self.registry.replace(sources)

@@ -1,6 +1,6 @@
-"""What is kept of a request that has ended: counts, times, and one line of a log.
+"""Record finished requests: metrics, the charge to the key, and a line of the access log.
 
-What was asked and answered is in neither.
+None of them contains any text of a prompt or an answer.
 """
 
 import logging
@@ -12,22 +12,23 @@ from promptai.router.failover.request import RoutedRequest
 _log = logging.getLogger("promptai.access")
 
 
-def outcome_of(admitted: AdmittedRequest, status: int, arrived: float) -> RequestRecord:
+def request_record(admitted: AdmittedRequest, status: int, arrived: float) -> RequestRecord:
     """
-    How a request went.
+    Summarise a finished request.
 
     Args:
-        status: HTTP status; 499 where the client went away.
-        arrived: The loop's time at which it came.
+        status: HTTP status; 499 if the client disconnected.
+        arrived: The loop's time of its arrival.
     """
-    leases, timings = admitted.routed.leases, admitted.routed.timings
+    routed = admitted.routed
+    leases, timings = routed.leases, routed.timings
     if not leases:
         return RequestRecord(model=admitted.model, replica="", status=status)
-    prompt, cached, generated = _counted(admitted.routed)
+    prompt, cached, generated = _token_counts(routed)
     computed = timings.prompt_n if timings is not None else 0
-    decoded = (
-        timings.predicted_n - admitted.routed.route_request.answers if timings is not None else 0
-    )  # the first is prefill's
+    # The first token of each answer belongs to prefill.
+    decoded = timings.predicted_n - routed.route_request.answers if timings is not None else 0
+    first_tokens = [lease.first_token_at for lease in leases if lease.first_token_at is not None]
     return RequestRecord(
         model=admitted.model,
         replica=leases[-1].replica.id,
@@ -35,72 +36,73 @@ def outcome_of(admitted: AdmittedRequest, status: int, arrived: float) -> Reques
         prompt_tokens=prompt,
         cached_tokens=cached,
         generated_tokens=generated,
-        ttft_s=min((lease.first_at - arrived for lease in leases if lease.first_at is not None), default=None),
+        ttft_s=min(first_tokens) - arrived if first_tokens else None,
         queue_s=leases[0].queued_s,
         decode_s_per_token=timings.predicted_ms / 1000 / decoded if timings is not None and decoded > 0 else None,
         saved_s=cached * timings.prompt_ms / computed / 1000 if timings is not None and cached and computed else None,
     )
 
 
-def used(admitted: AdmittedRequest, outcome: RequestRecord) -> int:
-    """Tokens that a request is charged to its key; what nobody has counted, as many as were expected."""
-    if not admitted.routed.leases:  # it was never sent
+def charged_tokens(admitted: AdmittedRequest, record: RequestRecord) -> int:
+    """Return the tokens to charge to the key; estimates replace counts that are unknown."""
+    if not admitted.routed.leases:  # never sent
         return 0
-    lease, prompt, generated = admitted.routed.leases[0], outcome.prompt_tokens, outcome.generated_tokens
-    prompt = round(lease.request.tokens) if prompt is None else prompt
-    return prompt + (round(lease.request.answers * lease.expected) if generated is None else generated)
+    lease, prompt, generated = admitted.routed.leases[0], record.prompt_tokens, record.generated_tokens
+    prompt = round(lease.request.prompt_tokens) if prompt is None else prompt
+    expected = round(lease.request.answers * lease.expected_answer_tokens)
+    return prompt + (expected if generated is None else generated)
 
 
-def _counted(routed: RoutedRequest) -> tuple[int | None, int | None, int | None]:
-    """Tokens of the prompt, cached ones among them, and generated ones: as the engine says, as far as it does."""
+def _token_counts(routed: RoutedRequest) -> tuple[int | None, int | None, int | None]:
+    """Return prompt tokens, the cached ones among them, and generated tokens, as far as the engines reported them."""
     timings, usage = routed.timings, routed.usage
-    # What an engine generated whose successor went on is a part of the successor's prompt, and of the answer.
+    # Tokens of an attempt that a later one resumed are part of the later prompt, and of the answer.
     before, last = sum(lease.generated for lease in routed.leases[:-1]), routed.leases[-1].generated
-    told, outcome = routed.said.prompt_tokens, routed.leases[-1].outcome
-    if routed.route_request.answers > 1 and outcome is None:
-        # Of several, an account comes with the end of each; whoever left before had all prompts computed, or queued.
+    reported, result = routed.sent.prompt_tokens, routed.leases[-1].result
+    if routed.route_request.answers > 1 and result is None:
+        # Engines report each of several answers at its end; a client that disconnects earlier had all prompts computed
+        # or queued.
         ended = timings.predicted_n if timings is not None else 0
-        return max(told or 0, round(routed.route_request.tokens)), None, before + max(ended, last)
+        return max(reported or 0, round(routed.route_request.prompt_tokens)), None, before + max(ended, last)
     if timings is not None:
-        read = timings.prompt_n + (timings.cache_n or 0)
-        whole = told if routed.continuations and told is not None else max(0, read - before)
-        found = None if timings.cache_n is None else min(timings.cache_n, whole)
-        return whole, found, before + timings.predicted_n
+        processed = timings.prompt_n + (timings.cache_n or 0)
+        prompt = reported if routed.continuations and reported is not None else max(0, processed - before)
+        cached = None if timings.cache_n is None else min(timings.cache_n, prompt)
+        return prompt, cached, before + timings.predicted_n
     if usage is None:
-        untold = outcome is not None and outcome.generated is None and not last
-        return told, None, None if untold else before + last
-    details = usage.prompt_tokens_details
-    cached = details.cached_tokens if details is not None else None
-    prompt = told if usage.prompt_tokens is None else usage.prompt_tokens
-    return prompt, cached, before + (last if usage.completion_tokens is None else usage.completion_tokens)
+        unknown = result is not None and result.generated_tokens is None and not last
+        return reported, None, None if unknown else before + last
+    prompt_tokens = reported if usage.prompt_tokens is None else usage.prompt_tokens
+    generated = last if usage.completion_tokens is None else usage.completion_tokens
+    return prompt_tokens, usage.cached_tokens, before + generated
 
 
-def account(metrics: Metrics, admitted: AdmittedRequest, outcome: RequestRecord) -> None:
-    """Count a request."""
-    metrics.observe_request(outcome)
+def observe(metrics: Metrics, admitted: AdmittedRequest, record: RequestRecord) -> None:
+    """Add a request to the metrics."""
+    metrics.observe_request(record)
     for reason in admitted.routed.retries:
         metrics.observe_retry(reason)
-    for how in admitted.routed.continuations:
-        metrics.observe_continuation(how)
+    for source in admitted.routed.continuations:
+        metrics.observe_continuation(source)
 
 
-def write_line(name: str, key: str, path: str, outcome: RequestRecord, total_s: float) -> None:
-    """One line of the access log."""
+def write_access_line(request_id: str, key: str, path: str, record: RequestRecord, total_s: float) -> None:
+    """Write one line of the access log."""
     if not _log.isEnabledFor(logging.INFO):
         return
     _log.info(
         "%s %s %s model=%s replica=%s status=%d queue=%s ttft=%s total=%s tokens=%s cached=%s",
-        name,
+        request_id,
         key,
         path,
-        outcome.model or "-",
-        outcome.replica or "-",
-        outcome.status,
-        _seconds(outcome.queue_s),
-        _seconds(outcome.ttft_s),
+        record.model or "-",
+        record.replica or "-",
+        record.status,
+        _seconds(record.queue_s),
+        _seconds(record.ttft_s),
         _seconds(total_s),
-        "-" if outcome.generated_tokens is None else outcome.generated_tokens,
-        "-" if outcome.cached_tokens is None else outcome.cached_tokens,
+        "-" if record.generated_tokens is None else record.generated_tokens,
+        "-" if record.cached_tokens is None else record.cached_tokens,
     )
 
 

@@ -1,18 +1,17 @@
-"""The gateway as an HTTP application: routes, and what every request has in common.
+"""The gateway as an HTTP application: its routes, and the life of a request from socket to engine and back.
 
-    envelope ─▶ guard ─▶ handler ─▶ desk ─▶ flight ─▶ relay
-    (errors)    (keys)   (here)     (which   (router) (writes)
-                                     model)
+    envelope ─▶ guard ─▶ handler ─▶ admission ─▶ RoutedRequest ─▶ streaming
+    (errors)    (keys)   (here)     (model,      (router:         (response)
+                                     limits)      slot, attempts)
 
-It listens nowhere: ``cli.serve`` and tests do that. One event loop, one process: a gateway that
-relays a few hundred streams is idle most of the time, and what it knows of the fleet is then in
-one place.
+It does not listen: ``gateway.server`` does. One event loop in one process: a gateway that relays a few hundred streams
+is mostly idle, and so all its knowledge of the fleet is in one place.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -21,33 +20,32 @@ from promptai.engine.upstream import Upstream
 from promptai.errors import PromptAIError
 from promptai.fleet.replica import Replica
 from promptai.gateway import openapi
-from promptai.gateway.accounting import account, outcome_of, used, write_line
+from promptai.gateway.accounting import charged_tokens, observe, request_record, write_access_line
 from promptai.gateway.admission import Admission, AdmissionRules, AdmittedRequest, path_for
 from promptai.gateway.auth import CALLER, Caller, Guard
 from promptai.gateway.body import read_json
-from promptai.gateway.envelope import ApiError, Handler, envelope, request_id, stamp
+from promptai.gateway.envelope import Handler, envelope, request_id, stamp
+from promptai.gateway.errors import ApiError, api_error
 from promptai.gateway.metrics import FleetSample, Metrics, ReplicaSample, RequestRecord
-from promptai.gateway.streaming import Heartbeat, answer, as_api_error, stream, told
+from promptai.gateway.streaming import Heartbeat, respond, route_headers, stream
 from promptai.gateway.views import fleet_view, models_view, queue_view
 from promptai.router.schedule.dispatcher import Dispatcher
 
 _log = logging.getLogger("promptai.gateway")
 
-T = TypeVar("T")
-
-#: The request has a ticket, and is accounted with that.
-_ACCEPTED = web.RequestKey("accepted", bool)
-_CLIENT_GONE = 499
+#: The request was admitted; ``_infer`` records its end.
+_ADMITTED = web.RequestKey("admitted", bool)
+_CLIENT_DISCONNECTED = 499
 _RETRY_WHEN_DRAINING_S = 10.0
 
 
 class GatewayLimits(msgspec.Struct, frozen=True, kw_only=True):
     """
-    What one request may be.
+    Bounds of one request.
 
     Attributes:
         body_bytes: Largest body.
-        body_s: Longest time for it to arrive.
+        body_s: Longest time for the body to arrive.
     """
 
     body_bytes: int = 16 * 1024 * 1024
@@ -56,12 +54,12 @@ class GatewayLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 class Gateway:
     """
-    One front door.
+    One gateway.
 
     Args:
-        dispatcher: Who is where.
-        upstream: How engines are reached.
-        guard: Who may come in.
+        dispatcher: Queues and slots.
+        upstream: Sends requests to engines.
+        guard: Checks keys and limits.
     """
 
     def __init__(
@@ -70,27 +68,27 @@ class Gateway:
         upstream: Upstream,
         guard: Guard,
         *,
-        serving: AdmissionRules | None = None,
-        rhythm: Heartbeat | None = None,
+        rules: AdmissionRules | None = None,
+        heartbeat: Heartbeat | None = None,
         limits: GatewayLimits | None = None,
     ) -> None:
-        self.admission = Admission(dispatcher, upstream, serving)
-        self.metrics = Metrics(self._now)
+        self.admission = Admission(dispatcher, upstream, rules)
+        self.metrics = Metrics(self._sample)
         self.draining = False
         self._dispatcher = dispatcher
         self._guard = guard
-        self._rhythm = rhythm or Heartbeat()
+        self._heartbeat = heartbeat or Heartbeat()
         self._limits = limits or GatewayLimits()
         self._open = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        dispatcher.fleet_state.fleet.subscribe(lambda snapshot: self._members(snapshot.replicas))
-        self._members(dispatcher.fleet_state.fleet.snapshot.replicas)
+        dispatcher.fleet_state.fleet.subscribe(lambda snapshot: self._set_members(snapshot.replicas))
+        self._set_members(dispatcher.fleet_state.fleet.snapshot.replicas)
 
     def application(self) -> web.Application:
-        """The application; to be run with ``envelope.Runner`` and ``handler_cancellation``."""
+        """Return the application; run it with ``EnvelopeRunner`` and ``handler_cancellation``."""
         app = web.Application(
-            middlewares=[envelope, self._note_refusals, self._guard.middleware],
+            middlewares=[envelope, self._record_refusals, self._guard.middleware],
             client_max_size=self._limits.body_bytes,
         )
         app.on_response_prepare.append(stamp)
@@ -116,81 +114,83 @@ class Gateway:
         return app
 
     async def drain(self, limit_s: float) -> None:
-        """Take nothing new, and let what is under way end; returns when it has, or after ``limit_s``."""
+        """Refuse new requests, and wait at most ``limit_s`` seconds for the current ones to end."""
         self.draining = True
         try:
             async with asyncio.timeout(limit_s):
                 await self._idle.wait()
         except TimeoutError:
-            _log.warning("%d requests were still under way after %g s", self._open, limit_s)
+            _log.warning("%d requests were still running after %g s", self._open, limit_s)
 
     @property
-    def under_way(self) -> int:
-        """Requests that have been accepted and not answered in full."""
+    def open_requests(self) -> int:
+        """Number of admitted requests that have not ended."""
         return self._open
 
     async def _infer(self, request: web.Request) -> web.StreamResponse:
-        self._demand_open()
+        self._refuse_when_draining()
         caller: Caller = request[CALLER]
         body = await read_json(request, limit_bytes=self._limits.body_bytes, limit_s=self._limits.body_s)
-        self._demand_open()
+        self._refuse_when_draining()
         arrived = asyncio.get_running_loop().time()
-        admitted = _refusals(lambda: self.admission.accept(request.path, body, request.headers, caller))
+        admitted = self.admission.admit(request.path, body, request.headers, caller)
         self._guard.reserve(caller, admitted.tokens)
-        request[_ACCEPTED] = True
+        request[_ADMITTED] = True
         self._open += 1
         self._idle.clear()
-        status = _CLIENT_GONE
+        status = _CLIENT_DISCONNECTED
         try:
-            if admitted.request.stream and request.path != "/v1/embeddings":
-                response, status = await stream(request, admitted, self._rhythm)
+            if admitted.fields.stream and request.path != "/v1/embeddings":
+                response, status = await stream(request, admitted, self._heartbeat)
                 return response
-            response = await answer(admitted)
+            response = await respond(admitted)
             status = response.status
             return response
-        except ApiError as error:
-            status = error.status
-            error.headers = {**told(admitted), **error.headers}
-            raise
+        except (ApiError, PromptAIError) as error:
+            failure = api_error(error)
+            status = failure.status
+            failure.headers = {**route_headers(admitted), **failure.headers}
+            raise failure from None
         finally:
-            self._ended(request, caller, admitted, status, arrived)
+            self._record_end(request, caller, admitted, status, arrived)
 
-    def _demand_open(self) -> None:
+    def _refuse_when_draining(self) -> None:
         if self.draining:
             raise ApiError(503, "the gateway is shutting down", code="draining", retry_after_s=_RETRY_WHEN_DRAINING_S)
 
     @web.middleware
-    async def _note_refusals(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Account for requests that the guard, or what follows it, refuses; comes before the guard."""
+    async def _record_refusals(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Record requests that the guard or a later step refuses; runs before the guard."""
         arrived = asyncio.get_running_loop().time()
         try:
             return await handler(request)
-        except ApiError as error:
-            if request.match_info.handler == self._infer and _ACCEPTED not in request:
-                self._refused(request, error.status, arrived)
+        except (ApiError, PromptAIError) as error:
+            if request.match_info.handler == self._infer and _ADMITTED not in request:
+                self._record_refusal(request, api_error(error).status, arrived)
             raise
 
-    def _refused(self, request: web.Request, status: int, arrived: float) -> None:
-        outcome = RequestRecord(model="", replica="", status=status)
-        self.metrics.observe_request(outcome)
-        # Without a caller it had no key that is known; what it had instead is nobody's business.
+    def _record_refusal(self, request: web.Request, status: int, arrived: float) -> None:
+        record = RequestRecord(model="", replica="", status=status)
+        self.metrics.observe_request(record)
+        # Without a caller the request had no valid key; an invalid one must not be logged.
         caller = request.get(CALLER)
         key = "-" if caller is None else caller.key_id
-        write_line(request_id(request), key, request.path, outcome, asyncio.get_running_loop().time() - arrived)
+        total_s = asyncio.get_running_loop().time() - arrived
+        write_access_line(request_id(request), key, request.path, record, total_s)
 
-    def _ended(
+    def _record_end(
         self, request: web.Request, caller: Caller, admitted: AdmittedRequest, status: int, arrived: float
     ) -> None:
         self._open -= 1
         if not self._open:
             self._idle.set()
-        outcome = outcome_of(admitted, status, arrived)
-        account(self.metrics, admitted, outcome)
-        self._guard.charge(caller, used(admitted, outcome), reserved=admitted.tokens)
+        record = request_record(admitted, status, arrived)
+        observe(self.metrics, admitted, record)
+        self._guard.charge(caller, charged_tokens(admitted, record), reserved=admitted.tokens)
         total_s = asyncio.get_running_loop().time() - arrived
-        write_line(request_id(request), caller.key_id, request.path, outcome, total_s)
+        write_access_line(request_id(request), caller.key_id, request.path, record, total_s)
 
-    def _now(self) -> FleetSample:
+    def _sample(self) -> FleetSample:
         fleet_state, snapshot = self._dispatcher.fleet_state, self._dispatcher.fleet_state.fleet.snapshot
         now = fleet_state.now()
         return FleetSample(
@@ -208,24 +208,24 @@ class Gateway:
             ),
         )
 
-    def _members(self, replicas: Iterable[Replica]) -> None:
+    def _set_members(self, replicas: Iterable[Replica]) -> None:
         self.metrics.set_fleet((replica.id, replica.model) for replica in replicas)
 
     async def _models(self, request: web.Request) -> web.Response:
         caller: Caller = request[CALLER]
-        return json(models_view(self._dispatcher, self.admission.serving.names, caller.limits.allow))
+        return json(models_view(self._dispatcher, self.admission.rules.names, caller.limits.allow))
 
     async def _model(self, request: web.Request) -> web.Response:
         caller: Caller = request[CALLER]
-        view = models_view(self._dispatcher, self.admission.serving.names, caller.limits.allow)
+        view = models_view(self._dispatcher, self.admission.rules.names, caller.limits.allow)
         name = request.match_info["model"]
         found = next((entry for entry in view["data"] if entry["id"] == name), None)
         if found is None:
-            raise as_api_error(self.admission.unknown(name, caller))
+            raise self.admission.unknown_model(name, caller)
         return json(found)
 
     async def _fleet(self, request: web.Request) -> web.Response:
-        return json(fleet_view(self._dispatcher, self.admission.serving.names, admin=request[CALLER].admin))
+        return json(fleet_view(self._dispatcher, self.admission.rules.names, admin=request[CALLER].admin))
 
     async def _queue(self, _request: web.Request) -> web.Response:
         return json(queue_view(self._dispatcher))
@@ -234,11 +234,11 @@ class Gateway:
         body = await read_json(request, limit_bytes=self._limits.body_bytes, limit_s=self._limits.body_s)
         path = path_for(body)
         caller: Caller = request[CALLER]
-        admitted, placement = _refusals(lambda: self.admission.decide(path, body, request.headers, caller))
+        admitted, placement = self.admission.decide(path, body, request.headers, caller)
         found: dict[str, Any] = {
             "model": admitted.model,
-            "why": admitted.why,
-            "prompt_tokens_estimated": round(admitted.routed.route_request.tokens),
+            "why": admitted.reason,
+            "prompt_tokens_estimated": round(admitted.routed.route_request.prompt_tokens),
             "replica": None,
         }
         if placement is not None:
@@ -259,7 +259,7 @@ class Gateway:
         snapshot = self._dispatcher.fleet_state.fleet.snapshot
         usable = [replica for replica in snapshot.replicas if replica.usable]
         if self.draining or not usable:
-            why = "the gateway is shutting down" if self.draining else "no replica can serve"
+            why = "the gateway is shutting down" if self.draining else "no replica can serve requests"
             raise ApiError(503, why, code="not_ready", retry_after_s=2.0)
         return json({"status": "ready", "replicas": len(usable)})
 
@@ -281,12 +281,5 @@ async def _docs(request: web.Request) -> web.Response:
 
 
 def json(value: Any) -> web.Response:
-    """A JSON answer."""
+    """Return a JSON response."""
     return web.Response(body=msgspec.json.encode(value), content_type="application/json")
-
-
-def _refusals(call: Callable[[], T]) -> T:
-    try:
-        return call()
-    except PromptAIError as error:
-        raise as_api_error(error) from None

@@ -26,7 +26,8 @@ import msgspec
 from aiohttp import web
 
 from promptai.errors import SettingsError
-from promptai.gateway.envelope import OPENAI_REQUEST_ID, REQUEST_ID, ApiError, Handler
+from promptai.gateway.envelope import OPENAI_REQUEST_ID, REQUEST_ID, Handler
+from promptai.gateway.errors import ApiError
 from promptai.gateway.keys import Key, KeyStore, Scope
 from promptai.gateway.limits import KeyLimits, Meter, Refusal
 

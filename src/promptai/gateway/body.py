@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from promptai.gateway.envelope import ApiError
+from promptai.gateway.errors import ApiError
 from promptai.wire.malformed import MALFORMED
 
 #: Tools with nested schemas stay far below; every encoder on the way copes with it.

@@ -67,8 +67,8 @@ def queue_view(dispatcher: Dispatcher) -> dict[str, Any]:
                     "model": model,
                     "place": place,
                     "key": entry.request.key,
-                    "waited_s": round(now - entry.since, 1),
-                    "prompt_tokens": round(entry.request.tokens),
+                    "waited_s": round(now - entry.queued_at, 1),
+                    "prompt_tokens": round(entry.request.prompt_tokens),
                     "for": placement.view.replica.id if placement is not None else None,
                     "left_s": round(placement.estimate.wait_s, 1) if placement is not None else None,
                 }
@@ -79,9 +79,9 @@ def queue_view(dispatcher: Dispatcher) -> dict[str, Any]:
             "replica": lease.replica.id,
             "slot": lease.slot,
             "key": lease.request.key,
-            "since_s": round(now - lease.started, 1),
+            "since_s": round(now - lease.started_at, 1),
             "generated_tokens": lease.generated,
-            "stage": "decode" if lease.first_at is not None else "prefill",
+            "stage": "decode" if lease.first_token_at is not None else "prefill",
         }
         for replica in snapshot.replicas
         for lease in fleet_state.leases(replica.id)

@@ -70,6 +70,12 @@ class InferenceRequest(msgspec.Struct, frozen=True):
         """Whether the client wants a usage chunk at the end of the stream."""
         return bool((self.stream_options or {}).get("include_usage"))
 
+    @property
+    def answers(self) -> int:
+        """Number of answers requested: ``n`` for each prompt."""
+        prompts = len(self.prompts()) if isinstance(self.prompt, list) else 1
+        return max(1, self.n or 1) * prompts
+
     def prompts(self) -> tuple[Prompt, ...]:
         """Return the texts that an engine computes independently: one for a chat, one for each prompt or input."""
         if self.messages is not None:

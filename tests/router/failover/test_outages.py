@@ -138,7 +138,7 @@ def test_it_is_sent_no_more_often_than_it_may_be() -> None:
     got = run_virtually(play())
 
     assert isinstance(got.error, BrokenOffError)
-    assert "sent 4 times" in got.error.hint
+    assert "all 4 attempts failed" in got.error.hint
     assert len(got.routed.continuations) == 3
     usual = undisturbed(chat()).text
     assert usual.startswith(got.text)
@@ -180,7 +180,7 @@ def test_a_board_that_never_stops_refusing_is_asked_four_times_with_growing_paus
 
     got = run_virtually(play())
 
-    sent = [lease.started for lease in got.routed.leases]
+    sent = [lease.started_at for lease in got.routed.leases]
     pauses = [after - before for before, after in itertools.pairwise(sent)]
     assert isinstance(got.error, EngineRefusedError)
     assert len(sent) == 4
@@ -199,7 +199,7 @@ def test_while_it_pauses_a_board_that_comes_is_taken_at_once() -> None:
 
     assert_one_answer(undisturbed(chat()), got)
     assert [lease.replica.id for lease in got.routed.leases] == ["one", "two"]
-    assert got.routed.leases[1].started - got.routed.leases[0].started == pytest.approx(0.1, abs=0.05)
+    assert got.routed.leases[1].started_at - got.routed.leases[0].started_at == pytest.approx(0.1, abs=0.05)
 
 
 def test_whoever_pauses_counts_as_queued_and_holds_no_slot() -> None:
@@ -209,7 +209,7 @@ def test_whoever_pauses_counts_as_queued_and_holds_no_slot() -> None:
             admitted = accept(running, chat())
             hearing = asyncio.create_task(hear(admitted))
             await asyncio.sleep(0.2)
-            seen = admitted.routed.stage().stage, running.fleet_state.running("one")
+            seen = admitted.routed.status().stage, running.fleet_state.running("one")
             assert (await hearing).error is None
             return seen
 
@@ -249,7 +249,7 @@ def test_a_prompt_that_only_a_dead_board_could_hold_does_not_wait_because_others
     assert max(one.took_s for one in shorts) > 50
     assert [type(one.error) for one in waited] == [NoCapacityError] * 2
     assert all(30 <= one.took_s <= 32 for one in waited)
-    assert "small: too small for this prompt" in str(waited[0].error)
+    assert "small: context too small for this prompt" in str(waited[0].error)
 
 
 def test_who_can_be_served_is_not_sent_away_with_those_who_cannot() -> None:
@@ -280,9 +280,9 @@ def test_whoever_pauses_longer_than_an_outage_is_served_afterwards() -> None:
         async with world("one", limits=QueueLimits(outage_s=30)).running() as running:
             route_request = accept(running, chat()).routed.route_request
             now = running.fleet_state.now()
-            pausing = msgspec.structs.replace(route_request, refused={"one": now + 50}, again=True)
+            pausing = msgspec.structs.replace(route_request, avoid_until={"one": now + 50}, resubmitted=True)
             async with running.dispatcher.acquire(pausing) as lease:
-                return lease.started - now
+                return lease.started_at - now
 
     assert run_virtually(play()) == pytest.approx(50.0, abs=0.1)
 
@@ -337,9 +337,11 @@ def test_each_board_rests_as_long_as_it_asked_for() -> None:
         async with world().running() as running:
             route_request = accept(running, chat()).routed.route_request
             now = running.fleet_state.now()
-            pausing = msgspec.structs.replace(route_request, refused={"one": now + 8, "two": now + 3}, again=True)
+            pausing = msgspec.structs.replace(
+                route_request, avoid_until={"one": now + 8, "two": now + 3}, resubmitted=True
+            )
             async with running.dispatcher.acquire(pausing) as lease:
-                return {lease.replica.id: lease.started - now}
+                return {lease.replica.id: lease.started_at - now}
 
     assert run_virtually(play()) == {"two": pytest.approx(3, abs=0.05)}
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from promptai.router.failover.outgoing import counts
+from promptai.router.failover.protocol import is_prompt_comparable
 from promptai.wire.inference import InferenceRequest
 
 TEXT = {"type": "text", "text": "up?"}
@@ -18,7 +18,7 @@ def chat(content: object, **fields: Any) -> InferenceRequest:
     "request_", [chat("up?"), chat([TEXT]), InferenceRequest(prompt="up?"), InferenceRequest(input="up?")]
 )
 def test_one_text_counts(request_: InferenceRequest) -> None:
-    assert counts(request_)
+    assert is_prompt_comparable(request_)
 
 
 @pytest.mark.parametrize(
@@ -36,4 +36,4 @@ def test_one_text_counts(request_: InferenceRequest) -> None:
 )
 def test_pictures_ids_and_several_do_not(request_: InferenceRequest) -> None:
     """Four arrays of prompts, and every prompt was thought to be a fifth of what it is."""
-    assert not counts(request_)
+    assert not is_prompt_comparable(request_)

@@ -7,16 +7,16 @@ from promptai.engine.upstream import Reply
 from promptai.errors import EngineDiedError, EngineError, EngineProtocolError, EngineRefusedError
 from promptai.router.estimate.prefix import chain
 from promptai.router.failover.protocol import (
-    account_of,
-    head_of,
-    outcome_of,
-    pause_s,
+    common_fields,
+    is_native_end,
+    lease_result,
+    payloads_until_error,
     read_chunk,
-    reason_of,
-    refused,
-    rehead,
-    stops,
-    taken,
+    read_response,
+    refusal,
+    retry_pause_s,
+    retry_reason,
+    with_common_fields,
     without_progress,
 )
 from promptai.router.schedule.lease import LeaseResult
@@ -64,7 +64,7 @@ def test_what_is_no_chunk_breaks_the_protocol(kind: Any, data: str) -> None:
     ],
 )
 def test_an_error_in_place_of_a_chunk_is_one(kind: Any, data: str, name: str, status: int, message: str) -> None:
-    with pytest.raises(EngineRefusedError, match=f"pi broke off: {message}") as caught:
+    with pytest.raises(EngineRefusedError, match=f"pi ended the stream with an error: {message}") as caught:
         read_chunk(event(data, name), kind, "pi")
 
     assert status == caught.value.status
@@ -77,11 +77,11 @@ def test_what_came_before_an_error_is_passed_on_with_it() -> None:
             raise EngineProtocolError("bad")
         return [event.data.encode()] if event.data else []
 
-    out, error = taken([event("a"), event(""), event("b"), event("bad"), event("c")], take)
+    out, error = payloads_until_error([event("a"), event(""), event("b"), event("bad"), event("c")], take)
 
     assert out == [b"a", b"b"]
     assert isinstance(error, EngineProtocolError)
-    assert taken([event("a")], take) == ([b"a"], None)
+    assert payloads_until_error([event("a")], take) == ([b"a"], None)
 
 
 @pytest.mark.parametrize(
@@ -95,15 +95,15 @@ def test_what_came_before_an_error_is_passed_on_with_it() -> None:
     ],
 )
 def test_a_failure_in_one_word(error: EngineError, word: str) -> None:
-    assert word == reason_of(error)
+    assert word == retry_reason(error)
 
 
 def test_pauses_double_and_keep_to_what_an_engine_wants_within_reason() -> None:
     died = EngineDiedError("gone")
 
-    assert [pause_s(died, failures) for failures in (1, 2, 3, 6, 7, 5000)] == [0.25, 0.5, 1.0, 8.0, 10.0, 10.0]
+    assert [retry_pause_s(died, failures) for failures in (1, 2, 3, 6, 7, 5000)] == [0.25, 0.5, 1.0, 8.0, 10.0, 10.0]
     told = {4.0: 4.0, 0.1: 0.25, 1e6: 10.0}
-    assert {after: pause_s(busy(after), 1) for after in told} == told
+    assert {after: retry_pause_s(busy(after), 1) for after in told} == told
 
 
 def busy(retry_after_s: float) -> EngineRefusedError:
@@ -111,23 +111,26 @@ def busy(retry_after_s: float) -> EngineRefusedError:
 
 
 def test_an_answer_without_success_is_an_error_with_what_it_said() -> None:
-    error = refused("pi", Reply(503, b'{"error":{"message":"Loading model","type":"unavailable_error"}}', ""))
+    error = refusal("pi", Reply(503, b'{"error":{"message":"Loading model","type":"unavailable_error"}}', ""))
 
     assert (error.status, error.kind) == (503, "unavailable_error")
     assert "Loading model" in error.message
-    assert "<html>" in refused("pi", Reply(502, b"<html>", "")).message
+    assert "<html>" in refusal("pi", Reply(502, b"<html>", "")).message
 
 
 def test_a_native_stream_ends_with_its_stop_and_not_with_a_text_that_says_so() -> None:
-    assert stops(event('{"content":"","stop":true}'))
-    assert not stops(event(msgspec.json.encode({"content": '"stop":true', "stop": False}).decode()))
+    assert is_native_end(event('{"content":"","stop":true}'))
+    assert not is_native_end(event(msgspec.json.encode({"content": '"stop":true', "stop": False}).decode()))
 
 
 def test_chunks_of_one_answer_are_made_those_of_another() -> None:
-    head = head_of('{"id":"a","created":1,"choices":[],"timings":{},"usage":null,"prompt_progress":{}}')
+    head = common_fields('{"id":"a","created":1,"choices":[],"timings":{},"usage":null,"prompt_progress":{}}')
 
     assert head == {"id": "a", "created": 1}
-    assert msgspec.json.decode(rehead('{"id":"b","created":2,"choices":[]}', head)) == {**head, "choices": []}
+    assert msgspec.json.decode(with_common_fields('{"id":"b","created":2,"choices":[]}', head)) == {
+        **head,
+        "choices": [],
+    }
 
 
 def test_a_text_beside_progress_is_told_without_it() -> None:
@@ -137,7 +140,7 @@ def test_a_text_beside_progress_is_told_without_it() -> None:
 def test_of_an_engine_without_timings_its_count_of_tokens_is_taken() -> None:
     reply = Reply(200, b'{"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 40}}', "")
 
-    assert outcome_of(account_of(reply), chain("a"), counted=True) == LeaseResult(generated=40)
+    assert lease_result(read_response(reply), chain("a"), prompt_comparable=True) == LeaseResult(generated_tokens=40)
 
 
 def test_an_answer_in_one_piece_is_learned_from_where_it_tells() -> None:
@@ -145,9 +148,9 @@ def test_an_answer_in_one_piece_is_learned_from_where_it_tells() -> None:
     timings = {"prompt_n": 1, "prompt_ms": 1, "predicted_n": 1, "predicted_ms": 1}
     body = msgspec.json.encode({"choices": [{"finish_reason": "length"}], "timings": timings})
 
-    found = outcome_of(account_of(Reply(200, body, "")), held, counted=True)
+    found = lease_result(read_response(Reply(200, body, "")), held, prompt_comparable=True)
 
     assert found.capped
-    assert found.answer is held
+    assert found.conversation is held
     for reply in (Reply(200, b"{}", ""), Reply(200, b"{", ""), Reply(400, body, "")):
-        assert outcome_of(account_of(reply), held, counted=True) == LeaseResult()
+        assert lease_result(read_response(reply), held, prompt_comparable=True) == LeaseResult()

@@ -11,7 +11,7 @@ from promptai.errors import BrokenOffError, EngineRefusedError
 from support_clock import run_virtually
 from support_routed import (
     PACE,
-    SERVING,
+    RULES,
     TOKENS,
     Got,
     accept,
@@ -86,7 +86,7 @@ def test_an_answer_in_one_piece_survives_as_well(kind: str, after: int) -> None:
             admitted = accept(running, body)
             if fails:
                 arm(running, first(running, admitted), kind, after)
-            return msgspec.json.decode((await admitted.routed.whole()).body, type=dict[str, Any])
+            return msgspec.json.decode((await admitted.routed.response()).body, type=dict[str, Any])
 
     usual, got = run_virtually(play(fails=False)), run_virtually(play(fails=True))
 
@@ -173,7 +173,7 @@ def test_what_came_with_the_failure_is_neither_lost_nor_said_twice(tokens: int) 
         ({"json_schema": {"type": "object"}}, "json_schema"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"n": 2}, "several answers"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "text": "up?"}]}]}, "more than text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "text": "up?"}]}]}, "images or audio"),
     ],
 )
 def test_what_cannot_go_on_ends_in_an_error_that_says_why(fields: dict[str, Any], word: str) -> None:
@@ -218,7 +218,7 @@ def test_a_thought_that_was_shown_cannot_be_taken_up(name: str) -> None:
     got, _ = snipped(lambda _: len(seen) == 6, chat(), rewrite=rewrite)
 
     assert isinstance(got.error, BrokenOffError)
-    assert "a thought" in got.error.hint
+    assert "reasoning" in got.error.hint
 
 
 def test_a_tool_call_is_passed_on_and_not_taken_up() -> None:
@@ -251,7 +251,7 @@ def test_a_request_that_an_engine_refuses_is_not_sent_again() -> None:
 def test_a_board_whose_context_is_too_small_to_go_on_says_so() -> None:
     async def play() -> Got:
         small = msgspec.structs.replace(PACE, context=24)
-        async with World({"large": PACE, "small": small}, serving=SERVING).running() as running:
+        async with World({"large": PACE, "small": small}, rules=RULES).running() as running:
             running.source.fail("small")
 
             def at(chunks: int) -> None:
@@ -265,7 +265,7 @@ def test_a_board_whose_context_is_too_small_to_go_on_says_so() -> None:
 
     assert isinstance(got.error, BrokenOffError)
     assert "context size" in got.error.message
-    assert "what another one began" in got.error.hint
+    assert "an answer that another replica began" in got.error.hint
 
 
 def test_a_board_that_loads_is_left_for_one_that_has_loaded() -> None:
@@ -290,7 +290,7 @@ OPENAI = {"two": "openai"}
 def test_what_another_server_began_a_llama_server_goes_on_with() -> None:
     async def play() -> tuple[Got, str]:
         boards = {"one": msgspec.structs.replace(PACE, prefill_tps=10.0), "two": PACE}
-        async with World(boards, serving=SERVING, dialects=OPENAI).running() as running:
+        async with World(boards, rules=RULES, dialects=OPENAI).running() as running:
             admitted = accept(running, chat())
             began = first(running, admitted)
             arm(running, began, "cut", 5)
@@ -307,7 +307,7 @@ def test_an_answer_goes_on_only_where_it_can_however_fast_others_are() -> None:
     async def play() -> Got:
         slow, fast = (msgspec.structs.replace(PACE, prefill_tps=tps) for tps in (10.0, 1000.0))
         boards = {"one": slow, "two": fast, "three": slow}
-        async with World(boards, serving=SERVING, dialects=OPENAI).running() as running:
+        async with World(boards, rules=RULES, dialects=OPENAI).running() as running:
             busy = [accept(running, chat(max_tokens=200)) for _ in range(2)]
             async with (
                 running.dispatcher.acquire(busy[0].routed.route_request),
@@ -331,7 +331,7 @@ def test_where_no_board_can_go_on_the_error_says_so() -> None:
     async def play() -> Got:
         boards = {"two": PACE, "three": PACE}
         openai = dict.fromkeys(boards, "openai")
-        async with World(boards, serving=SERVING, dialects=openai).running() as running:
+        async with World(boards, rules=RULES, dialects=openai).running() as running:
             admitted = accept(running, chat())
             arm(running, first(running, admitted), "cut", 5)
             return await hear(admitted)
@@ -370,7 +370,7 @@ def test_an_embedding_is_not_waited_for_as_if_it_generated() -> None:
                 return await ask(url, path, body, limit_s=limit_s)
 
             running.upstream.ask = noted  # type: ignore[method-assign]
-            await accept(running, {"input": "Is cell 12 up?", "stream": False}, "/v1/embeddings").routed.whole()
+            await accept(running, {"input": "Is cell 12 up?", "stream": False}, "/v1/embeddings").routed.response()
 
     run_virtually(play())
 

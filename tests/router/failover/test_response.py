@@ -3,17 +3,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from promptai.router.failover.response import ResponseBuilder, begun
+from promptai.router.failover.response import ResponseBuilder, prefilled_answer
 from promptai.wire.inference import InferenceRequest
 
 HEAD = {"id": "a", "created": 1, "model": "m", "object": "chat.completion.chunk"}
 
 
 def assembled(*chunks: dict[str, Any], chat: bool = True, prefilled: str = "", alternatives: int = 1) -> dict[str, Any]:
-    assembly = ResponseBuilder(chat=chat, begun=prefilled, alternatives=alternatives)
+    builder = ResponseBuilder(chat=chat, prefill=prefilled, alternatives=alternatives)
     for chunk in chunks:
-        assembly.add([msgspec.json.encode({**HEAD, **chunk})])
-    return msgspec.json.decode(assembly.answer(), type=dict[str, Any])
+        builder.add([msgspec.json.encode({**HEAD, **chunk})])
+    return msgspec.json.decode(builder.build(), type=dict[str, Any])
 
 
 def delta(index: int = 0, finish_reason: str | None = None, **fields: Any) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def test_what_the_request_began_is_a_part_of_the_answer() -> None:
     ],
 )
 def test_only_a_trailing_assistant_message_begins_an_answer(messages: list[dict[str, Any]], text: str) -> None:
-    assert text == begun(InferenceRequest(messages=messages))
+    assert text == prefilled_answer(InferenceRequest(messages=messages))
 
 
 def test_each_prompt_is_counted_once_however_many_answers_it_has() -> None:

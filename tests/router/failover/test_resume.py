@@ -3,7 +3,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from promptai.router.failover.resume import SentText, answers, as_answer, continued_body, obstacle, rest
+from promptai.router.failover.resume import (
+    ResumePoint,
+    SentText,
+    answer_chunks,
+    missing_end,
+    resume_blocker,
+    resume_body,
+)
 from promptai.wire.inference import InferenceRequest
 from promptai.wire.llamaserver import NativeChunk, Timings
 from promptai.wire.openai import CompletionChunk
@@ -33,71 +40,71 @@ def request(**fields: Any) -> InferenceRequest:
 
 
 def test_nothing_has_been_said_by_a_role() -> None:
-    said = SentText()
+    sent = SentText()
 
-    assert not said.add(chunk(delta={"role": "assistant", "content": None}))
-    assert not said.anything
+    assert not sent.record(chunk(delta={"role": "assistant", "content": None}))
+    assert not sent.started
 
 
 def test_text_and_ids_are_kept_as_long_as_every_token_is_told() -> None:
-    said = SentText()
-    said.add(told("a", 1))
-    said.add(told("bc", 2, 3))
+    sent = SentText()
+    sent.record(told("a", 1))
+    sent.record(told("bc", 2, 3))
 
-    assert said.text == "abc"
-    assert said.ids == [1, 2, 3]
-    assert said.tokens == 3
+    assert sent.text == "abc"
+    assert sent.token_ids == [1, 2, 3]
+    assert sent.tokens == 3
 
 
 @pytest.mark.parametrize("second", [chunk(delta={"content": "b"}), told("b", None), told("b")])
 def test_one_token_that_is_not_told_ends_the_certainty_for_good(second: CompletionChunk) -> None:
-    said = SentText()
-    said.add(told("a", 1))
-    said.add(second)
-    said.add(told("c", 3))
+    sent = SentText()
+    sent.record(told("a", 1))
+    sent.record(second)
+    sent.record(told("c", 3))
 
-    assert said.ids is None
-    assert said.tokens == 3
+    assert sent.token_ids is None
+    assert sent.tokens == 3
 
 
 def test_a_token_whose_text_was_held_back_counts_where_its_text_comes() -> None:
     """A stop word may have begun: llama-server tells the token at once and its text later."""
-    said = SentText()
-    said.goes_on([0, 9], [1])
-    said.add_native(native("", 2))
-    said.add_native(native(" the end", 3))
+    sent = SentText()
+    sent.resume_from(ResumePoint([0, 9], [1], "ids"))
+    sent.record_native(native("", 2))
+    sent.record_native(native(" the end", 3))
 
-    assert said.ids == [1, 2, 3]
-    assert said.prompt_tokens == 2
+    assert sent.token_ids == [1, 2, 3]
+    assert sent.prompt_tokens == 2
 
 
 def test_a_tag_that_is_shown_while_the_prompt_is_computed_is_no_token() -> None:
-    said = SentText()
+    sent = SentText()
     tag = {"choices": [{"index": 0, "delta": {"content": "<think>"}}], "prompt_progress": {"total": 4, "processed": 0}}
-    said.add(msgspec.convert(tag, CompletionChunk))
+    sent.record(msgspec.convert(tag, CompletionChunk))
 
-    assert said.anything
-    assert (said.text, said.ids, said.tokens) == ("<think>", [], 0)
+    assert sent.started
+    assert (sent.text, sent.token_ids, sent.tokens) == ("<think>", [], 0)
 
 
 def test_the_end_has_no_token() -> None:
-    said = SentText()
-    said.goes_on([0], [1])
-    said.add_native(native("", 2))
-    said.add_native(native("", stop=True))
+    sent = SentText()
+    sent.resume_from(ResumePoint([0], [1], "ids"))
+    sent.record_native(native("", 2))
+    sent.record_native(native("", stop=True))
 
-    assert said.ids == [1]
-    assert said.finished
+    assert sent.token_ids == [1]
+    assert sent.finished
 
 
 def test_of_two_answers_both_must_end() -> None:
-    said = SentText(2)
-    said.add(chunk(finish_reason="stop"))
+    sent = SentText(2)
+    sent.record(chunk(finish_reason="stop"))
 
-    assert said.anything
-    assert not said.finished
-    said.add(chunk(finish_reason="stop"))
-    assert said.finished
+    assert sent.started
+    assert not sent.finished
+    sent.record(chunk(finish_reason="stop"))
+    assert sent.finished
 
 
 @pytest.mark.parametrize(
@@ -105,23 +112,23 @@ def test_of_two_answers_both_must_end() -> None:
     [({}, 1), ({"n": 3}, 3), ({"messages": None, "prompt": ["a", "b"]}, 2), ({"messages": None, "prompt": [1, 2]}, 1)],
 )
 def test_how_many_answers_a_request_wants(fields: dict[str, Any], number: int) -> None:
-    assert number == answers(request(**fields))
+    assert number == request(**fields).answers
 
 
 @pytest.mark.parametrize(
     ("delta", "what"),
     [
-        ({"reasoning_content": "Hm"}, "a thought"),
-        ({"reasoning": "Hm"}, "a thought"),
+        ({"reasoning_content": "Hm"}, "reasoning"),
+        ({"reasoning": "Hm"}, "reasoning"),
         ({"tool_calls": [{"index": 0}]}, "a tool call"),
     ],
 )
 def test_what_is_beyond_text_is_an_obstacle(delta: dict[str, Any], what: str) -> None:
-    said = SentText()
-    said.add(chunk(delta=delta))
+    sent = SentText()
+    sent.record(chunk(delta=delta))
 
-    assert said.anything
-    assert f"{what} cannot be taken up elsewhere" == obstacle(request(), said)
+    assert sent.started
+    assert f"{what} cannot be resumed on another engine" == resume_blocker(request(), sent)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +142,7 @@ def test_what_is_beyond_text_is_an_obstacle(delta: dict[str, Any], what: str) ->
     ],
 )
 def test_plain_text_has_no_obstacle(fields: dict[str, Any]) -> None:
-    assert obstacle(request(**fields), SentText()) is None
+    assert resume_blocker(request(**fields), SentText()) is None
 
 
 @pytest.mark.parametrize(
@@ -151,7 +158,7 @@ def test_plain_text_has_no_obstacle(fields: dict[str, Any]) -> None:
     ],
 )
 def test_obstacles_of_requests(fields: dict[str, Any]) -> None:
-    assert "cannot be taken up elsewhere" in (obstacle(request(**fields), SentText()) or "")
+    assert "cannot be resumed on another engine" in (resume_blocker(request(**fields), SentText()) or "")
 
 
 @pytest.mark.parametrize(
@@ -169,13 +176,13 @@ def test_obstacles_of_requests(fields: dict[str, Any]) -> None:
 )
 def test_how_many_answers_there_will_be(fields: dict[str, Any], count: int) -> None:
     """A list with a token id in it is one prompt."""
-    assert answers(request(**fields)) == count
+    assert request(**fields).answers == count
 
 
 def test_the_body_keeps_what_decides_tokens_and_drops_what_is_a_chat_s() -> None:
     body = {"messages": [], "model": "m", "temperature": 0, "seed": 7, "stop": ["x"], "max_tokens": 50, "n": 1}
 
-    assert continued_body(body, [1, 2], left=5) == {
+    assert resume_body(body, ResumePoint([1, 2], [], "ids"), max_tokens=5) == {
         "prompt": [1, 2],
         "temperature": 0,
         "seed": 7,
@@ -185,7 +192,7 @@ def test_the_body_keeps_what_decides_tokens_and_drops_what_is_a_chat_s() -> None
         "return_tokens": True,
         "return_progress": True,
     }
-    assert "n_predict" not in continued_body({"messages": []}, [1], left=None)
+    assert "n_predict" not in resume_body({"messages": []}, ResumePoint([1], [], "ids"), max_tokens=None)
 
 
 @pytest.mark.parametrize(
@@ -200,16 +207,16 @@ def test_the_body_keeps_what_decides_tokens_and_drops_what_is_a_chat_s() -> None
     ],
 )
 def test_probabilities_go_on_being_told(fields: dict[str, Any], likeliest: int | None) -> None:
-    assert likeliest == continued_body(fields, [1], left=None).get("n_probs")
+    assert likeliest == resume_body(fields, ResumePoint([1], [], "ids"), max_tokens=None).get("n_probs")
 
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_a_token_of_a_continuation_is_one_of_the_answer(*, chat: bool) -> None:
-    said = SentText()
-    said.head = HEAD
+    sent = SentText()
+    sent.common = HEAD
     asked = request() if chat else request(messages=None, prompt="a")
     probabilities = [{"id": 5, "logprob": -0.5}]
-    (found,) = decoded(as_answer(native("b", 5, completion_probabilities=probabilities), said, asked, 3))
+    (found,) = decoded(answer_chunks(native("b", 5, completion_probabilities=probabilities), sent, asked, 3))
 
     text = {"delta": {"content": "b"}} if chat else {"text": "b"}
     choice = {"index": 0, "finish_reason": None, "logprobs": {"content": probabilities}, **text}
@@ -218,44 +225,44 @@ def test_a_token_of_a_continuation_is_one_of_the_answer(*, chat: bool) -> None:
 
 @pytest.mark.parametrize(("stop_type", "reason"), [("limit", "length"), ("eos", "stop"), ("word", "stop")])
 def test_the_end_of_a_continuation_counts_all_engines(stop_type: str, reason: str) -> None:
-    said = SentText()
-    said.head = HEAD
-    said.goes_on([0, 1, 2, 3], [5, 6])
+    sent = SentText()
+    sent.common = HEAD
+    sent.resume_from(ResumePoint([0, 1, 2, 3], [5, 6], "ids"))
     end = native("", stop=True, stop_type=stop_type, timings=TIMINGS)
 
-    last, usage = decoded(as_answer(end, said, request(stream_options={"include_usage": True}), 2))
+    last, usage = decoded(answer_chunks(end, sent, request(stream_options={"include_usage": True}), 2))
 
     assert last["choices"] == [{"index": 0, "finish_reason": reason, "delta": {}}]
     assert usage["choices"] == []
     assert usage["usage"] == {"prompt_tokens": 4, "completion_tokens": 5, "total_tokens": 9}
     assert usage["timings"]["predicted_n"] == 3
-    (alone,) = decoded(as_answer(end, said, request(), 2))
+    (alone,) = decoded(answer_chunks(end, sent, request(), 2))
     assert alone["timings"]["predicted_n"] == 3
     assert "usage" not in alone
 
 
 def test_a_held_back_token_says_nothing() -> None:
-    assert as_answer(native("", 5), SentText(), request(), 0) == []
+    assert answer_chunks(native("", 5), SentText(), request(), 0) == []
 
 
 def test_the_rest_of_an_answer_that_is_whole_is_what_was_not_said() -> None:
-    said = SentText()
-    said.head = HEAD
-    said.prompt_tokens = 4
-    said.add(chunk(delta={"content": "a"}))
+    sent = SentText()
+    sent.common = HEAD
+    sent.prompt_tokens = 4
+    sent.record(chunk(delta={"content": "a"}))
     asked = request(stream_options={"include_usage": True})
 
-    end, usage = decoded(rest(said, asked, None))
+    end, usage = decoded(missing_end(sent, asked, None))
 
     assert end["choices"][0]["finish_reason"] == "length"
     assert usage["usage"] == {"prompt_tokens": 4, "completion_tokens": 1, "total_tokens": 5}
-    assert said.finished
-    said.counted = True
-    assert rest(said, asked, None) == []
+    assert sent.finished
+    sent.usage_sent = True
+    assert missing_end(sent, asked, None) == []
 
 
 def test_tokens_that_nobody_counted_are_not_made_up() -> None:
-    said = SentText()
-    said.add(chunk(delta={"content": "a"}, finish_reason="stop"))
+    sent = SentText()
+    sent.record(chunk(delta={"content": "a"}, finish_reason="stop"))
 
-    assert rest(said, request(stream_options={"include_usage": True}), None) == []
+    assert missing_end(sent, request(stream_options={"include_usage": True}), None) == []

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from promptai.errors import EngineRefusedError
-from promptai.router.failover.joint import ResumePoint, find_joint
-from promptai.router.failover.resume import SentText
+from promptai.router.failover.resume import ResumePoint, SentText, resume_tokens
 from promptai.wire.inference import InferenceRequest
 
 PIECES = ["<s>", "<|user|>", "<|assistant|>", "Hi", " there", "The", "re", "There", " ", "\n", "é", "<0xC3>", "a"]
@@ -52,15 +51,15 @@ class Vocabulary:
         return {"tokens": found}
 
 
-def joint(said: SentText, engine: Vocabulary | None = None, request: InferenceRequest = CHAT) -> ResumePoint:
+def joint(sent: SentText, engine: Vocabulary | None = None, request: InferenceRequest = CHAT) -> ResumePoint:
     body = {"messages": request.messages, "stream": True}
-    return asyncio.run(find_joint(engine or Vocabulary(), request, body, said))
+    return asyncio.run(resume_tokens(engine or Vocabulary(), request, body, sent))
 
 
 def having(text: str, ids: list[int] | None = None) -> SentText:
-    said = SentText()
-    said.text, said.ids = text, ids
-    return said
+    sent = SentText()
+    sent.text, sent.token_ids = text, ids
+    return sent
 
 
 def test_a_chat_s_prompt_is_rendered_and_its_marks_are_read_as_marks() -> None:
@@ -83,37 +82,37 @@ def test_without_told_ids_the_text_is_tokenised() -> None:
 def test_ids_that_do_not_spell_the_text_are_not_believed() -> None:
     """Of a character in several tokens llama-server tells the last one alone."""
     assert joint(having("é", [11])) == ResumePoint([0, 1, 3, 2], [10], "text")
-    assert joint(having("Hi there", [4])).said == [3, 4]
+    assert joint(having("Hi there", [4])).answer == [3, 4]
 
 
 def test_a_space_that_the_tokenizer_adds_is_taken_away_again() -> None:
-    assert joint(having("There"), Vocabulary(spaced=True)).said == [7]
+    assert joint(having("There"), Vocabulary(spaced=True)).answer == [7]
 
 
 def test_marks_that_the_model_wrote_as_text_are_no_marks() -> None:
     """Else whoever makes a model repeat them could begin a turn of somebody else."""
-    assert min(joint(having("a<|user|>a")).said) >= SPECIAL
+    assert min(joint(having("a<|user|>a")).answer) >= SPECIAL
 
 
-@pytest.mark.parametrize(("text", "said"), [("<|user|>\nHi", [3]), ("<|user|>\n\nHi", [9, 3]), ("Hi", [3])])
-def test_a_tag_that_the_template_opened_and_the_answer_shows_stands_there_once(text: str, said: list[int]) -> None:
+@pytest.mark.parametrize(("text", "sent"), [("<|user|>\nHi", [3]), ("<|user|>\n\nHi", [9, 3]), ("Hi", [3])])
+def test_a_tag_that_the_template_opened_and_the_answer_shows_stands_there_once(text: str, sent: list[int]) -> None:
     """Of thoughts that are wanted as text llama-server shows the tag, although it is the prompt's end (b11549)."""
     engine = Vocabulary()
     engine.opens = "<|user|>\n"
 
-    assert joint(having(text), engine) == ResumePoint([0, 1, 3, 2, 1, 9], said, "text")
+    assert joint(having(text), engine) == ResumePoint([0, 1, 3, 2, 1, 9], sent, "text")
 
 
 def test_a_tag_that_the_prompt_does_not_end_with_is_the_answer_s() -> None:
-    assert min(joint(having("<a>Hi")).said) >= SPECIAL
-    assert joint(having("<a>Hi")).said[-1] == 3
+    assert min(joint(having("<a>Hi")).answer) >= SPECIAL
+    assert joint(having("<a>Hi")).answer[-1] == 3
 
 
 def test_what_an_engine_cannot_check_is_taken_as_it_is() -> None:
     engine = Vocabulary(blind=True)
 
-    assert joint(having("There", [5, 6]), engine).said == [5, 6]
-    assert joint(having("There"), engine).said == [7]
+    assert joint(having("There", [5, 6]), engine).answer == [5, 6]
+    assert joint(having("There"), engine).answer == [7]
 
 
 def test_another_refusal_is_a_failure() -> None:
@@ -123,4 +122,4 @@ def test_another_refusal_is_a_failure() -> None:
         return {"prompt": "", "tokens": [1]}
 
     with pytest.raises(EngineRefusedError):
-        asyncio.run(find_joint(ask, CHAT, {"messages": CHAT.messages}, having("a", [1])))
+        asyncio.run(resume_tokens(ask, CHAT, {"messages": CHAT.messages}, having("a", [1])))

@@ -13,22 +13,22 @@ def told(prompt: int, cached: int | None, generated: int) -> Timings:
 
 def test_of_one_answer_the_last_account_counts() -> None:
     """With ``timings_per_token`` there is one in every chunk."""
-    bill = UsageTally()
-    assert bill.total() is None
+    tally = UsageTally()
+    assert tally.timings() is None
 
     for generated in (1, 2, 3):
-        bill.take(CompletionChunk(choices=[ChunkChoice()], timings=told(7, 2, generated)))
+        tally.add(CompletionChunk(choices=[ChunkChoice()], timings=told(7, 2, generated)))
 
-    assert bill.total() == told(7, 2, 3)
+    assert tally.timings() == told(7, 2, 3)
 
 
 def test_answers_to_one_prompt_share_it() -> None:
     """The second one found all of it computed."""
-    bill = UsageTally(alternatives=2)
+    tally = UsageTally(alternatives=2)
     for index, prompt, cached in ((1, 1, 6), (0, 5, 2)):
-        bill.take(CompletionChunk(choices=[ChunkChoice(index=index)], timings=told(prompt, cached, 20)))
+        tally.add(CompletionChunk(choices=[ChunkChoice(index=index)], timings=told(prompt, cached, 20)))
 
-    total = bill.total()
+    total = tally.timings()
 
     assert total is not None
     assert (total.prompt_n, total.cache_n, total.predicted_n) == (5, 2, 40)
@@ -36,23 +36,23 @@ def test_answers_to_one_prompt_share_it() -> None:
 
 
 def test_every_prompt_counts() -> None:
-    bill = UsageTally()
+    tally = UsageTally()
     for index in range(40):
-        bill.take(CompletionChunk(choices=[ChunkChoice(index=index)], timings=told(100, 14, 40)))
+        tally.add(CompletionChunk(choices=[ChunkChoice(index=index)], timings=told(100, 14, 40)))
 
-    total = bill.total()
+    total = tally.timings()
 
     assert total is not None
     assert (total.prompt_n, total.cache_n, total.predicted_n) == (4000, 560, 1600)
 
 
 def test_an_account_that_comes_alone_belongs_to_the_answer_before_it() -> None:
-    bill = UsageTally(alternatives=2)
+    tally = UsageTally(alternatives=2)
     for index in (1, 0):
-        bill.take(CompletionChunk(choices=[ChunkChoice(index=index)]))
-        bill.take(CompletionChunk(choices=[], timings=told(5, None, 10 + index)))
+        tally.add(CompletionChunk(choices=[ChunkChoice(index=index)]))
+        tally.add(CompletionChunk(choices=[], timings=told(5, None, 10 + index)))
 
-    total = bill.total()
+    total = tally.timings()
 
     assert total is not None
     assert (total.prompt_n, total.cache_n, total.predicted_n) == (5, None, 21)

@@ -17,9 +17,9 @@ from promptai.router.schedule.lease import LeaseResult, RouteRequest
 from support_clock import run_virtually
 from support_serve import World, listen
 
-JOB = RouteRequest(model="yi", prompt=chain("Is cell 12 up?"), tokens=4.0)
+JOB = RouteRequest(model="yi", prompt=chain("Is cell 12 up?"), prompt_tokens=4.0)
 #: Has 857 tokens at least.
-LONG = RouteRequest(model="yi", prompt=chain("up? " * 1500), tokens=1500.0)
+LONG = RouteRequest(model="yi", prompt=chain("up? " * 1500), prompt_tokens=1500.0)
 
 
 class Crowd:
@@ -48,7 +48,7 @@ class Crowd:
 
     def served(self) -> list[str]:
         """Who was given a slot."""
-        return [name for name, it in self.entries.items() if it.granted.done() and not it.granted.exception()]
+        return [name for name, it in self.entries.items() if it.leased.done() and not it.leased.exception()]
 
     async def refused(self, kind: type[Exception]) -> list[str]:
         """Who has been told so; everybody else leaves."""
@@ -61,7 +61,7 @@ class Crowd:
 
     async def _hold(self, name: str, request: RouteRequest) -> None:
         leave = self._leave[name] = asyncio.Event()
-        async with self._world.dispatcher.acquire(request, entered=lambda entry: self.entries.update({name: entry})):
+        async with self._world.dispatcher.acquire(request, on_queued=lambda entry: self.entries.update({name: entry})):
             await leave.wait()
 
 
@@ -78,10 +78,10 @@ def test_a_request_that_has_its_slot_and_was_not_told_yet_has_nobody_before_it()
         world, seen = World({"a": SimulationConfig(model="yi")}), []
 
         def entered(entry: QueueEntry) -> None:
-            assert entry.granted.done()
+            assert entry.leased.done()
             seen.append(world.dispatcher.position(entry))
 
-        async with world.running(), world.dispatcher.acquire(JOB, entered=entered):
+        async with world.running(), world.dispatcher.acquire(JOB, on_queued=entered):
             return seen[0]
 
     assert run_virtually(play()) == 0
@@ -93,14 +93,14 @@ def test_a_request_that_leaves_in_the_moment_in_which_it_is_given_a_slot_gives_i
         world = World({"a": SimulationConfig(model="yi")})
 
         async def ask() -> None:
-            async with world.dispatcher.acquire(JOB, entered=entries.append):
+            async with world.dispatcher.acquire(JOB, on_queued=entries.append):
                 raise AssertionError("it was cancelled before")
 
         async with world.running():
             async with world.dispatcher.acquire(JOB):
                 second = asyncio.create_task(ask())
                 await asyncio.sleep(0)
-            given = entries[0].granted.done()
+            given = entries[0].leased.done()
             second.cancel()
             await asyncio.wait([second])
             return given, world.fleet_state.running("a")
@@ -125,7 +125,7 @@ def test_as_long_as_no_slot_is_free_nobody_chooses_again(monkeypatch: pytest.Mon
         leave = [asyncio.Event() for _ in range(30)]
 
         async def ask(number: int) -> None:
-            async with world.dispatcher.acquire(JOB, entered=entered.append):
+            async with world.dispatcher.acquire(JOB, on_queued=entered.append):
                 await leave[number].wait()
 
         async with world.running():
@@ -135,7 +135,7 @@ def test_as_long_as_no_slot_is_free_nobody_chooses_again(monkeypatch: pytest.Mon
             leave[0].set()
             await asyncio.sleep(0.01)
             of_one_that_goes = len(weighed) - of_arrivals
-            given = sum(entry.granted.done() for entry in entered)
+            given = sum(entry.leased.done() for entry in entered)
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
@@ -157,7 +157,7 @@ def test_a_key_is_charged_what_its_request_took_whatever_was_expected() -> None:
             await listen(admitted)
             return {
                 "charged": world.dispatcher._queue("yi")._finish["k"],
-                "prompt": admitted.routed.route_request.tokens,
+                "prompt": admitted.routed.route_request.prompt_tokens,
             }
 
     found = run_virtually(play())
@@ -176,7 +176,7 @@ def test_a_request_that_was_sent_again_is_charged_its_answer_once() -> None:
             assert len(admitted.routed.leases) == 3
             return {
                 "charged": world.dispatcher._queue("yi")._finish["k"],
-                "prompt": admitted.routed.route_request.tokens,
+                "prompt": admitted.routed.route_request.prompt_tokens,
             }
 
     found = run_virtually(play())
@@ -219,7 +219,7 @@ def test_nobody_waits_for_a_board_that_was_removed() -> None:
 def test_batch_work_makes_room_for_people_and_only_for_its_like(queued: str, newcomer: str, goes: str) -> None:
     def fields(of: str) -> dict[str, Any]:
         key, _, kind = of.partition(":")
-        return {"key": key, "batch": kind.endswith("batch"), "again": kind.startswith("again")}
+        return {"key": key, "batch": kind.endswith("batch"), "resubmitted": kind.startswith("again")}
 
     async def play() -> list[str]:
         world = World({"a": SimulationConfig(model="yi")}, limits=QueueLimits(queue=3))
@@ -289,7 +289,7 @@ def test_a_board_that_is_only_too_small_is_not_said_to_fail_nor_waited_for() -> 
 
     error = run_virtually(play())
 
-    assert error.message == "no replica of yi can serve now (big: failing; small: too small for this prompt)"
+    assert error.message == "no replica of yi can serve now (big: failing; small: context too small for this prompt)"
     assert error.retry_after_s == pytest.approx(40.0)
 
 
@@ -313,7 +313,7 @@ def test_a_board_that_is_tried_again_is_no_hope_for_a_prompt_that_it_does_not_ho
             with pytest.raises(NoCapacityError):
                 async with asyncio.timeout(0.1), world.dispatcher.acquire(LONG):
                     pass
-            return world.fleet_state.comes_back(JOB), world.fleet_state.comes_back(LONG)
+            return world.fleet_state._may_recover(JOB), world.fleet_state._may_recover(LONG)
 
     assert run_virtually(play()) == (True, False)
 
@@ -328,15 +328,15 @@ def test_a_key_is_charged_all_answers_that_its_request_asks_for(
         world = World({"a": SimulationConfig(model="yi")})
         async with world.running():
             finish = world.dispatcher._queue("yi")._finish
-            request = msgspec.structs.replace(JOB, answers=answers, limit=20, key="k")
+            request = msgspec.structs.replace(JOB, answers=answers, max_tokens=20, key="k")
             async with world.dispatcher.acquire(request) as lease:
                 charged = finish["k"]
                 for _ in range(pieces):
-                    world.fleet_state.token(lease, world.fleet_state.now())
-                lease.outcome = LeaseResult(generated=told)
+                    world.fleet_state.record_token(lease, world.fleet_state.now())
+                lease.result = LeaseResult(generated_tokens=told)
             return charged, finish["k"]
 
-    assert run_virtually(play()) == (JOB.tokens + answers * 20, JOB.tokens + took)
+    assert run_virtually(play()) == (JOB.prompt_tokens + answers * 20, JOB.prompt_tokens + took)
 
 
 def test_what_is_learned_of_answers_meanwhile_changes_no_charge() -> None:
@@ -347,7 +347,7 @@ def test_what_is_learned_of_answers_meanwhile_changes_no_charge() -> None:
         async with world.running():
             admitted_requests = [world.admitted([{"role": "user", "content": f"{n} up?"}], key="k") for n in range(20)]
             heard = await asyncio.gather(*map(listen, admitted_requests))
-            used = sum(admitted.routed.route_request.tokens for admitted in admitted_requests)
+            used = sum(admitted.routed.route_request.prompt_tokens for admitted in admitted_requests)
             for admitted in admitted_requests:
                 assert admitted.routed.timings is not None
                 used += admitted.routed.timings.predicted_n

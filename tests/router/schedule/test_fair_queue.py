@@ -26,7 +26,7 @@ def drained(queue: FairQueue[str], now: float = 0.0) -> list[str]:
 def test_an_item_is_not_queued_twice() -> None:
     queue = filled(("a", "ann", 1.0))
 
-    with pytest.raises(ValueError, match="in the queue already"):
+    with pytest.raises(ValueError, match="already queued"):
         queue.push("a", key="bob", cost=1.0, now=0.0)
 
 
@@ -158,10 +158,10 @@ def test_who_is_patient_is_told() -> None:
     queue.push("again", key="night", cost=10.0, batch=True, first=True, now=0.0)
     queue.push("person", key="bob", cost=10.0, now=0.0)
 
-    assert [queue.patient(name, 299.9) for name in ("batch", "again", "person")] == [True, False, False]
-    assert not queue.patient("batch", 300.0)
+    assert [queue.yields(name, 299.9) for name in ("batch", "again", "person")] == [True, False, False]
+    assert not queue.yields("batch", 300.0)
     with pytest.raises(KeyError):
-        queue.patient("nobody", 0.0)
+        queue.yields("nobody", 0.0)
 
 
 def test_a_patient_crowd_of_batch_items_takes_turns_like_everybody() -> None:

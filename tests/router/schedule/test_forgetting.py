@@ -21,7 +21,7 @@ def held(world: World) -> dict[str, int]:
         "grants": len(fleet_state._leases),
         "prompts": len(fleet_state._prefilling),
         "streams": len(fleet_state._streams),
-        "steps": len(fleet_state._steps),
+        "steps": len(fleet_state._curves),
         "breakers": len(fleet_state.breakers),
         "caches": len(fleet_state.index._caches),
         "queues": len(world.dispatcher._queues),

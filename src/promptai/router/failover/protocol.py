@@ -1,4 +1,8 @@
-"""Read what an engine sends as far as a flight must understand it. Pure."""
+"""Requests as engines receive them, and engine events as the router reads them. Pure.
+
+The body of a request passes through as the client sent it; the gateway adds a few fields of its own. Of an event only
+the parts that routing needs are read.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -8,24 +12,89 @@ import msgspec
 from promptai.engine.upstream import Reply
 from promptai.errors import EngineError, EngineProtocolError, EngineRefusedError
 from promptai.router.estimate.prefix import Chain
-from promptai.router.schedule.lease import LeaseResult
+from promptai.router.schedule.lease import LeaseResult, SlotLease
+from promptai.wire.inference import InferenceRequest
 from promptai.wire.llamaserver import NativeChunk
 from promptai.wire.malformed import MALFORMED
 from promptai.wire.openai import CompletionChunk, CompletionResponse, ErrorBody, error_in
 from promptai.wire.sse import SseEvent
 
 AnyChunk = TypeVar("AnyChunk", CompletionChunk, NativeChunk)
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 10.0
-_OWN_OF_CHUNK = frozenset(("choices", "usage", "timings", "prompt_progress"))
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.25, 10.0
+_PER_CHUNK = frozenset(("choices", "usage", "timings", "prompt_progress"))
+
+
+class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """
+    A client's request, accepted and ready to be sent.
+
+    Attributes:
+        path: Path of the engine's API.
+        body: As the client sent it, with the model's name and the alias's parameters resolved.
+        fields: The fields of ``body`` that the gateway reads.
+        text: The prompt as one text.
+        max_attempts: Upper limit of attempts.
+        stall_s: Silence allowed beyond the time that pending work explains.
+    """
+
+    path: str
+    body: dict[str, Any]
+    fields: InferenceRequest
+    text: str
+    max_attempts: int = 4
+    stall_s: float = 15.0
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it is a chat completion."""
+        return self.fields.messages is not None
+
+
+# Requests
+
+
+def request_body(lease: SlotLease, request: InferenceRequest, body: dict[str, Any]) -> bytes:
+    """Encode the first attempt of a request for the engine of ``lease``."""
+    sent = {**body, "model": lease.replica.model}
+    if request.stream and lease.replica.dialect == "llama-server":
+        # Also needed for disconnects: an engine that writes nothing does not notice that its client is gone.
+        sent["return_progress"] = True
+    return msgspec.json.encode(with_engine_fields(lease, request, sent))
+
+
+def with_engine_fields(lease: SlotLease, request: InferenceRequest, body: dict[str, Any]) -> dict[str, Any]:
+    """Add the fields that every request to a llama-server carries."""
+    replica = lease.replica
+    if replica.dialect != "llama-server":
+        return body
+    # Its HTTP thread sends a ping every 30 s (b11549), even when nothing is computed any more.
+    sent = {**body, "sse_ping_interval": -1}
+    if replica.slots > 1 and replica.host_cache_tokens == 0 and request.answers == 1:
+        # Without a prompt cache, the engine might choose the slot of a conversation that will continue.
+        sent["id_slot"] = lease.slot
+    return sent
+
+
+def is_prompt_comparable(request: InferenceRequest) -> bool:
+    """Whether the engine counts the same text as the gateway: one prompt, no images, no token ids."""
+    if request.messages is None:
+        given = request.prompt if request.prompt is not None else request.input
+        return isinstance(given, str) and request.answers == 1
+    contents = [message.get("content") for message in request.messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return request.answers == 1 and all(isinstance(part, dict) and part.get("type") == "text" for part in parts)
+
+
+# Events of a stream
 
 
 def read_chunk(event: SseEvent, kind: type[AnyChunk], replica_id: str) -> AnyChunk:
     """
-    One chunk of a stream.
+    Decode one chunk of a stream.
 
     Raises:
-        EngineProtocolError: It is none.
-        EngineRefusedError: It is an error in place of one.
+        EngineProtocolError: The event is not a chunk.
+        EngineRefusedError: The event is an error.
     """
     try:
         chunk = msgspec.json.decode(event.data, type=kind)
@@ -35,25 +104,95 @@ def read_chunk(event: SseEvent, kind: type[AnyChunk], replica_id: str) -> AnyChu
         data = event.data.encode()
         found = error_in(data) or ErrorBody(event.data[:200])
         status = found.code if isinstance(found.code, int) and 400 <= found.code < 600 else 500
-        raise EngineRefusedError(f"{replica_id} broke off: {found.message}", status=status, kind=found.type, body=data)
+        raise EngineRefusedError(
+            f"{replica_id} ended the stream with an error: {found.message}", status=status, kind=found.type, body=data
+        )
     return chunk
 
 
-def taken(
+def payloads_until_error(
     events: Iterable[SseEvent], take: Callable[[SseEvent], Sequence[bytes]]
 ) -> tuple[list[bytes], EngineError | None]:
-    """What of the events is the client's, up to what is wrong in them: all that has been noted must be passed on."""
-    out: list[bytes] = []
+    """Return the payloads decoded before the first bad event, and that error: recorded payloads must be sent."""
+    payloads: list[bytes] = []
     try:
         for event in events:
-            out += take(event)
+            payloads += take(event)
     except EngineError as error:
-        return out, error
-    return out, None
+        return payloads, error
+    return payloads, None
 
 
-def refused(replica_id: str, reply: Reply) -> EngineRefusedError:
-    """An answer with a status that is none of success, as an error."""
+def has_content(chunk: CompletionChunk) -> bool:
+    """Whether a chunk with progress also carries something for the client."""
+    for choice in chunk.choices or ():
+        delta = choice.delta
+        if choice.text or (delta and (delta.content or delta.thought or delta.tool_calls)):
+            return True
+    return False
+
+
+def is_native_end(event: SseEvent) -> bool:
+    """Whether an event ends a native stream; quotes inside a JSON string would be escaped."""
+    return '"stop":true' in event.data
+
+
+def common_fields(data: str) -> dict[str, Any]:
+    """Return the fields that all chunks of an answer share."""
+    chunk = msgspec.json.decode(data, type=dict[str, Any])
+    return {name: value for name, value in chunk.items() if name not in _PER_CHUNK}
+
+
+def with_common_fields(data: str, common: dict[str, Any]) -> bytes:
+    """Return a chunk of one answer as a chunk of another."""
+    chunk = msgspec.json.decode(data, type=dict[str, Any])
+    return msgspec.json.encode({**chunk, **common})
+
+
+def without_progress(data: str) -> str:
+    """
+    Remove the progress from a chunk.
+
+    llama-server sends the first tag of an answer beside its first progress if the template allows reasoning and the
+    client wants it as text (b11549).
+    """
+    chunk = msgspec.json.decode(data, type=dict[str, Any])
+    chunk.pop("prompt_progress", None)
+    return msgspec.json.encode(chunk).decode()
+
+
+# Complete responses
+
+
+def read_response(reply: Reply) -> CompletionResponse:
+    """Decode usage and timings of a complete response; empty for an error or another format."""
+    try:
+        return msgspec.json.decode(reply.body, type=CompletionResponse) if reply.status == 200 else CompletionResponse()
+    except MALFORMED:
+        return CompletionResponse()
+
+
+def lease_result(response: CompletionResponse, conversation: Chain, *, prompt_comparable: bool) -> LeaseResult:
+    """Return the result of a complete response; without timings the engine is known to work, and no more."""
+    generated = response.usage.completion_tokens if response.usage is not None else None
+    if response.timings is None:
+        return LeaseResult(generated_tokens=generated)
+    capped = any(choice.finish_reason == "length" for choice in response.choices or ())
+    generated = response.timings.predicted_n if generated is None else generated
+    return LeaseResult(
+        conversation=conversation,
+        timings=response.timings,
+        generated_tokens=generated,
+        capped=capped,
+        prompt_comparable=prompt_comparable,
+    )
+
+
+# Failures
+
+
+def refusal(replica_id: str, reply: Reply) -> EngineRefusedError:
+    """Return the error of a response whose status is not a success."""
     found = error_in(reply.body) or ErrorBody(reply.body[:200].decode("utf-8", "replace"))
     return EngineRefusedError(
         f"{replica_id} answered HTTP {reply.status}: {found.message}",
@@ -64,86 +203,30 @@ def refused(replica_id: str, reply: Reply) -> EngineRefusedError:
     )
 
 
-def words_of(error: EngineRefusedError) -> str:
-    """What an engine said, without who said it."""
+def engine_message(error: EngineRefusedError) -> str:
+    """Return the engine's own message, without the name of the replica."""
     found = error_in(error.body)
     return found.message if found is not None and found.message else error.message
 
 
-def adds(chunk: CompletionChunk) -> bool:
-    """Whether there is something for the client in a chunk that also tells progress."""
-    for choice in chunk.choices or ():
-        delta = choice.delta
-        if choice.text or (delta and (delta.content or delta.reasoning_content or delta.reasoning or delta.tool_calls)):
-            return True
-    return False
-
-
-def reason_of(error: EngineError) -> str:
-    """What went wrong with an engine, in one word."""
+def retry_reason(error: EngineError) -> str:
+    """Classify a failure for the metrics: ``busy``, ``refused``, ``protocol`` or ``died``."""
     if isinstance(error, EngineRefusedError):
         return "busy" if error.status in {429, 503} else "refused"
     return "protocol" if isinstance(error, EngineProtocolError) else "died"
 
 
-def pause_s(error: EngineError, failures: int) -> float:
+def retry_pause_s(error: EngineError, failures: int) -> float:
     """
-    How long those that failed a request are left alone by it, where there is nobody else to ask.
+    Seconds for which a request avoids a replica that failed it, if no other replica is left.
 
-    A board that is loading, or as full as it can be, refuses within milliseconds: without a pause all attempts are
-    spent before anything can have changed there.
+    A board that is loading or full refuses within milliseconds. Without a pause, all attempts are spent before
+    anything can change there.
 
     Args:
-        error: The last failure; what it says of the time is kept to, within reason.
-        failures: So far, at least 1.
+        error: The last failure; its ``Retry-After`` counts, up to ten seconds.
+        failures: Failures so far, at least 1.
     """
-    told = error.retry_after_s if isinstance(error, EngineRefusedError) else None
+    requested = error.retry_after_s if isinstance(error, EngineRefusedError) else None
     doubled = _FIRST_PAUSE_S * 2.0 ** min(failures - 1, 10)
-    return min(max(doubled, told or 0.0), _LONGEST_PAUSE_S)
-
-
-def stops(event: SseEvent) -> bool:
-    """Whether an event ends a native stream; in a string its quotes would be escaped."""
-    return '"stop":true' in event.data
-
-
-def head_of(data: str) -> dict[str, Any]:
-    """What all chunks of one answer have in common."""
-    chunk = msgspec.json.decode(data, type=dict[str, Any])
-    return {name: value for name, value in chunk.items() if name not in _OWN_OF_CHUNK}
-
-
-def without_progress(data: str) -> str:
-    """
-    A chunk without its progress.
-
-    Where a template lets the model think and thoughts are wanted as text, llama-server says the first tag of the
-    answer beside its first progress (b11549).
-    """
-    chunk = msgspec.json.decode(data, type=dict[str, Any])
-    chunk.pop("prompt_progress", None)
-    return msgspec.json.encode(chunk).decode()
-
-
-def rehead(data: str, head: dict[str, Any]) -> bytes:
-    """A chunk of one answer as one of another."""
-    chunk = msgspec.json.decode(data, type=dict[str, Any])
-    return msgspec.json.encode({**chunk, **head})
-
-
-def account_of(reply: Reply) -> CompletionResponse:
-    """What an answer in one piece says of itself; nothing where it is a refusal, or none."""
-    try:
-        return msgspec.json.decode(reply.body, type=CompletionResponse) if reply.status == 200 else CompletionResponse()
-    except MALFORMED:
-        return CompletionResponse()
-
-
-def outcome_of(found: CompletionResponse, held: Chain, *, counted: bool) -> LeaseResult:
-    """How a request ended that was answered in one piece; of its engine only timings tell more than that it lives."""
-    generated = found.usage.completion_tokens if found.usage is not None else None
-    if found.timings is None:
-        return LeaseResult(generated=generated)
-    capped = any(choice.finish_reason == "length" for choice in found.choices or ())
-    generated = found.timings.predicted_n if generated is None else generated
-    return LeaseResult(answer=held, timings=found.timings, generated=generated, capped=capped, counted=counted)
+    return min(max(doubled, requested or 0.0), _MAX_PAUSE_S)

@@ -1,10 +1,9 @@
-"""Make one answer of a stream's chunks, as if it had never been streamed.
+"""Build a complete response from the chunks of a stream.
 
-llama-server notices that its client has gone only when it writes; an answer in one piece is
-written at its end, so that a board computes for minutes for nobody (tried with b11549). So the
-gateway always has answers streamed to it, and puts them together for those who want one piece.
-What chunks may hold is merged by what it is, not by name: texts are joined, lists are
-appended, and whatever else there is stands as it came last. Pure.
+llama-server notices that its client has disconnected only when it writes. It writes a response that is not streamed
+at its end, so a board may compute for minutes without a client (tried with b11549). The gateway therefore always
+streams from engines, and builds the response for clients that do not want a stream. Fields are merged by type, not by
+name: texts are joined, lists are appended, and any other value replaces the earlier one. Pure.
 """
 
 from collections.abc import Iterable
@@ -12,91 +11,92 @@ from typing import Any
 
 import msgspec
 
+from promptai.router.failover.usage import UsageTally
 from promptai.wire.inference import InferenceRequest
+from promptai.wire.openai import Usage
 
-_BETWEEN_PARTS = "\n\n"
+_PART_SEPARATOR = "\n\n"
 _OBJECTS = {"chat.completion.chunk": "chat.completion"}
 
 
 class ResponseBuilder:
     """
-    One answer in the making.
+    A response under construction.
 
     Args:
-        begun: What the request wrote of it.
-        alternatives: Answers to each prompt; their indices stand together.
+        chat: Whether it is a chat completion.
+        prefill: Beginning of the answer that the request contains.
+        alternatives: Answers per prompt; the answers to one prompt have consecutive indices.
     """
 
-    def __init__(self, *, chat: bool, begun: str = "", alternatives: int = 1) -> None:
+    def __init__(self, *, chat: bool, prefill: str = "", alternatives: int = 1) -> None:
         self._chat = chat
-        self._begun = begun
-        self._alternatives = max(1, alternatives)
-        self._head: dict[str, Any] = {}
+        self._prefill = prefill
+        self._common: dict[str, Any] = {}
         self._choices: dict[int, dict[str, Any]] = {}
-        self._usages: dict[int, dict[str, Any]] = {}
+        self._tally = UsageTally(alternatives)
+        self._usage: dict[str, Any] | None = None
         self._index = 0
 
     def add(self, chunks: Iterable[bytes]) -> None:
-        """Take chunks as they came."""
+        """Merge chunks in the order of their arrival."""
         for data in chunks:
             chunk = msgspec.json.decode(data, type=dict[str, Any])
             for choice in chunk.pop("choices", None) or ():
                 self._index = choice.get("index", 0)
                 self._merge_choice(choice)
             usage = chunk.pop("usage", None)
-            if isinstance(usage, dict):  # without a choice beside it, of the one before it
-                self._usages[self._index] = usage
-            chunk.pop("prompt_progress", None)  # of a stream alone
-            self._head.update(chunk)
+            if isinstance(usage, dict):  # without choices beside it, it belongs to the previous chunk's answer
+                self._usage = usage
+                self._tally.record(usage=msgspec.convert(usage, Usage), index=self._index)
+            chunk.pop("prompt_progress", None)  # only streams have it
+            self._common.update(chunk)
 
-    def answer(self) -> bytes:
-        """The answer as JSON."""
-        kind = self._head.get("object")
-        usage = {"usage": self._usage()} if self._usages else {}
+    def build(self) -> bytes:
+        """Return the response as JSON."""
+        kind = self._common.get("object")
         choices = [self._choices[index] for index in sorted(self._choices)]
-        return msgspec.json.encode({**self._head, "object": _OBJECTS.get(str(kind), kind), "choices": choices, **usage})
+        response = {**self._common, "object": _OBJECTS.get(str(kind), kind), "choices": choices}
+        return msgspec.json.encode(response | ({} if self._usage is None else {"usage": self._combined(self._usage)}))
 
-    def _usage(self) -> dict[str, Any]:
-        """Of all answers; those to one prompt share it. What one of them does not tell is not known of all."""
-        told = [self._usages[index] for index in sorted(self._usages)]
-        if len(told) == 1:
-            return told[0]
-        prompts = {index // self._alternatives: usage for index, usage in sorted(self._usages.items(), reverse=True)}
-        prompt = _sum(usage.get("prompt_tokens") for usage in prompts.values())
-        generated = _sum(usage.get("completion_tokens") for usage in told)
+    def _combined(self, last: dict[str, Any]) -> dict[str, Any]:
+        """The usage of all answers; fields that the gateway does not know are those of the last report."""
+        usage = self._tally.usage()
+        if usage is None or self._tally.usage_reports == 1:
+            return last
+        prompt, generated = usage.prompt_tokens, usage.completion_tokens
         total = None if prompt is None or generated is None else prompt + generated
-        found = {**told[-1], "prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": total}
-        cached = _sum((usage.get("prompt_tokens_details") or {}).get("cached_tokens") for usage in prompts.values())
-        if "prompt_tokens_details" in found:
-            found["prompt_tokens_details"] = {"cached_tokens": cached}
-        return found
+        combined = {**last, "prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": total}
+        if "prompt_tokens_details" in last:
+            combined["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
+        return combined
 
     def _merge_choice(self, choice: dict[str, Any]) -> None:
         index = choice.get("index", 0)
-        into = self._choices.get(index)
-        if into is None:
-            # What the request began itself (assistant prefill) is a part of an answer in one piece, not of a stream.
-            empty = {"message": {"role": "assistant", "content": self._begun}} if self._chat else {"text": ""}
-            into = self._choices[index] = {"index": index, **empty, "finish_reason": None}
+        merged = self._choices.get(index)
+        if merged is None:
+            # A prefilled beginning (assistant prefill) is part of a complete response, but not of a stream.
+            empty = {"message": {"role": "assistant", "content": self._prefill}} if self._chat else {"text": ""}
+            merged = self._choices[index] = {"index": index, **empty, "finish_reason": None}
         for name, value in choice.items():
             if name == "delta":
-                _merge(into["message"], value or {})
+                _merge(merged["message"], value or {})
             elif name == "text":
-                into["text"] += value or ""
+                merged["text"] += value or ""
             elif name == "logprobs" and isinstance(value, dict):
-                into[name] = into.get(name) or {}
-                _merge(into[name], value)
+                merged[name] = merged.get(name) or {}
+                _merge(merged[name], value)
             elif name != "index":
-                into[name] = into.get(name) if value is None else value
+                merged[name] = merged.get(name) if value is None else value
 
 
-def begun(request: InferenceRequest) -> str:
-    """What the answer of a chat begins with because the request wrote it (assistant prefill)."""
+def prefilled_answer(request: InferenceRequest) -> str:
+    """Return the beginning of the answer that a chat request contains (assistant prefill)."""
     last = request.messages[-1] if request.messages else {}
     content = last.get("content") if last.get("role") == "assistant" else None
-    if isinstance(content, list):  # as llama-server joins them (b11549)
+    if isinstance(content, list):  # joined as llama-server joins them (b11549)
         texts = [part.get("text") for part in content if isinstance(part, dict)]
-        return _BETWEEN_PARTS.join(text for text in texts if isinstance(text, str))
+        return _PART_SEPARATOR.join(text for text in texts if isinstance(text, str))
     return content if isinstance(content, str) else ""
 
 
@@ -117,7 +117,7 @@ def _joined(one: Any, other: Any) -> Any:
 
 
 def _merge_calls(into: list[dict[str, Any]], more: list[dict[str, Any]]) -> None:
-    """Tool calls come in pieces, by index: id and name once, arguments in parts."""
+    """Merge pieces of tool calls by index: id and name come once, arguments in parts."""
     for piece in more:
         index = piece.get("index", 0)
         while len(into) <= index:
@@ -127,8 +127,3 @@ def _merge_calls(into: list[dict[str, Any]], more: list[dict[str, Any]]) -> None
         call["type"] = piece.get("type") or call["type"]
         call["function"]["name"] += function.get("name") or ""
         call["function"]["arguments"] += function.get("arguments") or ""
-
-
-def _sum(numbers: Iterable[int | None]) -> int | None:
-    known = list(numbers)
-    return None if None in known else sum(number for number in known if number is not None)

@@ -1,56 +1,88 @@
-"""What engines say that a request took, of all its answers together.
+"""Add up what engines report for the answers of one request.
 
-llama-server tells it of each answer by itself; of several prompts, or several answers to one, the
-last account is that of one of them, and a key that pays for it pays a fraction. Pure.
+llama-server reports timings and usage for each answer separately. With several prompts, or several answers to one
+prompt, the last report covers one answer only, and a key charged by it pays a fraction. So the reports are kept by
+answer and combined here, for the charge, the metrics and the response alike. Pure.
 """
 
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
 from promptai.wire.llamaserver import Timings
-from promptai.wire.openai import CompletionChunk
+from promptai.wire.openai import CompletionChunk, PromptTokensDetails, Usage
+
+Report = TypeVar("Report")
 
 
 class UsageTally:
     """
-    The accounts of one request's answers.
+    Timings and usage of one request's answers.
 
     Args:
-        alternatives: Answers to each of its prompts; their indices stand together.
+        alternatives: Answers per prompt; the answers to one prompt have consecutive indices.
     """
 
     def __init__(self, alternatives: int = 1) -> None:
         self._alternatives = max(1, alternatives)
-        self._told: dict[int, Timings] = {}
+        self._timings: dict[int, Timings] = {}
+        self._usages: dict[int, Usage] = {}
         self._index = 0
 
-    def take(self, chunk: CompletionChunk) -> None:
-        """Look into a chunk; an account without an answer beside it is that of the answer before it."""
+    def add(self, chunk: CompletionChunk) -> None:
+        """Take the reports in a chunk; without choices beside them, they belong to the previous chunk's answer."""
         for choice in chunk.choices or ():
             self._index = choice.index
-        if chunk.timings is not None:
-            self.note(chunk.timings, self._index)
+        self.record(timings=chunk.timings, usage=chunk.usage, index=self._index)
 
-    def note(self, timings: Timings, index: int = 0) -> None:
-        """An account of an answer; the last one counts."""
-        self._told[index] = timings
+    def record(self, *, timings: Timings | None = None, usage: Usage | None = None, index: int = 0) -> None:
+        """Record reports for one answer; later ones replace earlier ones."""
+        if timings is not None:
+            self._timings[index] = timings
+        if usage is not None:
+            self._usages[index] = usage
 
-    def total(self) -> Timings | None:
-        """
-        The sum, in tokens and ms; ``None`` while nothing was told.
-
-        Answers to one prompt share it: it counts once, as whoever had most to compute of it says. What was cached is
-        only known if it is of every prompt.
-        """
-        if len(self._told) <= 1:
-            return next(iter(self._told.values()), None)
-        prompts: dict[int, Timings] = {}
-        for index, told in sorted(self._told.items()):
-            first = prompts.setdefault(index // self._alternatives, told)
-            if told.prompt_n > first.prompt_n:
-                prompts[index // self._alternatives] = told
-        cached = [one.cache_n for one in prompts.values() if one.cache_n is not None]
+    def timings(self) -> Timings | None:
+        """Return the combined timings of all answers in tokens and ms; ``None`` without a report."""
+        if len(self._timings) <= 1:
+            return next(iter(self._timings.values()), None)
+        prompts = self._by_prompt(self._timings, lambda report: report.prompt_n)
         return Timings(
-            prompt_n=sum(one.prompt_n for one in prompts.values()),
-            prompt_ms=sum(one.prompt_ms for one in prompts.values()),
-            predicted_n=sum(one.predicted_n for one in self._told.values()),
-            predicted_ms=sum(one.predicted_ms for one in self._told.values()),
-            cache_n=sum(cached) if len(cached) == len(prompts) else None,
+            prompt_n=sum(report.prompt_n for report in prompts),
+            prompt_ms=sum(report.prompt_ms for report in prompts),
+            predicted_n=sum(report.predicted_n for report in self._timings.values()),
+            predicted_ms=sum(report.predicted_ms for report in self._timings.values()),
+            cache_n=_total(report.cache_n for report in prompts),
         )
+
+    def usage(self) -> Usage | None:
+        """Return the combined usage of all answers; ``None`` without a report, or for a count that one lacks."""
+        if len(self._usages) <= 1:
+            return next(iter(self._usages.values()), None)
+        prompts = self._by_prompt(
+            self._usages, lambda report: (report.prompt_tokens or 0) - (report.cached_tokens or 0)
+        )
+        return Usage(
+            prompt_tokens=_total(report.prompt_tokens for report in prompts),
+            completion_tokens=_total(report.completion_tokens for report in self._usages.values()),
+            prompt_tokens_details=PromptTokensDetails(_total(report.cached_tokens for report in prompts)),
+        )
+
+    @property
+    def usage_reports(self) -> int:
+        """Number of answers with a usage report."""
+        return len(self._usages)
+
+    def _by_prompt(self, reports: Mapping[int, Report], computed: Callable[[Report], float]) -> list[Report]:
+        """Return one report per prompt: of the answers that share it, the one that computed most of it."""
+        chosen: dict[int, Report] = {}
+        for index, report in sorted(reports.items(), key=lambda item: item[0]):
+            first = chosen.setdefault(index // self._alternatives, report)
+            if computed(report) > computed(first):
+                chosen[index // self._alternatives] = report
+        return list(chosen.values())
+
+
+def _total(counts: Iterable[int | None]) -> int | None:
+    """Return the sum; ``None`` if one count is unknown."""
+    known = list(counts)
+    return None if None in known else sum(count for count in known if count is not None)

@@ -1,16 +1,14 @@
-"""Give every request a slot: the best one that it can have, in a fair order, within a bound.
+"""Give every request the best available slot, in a fair order, within a bounded queue.
 
-Engines have queues of their own that nobody can look into, bound or leave; who is in one has
-chosen its board for good. So requests queue here and an engine is never sent more than it has
-slots. Whenever something changes (a request comes or ends, a replica comes or goes, a second
-has passed) the queue is gone through in its order, and each request takes the replica that is
-cheapest for it. If that one has no free slot the request keeps its place, and counts as a
-reservation there for everybody behind it. As long as no slot is free at all, what was chosen is
-kept for a second: to weigh every replica for everybody at every event made 50 boards stand still.
+An engine's own queue can neither be inspected nor bounded, and a request in it can no longer move to another board.
+So requests queue here, and an engine never gets more requests than it has slots. Whenever something changes (a
+request arrives or ends, a replica comes or goes, a second has passed) the dispatcher walks the queue in order and
+gives each request the replica that is cheapest for it. If that replica has no free slot, the request keeps its place
+and counts as a reservation there for all requests behind it. While no slot is free at all, placements stay as they
+are for up to a second: weighing every replica for every request at every event stalled 50 boards.
 
-Decisions are in ``policy``, ``prefix``, ``fairqueue``, ``rates`` and ``breaker``; here is what
-they are made of: who is where. All of it runs in one event loop, so nothing is locked, and
-nothing between a decision and its effect awaits.
+``estimate`` and ``fair_queue`` decide; this module keeps the queue and acts. All of it runs in one event loop without
+locks, and nothing awaits between a decision and its effect.
 """
 
 import asyncio
@@ -25,22 +23,23 @@ from promptai.router.estimate.breaker import BreakerState
 from promptai.router.estimate.policy import Demand, PendingWork, Placement, Strategy, free_in_s
 from promptai.router.estimate.prefix import chain
 from promptai.router.schedule.fair_queue import FairQueue
-from promptai.router.schedule.fleet_state import FleetState, holds, suits
+from promptai.router.schedule.fleet_state import FleetState, can_serve, may_fit
 from promptai.router.schedule.lease import RouteRequest, SlotLease
 
-#: As long as no slot is free, who waits behind so many that have a choice is not looked at: its turn is far off. A
-#: free slot may be of a replica that all of those cannot use.
-_LOOK = 64
+#: While no slot is free, only so many queued requests with a placement are considered: the others' turn is far off. A
+#: free slot may belong to a replica that none of the first can use, so then all are considered.
+_MAX_PLANNED = 64
 _TICK_S = 1.0
+_EMPTY_PROMPT = chain("")
 
 
 class QueueLimits(NamedTuple):
     """
-    How long and how many may wait.
+    Bounds of the queue.
 
     Attributes:
-        queue: Requests a model that wait, beside those that have a slot.
-        outage_s: The longest that an accepted request waits for a replica to come back.
+        queue: Queued requests per model, in addition to those that have a slot.
+        outage_s: Longest time that an accepted request waits for a replica to come back.
     """
 
     queue: int = 64
@@ -52,26 +51,28 @@ class QueueEntry:
     A request in the queue.
 
     Attributes:
-        choice: Where it would go, as of the last look; ``None``: nowhere.
-        hopeless_since: From when on every look has found no replica that is ready and could take it, nor one that
-            may come back and could; it begins when there is none at all, not even one to load. ``None``: it has not.
+        queued_at: The loop's time at which it entered.
+        placement: Where it would go, as of the last pass; ``None``: nowhere.
+        no_replica_since: Time since which no replica can serve the request now or after a recovery. Starts when there
+            is none at all, not even a cold one; a ready replica ends it. ``None`` while there is hope.
+        leased: Gets the lease, or the error that ends the wait.
     """
 
     def __init__(self, request: RouteRequest, now: float) -> None:
         self.request = request
-        self.since = now
+        self.queued_at = now
         self.placement: Placement | None = None
-        self.hopeless_since: float | None = None
-        self.granted: asyncio.Future[SlotLease] = asyncio.get_running_loop().create_future()
+        self.no_replica_since: float | None = None
+        self.leased: asyncio.Future[SlotLease] = asyncio.get_running_loop().create_future()
 
 
 class Dispatcher:
     """
-    Who is where, and who is next.
+    Queues of all models, and their slots.
 
     Args:
-        accounts: What is known of the fleet.
-        strategy: How replicas are chosen.
+        fleet_state: State of the replicas.
+        strategy: Chooses among replicas.
     """
 
     def __init__(self, fleet_state: FleetState, strategy: Strategy, limits: QueueLimits | None = None) -> None:
@@ -79,250 +80,256 @@ class Dispatcher:
         self.strategy = strategy
         self.limits = limits or QueueLimits()
         self._queues: dict[str, FairQueue[QueueEntry]] = {}
-        self._pumping: dict[str, bool] = {}
-        self._tick: asyncio.TimerHandle | None = None
-        self._unsubscribe = fleet_state.fleet.subscribe(self._changed)
+        self._dispatching: dict[str, bool] = {}  # model: dispatch again afterwards
+        self._timer: asyncio.TimerHandle | None = None
+        self._unsubscribe = fleet_state.fleet.subscribe(self._fleet_changed)
 
     def close(self) -> None:
-        """Stop listening to the fleet."""
+        """Unsubscribe from the fleet."""
         self._unsubscribe()
-        if self._tick is not None:
-            self._tick.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
 
     @contextlib.asynccontextmanager
     async def acquire(
-        self, request: RouteRequest, *, entered: Callable[[QueueEntry], None] = lambda _: None
+        self, request: RouteRequest, *, on_queued: Callable[[QueueEntry], None] = lambda _: None
     ) -> AsyncGenerator[SlotLease, None]:
         """
-        Wait for a slot; inside the block it is taken.
+        Wait for a slot and hold it inside the block.
 
         Args:
-            entered: Given the place in the queue, to ask about it with ``place``.
+            on_queued: Called with the queue entry, whose ``position`` can then be requested.
 
         Raises:
-            SaturatedError: Too many wait already, or it waited too long.
-            NoCapacityError: Nothing can serve it.
+            SaturatedError: The queue is full, or the request waited longer than ``max_wait_s``.
+            NoCapacityError: No replica can serve the request.
         """
-        entry = self._enter(request)
-        entered(entry)
+        entry = self._enqueue(request)
+        on_queued(entry)
         try:
-            if not entry.granted.done():
-                async with asyncio.timeout(request.wait_s):
-                    await entry.granted
-            granted = entry.granted.result()
+            if not entry.leased.done():
+                async with asyncio.timeout(request.max_wait_s):
+                    await entry.leased
+            lease = entry.leased.result()
         except BaseException as error:
             self._leave(entry)
             if isinstance(error, TimeoutError):
-                raise self._saturated(
-                    request.model, f"waited {request.wait_s:g} s for {request.model} and got no slot"
-                ) from None
+                message = f"no slot for {request.model} became free within {request.max_wait_s:g} s"
+                raise self._saturated(request.model, message) from None
             raise
         try:
-            yield granted
+            yield lease
         finally:
-            self._end(granted)
+            self._release(lease)
 
     def queued(self, model: str) -> list[QueueEntry]:
-        """Who waits for a model, the next one first."""
+        """Queued requests of a model in the order of service."""
         return self._queue(model).ordered(self._now())
 
     def position(self, entry: QueueEntry) -> int:
-        """How many are before this one; 0 also for one that has its slot and has not been told yet."""
+        """Number of requests ahead of this one; 0 also once it has a slot."""
         queue = self._queue(entry.request.model)
         return queue.position(entry, self._now()) if entry in queue else 0
 
     def preview(self, request: RouteRequest) -> Placement | None:
-        """Where this request would go if it came now, behind all that wait; nothing is taken."""
+        """Return the placement of a request that would arrive now, behind all queued ones; takes no slot."""
         reserved: dict[str, list[PendingWork]] = {}
         for entry in self.queued(request.model):
             if entry.placement is not None:
-                reserved.setdefault(entry.placement.view.replica.id, []).append(
-                    self._work_of(entry.request, entry.placement)
-                )
+                self._reserve(reserved, entry.request, entry.placement)
         return self._place(request, reserved)
 
-    def _leave(self, entry: QueueEntry) -> None:
-        """Whoever leaves the queue in the very moment in which it is given a slot gives it back."""
-        self._queue(entry.request.model).remove(entry)
-        granted = entry.granted
-        if granted.done() and not granted.cancelled() and granted.exception() is None:
-            self._end(granted.result())
-        else:
-            self._pump(entry.request.model)
-
-    def _end(self, lease: SlotLease) -> None:
-        self.fleet_state.end(lease)
-        # Of a prompt that was charged before, nothing was charged again.
-        charged = max(0.0, lease.charged - lease.request.tokens)
-        generated = _generated(lease)
-        self._queue(lease.request.model).settle(lease.request.key, 0.0 if generated is None else generated - charged)
-        if self._known(lease.replica.id) is not State.READY:
-            self.fleet_state.forget_idle()
-        self._pump(lease.request.model)
-
-    def _known(self, replica_id: str) -> State | None:
-        replica = self.fleet_state.fleet.snapshot.find(replica_id)
-        return replica.state if replica is not None else None
-
-    def _changed(self, _snapshot: Snapshot) -> None:
-        self.fleet_state.changed()
-        self.fleet_state.forget_idle()
-        for model in list(self._queues):
-            self._pump(model, anew=True)
-        served = self.fleet_state.fleet.snapshot.models
-        for model in [model for model, queue in self._queues.items() if not len(queue) and model not in served]:
-            del self._queues[model]
-
-    def _enter(self, request: RouteRequest) -> QueueEntry:
-        now = self._now()
-        queue = self._queue(request.model)
-        entry = QueueEntry(request, now)
-        if not request.again and not self.fleet_state.hope(request):
-            raise self.no_capacity(request.model, request)
-        cost = request.tokens + request.answers * self.fleet_state.expected(request)
-        queue.push(entry, key=request.key, cost=cost, batch=request.batch, first=request.again, now=now)
-        self._pump(request.model)
-        if not request.again and not entry.granted.done() and len(queue) > self.limits.queue:
-            self._turn_away(queue, entry)
-        return entry
-
-    def _turn_away(self, queue: FairQueue[QueueEntry], entry: QueueEntry) -> None:
-        """
-        One too many waits: the newest of whoever has most in the queue goes, so that nobody fills it for all.
-
-        Batch work goes before anybody who waits in person, as long as it lets them go before it in the queue.
-        """
-        model, now = entry.request.model, self._now()
-        waiting = [one for one in queue.ordered(now) if not one.request.again]
-        patient = [one for one in waiting if queue.patient(one, now)]
-        goes = _one_too_many(patient or waiting, entry)
-        queue.remove(goes)
-        refusal = self._saturated(model, f"{self.limits.queue} requests wait for {model} already")
-        if goes is entry:
-            raise refusal
-        if not goes.granted.done():
-            goes.granted.set_exception(refusal)
-
-    def _pump(self, model: str, *, anew: bool = False) -> None:
-        """Go through the queue of a model and give out what can be given; ``anew``: everybody chooses again."""
-        if model in self._pumping:  # waking a replica publishes it, and that leads here again
-            self._pumping[model] = True
-            return
-        self._pumping[model] = False
-        try:
-            self._give_out(model, anew=anew)
-        finally:
-            again = self._pumping.pop(model)
-        if again:
-            self._pump(model, anew=True)
-
-    def _give_out(self, model: str, *, anew: bool) -> None:
-        queue = self._queue(model)
-        if not len(queue):
-            return
-        now = self._now()
-        reserved: dict[str, list[PendingWork]] = {}
-        free = self.fleet_state.free(model)
-        planned = 0
-        # Who was cancelled is there until it has been told so.
-        for entry in (one for one in queue.ordered(now) if not one.granted.done()):
-            if planned >= _LOOK and free <= 0:
-                break
-            if anew or free > 0 or entry.placement is None:
-                entry.placement = self._place(entry.request, reserved)
-            placement = entry.placement
-            if placement is None:
-                self._mind_outage(queue, entry, now)
-                continue
-            planned += 1
-            replica = placement.view.replica
-            if replica.state is State.READY:  # one that has failed to load and is loaded again may fail again
-                entry.hopeless_since = None
-            if placement.immediate:
-                free -= 1
-                lease = self.fleet_state.start(entry.request, placement, since=entry.since)
-                lease.charged = queue.take(entry)
-                entry.granted.set_result(lease)
-                self.strategy.placed(replica.id)
-            else:
-                reserved.setdefault(replica.id, []).append(self._work_of(entry.request, placement))
-                if replica.state is State.COLD:
-                    self.fleet_state.fleet.wake(replica.id)
-        if len(queue):
-            self._look_again(now + _TICK_S)
-
-    def _place(self, request: RouteRequest, reserved: dict[str, list[PendingWork]]) -> Placement | None:
-        loads = [self.fleet_state.view(replica, request, reserved) for replica in self.fleet_state.candidates(request)]
-        ask = Demand(
-            prompt_tokens=request.tokens,
-            answer_tokens=self.fleet_state.expected(request),
-            conversation=request.prompt.head,
-        )
-        return self.strategy.choose(ask, loads)
-
-    def _mind_outage(self, queue: FairQueue[QueueEntry], entry: QueueEntry, now: float) -> None:
-        """Nobody who has no choice waits for ever for replicas that do not come back, or longer than their pauses."""
-        request = entry.request
-        for at in request.refused.values():
-            self._look_again(at)
-        if self.fleet_state.hope(request):
-            entry.hopeless_since = None
-            return
-        if entry.hopeless_since is None:
-            entry.hopeless_since = now
-        if now - entry.hopeless_since >= self.limits.outage_s:
-            queue.remove(entry)
-            entry.granted.set_exception(self.no_capacity(request.model, request))
-
-    def _look_again(self, at: float) -> None:
-        """Go through all queues at that time, if not before; a time that is over says nothing."""
-        if at <= self._now() or (self._tick is not None and self._tick.when() <= at):
-            return
-        if self._tick is not None:
-            self._tick.cancel()
-        self._tick = asyncio.get_running_loop().call_at(at, self._ticked)
-
-    def _ticked(self) -> None:
-        self._tick = None
-        for model in list(self._queues):
-            self._pump(model, anew=True)
-
-    def no_capacity(self, model: str, request: RouteRequest | None = None) -> NoCapacityError:
-        """That no replica of a model can serve, and why; ``request``: what it is that they cannot serve."""
-        now = self._now()
-        replicas = self.fleet_state.fleet.snapshot.of(model)
-        if not replicas:
-            return NoCapacityError(f"no replica serves {model}", hint="see /api/fleet")
-        able = [r for r in replicas if r.usable and (request is None or suits(r, request))]
-        rests = [self.fleet_state.breaker(r.id).rest_s(now) for r in able]
-        why = "; ".join(f"{r.id}: {self._why_not(r, request)}" for r in replicas[:4])
-        return NoCapacityError(
-            f"no replica of {model} can serve now ({why})",
-            retry_after_s=max(1.0, min(rests, default=5.0)),
-            hint="try again later; see /api/fleet",
-        )
-
-    def _why_not(self, replica: Replica, request: RouteRequest | None) -> str:
-        if request is not None and not holds(replica, request):
-            return "too small for this prompt"
-        if request is not None and not suits(replica, request):
-            return "cannot go on with an answer"
-        closed = self.fleet_state.breaker(replica.id).state(self._now()) is BreakerState.CLOSED
-        return replica.reason or (replica.state.value if closed or not replica.usable else "failing")
-
-    def _saturated(self, model: str, message: str) -> SaturatedError:
-        return SaturatedError(message, retry_after_s=self.next_slot_in_s(model), hint="try again after Retry-After")
-
     def next_slot_in_s(self, model: str) -> float:
-        """Seconds until the next request of a model's queue gets a slot, as it looks."""
-        request = RouteRequest(model=model, prompt=_NOTHING, tokens=1.0)
+        """Estimated seconds until the next queued request of a model gets a slot; at least 1."""
+        request = RouteRequest(model=model, prompt=_EMPTY_PROMPT, prompt_tokens=1.0)
         times = [
             free_in_s(self.fleet_state.view(replica, request, {})) for replica in self.fleet_state.candidates(request)
         ]
         return max(1.0, math.ceil(min(times, default=5.0)))
 
-    def _work_of(self, request: RouteRequest, placement: Placement) -> PendingWork:
-        return PendingWork(max(1.0, request.tokens - placement.view.cached_tokens), self.fleet_state.expected(request))
+    def no_capacity(self, model: str, request: RouteRequest | None = None) -> NoCapacityError:
+        """Return the error that no replica of a model can serve (``request``), with the reason of each replica."""
+        now = self._now()
+        replicas = self.fleet_state.fleet.snapshot.of(model)
+        if not replicas:
+            return NoCapacityError(f"no replica serves {model}", hint="see /api/fleet")
+        able = [replica for replica in replicas if replica.usable and (request is None or can_serve(replica, request))]
+        rests = [self.fleet_state.breaker(replica.id).rest_s(now) for replica in able]
+        reasons = "; ".join(f"{replica.id}: {self._why_unavailable(replica, request)}" for replica in replicas[:4])
+        return NoCapacityError(
+            f"no replica of {model} can serve now ({reasons})",
+            retry_after_s=max(1.0, min(rests, default=5.0)),
+            hint="try again later; see /api/fleet",
+        )
+
+    # Entering and leaving the queue
+
+    def _enqueue(self, request: RouteRequest) -> QueueEntry:
+        now = self._now()
+        queue = self._queue(request.model)
+        entry = QueueEntry(request, now)
+        if not request.resubmitted and not self.fleet_state.may_be_served(request):
+            raise self.no_capacity(request.model, request)
+        cost = request.prompt_tokens + request.answers * self.fleet_state.expected_answer_tokens(request)
+        queue.push(entry, key=request.key, cost=cost, batch=request.batch, first=request.resubmitted, now=now)
+        self._dispatch(request.model)
+        if not request.resubmitted and not entry.leased.done() and len(queue) > self.limits.queue:
+            self._shed(queue, entry)
+        return entry
+
+    def _shed(self, queue: FairQueue[QueueEntry], newcomer: QueueEntry) -> None:
+        """
+        Reject one request of a queue that is one over its bound.
+
+        The newest request of the key with the most queued requests is rejected, so no key can fill the queue for the
+        others. Batch requests are rejected before interactive ones, unless they have waited for so long that they
+        count as interactive.
+        """
+        model, now = newcomer.request.model, self._now()
+        entries = [entry for entry in queue.ordered(now) if not entry.request.resubmitted]
+        batch = [entry for entry in entries if queue.yields(entry, now)]
+        rejected = _one_too_many(batch or entries, newcomer)
+        queue.remove(rejected)
+        error = self._saturated(model, f"the queue for {model} is full ({self.limits.queue} requests)")
+        if rejected is newcomer:
+            raise error
+        if not rejected.leased.done():
+            rejected.leased.set_exception(error)
+
+    def _leave(self, entry: QueueEntry) -> None:
+        """Drop a request that ends in the queue; release the slot if it got one at the same moment."""
+        self._queue(entry.request.model).remove(entry)
+        leased = entry.leased
+        if leased.done() and not leased.cancelled() and leased.exception() is None:
+            self._release(leased.result())
+        else:
+            self._dispatch(entry.request.model)
+
+    def _release(self, lease: SlotLease) -> None:
+        self.fleet_state.close_lease(lease)
+        # The charge covers prompt and answer; a resubmitted request was charged before and is not charged again.
+        charged = max(0.0, lease.charged_tokens - lease.request.prompt_tokens)
+        generated = _generated_tokens(lease)
+        queue = self._queue(lease.request.model)
+        queue.settle(lease.request.key, 0.0 if generated is None else generated - charged)
+        replica = self.fleet_state.fleet.snapshot.find(lease.replica.id)
+        if replica is None or replica.state is not State.READY:
+            self.fleet_state.release_drained()
+        self._dispatch(lease.request.model)
+
+    # Giving out slots
+
+    def _dispatch(self, model: str, *, replace: bool = False) -> None:
+        """Walk the queue of a model and give out free slots; ``replace``: every request gets a new placement."""
+        if model in self._dispatching:  # waking a replica publishes a snapshot, which leads here again
+            self._dispatching[model] = True
+            return
+        self._dispatching[model] = False
+        try:
+            self._give_out(model, replace=replace)
+        finally:
+            again = self._dispatching.pop(model)
+        if again:
+            self._dispatch(model, replace=True)
+
+    def _give_out(self, model: str, *, replace: bool) -> None:
+        queue = self._queue(model)
+        if not len(queue):
+            return
+        now = self._now()
+        reserved: dict[str, list[PendingWork]] = {}
+        free = self.fleet_state.free_slots(model)
+        planned = 0
+        # A cancelled request stays in the queue until its task runs.
+        for entry in (entry for entry in queue.ordered(now) if not entry.leased.done()):
+            if planned >= _MAX_PLANNED and free <= 0:
+                break
+            if replace or free > 0 or entry.placement is None:
+                entry.placement = self._place(entry.request, reserved)
+            placement = entry.placement
+            if placement is None:
+                self._check_outage(queue, entry, now)
+                continue
+            planned += 1
+            replica = placement.view.replica
+            if replica.state is State.READY:  # not a loading one: a replica that failed to load may fail again
+                entry.no_replica_since = None
+            if placement.immediate:
+                free -= 1
+                lease = self.fleet_state.open_lease(entry.request, placement, since=entry.queued_at)
+                lease.charged_tokens = queue.take(entry)
+                entry.leased.set_result(lease)
+                self.strategy.placed(replica.id)
+            else:
+                self._reserve(reserved, entry.request, placement)
+                if replica.state is State.COLD:
+                    self.fleet_state.fleet.wake(replica.id)
+        if len(queue):
+            self._dispatch_at(now + _TICK_S)
+
+    def _place(self, request: RouteRequest, reserved: dict[str, list[PendingWork]]) -> Placement | None:
+        views = [self.fleet_state.view(replica, request, reserved) for replica in self.fleet_state.candidates(request)]
+        demand = Demand(
+            prompt_tokens=request.prompt_tokens,
+            answer_tokens=self.fleet_state.expected_answer_tokens(request),
+            conversation=request.prompt.head,
+        )
+        return self.strategy.choose(demand, views)
+
+    def _reserve(self, reserved: dict[str, list[PendingWork]], request: RouteRequest, placement: Placement) -> None:
+        """Count a queued request as pending work of its replica."""
+        uncached = max(1.0, request.prompt_tokens - placement.view.cached_tokens)
+        work = PendingWork(uncached, self.fleet_state.expected_answer_tokens(request))
+        reserved.setdefault(placement.view.replica.id, []).append(work)
+
+    def _check_outage(self, queue: FairQueue[QueueEntry], entry: QueueEntry, now: float) -> None:
+        """Fail a request once no eligible replica has been available for ``outage_s``."""
+        request = entry.request
+        for pause_ends_at in request.avoid_until.values():
+            self._dispatch_at(pause_ends_at)
+        if self.fleet_state.may_be_served(request):
+            entry.no_replica_since = None
+            return
+        if entry.no_replica_since is None:
+            entry.no_replica_since = now
+        if now - entry.no_replica_since >= self.limits.outage_s:
+            queue.remove(entry)
+            entry.leased.set_exception(self.no_capacity(request.model, request))
+
+    # Events
+
+    def _fleet_changed(self, _snapshot: Snapshot) -> None:
+        self.fleet_state.sync_with_fleet()
+        self.fleet_state.release_drained()
+        for model in list(self._queues):
+            self._dispatch(model, replace=True)
+        served = self.fleet_state.fleet.snapshot.models
+        for model in [model for model, queue in self._queues.items() if not len(queue) and model not in served]:
+            del self._queues[model]
+
+    def _dispatch_at(self, at: float) -> None:
+        """Dispatch all queues at that time unless a timer is due earlier; does nothing for a time in the past."""
+        if at <= self._now() or (self._timer is not None and self._timer.when() <= at):
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_at(at, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        for model in list(self._queues):
+            self._dispatch(model, replace=True)
+
+    def _why_unavailable(self, replica: Replica, request: RouteRequest | None) -> str:
+        if request is not None and not may_fit(replica, request):
+            return "context too small for this prompt"
+        if request is not None and not can_serve(replica, request):
+            return "cannot resume an answer"
+        closed = self.fleet_state.breaker(replica.id).state(self._now()) is BreakerState.CLOSED
+        return replica.reason or (replica.state.value if closed or not replica.usable else "failing")
+
+    def _saturated(self, model: str, message: str) -> SaturatedError:
+        return SaturatedError(message, retry_after_s=self.next_slot_in_s(model), hint="try again after Retry-After")
 
     def _queue(self, model: str) -> FairQueue[QueueEntry]:
         return self._queues.setdefault(model, FairQueue())
@@ -331,22 +338,19 @@ class Dispatcher:
         return asyncio.get_running_loop().time()
 
 
-def _one_too_many(waiting: list[QueueEntry], newcomer: QueueEntry) -> QueueEntry:
-    """The newest of the key with most of those who wait; the newcomer, if it is among them and no key has more."""
+def _one_too_many(entries: list[QueueEntry], newcomer: QueueEntry) -> QueueEntry:
+    """Return the newest entry of the key with the most entries; on a tie with the newcomer's key, the newcomer."""
     by_key: dict[str, list[QueueEntry]] = {}
-    for one in waiting:
-        by_key.setdefault(one.request.key, []).append(one)
+    for entry in entries:
+        by_key.setdefault(entry.request.key, []).append(entry)
     most = max(by_key.values(), key=len)
-    if newcomer in waiting and len(by_key[newcomer.request.key]) == len(most):
+    if newcomer in entries and len(by_key[newcomer.request.key]) == len(most):
         return newcomer
     return most[-1]
 
 
-def _generated(lease: SlotLease) -> int | None:
-    """Tokens of all answers: as the engine says, else the pieces that came; ``None``: answered in one piece, untold."""
-    if lease.outcome is None:
+def _generated_tokens(lease: SlotLease) -> int | None:
+    """Tokens of all answers: reported by the engine, else the chunks received; ``None`` if neither is known."""
+    if lease.result is None:
         return lease.generated
-    return lease.generated or None if lease.outcome.generated is None else lease.outcome.generated
-
-
-_NOTHING = chain("")
+    return lease.generated or None if lease.result.generated_tokens is None else lease.result.generated_tokens

@@ -1,8 +1,8 @@
-"""What the gateway knows of each replica: who is in its slots, what its caches hold, how it has fared.
+"""The gateway's own account of the fleet: slots in use, contents of caches, learned rates, recent failures.
 
-Everything here is learned from what the gateway sent and what came back. What an engine says of
-its own load is seconds old, and a decision made on it sends the next ten requests to the same
-board; so nothing is scraped.
+Everything is derived from the requests that the gateway sends and the answers it receives. Load figures scraped from
+an engine are seconds old, and decisions based on them send the next ten requests to the same board. So nothing is
+scraped; the load that other gateways put on an engine stays invisible.
 """
 
 import asyncio
@@ -12,51 +12,59 @@ from typing import Protocol
 from promptai.fleet.replica import Replica, Snapshot, State
 from promptai.router.estimate.breaker import Breaker, BreakerState
 from promptai.router.estimate.cache_index import CacheIndex, Capacity, SlotChoice
-from promptai.router.estimate.policy import ASSUMED_PREFILL_TPS, ASSUMED_STEP_S, PendingWork, Placement, ReplicaView
+from promptai.router.estimate.policy import (
+    ASSUMED_PREFILL_TPS,
+    ASSUMED_STEP_S,
+    PendingWork,
+    Placement,
+    ReplicaView,
+)
 from promptai.router.estimate.prefix import Chain
 from promptai.router.estimate.rates import RateBook
 from promptai.router.estimate.step_curve import StepCurve
 from promptai.router.schedule.lease import RouteRequest, SlotLease
 
-#: Loading takes so long where nobody knows: a 1.5 B model from an SD card.
+#: Assumed time to load a model of unknown size: 1.5 B parameters from an SD card.
 _LOAD_S = 30.0
-#: For patience with a replica that nobody knows anything of: an 8 B model on a Pi 4.
+#: Rates for the silence limit of a replica without known rates: an 8 B model on a Pi 4.
 _SLOWEST_PREFILL_TPS, _SLOWEST_STEP_S = 2.0, 2.0
-#: llama-server's own default of 8 GiB is as good as all; what is missing there all the same, ``trust`` notices.
-_MUCH_TOKENS = 1_000_000
-_ASSUMED_STEPS = StepCurve.flat(ASSUMED_STEP_S)
+#: Prompt cache of an engine that does not report its size: llama-server's default of 8 GiB is as good as unlimited,
+#: and ``RateBook.trust`` corrects for what is missing.
+_UNLIMITED_TOKENS = 1_000_000
+_ASSUMED_CURVE = StepCurve.flat(ASSUMED_STEP_S)
 _CLOSED = Breaker()
 _RUNNING = {State.READY, State.DRAINING}
 
 
 class Fleet(Protocol):
-    """What of the registry is needed here."""
+    """The part of ``fleet.registry.Registry`` that the router uses."""
 
     @property
     def snapshot(self) -> Snapshot:
         """All replicas now."""
 
     def subscribe(self, callback: Callable[[Snapshot], None]) -> Callable[[], None]:
-        """Call back after every change; returns what ends that."""
+        """Call ``callback`` after every change; the returned function unsubscribes it."""
 
     def wake(self, replica_id: str) -> None:
-        """A cold replica is wanted."""
+        """Request that a cold replica is loaded."""
 
     def touch(self, replica_id: str) -> None:
-        """A replica is used."""
+        """Record that a replica is in use."""
 
     def forget(self, replica_id: str) -> None:
-        """A replica that drains has nothing left to do."""
+        """Report that a draining replica has finished its last request."""
 
 
 class FleetState:
     """
-    The gateway's account of its fleet.
+    State of all replicas, as far as the gateway knows it.
 
     Attributes:
-        book: What has been learned of rates.
-        index: What the caches hold.
-        breakers: Of replicas that have failed lately.
+        fleet: Source of the current snapshot.
+        book: Learned rates.
+        index: Contents of the caches.
+        breakers: Breakers of replicas with recent failures.
     """
 
     def __init__(self, fleet: Fleet, book: RateBook) -> None:
@@ -66,16 +74,16 @@ class FleetState:
         self.breakers: dict[str, Breaker] = {}
         self._leases: dict[str, list[SlotLease]] = {}
         self._prefilling: dict[str, list[SlotLease]] = {}
-        self._streams: dict[str, _Integral] = {}
-        self._steps: dict[str, tuple[Replica, StepCurve | None]] = {}
-        self._known = fleet.snapshot
+        self._streams: dict[str, _StreamIntegral] = {}
+        self._curves: dict[str, tuple[Replica, StepCurve | None]] = {}
+        self._last_snapshot = fleet.snapshot
 
     def running(self, replica_id: str) -> int:
-        """Requests that a replica is working on."""
+        """Number of requests in a replica's slots."""
         return len(self._leases.get(replica_id, ()))
 
-    def free(self, model: str) -> int:
-        """Slots of a model that are free, on whichever replica."""
+    def free_slots(self, model: str) -> int:
+        """Number of free slots of a model on all its healthy replicas."""
         now = self.now()
         return sum(
             max(0, replica.slots - self.running(replica.id))
@@ -84,107 +92,131 @@ class FleetState:
         )
 
     def leases(self, replica_id: str) -> tuple[SlotLease, ...]:
-        """Who is in a replica's slots."""
+        """Leases of a replica's slots."""
         return tuple(self._leases.get(replica_id, ()))
 
-    def failed(self, lease: SlotLease, *, weight: int = 1) -> None:
-        """A replica has failed a request; ``weight`` 3 takes it out at once."""
-        lease.failed = True
-        before = self.breaker(lease.replica.id)
-        self.breakers[lease.replica.id] = before.failed(self.now(), weight=weight, sent_at=lease.started)
+    def breaker(self, replica_id: str) -> Breaker:
+        """Breaker of a replica."""
+        return self.breakers.get(replica_id, _CLOSED)
 
-    def token(self, lease: SlotLease, now: float) -> None:
-        """Some of an answer has come."""
-        if lease.first_at is None:
-            integral = self._integral(lease.replica.id)
-            integral.add(1, now)
-            lease.streams_before = integral.at(now)
-            self._read(lease)
-            if self.breaker(lease.replica.id).state(now) is BreakerState.TRIAL:
-                self.breakers.pop(lease.replica.id)  # it works; nobody need wait until this answer has ended
-        lease.token(now)
+    def now(self) -> float:
+        """Return the event loop's time."""
+        return asyncio.get_running_loop().time()
+
+    # Candidates
 
     def candidates(self, request: RouteRequest) -> list[Replica]:
-        """Replicas that a request may be planned for now."""
+        """Replicas that may serve a request now."""
         able = self._able(request)
-        # Who has failed it is only asked again when nobody else is left, and not at once.
-        others = [replica for replica in able if replica.id not in request.refused]
-        return others or [replica for replica in able if request.refused[replica.id] <= self.now()]
+        # Replicas that failed the request come last, and only after their pause.
+        untried = [replica for replica in able if replica.id not in request.avoid_until]
+        return untried or [replica for replica in able if request.avoid_until[replica.id] <= self.now()]
+
+    def may_be_served(self, request: RouteRequest) -> bool:
+        """Whether a replica can serve a request now, after its pause, or after it recovers."""
+        return bool(self._able(request)) or self._may_recover(request)
+
+    def can_resume(self, model: str) -> bool:
+        """Whether a replica of the model could continue an answer begun elsewhere, now or later."""
+        return any(replica.dialect == "llama-server" for replica in self.fleet.snapshot.of(model))
 
     def _able(self, request: RouteRequest) -> list[Replica]:
-        """Replicas that could take a request, whether or not it pauses."""
+        """Healthy replicas that suit a request, pausing or not."""
         now = self.now()
         able = [
             replica
             for replica in self.fleet.snapshot.of(request.model)
-            if replica.usable and self.breaker(replica.id).allows(now) and suits(replica, request)
+            if replica.usable and self.breaker(replica.id).allows(now) and can_serve(replica, request)
         ]
-        # Its length is an estimate: who holds only what it has at least is asked when nobody else is there.
-        return [replica for replica in able if _likely_holds(replica, request)] or able
+        # The prompt's length is an estimate, so a replica that may be too small is used when no other is left.
+        return [replica for replica in able if _likely_fits(replica, request)] or able
 
-    def hope(self, request: RouteRequest) -> bool:
-        """Whether some replica can take this request: now, once it has paused, or when one is back."""
-        return bool(self._able(request)) or self.comes_back(request)
-
-    def can_go_on(self, model: str) -> bool:
-        """Whether an answer that was begun elsewhere could be continued by a replica of a model, now or later."""
-        return any(replica.dialect == "llama-server" for replica in self.fleet.snapshot.of(model))
-
-    def comes_back(self, request: RouteRequest) -> bool:
-        """
-        Whether a replica that suits a request may soon take requests again.
-
-        One that drains makes room, and will be cold then, and can be woken; one on trial shows what it is worth.
-        """
+    def _may_recover(self, request: RouteRequest) -> bool:
+        """Whether a suitable replica may come back: a draining one turns cold and can be woken; a trial may succeed."""
         now = self.now()
         return any(
             (replica.state is State.DRAINING and not replica.leaving)
             or (replica.usable and self.breaker(replica.id).state(now) is BreakerState.TRIAL)
             for replica in self.fleet.snapshot.of(request.model)
-            if suits(replica, request)
+            if can_serve(replica, request)
         )
 
-    def forget_idle(self) -> None:
-        """Replicas that are being removed go as soon as they have answered."""
-        for replica in self.fleet.snapshot.replicas:
-            if replica.state is State.DRAINING and not self.running(replica.id):
-                self.fleet.forget(replica.id)
+    # Estimates
 
     def view(
         self, replica: Replica, request: RouteRequest, reserved: Mapping[str, Sequence[PendingWork]]
     ) -> ReplicaView:
-        """A replica as this request sees it; ``reserved``: who waits for which replica before it."""
+        """Return a replica as ``request`` sees it; ``reserved``: earlier queued requests by replica."""
         now = self.now()
         leases = self._leases.get(replica.id, [])
         prefill = self.book.prefill_tps(replica) or ASSUMED_PREFILL_TPS
         busy = {lease.slot for lease in leases}
-        found = self.index.best_slot(replica.id, self._room(replica), request.prompt, busy=busy, now=now)
-        per_char = request.tokens / max(1, request.prompt.chars)
+        found = self.index.best_slot(replica.id, self._capacity(replica), request.prompt, busy=busy, now=now)
+        per_char = request.prompt_tokens / max(1, request.prompt.chars)
         trust = self.book.trust(replica.id)
+        prompts = _prompts(request, leases)
         return ReplicaView(
             replica=replica,
-            running=tuple([g.decodes if g.first_at is not None else g.work(now, prefill) for g in leases]),
+            running=tuple(
+                [
+                    lease.pending_decode if lease.first_token_at is not None else lease.pending_work(now, prefill)
+                    for lease in leases
+                ]
+            ),
             reserved=tuple(reserved.get(replica.id, ())),
             prefill_tps=prefill,
-            step_curve=self._steps_of(replica) or _ASSUMED_STEPS,
+            step_curve=self._curve(replica) or _ASSUMED_CURVE,
             slot=found.slot,
             cached_tokens=trust * self._cached_chars(replica, found, request) * per_char,
             evicted_tokens=trust * found.evicted_chars * per_char,
-            expected_returns=trust
-            * self.index.expected_returns(replica.id, busy=busy, current=_prompts(request, leases), now=now),
+            expected_returns=trust * self.index.expected_returns(replica.id, busy=busy, current=prompts, now=now),
             mean_gap_s=self.index.reuse.mean_gap_s,
             ready_in_s=_ready_in_s(replica),
         )
 
+    def expected_answer_tokens(self, request: RouteRequest) -> float:
+        """Expected length of one answer: the model's mean, within the request's limit."""
+        mean = self.book.answer_tokens(request.model)
+        return mean if request.max_tokens is None else min(mean, float(max(1, request.max_tokens)))
+
+    def silence_limit_s(self, lease: SlotLease, floor_s: float) -> float:
+        """
+        Longest silence of a replica that its pending work can explain; a longer one counts as a failure.
+
+        Allows four times the estimated prefill of all prompts there: boards throttle, and the prefill of one request
+        stalls the streams of all others.
+        """
+        replica = lease.replica
+        curve = self._curve(replica)
+        limit = floor_s + 20.0 * (curve.longest(replica.slots) if curve is not None else _SLOWEST_STEP_S)
+        prefilling = self._prefilling.get(replica.id)
+        if prefilling:
+            prefill, now = self.book.prefill_tps(replica) or _SLOWEST_PREFILL_TPS, self.now()
+            limit += 4.0 * sum(other.prefill_tokens_left(now, 0.0) for other in prefilling) / prefill
+        return limit
+
     def _cached_chars(self, replica: Replica, found: SlotChoice, request: RouteRequest) -> int:
-        """What is in a slot that is taken will be there once it is free."""
+        """Characters cached once a slot is free: without a free slot, prompts that are being answered count, too."""
         if found.slot is not None:
             return found.cached_chars
-        going = [request.prompt.shared(lease.request.prompt) for lease in self._leases.get(replica.id, ())]
-        return max(found.cached_chars, *going, 0)
+        shared = [request.prompt.shared(lease.request.prompt) for lease in self._leases.get(replica.id, ())]
+        return max(found.cached_chars, *shared, 0)
 
-    def start(self, request: RouteRequest, placement: Placement, *, since: float) -> SlotLease:
-        """A request takes the slot that was chosen for it; ``since``: when it came."""
+    def _curve(self, replica: Replica) -> StepCurve | None:
+        """Return the step curve, cached between answers because every request needs it; ``None`` if unknown."""
+        known = self._curves.get(replica.id)
+        if known is None or known[0] is not replica:
+            known = self._curves[replica.id] = (replica, self.book.decode_steps(replica))
+        return known[1]
+
+    def _capacity(self, replica: Replica) -> Capacity:
+        tokens = _UNLIMITED_TOKENS if replica.host_cache_tokens is None else replica.host_cache_tokens
+        return Capacity(replica.slots, tokens * self.book.chars_per_token(replica.model))
+
+    # Life of a lease
+
+    def open_lease(self, request: RouteRequest, placement: Placement, *, since: float) -> SlotLease:
+        """Give a request the slot of its placement; ``since``: when it entered the queue."""
         now = self.now()
         replica = placement.view.replica
         self.index.reuse.asked(request.prompt, now)
@@ -192,18 +224,18 @@ class FleetState:
             request,
             replica,
             slot=placement.view.slot or 0,
-            cached=min(placement.view.cached_tokens, max(0.0, request.tokens - 1)),
-            expected=self.expected(request),
+            cached_tokens=min(placement.view.cached_tokens, max(0.0, request.prompt_tokens - 1)),
+            expected_answer_tokens=self.expected_answer_tokens(request),
             estimate=placement.estimate,
             reason=placement.reason,
             queued_s=now - since,
             now=now,
         )
-        beside = self._leases.setdefault(replica.id, [])
-        lease.alone = not beside
-        for other in beside:
+        others = self._leases.setdefault(replica.id, [])
+        lease.alone = not others
+        for other in others:
             other.alone = False
-        beside.append(lease)
+        others.append(lease)
         self._prefilling.setdefault(replica.id, []).append(lease)
         self.fleet.touch(replica.id)
         breaker = self.breaker(replica.id)
@@ -211,129 +243,116 @@ class FleetState:
             self.breakers[replica.id] = breaker.took_trial(now)
         return lease
 
-    def end(self, lease: SlotLease) -> None:
-        """A request gives its slot back; its ``outcome`` is learned from."""
-        now = self.now()
-        leases = self._leases.get(lease.replica.id, [])
+    def record_token(self, lease: SlotLease, now: float) -> None:
+        """Record a chunk of an answer."""
+        if lease.first_token_at is None:
+            integral = self._integral(lease.replica.id)
+            integral.add(1, now)
+            lease.stream_seconds_before = integral.at(now)
+            self._end_prefill(lease)
+            if self.breaker(lease.replica.id).state(now) is BreakerState.TRIAL:
+                self.breakers.pop(lease.replica.id)  # the trial succeeded; no need to wait for the answer's end
+        lease.record_token(now)
+
+    def record_failure(self, lease: SlotLease, *, weight: int = 1) -> None:
+        """Record that a replica failed a request; a weight of 3 opens its breaker at once."""
+        lease.failed = True
+        before = self.breaker(lease.replica.id)
+        self.breakers[lease.replica.id] = before.failed(self.now(), weight=weight, sent_at=lease.started_at)
+
+    def close_lease(self, lease: SlotLease) -> None:
+        """Take the slot back and learn from the lease's ``result``."""
+        now, replica_id = self.now(), lease.replica.id
+        leases = self._leases.get(replica_id, [])
         leases.remove(lease)
-        self.fleet.touch(lease.replica.id)
+        self.fleet.touch(replica_id)
         if not leases:
-            del self._leases[lease.replica.id]
-        if lease.first_at is None:
-            self._read(lease)
-        integral = self._integral(lease.replica.id)
-        if lease.first_at is not None:
+            del self._leases[replica_id]
+        integral = self._integral(replica_id)
+        if lease.first_token_at is None:
+            self._end_prefill(lease)
+        else:
             integral.add(-1, now)
         self._learn(lease, integral.at(now), now)
-        if not leases and self.fleet.snapshot.find(lease.replica.id) is None:
-            self._forget(lease.replica.id)
+        if not leases and self.fleet.snapshot.find(replica_id) is None:
+            self._forget(replica_id)
 
-    def _learn(self, lease: SlotLease, integral: float, now: float) -> None:
-        outcome, name = lease.outcome, lease.replica.id
-        if outcome is None:
-            if lease.first_at is not None and not lease.failed:  # its client left: the prompt is in the cache
-                self.index.store(name, self._room(lease.replica), lease.slot, lease.request.prompt, now)
-            else:
-                self.index.drop(name, lease.slot)
-            if name in self.breakers and not lease.failed:
-                self.breakers[name] = self.breakers[name].released_trial(sent_at=lease.started)
+    def _learn(self, lease: SlotLease, stream_seconds: float, now: float) -> None:
+        result, replica_id = lease.result, lease.replica.id
+        if result is None:
+            self._learn_unfinished(lease, now)
             return
-        self.breakers.pop(name, None)
-        if lease.request.answers > 1:  # one slot is in our account, and whichever they took are in use
-            self.index.drop(name, lease.slot)
-        if outcome.answer is not None:
-            self.index.store(name, self._room(lease.replica), lease.slot, outcome.answer, now)
-            self.index.reuse.answered(outcome.answer, now)
-        if outcome.timings is None:
+        self.breakers.pop(replica_id, None)
+        if lease.request.answers > 1:  # the account has one slot, the engine used several unknown ones
+            self.index.drop(replica_id, lease.slot)
+        if result.conversation is not None:
+            self.index.store(replica_id, self._capacity(lease.replica), lease.slot, result.conversation, now)
+            self.index.reuse.answered(result.conversation, now)
+        if result.timings is None:
             return
-        span = now - lease.first_at if lease.first_at is not None else 0.0
+        span = now - lease.first_token_at if lease.first_token_at is not None else 0.0
         self.book.observe(
-            name,
+            replica_id,
             model=lease.request.model,
-            timings=outcome.timings,
-            predicted_cached=round(lease.cached),
-            mean_streams=(integral - lease.streams_before) / span if span > 0 else 1.0,
+            timings=result.timings,
+            predicted_cached=round(lease.cached_tokens),
+            mean_streams=(stream_seconds - lease.stream_seconds_before) / span if span > 0 else 1.0,
             alone=lease.alone,
-            prompt_chars=lease.request.prompt.chars if outcome.counted else 0,
-            capped=outcome.capped,
+            prompt_chars=lease.request.prompt.chars if result.prompt_comparable else 0,
+            capped=result.capped,
         )
-        self._steps.pop(name, None)
+        self._curves.pop(replica_id, None)
 
-    def _read(self, lease: SlotLease) -> None:
-        """Its prompt holds nobody up any more."""
-        beside = self._prefilling[lease.replica.id]
-        beside.remove(lease)
-        if not beside:
+    def _learn_unfinished(self, lease: SlotLease, now: float) -> None:
+        replica_id = lease.replica.id
+        if lease.first_token_at is not None and not lease.failed:  # the client disconnected: the prompt is cached
+            self.index.store(replica_id, self._capacity(lease.replica), lease.slot, lease.request.prompt, now)
+        else:
+            self.index.drop(replica_id, lease.slot)
+        if replica_id in self.breakers and not lease.failed:
+            self.breakers[replica_id] = self.breakers[replica_id].released_trial(sent_at=lease.started_at)
+
+    def _end_prefill(self, lease: SlotLease) -> None:
+        prefilling = self._prefilling[lease.replica.id]
+        prefilling.remove(lease)
+        if not prefilling:
             del self._prefilling[lease.replica.id]
 
-    def _steps_of(self, replica: Replica) -> StepCurve | None:
-        """How long a token takes there, if known; every request asks, and only an answer changes it."""
-        known = self._steps.get(replica.id)
-        if known is None or known[0] is not replica:
-            known = self._steps[replica.id] = (replica, self.book.decode_steps(replica))
-        return known[1]
+    def _integral(self, replica_id: str) -> "_StreamIntegral":
+        return self._streams.setdefault(replica_id, _StreamIntegral())
 
-    def silence_s(self, lease: SlotLease, floor_s: float) -> float:
-        """
-        The longest that its replica may be silent before that is a failure.
+    # Changes of the fleet
 
-        Whatever is computed there is waited for, four times as long as it should take: boards throttle, and
-        a prompt of somebody else holds up every stream.
-        """
-        replica = lease.replica
-        steps = self._steps_of(replica)
-        limit = floor_s + 20.0 * (steps.longest(replica.slots) if steps is not None else _SLOWEST_STEP_S)
-        reading = self._prefilling.get(replica.id)
-        if reading:
-            prefill, now = self.book.prefill_tps(replica) or _SLOWEST_PREFILL_TPS, self.now()
-            limit += 4.0 * sum(one.prefill_left(now, 0.0) for one in reading) / prefill
-        return limit
-
-    def changed(self) -> None:
-        """The fleet has another snapshot: what is gone, or came back as another process, holds no cache."""
-        before = self._known
-        self._known = self.fleet.snapshot
+    def sync_with_fleet(self) -> None:
+        """Apply a new snapshot: a replica that is gone, or came back as another process, has empty caches."""
+        before = self._last_snapshot
+        self._last_snapshot = self.fleet.snapshot
         for old in before.replicas:
-            new = self._known.find(old.id)
+            new = self._last_snapshot.find(old.id)
             if new is None:
                 self._forget(old.id)
             elif (old.state in _RUNNING and new.state not in _RUNNING) or (old.model and new.model != old.model):
                 self.index.drop(old.id)
             elif new.state is State.READY and old.state is not State.READY:
-                # It answers again: whoever knows that need not wait until its rest is over.
-                self.breakers.pop(old.id, None)
+                self.breakers.pop(old.id, None)  # it answers again, so its cooldown need not end first
+
+    def release_drained(self) -> None:
+        """Release draining replicas that have no requests left."""
+        for replica in self.fleet.snapshot.replicas:
+            if replica.state is State.DRAINING and not self.running(replica.id):
+                self.fleet.forget(replica.id)
 
     def _forget(self, replica_id: str) -> None:
-        """A replica has left: in a cluster names come and go. What still runs there keeps its account until it ends."""
+        """Drop the state of a removed replica, since in a cluster names come and go; running requests keep theirs."""
         self.index.drop(replica_id)
-        self._steps.pop(replica_id, None)
+        self._curves.pop(replica_id, None)
         if replica_id not in self._leases:
             self.breakers.pop(replica_id, None)
             self._streams.pop(replica_id, None)
 
-    def expected(self, request: RouteRequest) -> float:
-        """Tokens that a request's answer will have, as answers of its model usually do."""
-        usual = self.book.answer_tokens(request.model)
-        return usual if request.limit is None else min(usual, float(max(1, request.limit)))
 
-    def _room(self, replica: Replica) -> Capacity:
-        tokens = _MUCH_TOKENS if replica.host_cache_tokens is None else replica.host_cache_tokens
-        return Capacity(replica.slots, tokens * self.book.chars_per_token(replica.model))
-
-    def breaker(self, replica_id: str) -> Breaker:
-        """How a replica has fared lately."""
-        return self.breakers.get(replica_id, _CLOSED)
-
-    def _integral(self, replica_id: str) -> "_Integral":
-        return self._streams.setdefault(replica_id, _Integral())
-
-    def now(self) -> float:
-        """The loop's time."""
-        return asyncio.get_running_loop().time()
-
-
-class _Integral:
-    """Streams over time, so that their mean over any span is known at its end."""
+class _StreamIntegral:
+    """Number of streams integrated over time, which gives their mean over any span."""
 
     def __init__(self) -> None:
         self._streams = 0
@@ -341,23 +360,27 @@ class _Integral:
         self._since = 0.0
 
     def add(self, streams: int, now: float) -> None:
-        """So many more from now on."""
+        """Change the number of streams from ``now`` on."""
         self._sum, self._since = self.at(now), now
         self._streams += streams
 
     def at(self, now: float) -> float:
-        """Stream seconds until now."""
+        """Stream seconds until ``now``."""
         return self._sum + self._streams * (now - self._since)
 
 
-def holds(replica: Replica, request: RouteRequest) -> bool:
-    """Whether a replica's context may hold a request's prompt, which is estimated; the engine counts."""
-    return replica.context is None or request.fewest < replica.context
+def may_fit(replica: Replica, request: RouteRequest) -> bool:
+    """Whether a replica's context may hold a request's prompt, by the lower bound of its tokens."""
+    return replica.context is None or request.min_prompt_tokens < replica.context
 
 
-def suits(replica: Replica, request: RouteRequest) -> bool:
-    """Whether a replica could serve a request if it is well: by its context and its dialect."""
-    return holds(replica, request) and (replica.dialect == "llama-server" or not request.goes_on)
+def can_serve(replica: Replica, request: RouteRequest) -> bool:
+    """Whether a healthy replica could serve a request, by its context and dialect."""
+    return may_fit(replica, request) and (replica.dialect == "llama-server" or not request.resuming)
+
+
+def _likely_fits(replica: Replica, request: RouteRequest) -> bool:
+    return replica.context is None or (request.longest_prompt_tokens or request.prompt_tokens) < replica.context
 
 
 def _prompts(request: RouteRequest, leases: Iterable[SlotLease]) -> Iterator[Chain]:
@@ -366,12 +389,8 @@ def _prompts(request: RouteRequest, leases: Iterable[SlotLease]) -> Iterator[Cha
         yield lease.request.prompt
 
 
-def _likely_holds(replica: Replica, request: RouteRequest) -> bool:
-    return replica.context is None or (request.longest or request.tokens) < replica.context
-
-
 def _ready_in_s(replica: Replica) -> float:
     if replica.state is State.READY:
         return 0.0
-    whole = _LOAD_S if replica.load_s is None else replica.load_s
-    return whole * (1.0 - (replica.progress or 0.0))
+    load_s = _LOAD_S if replica.load_s is None else replica.load_s
+    return load_s * (1.0 - (replica.progress or 0.0))

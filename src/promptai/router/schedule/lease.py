@@ -1,7 +1,7 @@
-"""One request in one slot: what it was given, and how far it has come.
+"""A slot lease: one request in one slot, from the moment it gets the slot until it gives it back.
 
-Engines tell their load seconds late, if at all. The gateway knows better what it sent where,
-and every token passes through it; so it keeps the account itself, and this is one line of it.
+Engines report their load seconds late, if at all. The gateway sends every request and sees every token, so it keeps
+its own account; a lease is one entry in it.
 """
 
 import msgspec
@@ -11,81 +11,85 @@ from promptai.router.estimate.policy import Estimate, PendingWork
 from promptai.router.estimate.prefix import Chain
 from promptai.wire.llamaserver import Timings
 
-_MOST_CHARS_PER_TOKEN = 7.0
+_MAX_CHARS_PER_TOKEN = 7.0
 
 
 class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
     """
-    A request, as far as giving it a replica needs it.
+    A request as the dispatcher sees it.
 
     Attributes:
         model: A model of the fleet.
-        prompt: Its prompt, as a chain; ``tokens`` of it, as estimated.
-        limit: Most tokens of its answer; ``None``: until it ends.
-        answers: How many it asks for, each as long as one.
-        key: Whose fair share it takes.
-        batch: It may wait behind everybody who waits in person.
-        wait_s: The longest that it may be queued.
-        longest: Tokens of the longest of its prompts, where it has several; ``None``: of its only one.
-        refused: Replicas that failed it already, and until when they are not asked again (the loop's time).
-        again: It was accepted before: the queue's bound does not count for it.
-        goes_on: A part of its answer has been sent, and only a llama-server can go on from there.
+        prompt: The prompt as a chain of prefixes.
+        prompt_tokens: Estimated tokens of the prompt, or of all its prompts together.
+        max_tokens: Limit of one answer; ``None``: unlimited.
+        answers: Number of answers requested.
+        key: Id of the API key whose fair share it uses.
+        batch: It may wait behind all interactive requests.
+        max_wait_s: Longest time in the queue.
+        longest_prompt_tokens: Tokens of the longest of several prompts; ``None`` with a single prompt.
+        avoid_until: Replicas that failed this request, and the loop's time until which they are avoided.
+        resubmitted: It was accepted before, so the queue's bound does not apply.
+        resuming: Part of its answer has been sent; only llama-server can continue it.
     """
 
     model: str
     prompt: Chain
-    tokens: float
-    limit: int | None = None
+    prompt_tokens: float
+    max_tokens: int | None = None
     answers: int = 1
     key: str = "local"
     batch: bool = False
-    wait_s: float = 600.0
-    longest: float | None = None
-    refused: dict[str, float] = {}
-    again: bool = False
-    goes_on: bool = False
+    max_wait_s: float = 600.0
+    longest_prompt_tokens: float | None = None
+    avoid_until: dict[str, float] = {}
+    resubmitted: bool = False
+    resuming: bool = False
 
     @property
-    def fewest(self) -> float:
-        """Tokens that its prompt surely has; prose has four or five characters a token, and hardly any text has six."""
-        return self.prompt.chars / _MOST_CHARS_PER_TOKEN
+    def min_prompt_tokens(self) -> float:
+        """Lower bound for the prompt's tokens: prose has four or five characters a token, hardly any text six."""
+        return self.prompt.chars / _MAX_CHARS_PER_TOKEN
 
 
 class LeaseResult(msgspec.Struct, frozen=True, kw_only=True):
     """
-    How a request ended on its replica.
+    The outcome of a request on its replica.
 
     Attributes:
-        answer: What its slot's cache holds now: prompt and answer as the next turn will begin; ``None``: unknown.
-        timings: The engine's account; ``None`` where it gave none.
-        generated: Tokens of all answers; ``None``: the engine does not tell.
-        capped: It generated as much as it was allowed to.
-        counted: The prompt that the engine counted is the text that was counted here: no pictures, no answer begun.
+        conversation: Prompt and answer as the next turn will begin, now in the slot's cache; ``None``: unknown.
+        timings: As the engine reported them; ``None`` if it did not.
+        generated_tokens: Tokens of all answers; ``None`` if the engine does not report them.
+        capped: A limit ended the answer, not the model.
+        prompt_comparable: The engine counted the same text as the gateway: no images, no prefilled answer.
     """
 
-    answer: Chain | None = None
+    conversation: Chain | None = None
     timings: Timings | None = None
-    generated: int | None = None
+    generated_tokens: int | None = None
     capped: bool = False
-    counted: bool = True
+    prompt_comparable: bool = True
 
 
 class SlotLease:
     """
-    A slot for one request; made and ended by ``router.schedule.dispatcher``.
+    A slot held by one request; opened and closed by the dispatcher.
 
     Attributes:
-        slot: The slot that it has in our account.
-        cached: Tokens of the prompt that should be in its cache.
-        reason: Why this replica.
-        queued_s: How long it waited.
-        started: The loop's time at which it got the slot.
-        first_at: When its first token came; ``None`` before that.
-        decodes: What it will still make its replica do once its prompt is computed.
-        expected: Tokens that its answer was expected to have.
-        charged: Tokens that its key was charged when it got the slot.
-        alone: No other request was on its replica at any time; ``broken``: its replica failed it.
-        outcome: Set before it is given back; ``None``: it failed or was left.
+        slot: The slot in the gateway's account; the engine may use another.
+        cached_tokens: Tokens of the prompt expected in the slot's cache.
+        reason: Why this replica was chosen.
+        queued_s: Time in the queue.
+        started_at: The loop's time at which the request got the slot.
+        first_token_at: The loop's time of the first token; ``None`` before it.
+        generated: Chunks with text so far, at most one per token.
+        pending_decode: Decoding that the request still causes.
+        expected_answer_tokens: Estimated length of the answer.
+        charged_tokens: Tokens charged to the key when the request got the slot.
+        alone: No other request ran on the replica at any time.
+        failed: The replica failed the request.
+        result: Set before the lease ends; ``None``: the request failed or its client disconnected.
+        stream_seconds_before: Stream seconds of the replica when the first token came.
     """
 
     def __init__(
@@ -94,8 +98,8 @@ class SlotLease:
         replica: Replica,
         *,
         slot: int,
-        cached: float,
-        expected: float,
+        cached_tokens: float,
+        expected_answer_tokens: float,
         estimate: Estimate,
         reason: str,
         queued_s: float,
@@ -104,51 +108,51 @@ class SlotLease:
         self.request = request
         self.replica = replica
         self.slot = slot
-        self.cached = cached
+        self.cached_tokens = cached_tokens
         self.estimate = estimate
         self.reason = reason
         self.queued_s = queued_s
-        self.started = now
-        self.first_at: float | None = None
+        self.started_at = now
+        self.first_token_at: float | None = None
         self.generated = 0
         self.alone = True
         self.failed = False
-        self.outcome: LeaseResult | None = None
-        self.streams_before = 0.0
-        self.expected = expected
-        self.charged = 0.0
-        self._left = max(1.0, request.tokens - cached)
-        self._total = self._left
-        self._left_at = now
-        self.decodes = PendingWork(0.0, self._answer_left())
+        self.result: LeaseResult | None = None
+        self.stream_seconds_before = 0.0
+        self.expected_answer_tokens = expected_answer_tokens
+        self.charged_tokens = 0.0
+        self._uncomputed = max(1.0, request.prompt_tokens - cached_tokens)
+        self._to_compute = self._uncomputed
+        self._uncomputed_at = now
+        self.pending_decode = PendingWork(0.0, self._answer_tokens_left())
 
-    def progress(self, processed: int, cached: int, total: int, now: float) -> None:
-        """The engine has told how far its prompt is: tokens, those from the cache included."""
-        self._left, self._left_at = float(max(0, total - processed)), now
-        self._total = float(max(1, total - cached))
+    def record_progress(self, processed: int, cached: int, total: int, now: float) -> None:
+        """Record the engine's prefill progress in tokens; ``processed`` and ``total`` include the cached ones."""
+        self._uncomputed, self._uncomputed_at = float(max(0, total - processed)), now
+        self._to_compute = float(max(1, total - cached))
 
-    def token(self, now: float) -> None:
-        """Some of its answer has come."""
-        if self.first_at is None:
-            self.first_at = now
+    def record_token(self, now: float) -> None:
+        """Record a chunk of the answer."""
+        if self.first_token_at is None:
+            self.first_token_at = now
         self.generated += 1
-        # Worked out here, once a token, and not for all streams of a replica whenever somebody asks for a slot.
-        self.decodes = PendingWork(0.0, self._answer_left())
+        # Computed once per token, not for all streams of a replica whenever a request needs a slot.
+        self.pending_decode = PendingWork(0.0, self._answer_tokens_left())
 
-    def prefill_left(self, now: float, prefill_tps: float) -> float:
-        """Tokens of the prompt that are still to be computed, as it looks."""
-        if self.first_at is not None:
+    def prefill_tokens_left(self, now: float, prefill_tps: float) -> float:
+        """Estimated tokens of the prompt still to compute."""
+        if self.first_token_at is not None:
             return 0.0
-        return max(0.0, self._left - (now - self._left_at) * prefill_tps)
+        return max(0.0, self._uncomputed - (now - self._uncomputed_at) * prefill_tps)
 
     def prefill_share(self, now: float, prefill_tps: float) -> float:
-        """How much of the prompt's computing is done, 0 to 1."""
-        return 1.0 - min(1.0, self.prefill_left(now, prefill_tps) / self._total)
+        """Share of the prefill that is done, 0 to 1."""
+        return 1.0 - min(1.0, self.prefill_tokens_left(now, prefill_tps) / self._to_compute)
 
-    def work(self, now: float, prefill_tps: float) -> PendingWork:
-        """What it will still make its replica do; how long an answer goes on does not depend on how long it has."""
-        return PendingWork(self.prefill_left(now, prefill_tps), self.decodes.decode)
+    def pending_work(self, now: float, prefill_tps: float) -> PendingWork:
+        """Prefill and decoding still to do; the rest of an answer does not depend on its length so far."""
+        return PendingWork(self.prefill_tokens_left(now, prefill_tps), self.pending_decode.decode)
 
-    def _answer_left(self) -> float:
-        limit = self.request.limit
-        return self.expected if limit is None else min(self.expected, max(1.0, limit - self.generated))
+    def _answer_tokens_left(self) -> float:
+        limit, expected = self.request.max_tokens, self.expected_answer_tokens
+        return expected if limit is None else min(expected, max(1.0, limit - self.generated))
