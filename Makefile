@@ -28,7 +28,7 @@ bench-routing: $(VENV)/.dev  ## what routing by caches gains: simulated boards o
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.routing
 
 bench-failover: $(VENV)/.dev  ## engines that die in the middle of 1000 answers, and what becomes of those
-	PYTHONPATH=tests $(BIN)/python benchmarks/nothing_lost.py
+	PYTHONPATH=tests $(BIN)/python benchmarks/failover.py
 
 bench-gateway: $(VENV)/.dev  ## what the gateway adds to each request, beside LiteLLM; absolute figures
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.gateway_cost

@@ -1,9 +1,9 @@
-"""Forecast against measurement: does calibrating small models tell what large ones do?
+"""Compare forecasts with measurements: does calibrating small models predict large ones?
 
-Run with ``make bench-models``; about nine minutes on two cores, with 6 GB of disk and 7 GB of
-memory free; leave the machine alone meanwhile. Calibrates this machine's engine anew, then writes catalogue
-shapes of 0.6 to 4 GB with random weights, forecasts each, runs each, and prints both. The
-sizes of the paper's eight shapes stand before it, against arithmetic done here.
+Run with ``make bench-models``; it takes about nine minutes on two cores, 5.6 GiB of disk and 6.5 GiB of free memory.
+Leave the machine alone meanwhile. The benchmark calibrates this machine's engine, writes catalogue shapes of 0.6 to
+3.8 GiB with random weights, forecasts and runs each, and prints both. Before that, it checks the sizes of the
+paper's eight shapes against independent arithmetic.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ AIM = 0.15
 
 
 class Row(NamedTuple):
-    """One figure of one model, expected and seen."""
+    """One figure of one model: forecast and measured."""
 
     model: str
     what: str
@@ -60,7 +60,7 @@ class Row(NamedTuple):
 
 
 def sizes() -> Iterator[tuple[str, float, float]]:
-    """The paper's shapes in Q4_0: bytes that we would write, and 4.5 bits a weight but 6.5625 for the output."""
+    """The paper's shapes in Q4_0: planned bytes, and bytes at 4.5 bits per weight, 6.5625 for the output matrix."""
     for entry in load_catalog().entries:
         if entry.paper is not None:
             shape = entry.shape
@@ -70,14 +70,14 @@ def sizes() -> Iterator[tuple[str, float, float]]:
 
 
 def compare(entry: Entry, quant: Quant, calibration: Calibration, seen: Probed) -> Iterator[Row]:
-    """What was forecast of a model, beside what it did."""
+    """Pair each forecast of a model with its measurement."""
     expected = forecast(work_of_shape(entry.shape, quant), calibration, context=CONTEXT, depth=PROMPT_TOKENS)
     name = f"{entry.id} {quant}"
     yield Row(name, "decode, tokens/s", expected.decode_tps or float("nan"), 1 / seen.decode_s)
     anonymous, mapped = seen.peak.anon_bytes, seen.peak.file_bytes
     if anonymous is None or mapped is None:
-        raise EngineError("the kernel does not tell the engine's memory", hint="is /proc restricted here?")
-    yield Row(name, "memory, GB", (expected.resident_bytes or float("nan")) / 1e9, (anonymous + mapped) / 1e9)
+        raise EngineError("the kernel does not report the engine's memory", hint="is /proc restricted here?")
+    yield Row(name, "memory, GiB", (expected.resident_bytes or float("nan")) / 2**30, (anonymous + mapped) / 2**30)
     yield Row(name, "prefill, tokens/s", expected.prefill_tps or float("nan"), 1 / seen.prefill_s)
 
 
@@ -89,13 +89,13 @@ async def run(binary: EngineBinary, path: Path, threads: int) -> Probed:
 
 
 def main() -> int:
-    """Print sizes, then each figure as it is known; exit code 1 when decode or memory is further off than the aim."""
+    """Print sizes, then each figure once known; return 1 when decode or memory misses the target."""
     console = Console()
     wrong = 0
     for name, planned, arithmetic in sizes():
         error = planned / arithmetic - 1
         wrong += abs(error) > 0.01
-        console.print(f"size of {name} in q4_0: {planned / 1e9:.3f} GB, arithmetic {error:+.2%} [dim]\\[1 %][/]")
+        console.print(f"size of {name} in q4_0: {planned / 2**30:.3f} GiB, arithmetic {error:+.2%} [dim]\\[1 %][/]")
     binary, cpu = locate(cache=cache_directory() / "engines"), read_cpu()
     threads = default_threads(cpu)
     table = Table(
@@ -113,7 +113,7 @@ def main() -> int:
             with contextlib.suppress(OSError):
                 path.unlink()
             for row in compare(entry, quant, calibration, seen):
-                off = not abs(row.error) <= AIM  # what was not forecast is off too
+                off = not abs(row.error) <= AIM  # NaN (no forecast) is off, too
                 wrong += off and not row.what.startswith("prefill")
                 colour = "red" if off else "green"
                 table.add_row(

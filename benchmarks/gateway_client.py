@@ -1,11 +1,11 @@
-"""The client of ``gateway_cost.py``: asks, and notes when what came.
+"""The load client of ``gateway_cost.py``: send requests, and time the first word and the end of each answer.
 
-A client library would cost more than what is measured, so this one is a socket and a search for
-bytes. It runs as a process of its own, takes one order as JSON from stdin and prints one result;
-``cpu`` in it is this process's own share of one core: at 0.9 it is the client that was measured.
+A client library would cost more than the gateway under test, so this client is a socket and a byte search. It runs as
+a separate process, reads one ``LoadPlan`` as JSON from stdin and prints one ``Result``. ``cpu`` is this process's
+share of one core; at 0.9 the figures measure the client.
 
-    one    each target in turn, one request at a time, on one connection each that stays open
-    many   ``streams`` at once for each target in turn, for ``seconds`` each
+    one    each target in turn, one request at a time, on one keep-alive connection each
+    many   ``streams`` concurrent streams for each target in turn, for ``seconds`` each
 """
 
 import asyncio
@@ -17,17 +17,17 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-#: Some text, in whichever spelling; the role comes with an empty one or null.
+#: Non-empty text, with or without a space after the colon; the role chunk has an empty string or null.
 _TEXT = re.compile(rb'"content": ?"[^"]')
 _LIMIT_S = 60.0
 
 
 class Target(msgspec.Struct, frozen=True):
     """
-    Who is asked.
+    An address under test.
 
     Attributes:
-        body: What, as JSON.
+        body: The request, as JSON.
     """
 
     name: str
@@ -35,15 +35,15 @@ class Target(msgspec.Struct, frozen=True):
     body: str
 
 
-class Order(msgspec.Struct, frozen=True, kw_only=True):
+class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
     """
-    What is to be done.
+    The requests to send.
 
     Attributes:
-        rounds: Requests of each target with ``one``, turns with ``many``.
-        warm_up: Requests of each that are not counted; with ``many`` all that begin in the first ``warm_s``.
-        ramp_s: How long it takes until all streams have begun.
-        key: Whoever wants an API key gets this one.
+        rounds: Requests per target with ``one``, turns with ``many``.
+        warm_up: Uncounted requests per target with ``one``; ``many`` does not count those of the first ``ramp_s``.
+        ramp_s: Time until all streams have begun.
+        key: API key, sent to every target.
     """
 
     kind: str
@@ -56,15 +56,15 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     key: str = "none"
 
 
-class Seen(msgspec.Struct):
+class Measured(msgspec.Struct):
     """
-    What came of one target.
+    The answers of one target.
 
     Attributes:
-        first_s: To the first text of each answer; ``whole_s`` to its end.
-        chunks: Of text, in answers that were counted or not.
-        busy_s: Seconds that the target was being asked.
-        failed: Requests without a whole answer; ``why`` is the last reason.
+        first_s: Time to the first text of each answer; ``whole_s`` to its end.
+        chunks: Chunks of text, in counted and uncounted answers.
+        busy_s: Time under load.
+        failed: Requests without a complete answer; ``why`` is the last reason.
     """
 
     first_s: list[float] = []
@@ -76,18 +76,18 @@ class Seen(msgspec.Struct):
 
 
 class Result(msgspec.Struct):
-    """What came of an order, by target."""
+    """Measurements of one ``LoadPlan``, by target."""
 
     cpu: float
-    seen: dict[str, Seen]
+    measured: dict[str, Measured]
 
 
 class StaleError(ConnectionError):
-    """A connection was closed after the answer before; llama-server does so after every stream (b11549)."""
+    """The server closed the connection after the previous answer, as llama-server does after every stream (b11549)."""
 
 
 class Connection(asyncio.Protocol):
-    """One connection; one request at a time."""
+    """One connection with one request at a time."""
 
     def __init__(self) -> None:
         self.first_at: float | None = None
@@ -100,12 +100,12 @@ class Connection(asyncio.Protocol):
         self._done: asyncio.Future[float] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """It is open."""
+        """Keep the transport for writing."""
         assert isinstance(transport, asyncio.Transport)  # noqa: S101  for the types
         self._transport = transport
 
     def connection_lost(self, _exc: Exception | None) -> None:
-        """It has been closed; an answer that was under way is none."""
+        """Fail a pending answer: ``StaleError`` if nothing of it has arrived, else ``ConnectionError``."""
         self._transport = None
         if self._done is not None and not self._done.done():
             kind = ConnectionError if self._head or self._tail or self._body_left is not None else StaleError
@@ -113,11 +113,11 @@ class Connection(asyncio.Protocol):
 
     @property
     def open(self) -> bool:
-        """Whether it can be used again."""
+        """Whether another request can be sent."""
         return self._transport is not None and not self._transport.is_closing()
 
-    async def ask(self, request: bytes) -> float:
-        """Send a request; the time at which its answer had come."""
+    async def send(self, request: bytes) -> float:
+        """Send a request and return the loop time at the end of its answer."""
         assert self._transport is not None  # noqa: S101  for the types
         self._done = asyncio.get_running_loop().create_future()
         self._head, self._body_left, self._tail, self.first_at, self.chunks = b"", None, b"", None, 0
@@ -125,12 +125,12 @@ class Connection(asyncio.Protocol):
         return await self._done
 
     def close(self) -> None:
-        """Close it."""
+        """Abort the connection."""
         if self._transport is not None:
             self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        """Note what has come."""
+        """Parse the head, then search the body for text and its end."""
         now = self._clock()
         if self._tail or self._body_left is not None:
             self._body(data, now)
@@ -168,106 +168,106 @@ class Connection(asyncio.Protocol):
         self.close()
 
 
-class Asker:
-    """One who asks one target again and again, on one connection as long as it lasts."""
+class Stream:
+    """Requests to one target, one after another, on one connection as long as it lasts."""
 
-    def __init__(self, target: Target, seen: Seen, key: str) -> None:
+    def __init__(self, target: Target, measured: Measured, key: str) -> None:
         parts = urlsplit(target.url)
         self._host, self._port = parts.hostname or "", parts.port or 80
         body = target.body.encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
         head += f"Authorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n"
         self._request = head.encode() + body
-        self._seen = seen
+        self._measured = measured
         self._connection: Connection | None = None
 
-    async def ask(self, *, counted: bool) -> None:
-        """One request."""
-        seen = self._seen
+    async def send(self, *, counted: bool) -> None:
+        """Send one request and record its times if it is counted."""
+        measured = self._measured
         try:
             async with asyncio.timeout(_LIMIT_S):
-                connection, sent, ended = await self._asked()
+                connection, sent, ended = await self._exchange()
         except (OSError, TimeoutError) as error:
-            seen.failed += 1
-            seen.why = str(error) or type(error).__name__
+            measured.failed += 1
+            measured.why = str(error) or type(error).__name__
             self.close()
             await asyncio.sleep(0.05)
             return
-        seen.chunks += connection.chunks
+        measured.chunks += connection.chunks
         if connection.first_at is None:
-            seen.failed += 1
-            seen.why = "an answer without text"
+            measured.failed += 1
+            measured.why = "an answer without text"
         elif counted:
-            seen.first_s.append(connection.first_at - sent)
-            seen.whole_s.append(ended - sent)
+            measured.first_s.append(connection.first_at - sent)
+            measured.whole_s.append(ended - sent)
 
-    async def _asked(self) -> tuple[Connection, float, float]:
-        """A connection that has an answer, when it was asked for, and when it had come; connecting does not count."""
+    async def _exchange(self) -> tuple[Connection, float, float]:
+        """Return the connection with its answer, the time of sending and of its end; connecting does not count."""
         loop = asyncio.get_running_loop()
         if self._connection is not None and self._connection.open:
             sent = loop.time()
             with contextlib.suppress(StaleError):
-                return self._connection, sent, await self._connection.ask(self._request)
+                return self._connection, sent, await self._connection.send(self._request)
         _, self._connection = await loop.create_connection(Connection, self._host, self._port)
         sent = loop.time()
-        return self._connection, sent, await self._connection.ask(self._request)
+        return self._connection, sent, await self._connection.send(self._request)
 
     def close(self) -> None:
-        """End its connection."""
+        """Close the connection."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
 
 
-async def one(order: Order, seen: dict[str, Seen]) -> None:
-    """All targets in turn, one request at a time."""
-    askers = [Asker(target, seen[target.name], order.key) for target in order.targets]
-    for number in range(-order.warm_up, order.rounds):
-        # The other way round every second time: whoever comes after another finds warmer caches.
-        for asker in askers if number % 2 else reversed(askers):
-            await asker.ask(counted=number >= 0)
-    for asker in askers:
-        asker.close()
+async def one(plan: LoadPlan, measured: dict[str, Measured]) -> None:
+    """Send one request at a time to each target in turn."""
+    streams = [Stream(target, measured[target.name], plan.key) for target in plan.targets]
+    for number in range(-plan.warm_up, plan.rounds):
+        # Reverse every second round: the second target finds warmer caches.
+        for stream in streams if number % 2 else reversed(streams):
+            await stream.send(counted=number >= 0)
+    for stream in streams:
+        stream.close()
 
 
-async def many(order: Order, seen: dict[str, Seen]) -> None:
-    """Each target in turn with all streams, several times over."""
+async def many(plan: LoadPlan, measured: dict[str, Measured]) -> None:
+    """Load each target in turn with all streams, in several rounds."""
     loop = asyncio.get_running_loop()
-    for number in range(order.rounds):
-        for target in order.targets if number % 2 else reversed(order.targets):
+    for number in range(plan.rounds):
+        for target in plan.targets if number % 2 else reversed(plan.targets):
             begun = loop.time()
             await asyncio.gather(
                 *(
-                    _keep_asking(
-                        order,
-                        Asker(target, seen[target.name], order.key),
+                    _keep_sending(
+                        plan,
+                        Stream(target, measured[target.name], plan.key),
                         begun,
-                        begun + order.ramp_s * n / order.streams,
+                        begun + plan.ramp_s * n / plan.streams,
                     )
-                    for n in range(order.streams)
+                    for n in range(plan.streams)
                 )
             )
-            seen[target.name].busy_s += loop.time() - begun
+            measured[target.name].busy_s += loop.time() - begun
 
 
-async def _keep_asking(order: Order, asker: Asker, begun: float, start: float) -> None:
+async def _keep_sending(plan: LoadPlan, stream: Stream, begun: float, start: float) -> None:
     loop = asyncio.get_running_loop()
     await asyncio.sleep(start - loop.time())
-    while loop.time() < begun + order.ramp_s + order.seconds:
-        # Only those that meet all the others count.
-        await asker.ask(counted=loop.time() >= begun + order.ramp_s)
-    asker.close()
+    while loop.time() < begun + plan.ramp_s + plan.seconds:
+        # Requests count once all streams run.
+        await stream.send(counted=loop.time() >= begun + plan.ramp_s)
+    stream.close()
 
 
 async def main() -> None:
-    """Carry out one order."""
-    order = msgspec.json.decode(sys.stdin.buffer.read(), type=Order)
-    seen = {target.name: Seen() for target in order.targets}
+    """Carry out one plan."""
+    plan = msgspec.json.decode(sys.stdin.buffer.read(), type=LoadPlan)
+    measured = {target.name: Measured() for target in plan.targets}
     cpu, wall = time.process_time(), time.perf_counter()
-    await (one if order.kind == "one" else many)(order, seen)
+    await (one if plan.kind == "one" else many)(plan, measured)
     share = (time.process_time() - cpu) / (time.perf_counter() - wall)
     with contextlib.suppress(BrokenPipeError):
-        sys.stdout.buffer.write(msgspec.json.encode(Result(share, seen)))
+        sys.stdout.buffer.write(msgspec.json.encode(Result(share, measured)))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""An engine of no work, for ``gateway_cost.py``: llama-server's chat API, and nothing behind it.
+"""An engine without a model, for ``gateway_cost.py``: llama-server's chat API with canned answers.
 
-What a gateway costs is only seen in front of an engine that costs nothing. This one answers in
-the same bytes as llama-server (b11549): at once, or as many chunks a second as the question
-says (``[[pace 20]]``; 0: one write a chunk, as fast as they go out), ``max_tokens`` chunks in
-all. Every chunk is a write of its own, as an engine's tokens are, unless nothing says a pace:
-then the answer is one write, so that as little as possible happens here.
+The overhead of a gateway shows only in front of an engine that costs nothing. This engine answers with the same bytes
+as llama-server (b11549), ``max_tokens`` chunks in all. By default it writes the whole answer at once, to do as little
+as possible. A prompt with ``[[pace 20]]`` gets that many chunks a second, one write per chunk, as from a real engine;
+``[[pace 0]]`` writes chunk by chunk as fast as possible.
 
-Run as a process: prints its address, and ends when stdin does.
+Run as a process: it prints its address, and ends when stdin ends.
 """
 
 import asyncio
@@ -28,7 +27,7 @@ _BURST = 16
 
 
 class Body(msgspec.Struct):
-    """What is read of a question."""
+    """The fields of a request that matter here."""
 
     max_tokens: int = 1
     stream: bool = False
@@ -37,7 +36,7 @@ class Body(msgspec.Struct):
 
 
 class Engine(asyncio.Protocol):
-    """One connection."""
+    """One client connection."""
 
     def __init__(self) -> None:
         self._data = b""
@@ -47,25 +46,25 @@ class Engine(asyncio.Protocol):
         self._may_write.set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Somebody is there."""
+        """Keep the transport for writing."""
         assert isinstance(transport, asyncio.Transport)  # noqa: S101  for the types
         self._transport = transport
 
     def connection_lost(self, _exc: Exception | None) -> None:
-        """Nobody listens any more."""
+        """Stop writing."""
         if self._writing is not None:
             self._writing.cancel()
 
     def pause_writing(self) -> None:
-        """The client reads slowly."""
+        """Wait until the client catches up."""
         self._may_write.clear()
 
     def resume_writing(self) -> None:
-        """It has caught up."""
+        """Continue writing."""
         self._may_write.set()
 
     def data_received(self, data: bytes) -> None:
-        """Answer a request once all of it is there."""
+        """Answer a request once it is complete."""
         self._data += data
         head, found, rest = self._data.partition(b"\r\n\r\n")
         length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
@@ -80,20 +79,20 @@ class Engine(asyncio.Protocol):
         if method == b"GET":
             self._write(_whole(_GETS.get(path)))
             return
-        asked = msgspec.json.decode(body, type=Body)
-        if not asked.stream:
-            self._write(_whole(_message(asked.max_tokens)))
+        request = msgspec.json.decode(body, type=Body)
+        if not request.stream:
+            self._write(_whole(_message(request.max_tokens)))
             return
         pace = _PACE.search(body)
-        begin, word, end = _events(asked, int(pace[1]) if pace else 0)
+        begin, word, end = _events(request, int(pace[1]) if pace else 0)
         if pace is None:
-            events = [*begin, *([word] * asked.max_tokens), *end]
+            events = [*begin, *([word] * request.max_tokens), *end]
             self._write(_STREAM_HEAD + b"".join(map(_chunked, events)) + _LAST)
         else:
-            self._writing = asyncio.create_task(self._stream(begin, [word] * asked.max_tokens, end, int(pace[1])))
+            self._writing = asyncio.create_task(self._stream(begin, [word] * request.max_tokens, end, int(pace[1])))
 
     async def _stream(self, begin: list[bytes], words: list[bytes], end: list[bytes], per_s: int) -> None:
-        """One write a word, at absolute times so that nothing adds up."""
+        """Write one word at a time, at absolute times to avoid drift."""
         loop = asyncio.get_running_loop()
         begun = loop.time()
         self._write(_STREAM_HEAD)
@@ -126,15 +125,15 @@ def _whole(value: object) -> bytes:
     return b"HTTP/1.1 %b\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n%b" % (status, kind, len(body), body)
 
 
-def _events(asked: Body, per_s: int) -> tuple[list[bytes], bytes, list[bytes]]:
-    """What llama-server sends: before the words, for each of them, and after them."""
+def _events(request: Body, per_s: int) -> tuple[list[bytes], bytes, list[bytes]]:
+    """Events as llama-server sends them: before the words, for each word, and after them."""
     role = _chunk({"role": "assistant", "content": None})
-    begin = [_event({**role, "prompt_progress": _PROGRESS})] if asked.return_progress else []
+    begin = [_event({**role, "prompt_progress": _PROGRESS})] if request.return_progress else []
     last = _chunk({}, "length")
-    if (asked.stream_options or {}).get("include_usage"):
-        end = [_event(last), _event({**last, "choices": [], **_account(asked.max_tokens, per_s)})]
+    if (request.stream_options or {}).get("include_usage"):
+        end = [_event(last), _event({**last, "choices": [], **_usage(request.max_tokens, per_s)})]
     else:
-        end = [_event({**last, "timings": _timings(asked.max_tokens, per_s)})]
+        end = [_event({**last, "timings": _timings(request.max_tokens, per_s)})]
     return [*begin, _event(role)], _event(_chunk({"content": " word"})), [*end, b"data: [DONE]\n\n"]
 
 
@@ -154,7 +153,7 @@ def _chunk(delta: dict[str, object], reason: str | None = None) -> dict[str, obj
 
 
 def _timings(tokens: int, per_s: int = 0) -> dict[str, float]:
-    step_ms = 1000 / (per_s or 10_000)  # the truth: who routes by it would be led astray
+    step_ms = 1000 / (per_s or 10_000)  # the real pace: routers use these timings
     return {
         "cache_n": 0,
         "prompt_n": 12,
@@ -168,7 +167,7 @@ def _timings(tokens: int, per_s: int = 0) -> dict[str, float]:
     }
 
 
-def _account(tokens: int, per_s: int = 0) -> dict[str, object]:
+def _usage(tokens: int, per_s: int = 0) -> dict[str, object]:
     usage = {"completion_tokens": tokens, "prompt_tokens": 12, "total_tokens": 12 + tokens}
     return {"usage": usage, "timings": _timings(tokens, per_s)}
 
@@ -179,7 +178,7 @@ def _message(tokens: int) -> dict[str, object]:
         **_chunk({}),
         "choices": [{"finish_reason": "length", "index": 0, "message": message}],
         "object": "chat.completion",
-        **_account(tokens),
+        **_usage(tokens),
     }
 
 
@@ -197,7 +196,7 @@ _GETS: dict[bytes, object] = {
 
 
 async def main() -> None:
-    """Serve until stdin ends."""
+    """Listen until stdin ends."""
     loop = asyncio.get_running_loop()
     server = await loop.create_server(Engine, "127.0.0.1", 0, backlog=512)
     sys.stdout.write(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}\n")

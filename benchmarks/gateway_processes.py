@@ -1,7 +1,7 @@
-"""The processes of ``gateway_cost.py``: engine, gateway, LiteLLM's proxy and client, and what each of them took.
+"""The processes of ``gateway_cost.py`` (engine, gateway, LiteLLM's proxy and client), and their CPU time and memory.
 
-LiteLLM is no dependency of the project. It gets a virtual environment in the cache directory (``routing_http``)
-and is not configured beyond the engines' addresses.
+LiteLLM is not a dependency of the project. It gets a virtual environment in the cache directory (``routing_http``)
+and only the engines' addresses as configuration.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
-from benchmarks.gateway_client import Order, Result
+from benchmarks.gateway_client import LoadPlan, Result
 from benchmarks.routing_http import LITELLM_VERSION
 
 from promptai.engine.launch import free_port
@@ -25,29 +25,24 @@ from promptai.settings import cache_directory
 
 _HERE = Path(__file__).parent
 _START_S, _END_S, _CLIENT_S = 120.0, 5.0, 900.0
-#: LiteLLM does not start without one.
+#: LiteLLM does not start without a key.
 _KEY = f"sk-{secrets.token_hex(32)}"
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
 class Running(NamedTuple):
-    """
-    A process that answers.
-
-    Attributes:
-        url: Where.
-    """
+    """A running server process."""
 
     url: str
     pid: int
 
     def cpu_s(self) -> float:
-        """Seconds of a core that it has used, its threads included."""
+        """CPU seconds used so far, including all threads."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / _TICK
 
     def memory(self) -> tuple[int, int]:
-        """Resident bytes now, and the most there ever were."""
+        """Resident bytes now, and their peak."""
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         found = dict(line.split(":", 1) for line in lines if line.startswith(("VmRSS", "VmHWM")))
         return int(found["VmRSS"].split()[0]) * 1024, int(found["VmHWM"].split()[0]) * 1024
@@ -55,14 +50,14 @@ class Running(NamedTuple):
 
 @contextlib.asynccontextmanager
 async def engine() -> AsyncGenerator[Running, None]:
-    """The engine of no work."""
+    """Run the engine without a model."""
     async with _process(sys.executable, str(_HERE / "gateway_engine.py")) as process:
         yield Running(await _line(process, "http"), process.pid)
 
 
 @contextlib.asynccontextmanager
 async def gateway(boards: Sequence[str], folder: Path) -> AsyncGenerator[Running, None]:
-    """``promptai serve`` before some engines, as its users start it; it has found all of them."""
+    """Run ``promptai serve`` in front of some engines, as users start it, and wait until it has found all of them."""
     options = [word for url in boards for word in ("--board", url)]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PROMPTAI_")}
     homes = {"XDG_CONFIG_HOME": str(folder / "config"), "XDG_DATA_HOME": str(folder / "data")}
@@ -75,7 +70,7 @@ async def gateway(boards: Sequence[str], folder: Path) -> AsyncGenerator[Running
 
 @contextlib.asynccontextmanager
 async def litellm(models: dict[str, str], folder: Path) -> AsyncGenerator[Running, None]:
-    """LiteLLM's proxy with one worker, as its documentation starts it; ``models``: engines by what they serve."""
+    """Run LiteLLM's proxy with one worker, as in its documentation; ``models`` maps model names to engines."""
     settings, port = folder / "litellm.yaml", free_port()
     entries = [
         f'  - {{model_name: {name}, litellm_params: {{model: openai/{name}, api_base: "{url}/v1", api_key: none}}}}'
@@ -93,21 +88,21 @@ async def litellm(models: dict[str, str], folder: Path) -> AsyncGenerator[Runnin
         yield Running(url, process.pid)
 
 
-async def client(order: Order) -> Result:
-    """Carry out an order in a process of its own."""
+async def client(plan: LoadPlan) -> Result:
+    """Carry out a plan in a separate process."""
     async with _process(sys.executable, str(_HERE / "gateway_client.py")) as process:
         async with asyncio.timeout(_CLIENT_S):
-            told, _ = await process.communicate(msgspec.json.encode(msgspec.structs.replace(order, key=_KEY)))
+            output, _ = await process.communicate(msgspec.json.encode(msgspec.structs.replace(plan, key=_KEY)))
         if process.returncode != 0:
             raise PromptAIError("the client of the benchmark failed", hint="its traceback is above")
-        return msgspec.json.decode(told, type=Result)
+        return msgspec.json.decode(output, type=Result)
 
 
 @contextlib.asynccontextmanager
 async def _process(
     *command: str, environ: dict[str, str] | None = None, cwd: Path | None = None
 ) -> AsyncGenerator[asyncio.subprocess.Process, None]:
-    quiet = command[0] != sys.executable  # LiteLLM tells much; our own processes only what went wrong
+    quiet = command[0] != sys.executable  # LiteLLM is verbose; our own processes print only errors
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.PIPE,
@@ -130,13 +125,13 @@ async def _process(
 
 
 async def _line(process: asyncio.subprocess.Process, start: str) -> str:
-    """The first line that begins so."""
+    """The first line of output that begins with ``start``."""
     assert process.stdout is not None  # noqa: S101  for the types
     async with asyncio.timeout(_START_S):
         while line := (await process.stdout.readline()).decode():
             if line.startswith(start):
                 return line.strip()
-    raise PromptAIError("a process of the benchmark ended at its start", hint="what it said is above")
+    raise PromptAIError("a process of the benchmark ended during its start", hint="its output is above")
 
 
 async def _until_it_answers(url: str, path: str, process: asyncio.subprocess.Process) -> None:

@@ -1,9 +1,8 @@
-"""How good is the measuring? Every promise of the harness, with today's figure: ``make bench``.
+"""Check every guarantee of the measuring harness on this machine: ``make bench``.
 
-Absolute figures belong here and not in tests: they depend on the machine. Each
-row names what is promised, what was seen, how many values it rests on, and
-whether it holds. Takes about five minutes on two cores; leave the machine alone
-meanwhile: a second job on the same cores makes the engine many times slower.
+Absolute figures depend on the machine, so they belong here and not in tests. Each row shows a guarantee, the
+measured value, the number of values behind it, and whether it holds. Takes about five minutes on two cores. Leave the
+machine alone meanwhile: a second job on the same cores makes the engine many times slower.
 """
 
 import asyncio
@@ -29,16 +28,16 @@ PROMPTAI = (sys.executable, "-m", "promptai")
 
 
 class Row(NamedTuple):
-    """One promise and what was seen."""
+    """One guarantee and the measured value."""
 
-    promise: str
+    guarantee: str
     limit: str
-    seen: str
+    measured: str
     holds: bool
 
 
 def ground_truth() -> Iterator[Row]:
-    """Against the simulated engine, three times over: worst error of each metric and prompt length."""
+    """Compare with the simulated engine, three times: worst error of each metric and prompt length."""
     worst: dict[tuple[int, str], list[float]] = {}
     for _ in range(3):
         for check in asyncio.run(selftest()):
@@ -50,7 +49,7 @@ def ground_truth() -> Iterator[Row]:
 
 
 def real_engine(model: Path, folder: Path, *options: str) -> Iterator[Row]:
-    """Against the engine's own account, and what measuring cost meanwhile."""
+    """Compare with the engine's own timings, and report the cost of measuring."""
     summary = bench(model, folder, "--cache", "cold", "--ignore-eos", *options)
     metrics = summary["targets"][0]["cold"]["metrics"]
     client, engine = metrics["decode_tps"], metrics["engine_decode_tps"]
@@ -64,12 +63,12 @@ def real_engine(model: Path, folder: Path, *options: str) -> Iterator[Row]:
     )
     traces = [json.loads(line) for line in (only(folder / "runs") / "traces.jsonl").read_text().splitlines()]
     waits = [t["t_first"] - t["t_sent"] for t in traces]
-    # The wait for the first token is prefill and a fixed rest: HTTP, template, queue of the engine's threads. The
-    # slope is our clock against the engine's; a ratio of sums would be about the rest, not about prefill.
+    # The wait for the first token is prefill plus a constant: HTTP, template, queue of the engine's threads. The slope
+    # compares the client's clock with the engine's; a ratio of sums would measure the constant instead.
     slope, rest_s = statistics.linear_regression([t["prompt_ms"] / 1000 for t in traces], waits)
     yield Row(
         f"{name}: prefill, client's wait against engine",
-        "1 %" if "1b" in name else "no limit: at this speed tokenising is a part of the wait",
+        "1 %" if "1b" in name else "no limit: at this speed the wait includes tokenising",
         f"{slope - 1:+.2%} at {metrics['prefill_tps']['value']:,.1f} tokens/s, beside {1000 * rest_s:.1f} ms a request"
         f" (n {len(traces)})",
         abs(slope - 1) <= 0.01 or "1b" not in name,
@@ -82,11 +81,11 @@ def real_engine(model: Path, folder: Path, *options: str) -> Iterator[Row]:
         f"{cpu:.2f} % of one core",
         cpu <= 3 or "1b" not in name,
     )
-    yield Row(f"{name}: memory of our own process", "150 MB", f"{memory / 1e6:.0f} MB", memory <= 150e6)
+    yield Row(f"{name}: memory of the client", "143 MiB", f"{memory / 2**20:.0f} MiB", memory <= 150e6)
 
 
 def same_twice(model: Path, folder: Path) -> Row:
-    """Two runs of one seed and one slot."""
+    """Compare the texts of two runs with one seed and one slot."""
     hashes = []
     for name in ("first", "second"):
         bench(model, folder / name, "--conversations", "5", "--max-tokens", "64")
@@ -98,7 +97,7 @@ def same_twice(model: Path, folder: Path) -> Row:
 
 
 def help_time() -> Row:
-    """``promptai --help``."""
+    """Time ``promptai --help``."""
     taken = []
     for _ in range(7):
         start = time.perf_counter()
@@ -109,7 +108,7 @@ def help_time() -> Row:
 
 
 def demo_time(folder: Path) -> Row:
-    """``promptai demo``, from start to report."""
+    """Time ``promptai demo``, from start to report."""
     start = time.perf_counter()
     subprocess.run([*PROMPTAI, "demo"], check=True, capture_output=True, cwd=folder)
     taken = time.perf_counter() - start
@@ -117,7 +116,7 @@ def demo_time(folder: Path) -> Row:
 
 
 def bench(model: Path, folder: Path, *options: str) -> dict[str, Any]:
-    """Run ``promptai bench`` in ``folder``; its summary."""
+    """Run ``promptai bench`` in ``folder`` and return its summary."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [*PROMPTAI, "bench", str(model), "--json", "--no-report", *options]
     done = subprocess.run(command, check=True, capture_output=True, cwd=folder)
@@ -126,7 +125,7 @@ def bench(model: Path, folder: Path, *options: str) -> dict[str, Any]:
 
 
 def shortest(folder: Path) -> Path:
-    """A workload of the bundled conversation that a large model is done with first."""
+    """Write a workload with the shortest bundled conversation, which a large model finishes first."""
     path = folder / "shortest.jsonl"
     conversations = load_bundled().conversations
     chosen = min(conversations, key=lambda c: c.prompt_chars(c.user_turns - 1))
@@ -135,13 +134,13 @@ def shortest(folder: Path) -> Path:
 
 
 def only(folder: Path) -> Path:
-    """The one entry of a folder."""
+    """The only entry of a folder."""
     (entry,) = folder.iterdir()
     return entry
 
 
 def stages(folder: Path) -> Iterator[tuple[str, Callable[[], Iterable[Row]]]]:
-    """What is measured, in order; each stage has a folder of its own."""
+    """Name and function of each stage, in order; each stage has its own folder."""
     tiny, large = bundled_model(), folder / "synthetic-llama-1b.gguf"
     yield "simulated engine, three times", ground_truth
     yield "bundled model", lambda: real_engine(tiny, folder / "t", "--conversations", "10", "--max-tokens", "400")
@@ -154,19 +153,21 @@ def stages(folder: Path) -> Iterator[tuple[str, Callable[[], Iterable[Row]]]]:
 
 
 def main() -> int:
-    """Print every promise as soon as it was tried; exit code 1 when one does not hold."""
+    """Print each guarantee once it is checked; return 1 when one does not hold."""
     console = Console()
     failed = 0
     with tempfile.TemporaryDirectory() as folder, console.status("") as status:
         for what, measure in stages(Path(folder)):
-            status.update(f"measuring the measuring: {what}")
+            status.update(f"checking the harness: {what}")
             for row in measure():
                 failed += not row.holds
                 verdict = "[green]holds[/]" if row.holds else "[red]FAILS[/]"
                 console.print(
-                    f"{verdict}  {row.promise}: {row.seen} [dim]\\[{row.limit}][/]", highlight=False, soft_wrap=True
+                    f"{verdict}  {row.guarantee}: {row.measured} [dim]\\[{row.limit}][/]",
+                    highlight=False,
+                    soft_wrap=True,
                 )
-    console.print(f"[red]{failed} promises do not hold[/]" if failed else "[green]every promise holds[/]")
+    console.print(f"[red]{failed} guarantees do not hold[/]" if failed else "[green]every guarantee holds[/]")
     return int(failed > 0)
 
 

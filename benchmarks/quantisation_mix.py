@@ -1,10 +1,10 @@
-"""Does our rule which tensor is quantised how agree with llama.cpp's own quantiser?
+"""Check that ``models.tensors`` assigns the same quantisation to each tensor as llama.cpp's own quantiser.
 
 Run with ``python benchmarks/quantisation_mix.py``; one minute.
 
-For every architecture and quantisation: a small F16 model of random weights goes
-through the real ``llama-quantize`` (built with ``promptai engine build``, or on
-PATH), and the type of every tensor is compared with what ``models.tensors`` planned.
+For every architecture and quantisation, a small F16 model with random weights goes through the real
+``llama-quantize`` (built with ``promptai engine build``, or on PATH), and the type of every tensor is compared with
+the plan of ``models.tensors``.
 """
 
 import shutil
@@ -21,7 +21,7 @@ from promptai.settings import cache_directory
 
 _UNTIED = ("internlm2", "phi2", "stablelm")  # their loaders demand an output matrix
 QUANTS: tuple[Quant, ...] = ("q4_0", "q4_k_m", "q8_0")
-#: Ten layers, so that first eighth, last eighth and every third differ; widths that 256 divides and that it does not.
+#: Ten layers: first eighth, last eighth and every third differ. One width is a multiple of 256, one is not.
 SHAPES = [
     Shape(10, width, 4, 2, 512, 2100, architecture=name, tied=tied)
     for name in ARCHITECTURES
@@ -31,14 +31,14 @@ SHAPES = [
 
 
 def quantizer() -> Path | None:
-    """The newest built one, else that on PATH."""
+    """The newest ``llama-quantize`` built by PromptAI, else the one on PATH."""
     built = sorted((cache_directory() / "engines").glob("*/bin/llama-quantize"), key=lambda path: path.stat().st_mtime)
     on_path = shutil.which("llama-quantize")
     return built[-1] if built else Path(on_path) if on_path else None
 
 
 def disagreements(tool: Path, source: Path, target: Path, shape: Shape, quant: Quant) -> list[str]:
-    """Tensors that the real quantiser treats otherwise."""
+    """List tensors whose type differs between the real quantiser and the plan."""
     command = [str(tool), str(source), str(target), quant.upper(), "2"]
     subprocess.run(command, check=True, capture_output=True)
     real = {tensor.name: tensor.quantization for tensor in read_header(target).tensors}
@@ -50,10 +50,10 @@ def disagreements(tool: Path, source: Path, target: Path, shape: Shape, quant: Q
 
 
 def main() -> int:
-    """Print a line for each; exit code 1 when one differs."""
+    """Print a line for each combination; return 1 when one differs, 4 without a ``llama-quantize``."""
     tool = quantizer()
     if tool is None:
-        sys.stderr.write("there is no llama-quantize here; make one with: promptai engine build\n")
+        sys.stderr.write("no llama-quantize found (build one with: promptai engine build)\n")
         return 4
     failed = 0
     with tempfile.TemporaryDirectory() as name:

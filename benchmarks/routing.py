@@ -1,13 +1,12 @@
-"""What does it gain to send people where their cache is? ``make bench-routing``; about half an hour.
+"""Measure the gain of cache-aware routing: ``make bench-routing``; about half an hour.
 
-Four simulated Raspberry Pi 5, sixteen people, the fifty bundled conversations. First on virtual time, where the
-same figures come out on every machine: each strategy, two classes of models, two ways of keeping caches, a usual
-and a busy afternoon, several seeds. Then one system prompt for all. Then over HTTP, with processes, and LiteLLM's
-proxy beside ours before the same engines; leave the machine alone meanwhile.
+Four simulated Raspberry Pi 5, sixteen users, the fifty bundled conversations. First on virtual time, with the same
+figures on every machine: each strategy, two model sizes, two kinds of caches, a usual and a busy afternoon, several
+seeds. Then one system prompt for all. Then over HTTP, with processes, beside LiteLLM's proxy in front of the same
+engines; leave the machine alone meanwhile.
 
-The oracle is what no router can beat: every token of a conversation is computed once, on a board that is idle. How
-much better than round-robin that would be stands beside what we reach; where it is below the aim of 5, nobody
-can reach the aim.
+No router can beat the oracle: every token of a conversation is computed once, on an idle board. Its gain over
+round-robin is printed beside ours; where it is below the target of 5, no router can reach the target.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
-from benchmarks.routing_http import LITELLM, LITELLM_VERSION, Seen, install_litellm, measure
+from benchmarks.routing_http import LITELLM, LITELLM_VERSION, RunResult, install_litellm, measure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -33,17 +32,17 @@ from support_clock import run_virtually
 from support_routing import RULES, Boards, Played, Script, play_before
 
 STRATEGIES = ("affinity", "least-busy", "round-robin")
-#: Mean seconds of thought before a question: a usual afternoon, and a busy one.
+#: Mean think time before a question, in seconds: a usual afternoon, and a busy one.
 THINK_S = {"1.5b": (60.0, 30.0), "7b": (120.0, 60.0)}
-#: Slots, and tokens of prompt cache beside them.
+#: Slots, and tokens of prompt cache.
 CACHES = ((8, 0), (4, 65536))
-#: What is played over HTTP: class of model, seconds of thought, slots, tokens of prompt cache.
+#: Settings played over HTTP: model size, think time in seconds, slots, tokens of prompt cache.
 OVER_HTTP = ("1.5b:60:4:65536", "7b:120:8:0")
-AIM_ROUND_ROBIN, AIM_ORACLE, AIM_SHARE = 5.0, 1.3, 1.5
+TARGET_ROUND_ROBIN, TARGET_ORACLE, TARGET_SHARE = 5.0, 1.3, 1.5
 
 
 class Setting(NamedTuple):
-    """One table."""
+    """The setting of one table."""
 
     kind: str
     think_s: float
@@ -53,21 +52,21 @@ class Setting(NamedTuple):
 
     @property
     def boards(self) -> Boards:
-        """What it is played before."""
+        """The simulated boards."""
         return Boards(kind=self.kind, slots=self.slots, host_cache=self.host_cache)
 
     def script(self, seed: int) -> Script:
-        """What is played."""
+        """The users' questions."""
         return Script(think_s=self.think_s, system=self.system, seed=seed)
 
     @property
     def title(self) -> str:
-        """In words."""
+        """A description for people."""
         kept = f"{self.host_cache:,} tokens of prompt cache" if self.host_cache else "no prompt cache"
         rates = self.boards.config
         return (
             f"{self.kind} ({rates.prefill_tps:g} tokens/s prefill, {rates.decode_tps:g} decode), {self.slots} slots, "
-            f"{kept}, thinking {self.think_s:g} s"
+            f"{kept}, think time {self.think_s:g} s"
         )
 
 
@@ -86,12 +85,12 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run(setting: Setting, strategy: str, seed: int) -> Played:
-    """One run, in a process of its own."""
+    """Play one run, in a separate process."""
     return run_virtually(play_before(strategy, setting.script(seed), setting.boards))
 
 
 def rows(setting: Setting, played: dict[str, list[Played]]) -> Iterator[Row]:
-    """A table's rows, the oracle last; ``played``: by strategy, a run for each seed."""
+    """A table's rows, the oracle last; ``played`` maps a strategy to its runs, one per seed."""
     rate, boards, base = setting.boards.prefill_tps, setting.boards.boards, played["round-robin"]
     middle = statistics.median
     for name, runs in played.items():
@@ -120,7 +119,7 @@ def rows(setting: Setting, played: dict[str, list[Played]]) -> Iterator[Row]:
 
 
 def table(title: str, found: Sequence[Row]) -> Table:
-    """For people."""
+    """Format the rows."""
     shown = Table(title=title, title_justify="left", min_width=len(title) + 2)
     shown.add_column("routing")
     for name in ("n", "p50, s", "p95, s", "tokens/s", "p50 gain", "p95 gain", "p95 to oracle", "busiest"):
@@ -143,18 +142,18 @@ def table(title: str, found: Sequence[Row]) -> Table:
 
 
 def verdicts(found: Sequence[Row]) -> Iterator[tuple[bool, str]]:
-    """Which aims hold."""
+    """Whether each target is reached, and its figures."""
     by_name = {row.name: row for row in found}
     ours, oracle, base = by_name["affinity"], by_name["oracle"], by_name["round-robin"]
-    bound = f"{AIM_ROUND_ROBIN:g}; no router can do better than {oracle.p95_gain:.1f}"
-    yield ours.p95_gain >= AIM_ROUND_ROBIN, f"p95 {ours.p95_gain:.1f} times lower than round-robin's [{bound}]"
-    yield ours.above_oracle <= AIM_ORACLE, f"p95 {ours.above_oracle:.2f} times the oracle's [{AIM_ORACLE}]"
+    bound = f"{TARGET_ROUND_ROBIN:g}; the oracle reaches {oracle.p95_gain:.1f}"
+    yield ours.p95_gain >= TARGET_ROUND_ROBIN, f"p95 {ours.p95_gain:.1f} times lower than round-robin's [{bound}]"
+    yield ours.above_oracle <= TARGET_ORACLE, f"p95 {ours.above_oracle:.2f} times the oracle's [{TARGET_ORACLE}]"
     tokens = f"{ours.tokens_per_s:.1f} tokens/s against {base.tokens_per_s:.1f}"
     yield ours.tokens_per_s >= base.tokens_per_s, f"{tokens} [no lower]"
 
 
 def virtual(console: Console, seeds: int) -> int:
-    """Parts one and two; how many aims do not hold."""
+    """Play parts one and two; return the number of missed targets."""
     settings = [Setting(kind, think, *cache) for kind in THINK_S for think in THINK_S[kind] for cache in CACHES]
     shared = [Setting(kind, THINK_S[kind][0], *cache, RULES) for kind in THINK_S for cache in CACHES]
     failed = 0
@@ -174,39 +173,41 @@ def virtual(console: Console, seeds: int) -> int:
             failed += sum(_say(console, holds, text) for holds, text in verdicts(found))
         for setting in shared:
             most = max(waiting[setting, "affinity", seed].result().busiest(4) for seed in range(seeds))
-            text = f"one system prompt for all, {setting.title}: busiest board {most:.2f} times its share [{AIM_SHARE}]"
-            failed += _say(console, most <= AIM_SHARE, text)
+            text = (
+                f"one system prompt for all, {setting.title}: busiest board {most:.2f} times its share [{TARGET_SHARE}]"
+            )
+            failed += _say(console, most <= TARGET_SHARE, text)
     return failed
 
 
 def setting_of(text: str) -> Setting:
-    """``1.5b:60:4:65536``; raises ``ValueError`` where it is none."""
+    """Parse ``1.5b:60:4:65536``; raise ``ValueError`` if it is invalid."""
     kind, think_s, slots, host_cache = text.split(":")
     if kind not in THINK_S:
-        raise ValueError(f"no class of models is called {kind}")
+        raise ValueError(f"unknown model size {kind!r}")
     return Setting(kind, float(think_s), int(slots), int(host_cache))
 
 
-async def over_http(console: Console, setting: Setting, *, seed: int, faster: float, doors: Sequence[str]) -> int:
-    """Part three; how many aims do not hold."""
+async def over_http(console: Console, setting: Setting, *, seed: int, faster: float, routers: Sequence[str]) -> int:
+    """Play part three; return the number of missed targets."""
     script, boards = setting.script(seed), setting.boards
     questions = sum(conversation.user_turns for conversation in script.order())
-    seen: dict[str, Seen] = {}
+    seen: dict[str, RunResult] = {}
     console.print(f"\nover HTTP, {faster:g} times as fast as a board: {setting.title}, seed {seed}", highlight=False)
     shown = Table()
-    shown.add_column("door")
+    shown.add_column("router")
     for name in ("n", "p50, s", "p95, s", "p95 in engine, s", "tokens/s", "p95 to oracle", "cached", "busiest"):
         shown.add_column(name, justify="right")
     with tempfile.TemporaryDirectory() as folder, _progress(console) as progress:
-        task = progress.add_task("over HTTP", total=questions * len(doors))
-        for door in doors:
-            progress.update(task, description=f"over HTTP: {door}")
-            seen[door] = one = await measure(
-                door, script, boards, faster=faster, folder=Path(folder), heard=lambda _: progress.advance(task)
+        task = progress.add_task("over HTTP", total=questions * len(routers))
+        for router in routers:
+            progress.update(task, description=f"over HTTP: {router}")
+            seen[router] = one = await measure(
+                router, script, boards, faster=faster, folder=Path(folder), heard=lambda _: progress.advance(task)
             )
             played = one.played
             shown.add_row(
-                door,
+                router,
                 str(len(played.exchanges)),
                 f"{played.ttft_s(50):.2f}",
                 f"{played.ttft_s(95):.2f}",
@@ -216,26 +217,26 @@ async def over_http(console: Console, setting: Setting, *, seed: int, faster: fl
                 f"{one.cached:.0%}",
                 f"{one.busiest:.2f}",
             )
-            console.print(f"{door}: p50 {played.ttft_s(50):.2f} s, p95 {played.ttft_s(95):.2f} s", highlight=False)
+            console.print(f"{router}: p50 {played.ttft_s(50):.2f} s, p95 {played.ttft_s(95):.2f} s", highlight=False)
     console.print(shown)
     failed = 0
-    for door in doors:
-        if door in {LITELLM, "round-robin"}:
-            failed += _say(console, *against(door, seen[door], seen["affinity"], boards.prefill_tps))
+    for router in routers:
+        if router in {LITELLM, "round-robin"}:
+            failed += _say(console, *against(router, seen[router], seen["affinity"], boards.prefill_tps))
     return failed
 
 
-def against(door: str, other: Seen, ours: Seen, prefill_tps: float) -> tuple[bool, str]:
+def against(router: str, other: RunResult, ours: RunResult, prefill_tps: float) -> tuple[bool, str]:
     """
-    Whether ours is as much better as it should be.
+    Whether our p95 reaches the target, and the figures.
 
-    All of our seconds count, and of the other's those in its engines alone: what a door itself computes counts
-    ``faster`` times here, and must not be held against it.
+    All our seconds count, but only the other router's seconds in its engines: time that a router itself computes is
+    scaled by ``faster`` here, and must not count against it.
     """
     theirs = min(other.played.ttft_s(95), float(np.percentile(other.engine_s, 95)))
     gain, possible = theirs / ours.played.ttft_s(95), theirs / ours.played.oracle_s(95, prefill_tps)
-    bound = f"{AIM_ROUND_ROBIN:g}; no router can do better than {possible:.1f}"
-    return gain >= AIM_ROUND_ROBIN, f"p95 {gain:.1f} times lower than in the engines of {door} [{bound}]"
+    bound = f"{TARGET_ROUND_ROBIN:g}; the oracle reaches {possible:.1f}"
+    return gain >= TARGET_ROUND_ROBIN, f"p95 {gain:.1f} times lower than in the engines of {router} [{bound}]"
 
 
 def _progress(console: Console) -> Progress:
@@ -249,7 +250,7 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _say(console: Console, holds: bool, text: str) -> int:  # noqa: FBT001  a verdict and its words
+def _say(console: Console, holds: bool, text: str) -> int:  # noqa: FBT001  the verdict of the text
     verdict = "[green]holds[/]" if holds else "[yellow]falls short[/]"
     console.print(f"{verdict}  ", end="")
     console.print(text, highlight=False, soft_wrap=True, markup=False)
@@ -257,39 +258,41 @@ def _say(console: Console, holds: bool, text: str) -> int:  # noqa: FBT001  a ve
 
 
 def main() -> int:
-    """Print each table as soon as it is there; exit code 1 when an aim does not hold."""
-    parser = argparse.ArgumentParser(description="What routing by caches gains.")
-    parser.add_argument("--seeds", type=int, default=3, help="of the runs on virtual time; 0 leaves them out")
-    parser.add_argument("--faster", type=float, default=20.0, help="than a board, over HTTP; 0 leaves HTTP out")
-    parser.add_argument("--seed", type=int, default=0, help="of the runs over HTTP")
-    parser.add_argument("--doors", default=",".join([*STRATEGIES, LITELLM]), help="over HTTP, beside affinity")
+    """Print each table once measured; return 1 when a target is missed."""
+    parser = argparse.ArgumentParser(description="Measure the gain of cache-aware routing.")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds on virtual time; 0 skips this part")
+    parser.add_argument("--faster", type=float, default=20.0, help="times a board's speed, over HTTP; 0 skips HTTP")
+    parser.add_argument("--seed", type=int, default=0, help="seed over HTTP")
+    parser.add_argument(
+        "--routers", "--doors", default=",".join([*STRATEGIES, LITELLM]), help="over HTTP, besides affinity"
+    )
     parser.add_argument(
         "--over-http",
         type=setting_of,
         nargs="+",
         default=[setting_of(one) for one in OVER_HTTP],
         metavar="CLASS:THINK_S:SLOTS:CACHE",
-        help=f"what is played there ({' '.join(OVER_HTTP)})",
+        help=f"settings over HTTP ({' '.join(OVER_HTTP)})",
     )
     options = parser.parse_args()
     console, failed = Console(width=None if sys.stdout.isatty() else 140), 0
     if options.seeds:
         failed += virtual(console, options.seeds)
     if options.faster:
-        with console.status("LiteLLM is being installed, once"):
+        with console.status("installing LiteLLM, once"):
             installed = install_litellm()
-        asked = dict.fromkeys(["affinity", *options.doors.split(",")])
-        doors = [door for door in asked if installed or door != LITELLM]
-        what = f"LiteLLM {LITELLM_VERSION}, as it is by default"
-        console.print(what if installed else "LiteLLM cannot be installed here; its row is left out", highlight=False)
+        asked = dict.fromkeys(["affinity", *options.routers.split(",")])
+        routers = [name for name in asked if installed or name != LITELLM]
+        what = f"LiteLLM {LITELLM_VERSION} with its defaults"
+        console.print(what if installed else "LiteLLM cannot be installed here and is left out", highlight=False)
         try:
             for one in options.over_http:
-                played = over_http(console, one, seed=options.seed, faster=options.faster, doors=doors)
+                played = over_http(console, one, seed=options.seed, faster=options.faster, routers=routers)
                 failed += asyncio.run(played)
         except PromptAIError as error:
             console.print(f"{error.message}\n{error.hint}", style="red", markup=False)
             return 1
-    console.print(f"{failed} aims are missed" if failed else "every aim is reached")
+    console.print(f"{failed} targets missed" if failed else "every target reached")
     return int(failed > 0)
 
 

@@ -1,12 +1,12 @@
-"""The same people over real sockets: our gateway and LiteLLM's proxy, each before four fresh engines of its own.
+"""Play the same users over real sockets: our gateway and LiteLLM's proxy, each in front of four new engines.
 
-Part of ``make bench-routing``. Engines, gateway and proxy are processes. Engines pretend to be ``FASTER`` times as
-fast as a board, and people think as fast, so that a run takes two minutes. Seconds are given as the board's: a
-millisecond that a gateway itself takes counts ``FASTER`` times. So what happens in the engines is shown apart, and
-only that is held against others; on a busy machine even that is too long.
+Part of ``make bench-routing``. Engines, gateway and proxy are processes. Engines and users run ``faster`` times as
+fast as a board and its users, so a run takes two minutes. Results are in the board's seconds, so a router's own
+milliseconds are multiplied by ``faster``. Time in the engines is therefore shown separately, and only that counts
+against other routers; on a busy machine even that is too long.
 
-LiteLLM is no dependency of the project. It gets a virtual environment in the cache directory, is not configured
-beyond the addresses, and shuffles, as is its default.
+LiteLLM is not a dependency of the project. It gets a virtual environment in the cache directory, only the engines'
+addresses as configuration, and shuffles, as is its default.
 """
 
 import asyncio
@@ -32,24 +32,24 @@ from support_routing import Answered, Boards, Exchange, Played, Script, play
 
 PROMPTAI = (sys.executable, "-m", "promptai")
 LITELLM = "LiteLLM"
-#: The one that was looked through. Releases of it have carried malware twice (1.82.7 and 1.82.8; 1.107.0), so never
-#: "the newest", and it gets neither our environment nor our home.
+#: The release that was reviewed. Releases have carried malware twice (1.82.7 and 1.82.8; 1.107.0), so never use "the
+#: newest", and pass on neither our environment nor our home.
 LITELLM_VERSION = "1.108.7"
 _START_S = 120.0
 _WARM_UP = 16
-#: It does not start without one.
+#: LiteLLM does not start without a key.
 _KEY = f"sk-{secrets.token_hex(16)}"
 
 
-class Seen(NamedTuple):
+class RunResult(NamedTuple):
     """
     One run.
 
     Attributes:
-        engine_s: From a request's arrival at its engine to its first token, of each: what is left when the door
-            itself takes no time, but its queue neither.
+        engine_s: Seconds from each request's arrival at its engine to its first token; excludes the router's own time
+            and its queue.
         busiest: Requests of the busiest engine, as a multiple of its share.
-        cached: Share of all prompt tokens.
+        cached: Cached share of all prompt tokens.
     """
 
     played: Played
@@ -59,22 +59,22 @@ class Seen(NamedTuple):
 
 
 async def measure(
-    door: str, script: Script, boards: Boards, *, faster: float, folder: Path, heard: Callable[[Exchange], None]
-) -> Seen:
+    router: str, script: Script, boards: Boards, *, faster: float, folder: Path, heard: Callable[[Exchange], None]
+) -> RunResult:
     """
-    Play once.
+    Play the script once.
 
     Args:
-        door: A strategy of ours, or ``LITELLM``.
+        router: One of our strategies, or ``LITELLM``.
         folder: For logs and settings.
     """
     async with contextlib.AsyncExitStack() as stack:
         engines = [await stack.enter_async_context(_engine(boards, faster)) for _ in range(boards.boards)]
-        opened = _litellm(engines, folder) if door == LITELLM else _gateway(door, engines, folder)
+        opened = _litellm(engines, folder) if router == LITELLM else _gateway(router, engines, folder)
         url = await stack.enter_async_context(opened)
-        client = await stack.enter_async_context(EngineClient(url, api_key=_KEY if door == LITELLM else None))
+        client = await stack.enter_async_context(EngineClient(url, api_key=_KEY if router == LITELLM else None))
 
-        for _ in range(_WARM_UP):  # whoever loads the half of itself with the first question has done so
+        for _ in range(_WARM_UP):  # routers that import lazily have done so
             await _ask(client, [Message("user", "ready")], 1)
         begun = time.monotonic()
         played = await play(
@@ -82,7 +82,7 @@ async def measure(
         )
         notes = [[one for one in await _notes(engine) if one.t_received >= begun] for engine in engines]
     sent = [one for some in notes for one in some]
-    return Seen(
+    return RunResult(
         played,
         [(one.t_chunks[0] - one.t_received) * faster for one in sent if one.t_chunks],
         max(map(len, notes)) * len(notes) / len(sent),
@@ -111,7 +111,7 @@ async def _notes(engine: str) -> list[Sent]:
 async def _process(
     *command: str, log: Path | None = None, environ: Mapping[str, str] = os.environ
 ) -> AsyncGenerator[asyncio.subprocess.Process, None]:
-    """A child that ends with the block."""
+    """Run a child process that ends with the block."""
     with contextlib.ExitStack() as files:
         out = files.enter_context(log.open("wb")) if log is not None else asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
@@ -153,7 +153,7 @@ async def _engine(boards: Boards, faster: float) -> AsyncGenerator[str, None]:
 
 @contextlib.asynccontextmanager
 async def _gateway(strategy: str, engines: list[str], folder: Path) -> AsyncGenerator[str, None]:
-    """``promptai serve`` before these engines; it is told their addresses and nothing else."""
+    """Run ``promptai serve`` in front of these engines, configured with their addresses only."""
     port = free_port()
     fleet = [word for engine in engines for word in ("--board", engine)]
     command = [*PROMPTAI, "serve", "--quiet", "--port", str(port), "--strategy", strategy, *fleet]
@@ -189,7 +189,7 @@ async def _litellm(engines: list[str], folder: Path) -> AsyncGenerator[str, None
 async def _until_it_lists(
     url: str, process: asyncio.subprocess.Process, log: Path, *, key: str | None = None, fleet: int = 0
 ) -> None:
-    """Wait until it says that it has the model, and all boards of a gateway of ours are ready."""
+    """Wait until the router lists the model and, for our gateway, until all boards are ready."""
     limit = time.monotonic() + _START_S
     async with EngineClient(url, api_key=key) as client:
         while time.monotonic() < limit and process.returncode is None:
@@ -208,7 +208,7 @@ def _environment() -> Path:
 
 
 def install_litellm() -> bool:
-    """Make its environment, unless it is there; whether it is."""
+    """Create LiteLLM's environment unless it exists; return whether it exists."""
     folder = _environment()
     python, wanted = folder / "bin" / "python", f"litellm[proxy]=={LITELLM_VERSION}"
     done = folder / ".installed"

@@ -1,6 +1,6 @@
 """Engines that are killed in the middle of answers, and a gateway before them.
 
-Shared by ``benchmarks/nothing_lost.py``, which asks for a hundred interruptions of each kind, and
+Shared by ``benchmarks/failover.py``, which asks for a hundred interruptions of each kind, and
 ``tests/gateway/test_nothing_is_lost.py``, which asks for ten; ``support_referee`` judges.
 """
 
