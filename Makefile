@@ -1,4 +1,4 @@
-# The two commands of the README are `make demo` and `make test`; `make help` lists the rest.
+# The README uses `make demo` and `make test`; `make help` lists all targets.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -18,25 +18,25 @@ check: $(VENV)/.dev  ## lint, types, floors, generated documents
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
 
-bench: $(VENV)/.dev  ## measure the measuring: accuracy and cost of the harness, absolute figures
+bench: $(VENV)/.dev  ## accuracy and cost of the measuring harness (absolute figures)
 	$(BIN)/python benchmarks/harness.py
 
-bench-models: $(VENV)/.dev  ## forecasts of models against measurements, absolute figures
+bench-models: $(VENV)/.dev  ## forecasts of models against measurements (absolute figures)
 	$(BIN)/python benchmarks/forecast.py
 
-bench-routing: $(VENV)/.dev  ## what routing by caches gains: simulated boards on virtual time, then over HTTP beside LiteLLM
+bench-routing: $(VENV)/.dev  ## gain of cache-aware routing: simulated boards on virtual time, then HTTP beside LiteLLM
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.routing
 
-bench-failover: $(VENV)/.dev  ## engines that die in the middle of 1000 answers, and what becomes of those
+bench-failover: $(VENV)/.dev  ## kill engines in the middle of 1000 answers, and check that nothing is lost
 	PYTHONPATH=tests $(BIN)/python benchmarks/failover.py
 
-bench-gateway: $(VENV)/.dev  ## what the gateway adds to each request, beside LiteLLM; absolute figures
+bench-gateway: $(VENV)/.dev  ## overhead of the gateway beside LiteLLM (absolute figures)
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.gateway_cost
 
-docs: $(VENV)/.dev  ## write the reference pages from the code
+docs: $(VENV)/.dev  ## generate the reference pages from the code
 	$(BIN)/python docs/generate.py
 
-format: $(VENV)/.dev  ## let ruff format and fix what it can
+format: $(VENV)/.dev  ## format with ruff and apply its fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

@@ -1,7 +1,7 @@
-"""Write the reference pages from the code, or check that they are what the code says.
+"""Generate the reference pages from the code, or check that they are current.
 
-``python docs/generate.py`` writes docs/reference/*.md; ``--check`` writes nothing and
-fails when a page is behind. A reference that is written by hand is wrong within a month.
+``python docs/generate.py`` writes docs/reference/*.md; ``--check`` writes nothing and fails when a page is out of
+date. A hand-written reference is wrong within a month.
 """
 
 import inspect
@@ -31,7 +31,7 @@ def cli_page() -> str:
 
 
 def _commands(prefix: str, group: click.Group, parent: click.Context) -> Iterator[str]:
-    """The help of every command below a group, deep first."""
+    """The help of every command below a group, depth first."""
     for name in group.list_commands(parent):
         command = group.get_command(parent, name)
         if command is None:
@@ -60,9 +60,9 @@ def settings_page() -> str:
             parts.append(f"| {title} | `{field.encode_name}` | {kind} | {default} | {meanings[field.encode_name]} |")
     parts.append(
         "\nEnvironment: `PROMPTAI_CONFIG` names the file, `PROMPTAI_ENGINE` a llama-server, `PROMPTAI_RUNS` the "
-        "directory of runs, `PROMPTAI_MODELS` that of models, `PROMPTAI_API_KEY` the key of a server that demands "
-        "one, `PROMPTAI_KEYS` the file with the gateway's own keys. Options beat the environment, which beats the "
-        "file. Unknown keys are refused.\n"
+        "directory of runs, `PROMPTAI_MODELS` that of models, `PROMPTAI_API_KEY` the key of a server that requires "
+        "one, `PROMPTAI_KEYS` the file with the gateway's own keys. Options override the environment, which overrides "
+        "the file. Unknown keys are refused.\n"
     )
     return "\n".join(parts)
 
@@ -71,10 +71,10 @@ def summary_page() -> str:
     """Every metric of summary.json."""
     head = (
         "# summary.json\n\nGenerated from the code by `make docs`. `schema` is 1. "
-        "`targets[]` holds for each target `load_s`, `findings[]` and, per cache setting, `cold` and `warm`: "
+        "Each of `targets[]` has `load_s`, `findings[]` and, per cache setting, `cold` and `warm`: "
         "`planned`, `answered`, `failed`, `metrics` and `buckets` (the same rates by prompt length). "
-        "Each metric is `{value, unit, n, ci95}`: `value` is null when it could not be measured, `n` is how many "
-        "values it rests on, `ci95` a 95 % interval over conversations, null with fewer than five of them.\n"
+        "Each metric is `{value, unit, n, ci95}`: `value` is null when it could not be measured, `n` is the number of "
+        "values behind it, `ci95` a 95 % interval over conversations, null with fewer than five of them.\n"
     )
     parts = [head, "| metric | meaning |\n|---|---|"]
     parts += [f"| `{name}` | {words} |" for name, words in glossary.METRICS.items()]
@@ -85,7 +85,7 @@ PAGES = {"cli.md": cli_page, "settings.md": settings_page, "summary.md": summary
 
 
 def main() -> int:
-    """Write or check all pages."""
+    """Write or check all pages; return 1 when one is out of date."""
     behind = []
     REFERENCE.mkdir(exist_ok=True)
     for name, make in PAGES.items():
@@ -95,7 +95,7 @@ def main() -> int:
         elif not path.exists() or path.read_text() != text:
             behind.append(str(path.relative_to(Path.cwd())))
     if behind:
-        print(f"behind the code: {', '.join(behind)}; run: make docs", file=sys.stderr)
+        print(f"out of date: {', '.join(behind)}; run: make docs", file=sys.stderr)
     return int(bool(behind))
 
 

@@ -1,7 +1,7 @@
 """The training text: a seeded, endless stream of documents, and its packing into token rows.
 
 A document is a list of (text, weight) pieces. Weights say how much a piece counts in the loss: answers count
-fully, the random facts they are read from hardly at all.
+fully, the random facts behind them hardly at all.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def pick_scene(rng: random.Random) -> Scene:
 
 
 def stage(scene: Scene, asked: list[Question], rng: random.Random) -> list[Message]:
-    """Turn facts and questions into messages; the last answer included."""
+    """Turn facts and questions into messages, including the last answer."""
     facts = list(scene.facts)
     if not scene.ordered:
         rng.shuffle(facts)
@@ -100,7 +100,7 @@ def short_chat(rng: random.Random) -> Document:
 
 
 def drill(rng: random.Random) -> Document:
-    """Plain look-ups in plain facts, many a scene: what training starts with."""
+    """Plain look-ups in plain facts, several in a scene; training starts with these."""
     scene = rng.choice(LOOKUPS)(rng)
     asked = [q for q in scene.questions if q.kind in LOOKUP_KINDS and not held_out(q.key)]
     rng.shuffle(asked)
@@ -109,7 +109,7 @@ def drill(rng: random.Random) -> Document:
 
 
 def recite(rng: random.Random) -> Document:
-    """Facts to repeat, whole or the one sentence that holds a word: the plainest exercise in reading."""
+    """Facts to repeat, whole or the sentence with a given word: the simplest reading exercise."""
     scene = pick_scene(rng)
     while not scene.facts:
         scene = pick_scene(rng)
@@ -133,7 +133,7 @@ def recite(rng: random.Random) -> Document:
 
 
 def pronoun_chat(rng: random.Random) -> Document:
-    """A sentence with a pronoun and the question what it stands for."""
+    """A sentence with a pronoun, and a question about its referent."""
     sentence, ask, answer, key = pronouns.chat_question(rng)
     messages = [{"role": "user", "content": f"{sentence} {ask}"}, {"role": "assistant", "content": answer}]
     return chat_document(messages, [key])
@@ -191,7 +191,7 @@ LONG: Mix = ((long_chat, 7), (open_chat, 4), (long_text, 1))
 
 
 def documents(seed: int, mix: Mix) -> Iterator[Document]:
-    """An endless stream of documents of one seed."""
+    """An endless stream of documents for one seed."""
     rng = random.Random(seed)
     makers, weights = [m for m, _ in mix], [w for _, w in mix]
     while True:
@@ -199,7 +199,7 @@ def documents(seed: int, mix: Mix) -> Iterator[Document]:
 
 
 def encode(document: Document, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
-    """Token ids and loss weights; pieces are encoded apart, at boundaries where the ids do not change."""
+    """Token ids and loss weights; pieces are encoded separately, at boundaries where the ids do not change."""
     ids: list[int] = []
     weights: list[float] = []
     for text, weight in document.pieces:

@@ -1,8 +1,8 @@
-"""Score the shipped file through the real engine: `python evaluate.py`, exit status 1 below 90 per cent.
+"""Score the shipped file through the real engine: `python evaluate.py`, exit status 1 below 90 %.
 
 Short questions are answered greedily over the chat endpoint and must match exactly. Pronoun items are scored
 as in lm-evaluation-harness's Winogrande: fill the blank with each option and compare the log-likelihood of
-the text after it. Nothing of the training code takes part, so a broken export cannot pass.
+the text after it. The training code takes no part, so a broken export cannot pass.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Engine:
         return answer
 
     def chat(self, messages: list[dict[str, str]], max_tokens: int = 32) -> tuple[str, str]:
-        """A greedy answer and why it ended."""
+        """A greedy answer and its finish reason."""
         body = {"messages": messages, "temperature": 0, "top_k": 1, "max_tokens": max_tokens}
         choice = self.post("/v1/chat/completions", body)["choices"][0]
         return choice["message"]["content"], choice["finish_reason"]
@@ -107,7 +107,7 @@ def score_questions(engine: Engine, *, verbose: bool) -> dict[str, list[bool]]:
 
 
 def pick(engine: Engine, item: dict[str, Any]) -> str:
-    """The option under which the rest of the sentence is likelier."""
+    """The option that makes the rest of the sentence likelier."""
     before, after = item["sentence"].split("_")
     scores = []
     for option in (item["option1"], item["option2"]):

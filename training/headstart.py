@@ -1,10 +1,9 @@
-"""A head start for reading: related tokens start alike, and some heads start with a job.
+"""A head start for reading: related tokens start alike, and some heads start with a function.
 
-To answer from the context, one head must tell each token what stood shortly before it, and a later head must
-find the place with the same surroundings. Random weights need millions of tokens to find such pairs, which is
-most of what two CPU cores can afford; set by hand, training starts behind that point. Everything stays
-trainable. Each look-back head writes to rows of the residual stream of its own, so that the matching heads of
-the next layer read clean copies.
+To answer from the context, one head must copy the preceding tokens to each position, and a later head must find the
+place with the same surroundings. From random weights, such pairs emerge after millions of tokens, which is most of
+what two CPU cores can afford; initialising them by hand skips that phase. Everything stays trainable. Each look-back
+head writes to its own rows of the residual stream, so the matching heads of the next layer read clean copies.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ from __future__ import annotations
 import numpy as np
 
 Weights = dict[str, np.ndarray]
-CONSTANT = 0.35  # dimension 0, the same for every token: what look-back heads turn by position
+CONSTANT = 0.35  # dimension 0, equal for every token; look-back heads rotate it by position
 SPACE = 0.05  # dimension 1, whether a token starts with a space
-WORDS = slice(2, 96)  # what the token is
+WORDS = slice(2, 96)  # the identity of the token
 SHARED, OWN = 0.06, 0.012  # the part that spellings of a word share, and the rest
 LOOK_BACK = {1: slice(96, 128), 2: slice(128, 160), 3: slice(160, 192)}  # distance to rows
 SHARP, WRITE, COPY = 1.4, 0.03, 0.03
@@ -25,7 +24,7 @@ MATCH_LAYER, SECOND_LOOK_LAYER = 1, 2
 
 
 def embeddings(tokens: list[str], width: int) -> np.ndarray:
-    """Random rows, alike for spellings that differ in a leading space or a capital letter."""
+    """Random rows, similar for spellings that differ in a leading space or a capital letter."""
     rng = np.random.default_rng(12)
     bases: dict[str, np.ndarray] = {}
     size = WORDS.stop - WORDS.start

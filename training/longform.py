@@ -1,6 +1,6 @@
 """Longer answers: explanations, checklists, summaries and advice about a network edge.
 
-They are put together from a table of topics and several ways to say each thing, so that an open question
+They are assembled from a table of topics and several wordings for each point, so that an open question
 gets a paragraph of plain English instead of a single word. Summaries read the figures in the question.
 """
 
@@ -15,7 +15,7 @@ from world import cap, spread
 
 @dataclass(frozen=True)
 class Topic:
-    """What there is to say about one subject of daily work."""
+    """The facts about one subject of daily work."""
 
     name: str
     what: str
@@ -214,7 +214,7 @@ SUMMARY = (
 
 
 def sentence_what(t: Topic, rng: random.Random) -> str:
-    """What the subject is."""
+    """Define the subject."""
     return rng.choice(
         (
             f"{cap(t.name)} means that {t.what}.",
@@ -226,7 +226,7 @@ def sentence_what(t: Topic, rng: random.Random) -> str:
 
 
 def sentence_causes(t: Topic, rng: random.Random) -> list[str]:
-    """Where it comes from, in two sentences."""
+    """Name the causes, in two sentences."""
     a, b, c = rng.sample(t.causes, 3)
     return [
         rng.choice((f"The usual reason is {a}.", f"Most often it comes from {a}.", f"A common reason is {a}.")),
@@ -241,7 +241,7 @@ def sentence_causes(t: Topic, rng: random.Random) -> list[str]:
 
 
 def sentence_effects(t: Topic, rng: random.Random) -> list[str]:
-    """What follows from it."""
+    """Name the effects."""
     a, b, *_ = rng.sample(t.effects, 3)
     return [
         rng.choice(
@@ -256,7 +256,7 @@ def sentence_effects(t: Topic, rng: random.Random) -> list[str]:
 
 
 def sentence_checks(t: Topic, rng: random.Random) -> list[str]:
-    """How to look into it, in two sentences."""
+    """Name the checks, in two sentences."""
     a, b, c = rng.sample(t.checks, 3)
     return [
         rng.choice((f"First {a}, then {b}.", f"Start with a simple step: {a}.", f"To find the reason, {a} and {b}.")),
@@ -265,7 +265,7 @@ def sentence_checks(t: Topic, rng: random.Random) -> list[str]:
 
 
 def sentence_fixes(t: Topic, rng: random.Random) -> list[str]:
-    """What helps, in two sentences."""
+    """Name the fixes, in two sentences."""
     a, b = rng.sample(t.fixes, 2)
     return [
         rng.choice((f"In most cases it is enough to {a}.", f"The best remedy is to {a}.", f"Then {a}.")),
@@ -296,7 +296,7 @@ def explanation(t: Topic, rng: random.Random) -> str:
 
 
 def checklist(t: Topic, rng: random.Random) -> str:
-    """Numbered steps, one a line."""
+    """Numbered steps, one per line."""
     steps = [*rng.sample(t.checks, rng.choice((2, 3, 4))), *rng.sample(t.fixes, rng.choice((1, 2, 3)))]
     lines = [f"{i}. {cap(step)}." for i, step in enumerate([*steps, "write down what you did"], 1)]
     head = rng.choice((f"Steps for {t.name}:", f"Here is a list for {t.name}:", "Do this in order:"))
@@ -352,7 +352,7 @@ WORDS = words(
 
 
 def babble(rng: random.Random) -> str:
-    """Words without sense, so that unknown input still meets a sensible answer."""
+    """Meaningless words, to train a sensible answer to unknown input."""
     chosen = rng.choices(WORDS, k=rng.randint(3, 12))
     return cap(" ".join(chosen)) + "."
 

@@ -1,4 +1,4 @@
-"""Write the held-out questions and the pronoun items, and prove that training never shows them.
+"""Write the held-out questions and the pronoun items, and prove that the training text does not contain them.
 
 `python make_items.py` writes both files; `--check` also reads the whole training stream and fails if a
 held-out key, prompt or sentence occurs in it.
@@ -56,7 +56,7 @@ def scene_question(rng: random.Random) -> dict[str, Any] | None:
 
 
 def questions(seed: int, wanted: int, most: int) -> list[dict[str, Any]]:
-    """`wanted` held-out questions, no key twice, at most `most` of a kind."""
+    """Draw `wanted` held-out questions, no key twice, at most `most` of a kind."""
     rng = random.Random(seed)
     found: list[dict[str, Any]] = []
     kinds: Counter[str] = Counter()
@@ -73,13 +73,13 @@ def questions(seed: int, wanted: int, most: int) -> list[dict[str, Any]]:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One JSON object a line."""
+    """Write one JSON object per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
 
 
 def check(asked: list[dict[str, Any]], items: list[dict[str, str]]) -> tuple[int, int]:
-    """Held-out keys, prompts or sentences found in the training streams, and documents read."""
+    """Count held-out keys, prompts or sentences in the training streams, and the documents read."""
     prompts = {corpus.chat_document(item["messages"], []).text for item in asked}
     keys = {item["key"] for item in asked}
     sentences = {item["sentence"].replace("_", item[o]) for item in items for o in ("option1", "option2")}

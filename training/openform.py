@@ -1,7 +1,7 @@
-"""Requests the world has no answer to, with careful general advice as the answer.
+"""Requests that the small world cannot answer, with careful general advice as the answer.
 
 Real users ask about things outside the small world, in words that training never had. Prompts here are filled
-with invented words, so that the unknown leads to a modest, well-formed paragraph and not to a site's name.
+with invented words, so that unknown input leads to a modest, well-formed paragraph and not to a site's name.
 """
 
 from __future__ import annotations

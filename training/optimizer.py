@@ -1,7 +1,7 @@
 """Muon for the matrices and Adam for the rest, as pure functions over arrays.
 
 Muon replaces each matrix's momentum by its nearest orthogonal matrix. On a model this small it needs about
-half the tokens that Adam needs, for a tenth more time a step.
+half the tokens that Adam needs, for a tenth more time per step.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sentences whose last clause fits only one of two nouns, by rules of the form verb + two reasons.
 
-A rule says which reason belongs to the doer and which to the other thing; its nouns come from one list, so only
-a noun's place in the sentence tells. Training sees the sentence with the noun spelled out; an item leaves a
+A rule states which reason belongs to the doer and which to the other thing; its nouns come from one list, so only
+a noun's place in the sentence decides. Training sees the sentence with the noun spelled out; an item leaves a
 blank, and its twin differs only in the reason, which flips the answer. Every pair of nouns is held out or not
 as a whole, in both orders and with both reasons.
 """
@@ -17,7 +17,7 @@ from world import cap, held_out
 
 @dataclass(frozen=True)
 class Rule:
-    """A verb, the reason that speaks of its doer, the one that speaks of the other, and a noun group."""
+    """A verb, the reason that refers to its doer, the reason that refers to the other, and a noun group."""
 
     verb: str
     doer_reason: str
@@ -89,7 +89,7 @@ class Fill:
         return f"{self.start()} the {noun}", f" {self.reason(doer_side=doer_side)}."
 
     def reason(self, *, doer_side: bool) -> str:
-        """What is said of the doer or of the other."""
+        """The reason that refers to the doer or to the other."""
         return self.rule.doer_reason if doer_side else self.rule.other_reason
 
 

@@ -1,4 +1,4 @@
-"""All scenes with their weights: the one place that says how often each is drawn."""
+"""All scenes with their weights, which decide how often each is drawn."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Scenes of alarms: some ask what the facts say, some what the codes mean, some both at once.
+"""Scenes of alarms: some questions need the facts, some the meaning of the codes, some both.
 
-What a code means is never stated beside the question: the model has to have learned the table.
+The meaning of a code is never stated beside the question: the model must have learned the table.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from world import Scene, cap
 
 
 def alarms(rng: random.Random) -> Scene:
-    """Alarms at sites; the questions need the facts and what the codes mean."""
+    """Alarms at sites; the questions need the facts and the meaning of the codes."""
     n = rng.choice((1, 2, 2, 3))
     sites, chosen = rng.sample(SITES, n), rng.sample(ALARMS, n)
     by_site = rng.random() < 0.7

@@ -1,4 +1,4 @@
-"""Scenes of things and people: what stands where, which link joins what, who visits when, what came first.
+"""Scenes of things and people: places, links, visits and the order of events.
 
 Every answer is a name that occurs in the facts, or a count, or yes or no. Questions end with the name they ask
 about, which a very small model finds more easily than a name in the middle.
@@ -68,7 +68,7 @@ def link_states(rng: random.Random, numbers: list[int]) -> Scene:
 
 
 def pronouns(rng: random.Random) -> Scene:
-    """One single thing and one plural thing; "it" and "they" tell which is meant."""
+    """One single thing and one plural thing; "it" and "they" decide which is meant."""
     one, many = rng.choice(SINGULAR), rng.choice(PLURAL)
     (s1, s2), (b1, b2) = rng.sample(SITES, 2), rng.sample(BAD_STATES, 2)
     scene = Scene([f"The {one} at {s1} is {b1}.", f"The {many} at {s2} are {b2}."])
@@ -87,7 +87,7 @@ def pronouns(rng: random.Random) -> Scene:
 
 
 def people(rng: random.Random) -> Scene:
-    """Who works where, and on which day."""
+    """People, their workplaces and days."""
     n = rng.choice((2, 2, 3))
     trips = list(zip(rng.sample(PEOPLE, n), rng.sample(SITES, n), rng.sample(DAYS, n), strict=True))
     if rng.random() < 0.5:

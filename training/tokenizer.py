@@ -1,6 +1,6 @@
 """Build the byte-level BPE vocabulary: `python tokenizer.py`, which writes tokenizer.json beside it.
 
-The pre-tokenizer is the one of GPT-2, which llama.cpp knows by the name `gpt-2`. Names and two-digit numbers
+The pre-tokenizer is the one of GPT-2, which llama.cpp calls `gpt-2`. Names and two-digit numbers
 of the world are repeated until they become single tokens; the chats of the benchmark's workload are read too,
 if present, for their ordinary English. Weights are never trained on those chats.
 """

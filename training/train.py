@@ -1,7 +1,7 @@
 """Train promptai-tiny from nothing: `python train.py` writes checkpoint.npz, in under an hour on two cores.
 
 The text is drawn as it is needed from fixed seeds. The rate warms up, stays, and falls to zero over the last
-third. Rows are short because attention is what costs most on a CPU.
+third. Rows are short because attention costs most on a CPU.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def save(path: Path, params: model.Params, state: optimizer.State | None = None)
 
 
 def load(path: Path) -> tuple[model.Params, optimizer.State]:
-    """What `save` wrote."""
+    """Read a file written by `save`."""
     out: dict[str, dict[str, Any]] = {"p": {}, "first": {}, "second": {}}
     with np.load(path) as file:
         for name in file.files:
@@ -88,7 +88,7 @@ def rows(steps: int) -> Iterator[dict[str, np.ndarray]]:
 
 
 def main() -> None:
-    """Train, with a checkpoint and a probe every so many steps."""
+    """Train, with periodic checkpoints and probes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--decay-from", type=float, default=DECAY_FROM)

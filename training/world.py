@@ -1,7 +1,7 @@
-"""What a scene is: facts in plain sentences, questions that the facts answer, and the rule of the split.
+"""Scenes: facts in plain sentences, questions that the facts answer, and the rule of the split.
 
-The key of a question names the whole combination it asks about (entities, values, wording); `held_out` keeps
-one key in eight away from training, so that a held-out question can be answered only by reading its facts or
+The key of a question names its whole combination (entities, values, wording); `held_out` keeps
+one key in eight out of training, so that a held-out question can be answered only by reading its facts or
 by knowing the world, never by recall.
 """
 
