@@ -143,7 +143,7 @@ class Comparison:
             yield row if limited or not row.limit else Row(row.what, "", row.seen)
         for name in (OURS, PEER):
             if name in seen:
-                what = f"each word by itself ({streams} streams of {pace}/s)"
+                what = f"one write per word ({streams} streams of {pace}/s)"
                 yield self._per_core(name, what, seen[name], used[name], cpu)
 
     async def full_speed(self) -> AsyncIterator[Row]:
