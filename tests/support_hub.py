@@ -154,7 +154,7 @@ def point_at(url: str, home: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 class Told:
-    """A ``Watch`` that remembers what it was told."""
+    """A ``ProgressReporter`` that remembers what it was told."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -169,7 +169,7 @@ class Told:
         """Add bytes."""
         self.advanced += size
 
-    def say(self, line: str) -> None:
+    def notify(self, line: str) -> None:
         """Remember a line."""
         self.lines.append(line)
 

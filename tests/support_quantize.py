@@ -15,7 +15,7 @@ def write_half(path: Path) -> Path:
 
 
 class Quiet:
-    """A ``Watch`` that remembers."""
+    """A ``ProgressReporter`` that remembers."""
 
     def __init__(self, *, interrupt_at: int | None = None) -> None:
         self.begun: list[tuple[str, int | None]] = []
@@ -33,7 +33,7 @@ class Quiet:
         if self.interrupt_at is not None and len(self.begun) == 2 and self.done >= self.interrupt_at:
             raise KeyboardInterrupt
 
-    def say(self, line: str) -> None:
+    def notify(self, line: str) -> None:
         """Nothing is worth saying."""
         raise AssertionError(line)
 

@@ -123,7 +123,7 @@ def damaged(path: Path, target: Path, *, by: type[np.uint8 | np.uint16]) -> Path
 def test_eight_bits_say_the_same_as_sixteen_and_a_damaged_file_does_not(half: Path, tmp_path: Path) -> None:
     """On text that the model knows; the damaged file loads and talks like any other."""
     eight = tmp_path / "q8.gguf"
-    quantize(half, eight, "q8_0", tool=None, watch=Quiet(), threads=1)
+    quantize(half, eight, "q8_0", tool=None, progress=Quiet(), threads=1)
     passages = known_sentences(18)
     done: list[int] = []
 

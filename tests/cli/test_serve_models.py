@@ -38,7 +38,7 @@ def keep(root: Path, folder: str, file: str, source: Path, *, catalog: str | Non
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         time = "2026-11-20T12:00:00+00:00"
         sidecar = Sidecar(f"hub:{folder}", file, path.stat().st_size, digest, time, time, catalog=catalog)
-        Library(root).note(path, sidecar)
+        Library(root).write_sidecar(path, sidecar)
 
 
 def names(root: Path, *wanted: str) -> list[str]:

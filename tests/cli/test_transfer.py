@@ -70,6 +70,6 @@ def test_on_a_terminal_rate_and_time_left_are_drawn() -> None:
 def test_what_is_said_cannot_inject_markup_or_lines(*, terminal: bool) -> None:
     transfer, output, _ = shown(terminal=terminal)
     with transfer:
-        transfer.say("[bold]a\nb[/bold]")
+        transfer.notify("[bold]a\nb[/bold]")
 
     assert "[bold]a b[/bold]" in output.getvalue()

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from promptai.device.sensors import CpuTimes, Machine, parse_cpu_times, parse_pressure
+from promptai.device.sensors import CpuTimes, MachineSensors, parse_cpu_times, parse_pressure
 
 WriteTree = Callable[[dict[str, str]], Path]
 
@@ -17,7 +17,7 @@ intr 5 cpu7
 
 def test_a_bare_machine_says_nothing(tmp_path: Path) -> None:
     """Every gauge is None, none is 0."""
-    machine = Machine(tmp_path, {0})
+    machine = MachineSensors(tmp_path, {0})
 
     assert machine.cpu_percent() is None
     assert machine.memory() == (None, None)
@@ -53,7 +53,7 @@ def test_pressure_is_the_ten_second_share_of_some() -> None:
 
 def test_time_that_runs_backwards_is_no_negative_load(pi5: Path, write_tree: WriteTree) -> None:
     """The kernel's iowait may fall."""
-    machine = Machine(pi5, {0})
+    machine = MachineSensors(pi5, {0})
     write_tree({"proc/stat": "cpu0 100 0 0 100 500\n"})
     machine.cpu_percent()
     write_tree({"proc/stat": "cpu0 100 0 0 900 400\n"})
@@ -63,7 +63,7 @@ def test_time_that_runs_backwards_is_no_negative_load(pi5: Path, write_tree: Wri
 
 def test_no_tick_between_two_looks_is_none(pi5: Path) -> None:
     """No time has passed, so there is no rate."""
-    machine = Machine(pi5, range(4))
+    machine = MachineSensors(pi5, range(4))
     machine.cpu_percent()
 
     assert machine.cpu_percent() is None
@@ -71,7 +71,7 @@ def test_no_tick_between_two_looks_is_none(pi5: Path) -> None:
 
 def test_load_is_the_share_of_all_usable_cores(pi5: Path, write_tree: WriteTree) -> None:
     """One of two usable cores busy for the whole time is 50, whatever the others do."""
-    machine = Machine(pi5, {2, 3})
+    machine = MachineSensors(pi5, {2, 3})
     machine.cpu_percent()
     write_tree({"proc/stat": "cpu 0\ncpu0 900 0 10 890\ncpu2 200 0 10 890\ncpu3 100 0 10 990\n"})
 
@@ -82,7 +82,7 @@ def test_a_machine_without_swap_has_no_swap_in_use(write_tree: WriteTree) -> Non
     """None, not 0: there is nothing that could be used."""
     root = write_tree({"proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 5 kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\n"})
 
-    assert Machine(root, {0}).memory() == (5 * 1024, None)
+    assert MachineSensors(root, {0}).memory() == (5 * 1024, None)
 
 
 def test_a_sensor_beside_the_processor_is_not_its_temperature(write_tree: WriteTree) -> None:
@@ -98,12 +98,12 @@ def test_a_sensor_beside_the_processor_is_not_its_temperature(write_tree: WriteT
         }
     )
 
-    assert Machine(root, {0}).temperature_c() == 55.25
+    assert MachineSensors(root, {0}).temperature_c() == 55.25
 
 
 def test_a_pi_s_gauges_are_read(pi5: Path) -> None:
     """In the units that the samples promise."""
-    machine = Machine(pi5, range(4))
+    machine = MachineSensors(pi5, range(4))
 
     assert machine.memory() == (3300000 * 1024, 288 * 1024)
     assert machine.load1() == 1.52
@@ -115,5 +115,5 @@ def test_the_clock_is_the_mean_of_the_usable_cpus(pi5: Path, write_tree: WriteTr
     """A core that is not ours does not count."""
     write_tree({"sys/devices/system/cpu/cpu3/cpufreq/scaling_cur_freq": "2400000\n"})
 
-    assert Machine(pi5, {2, 3}).cpu_mhz() == 1950.0
-    assert Machine(pi5, {0, 1}).cpu_mhz() == 1500.0
+    assert MachineSensors(pi5, {2, 3}).cpu_mhz() == 1950.0
+    assert MachineSensors(pi5, {0, 1}).cpu_mhz() == 1500.0

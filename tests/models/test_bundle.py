@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from promptai.errors import LibraryError, ModelChecksumError, ModelError, ModelNotFoundError
-from promptai.models.bundle import MANIFEST, Bundled, Manifest, export, import_path, read_manifest
-from promptai.models.library import Kept, Library, Sidecar
+from promptai.models.bundle import MANIFEST, BundleEntry, BundleManifest, export, import_path, read_manifest
+from promptai.models.library import Library, Sidecar, StoredModel
 from support_hub import Told
 
 
@@ -23,7 +23,7 @@ def library(tmp_path: Path, small_model: Path) -> Library:
     return library
 
 
-def bring(path: Path, library: Library, told: Told | None = None) -> list[Kept]:
+def bring(path: Path, library: Library, told: Told | None = None) -> list[StoredModel]:
     return list(import_path(path, library, told or Told()))
 
 
@@ -205,7 +205,7 @@ def test_a_manifest_cannot_name_a_place_outside_the_library(
     stick.mkdir()
     shutil.copy(small_model, tmp_path / "a.gguf")
     sidecar = Sidecar(source="import", file=file, bytes=1, sha256="0" * 64, fetched_at="", verified_at="")
-    (stick / MANIFEST).write_bytes(msgspec.json.encode(Manifest("", (Bundled(folder, file, sidecar),))))
+    (stick / MANIFEST).write_bytes(msgspec.json.encode(BundleManifest("", (BundleEntry(folder, file, sidecar),))))
     before = files(tmp_path)
 
     with pytest.raises(ModelError):

@@ -92,24 +92,28 @@ def test_its_checksum_is_that_of_its_weights_in_order(folder: Path) -> None:
 def test_the_folder_that_one_stands_in_has_a_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dot is none, neither in the result nor in front of a progress bar."""
     monkeypatch.chdir(folder)
-    watch = Quiet()
+    progress = Quiet()
 
-    assert origin_of(read_checkpoint(Path(), trust_code=False), watch).name == "edge-1b"
-    assert watch.begun == [("hashing edge-1b", 12)]
+    assert origin_of(read_checkpoint(Path(), trust_code=False), progress).name == "edge-1b"
+    assert progress.begun == [("hashing edge-1b", 12)]
 
 
 def test_the_16_bit_file_is_there_while_it_is_needed(tmp_path: Path, folder: Path) -> None:
     """Nothing is fetched meanwhile, and nothing stays."""
-    target, watch = tmp_path / "out" / "new.gguf", Quiet()
+    target, progress = tmp_path / "out" / "new.gguf", Quiet()
 
     with converted_checkpoint(
-        read_checkpoint(folder, trust_code=False), target, converter=converter(tmp_path), watch=watch, cache=tmp_path
+        read_checkpoint(folder, trust_code=False),
+        target,
+        converter=converter(tmp_path),
+        progress=progress,
+        cache=tmp_path,
     ) as middle:
         assert middle.read_text() == "1twelve bytes"
         assert middle.name == "new.gguf.16bit.part"
 
     assert list(target.parent.iterdir()) == []
-    assert (watch.begun, watch.done) == ([("converting edge-1b", 12)], 12)
+    assert (progress.begun, progress.done) == ([("converting edge-1b", 12)], 12)
 
 
 def test_two_at_once_do_not_convert_into_the_same_file(tmp_path: Path, folder: Path) -> None:
@@ -117,11 +121,11 @@ def test_two_at_once_do_not_convert_into_the_same_file(tmp_path: Path, folder: P
     checkpoint, target = read_checkpoint(folder, trust_code=False), tmp_path / "out" / "new.gguf"
 
     with converted_checkpoint(
-        checkpoint, target, converter=converter(tmp_path), watch=Quiet(), cache=tmp_path
+        checkpoint, target, converter=converter(tmp_path), progress=Quiet(), cache=tmp_path
     ) as middle:
         with (
             pytest.raises(ModelError, match="is being written by another process"),
-            converted_checkpoint(checkpoint, target, converter=converter(tmp_path), watch=Quiet(), cache=tmp_path),
+            converted_checkpoint(checkpoint, target, converter=converter(tmp_path), progress=Quiet(), cache=tmp_path),
         ):
             pytest.fail("it is not its turn")
         assert Library(tmp_path).clean() == (0, [middle])
@@ -151,7 +155,7 @@ def test_a_converter_that_fails_says_why_and_what_to_install(
     with (
         pytest.raises(ModelError, match=words) as caught,
         converted_checkpoint(
-            checkpoint, tmp_path / "new.gguf", converter=failing, watch=Quiet(), cache=tmp_path / "cache"
+            checkpoint, tmp_path / "new.gguf", converter=failing, progress=Quiet(), cache=tmp_path / "cache"
         ),
     ):
         pytest.fail("there is nothing to go on with")
@@ -166,7 +170,9 @@ def test_a_checkpoint_that_would_not_fit_is_not_begun(tmp_path: Path) -> None:
 
     with (
         pytest.raises(ModelError, match="free"),
-        converted_checkpoint(huge, tmp_path / "new.gguf", converter=converter(tmp_path), watch=Quiet(), cache=tmp_path),
+        converted_checkpoint(
+            huge, tmp_path / "new.gguf", converter=converter(tmp_path), progress=Quiet(), cache=tmp_path
+        ),
     ):
         pytest.fail("there is nothing to go on with")
 

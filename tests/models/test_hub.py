@@ -220,7 +220,7 @@ def test_a_token_goes_to_the_hub_and_nowhere_else(hub: Hub, monkeypatch: pytest.
     hub.plain["model.gguf"] = WEIGHTS
 
     start_of_weights()
-    with open_body(f"{hub.storage}/plain/model.gguf", what="a model") as body:
+    with open_body(f"{hub.storage}/plain/model.gguf", label="a model") as body:
         next(body.chunks)
 
     tokens = {seen.path.split("/")[1]: seen.token for seen in hub.seen}
@@ -239,7 +239,7 @@ def test_a_token_goes_to_the_hub_and_nowhere_else(hub: Hub, monkeypatch: pytest.
 def test_a_redirect_is_checked_before_it_is_followed(hub: Hub, target: str, word: str) -> None:
     hub.redirects["/around"] = target
 
-    with pytest.raises(HubError, match=word), open_body(f"{hub.url}/around", what="a model"):
+    with pytest.raises(HubError, match=word), open_body(f"{hub.url}/around", label="a model"):
         pass
 
 

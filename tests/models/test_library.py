@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from promptai.errors import LibraryError, ModelChecksumError, ModelError, ModelNotFoundError
-from promptai.models.library import Kept, Library, Sidecar, disk_errors, gigabytes, resolve, sidecar_path
+from promptai.models.library import Library, Sidecar, StoredModel, disk_errors, readable_size, resolve, sidecar_path
 from support_hub import Told
 
 CONTENT = b"GGUF and weights"
@@ -17,9 +17,11 @@ def library(tmp_path: Path) -> Library:
     return Library(tmp_path / "models")
 
 
-def put(library: Library, folder: str, file: str, *, content: bytes = CONTENT, catalog: str | None = None) -> Kept:
+def put(
+    library: Library, folder: str, file: str, *, content: bytes = CONTENT, catalog: str | None = None
+) -> StoredModel:
     """A model as a pull leaves it."""
-    final = library.place(folder, file)
+    final = library.path_for(folder, file)
     final.parent.mkdir(parents=True, exist_ok=True)
     sidecar = Sidecar(
         source=f"hub:{folder.replace('--', '/')}:{file}",
@@ -32,7 +34,7 @@ def put(library: Library, folder: str, file: str, *, content: bytes = CONTENT, c
     )
     with final.with_name(f"{file}.abc.part").open("wb") as part:
         part.write(content)
-        return library.keep(part, final, sidecar)
+        return library.store(part, final, sidecar)
 
 
 def test_a_library_need_not_be_there(library: Library) -> None:
@@ -83,7 +85,7 @@ def test_files_of_strangers_are_listed_as_unverified(library: Library, sidecar: 
     if sidecar is not None:
         sidecar_path(folder / "own.gguf").write_bytes(sidecar)
 
-    assert library.models() == [Kept(folder / "own.gguf", 1, None)]
+    assert library.models() == [StoredModel(folder / "own.gguf", 1, None)]
     assert library.find("own") == library.models()[0]
 
 
@@ -122,7 +124,7 @@ def test_a_name_that_could_leave_the_library_or_is_no_model_is_refused(
     library: Library, folder: str, file: str
 ) -> None:
     with pytest.raises(ModelError):
-        library.place(folder, file)
+        library.path_for(folder, file)
 
 
 def test_space_is_compared_with_a_little_to_spare(tmp_path: Path) -> None:
@@ -230,4 +232,4 @@ def test_what_a_disk_refuses_is_one_line(tmp_path: Path) -> None:
     ],
 )
 def test_sizes_are_decimal_as_on_a_card(size: float, text: str) -> None:
-    assert gigabytes(size) == text
+    assert readable_size(size) == text

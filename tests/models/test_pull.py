@@ -19,9 +19,9 @@ from promptai.errors import (
     ModelChecksumError,
     ModelError,
 )
-from promptai.models.library import Kept, Library, Sidecar
-from promptai.models.order import kept_instead, parse, place_order
-from promptai.models.pull import fetch, partial_share
+from promptai.models.library import Library, Sidecar, StoredModel
+from promptai.models.pull import downloaded_share, fetch
+from promptai.models.source_selection import find_stored, parse_reference, resolve_download
 from support_hub import COMMIT, TOKEN, Faults, Hub, Told, hub_with, point_at
 
 NAME = "hub:people/tiny-GGUF"
@@ -53,8 +53,8 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return asked
 
 
-def get(library: Library, name: str = NAME, *, sha256: str | None = None, told: Told | None = None) -> Kept:
-    return fetch(place_order(parse(name), sha256=sha256), library, told or Told())
+def get(library: Library, name: str = NAME, *, sha256: str | None = None, told: Told | None = None) -> StoredModel:
+    return fetch(resolve_download(parse_reference(name), sha256=sha256), library, told or Told())
 
 
 def names(library: Library) -> list[str]:
@@ -130,10 +130,10 @@ def test_the_next_pull_checks_what_is_there_and_asks_for_the_rest(hub: Hub, libr
     hub.seen.clear()
     hub.faults = Faults()
     told = Told()
-    order = place_order(parse(NAME))
-    assert partial_share(order, library) == pytest.approx(0.9, abs=0.001)
+    download = resolve_download(parse_reference(NAME))
+    assert downloaded_share(download, library) == pytest.approx(0.9, abs=0.001)
 
-    fetch(order, library, told)
+    fetch(download, library, told)
 
     have = int(len(weights) * 0.9)
     assert [(seen.range, seen.bytes) for seen in hub.bodies()] == [(f"bytes={have}-", len(weights) - have)]
@@ -174,11 +174,11 @@ def test_who_waited_for_a_part_that_was_then_deleted_begins_anew(library: Librar
     """Somebody cleaned up, or the other's part was refused: what was locked is no longer what the name means."""
     part = library.root / "people--tiny-GGUF" / f"{FILE}.{hashlib.sha256(weights).hexdigest()[:12]}.part"
     part.parent.mkdir(parents=True)
-    told, order = Told(), place_order(parse(NAME))
+    told, download = Told(), resolve_download(parse_reference(NAME))
     with ThreadPoolExecutor() as beside:
         with part.open("wb") as other:
             fcntl.flock(other, fcntl.LOCK_EX)
-            waiting = beside.submit(fetch, order, library, told)
+            waiting = beside.submit(fetch, download, library, told)
             while not told.lines:
                 assert not waiting.done()
             part.unlink()
@@ -203,7 +203,7 @@ def test_a_wrong_checksum_is_refused_and_kept_aside(hub: Hub, library: Library, 
 
 @pytest.mark.parametrize("shorter_by", [1, -1], ids=["shorter", "longer"])
 def test_a_file_of_another_length_is_refused(hub: Hub, library: Library, weights: bytes, shorter_by: int) -> None:
-    order = place_order(parse(NAME))
+    download = resolve_download(parse_reference(NAME))
     hub.repositories["people/tiny-GGUF"].files[FILE] = weights + b"!"
     hub.redirects[f"/people/tiny-GGUF/resolve/{COMMIT}/{FILE}"] = (
         f"/storage/{hashlib.sha256(weights + b'!').hexdigest()}"
@@ -211,7 +211,7 @@ def test_a_file_of_another_length_is_refused(hub: Hub, library: Library, weights
     hub.faults.shorter_by = 1 + shorter_by
 
     with pytest.raises(HubError, match="changed at its source"):
-        fetch(order, library, Told())
+        fetch(download, library, Told())
     assert names(library) == []
 
 
@@ -315,9 +315,9 @@ def test_what_the_source_has_is_kept_although_it_cannot_be_read_here(hub: Hub, l
 
 def test_a_name_of_the_catalogue_finds_what_was_pulled_from_the_hub(hub: Hub, library: Library) -> None:
     get(library)
-    wanted = msgspec.structs.replace(parse(NAME), catalog="tiny")
+    reference = msgspec.structs.replace(parse_reference(NAME), catalog="tiny")
 
-    fetch(place_order(wanted), library, Told())
+    fetch(resolve_download(reference), library, Told())
 
     assert library.find("tiny") == library.models()[0]
     assert len(hub.bodies()) == 1
@@ -328,9 +328,9 @@ def test_without_a_connection_what_is_here_is_found(hub: Hub, library: Library, 
     kept = get(library)
     own = get(library, f"{hub.url}/plain/own.gguf")
 
-    assert kept_instead(parse(NAME), library) == kept
-    assert kept_instead(parse(f"{NAME}:q4_k_m"), library) == kept
-    assert kept_instead(parse(f"{NAME}:q8_0"), library) is None
-    assert kept_instead(parse("hub:people/other"), library) is None
-    assert kept_instead(parse(f"{hub.url}/plain/own.gguf"), library) == own
-    assert kept_instead(parse(f"{hub.url}/plain/other.gguf"), library) is None
+    assert find_stored(parse_reference(NAME), library) == kept
+    assert find_stored(parse_reference(f"{NAME}:q4_k_m"), library) == kept
+    assert find_stored(parse_reference(f"{NAME}:q8_0"), library) is None
+    assert find_stored(parse_reference("hub:people/other"), library) is None
+    assert find_stored(parse_reference(f"{hub.url}/plain/own.gguf"), library) == own
+    assert find_stored(parse_reference(f"{hub.url}/plain/other.gguf"), library) is None

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from promptai.errors import HubUnreachableError, ModelChecksumError, ModelError, ModelFormatError
-from promptai.models.library import Kept, Library
-from promptai.models.order import parse, place_order
+from promptai.models.library import Library, StoredModel
 from promptai.models.pull import fetch
+from promptai.models.source_selection import parse_reference, resolve_download
 from support_hub import Faults, Hub, Told, hub_with, point_at
 
 
@@ -32,8 +32,8 @@ def library(tmp_path: Path) -> Library:
     return Library(tmp_path / "models")
 
 
-def get(library: Library, hub: Hub, name: str, *, sha256: str | None = None) -> Kept:
-    return fetch(place_order(parse(f"{hub.url}/plain/{name}"), sha256=sha256), library, Told())
+def get(library: Library, hub: Hub, name: str, *, sha256: str | None = None) -> StoredModel:
+    return fetch(resolve_download(parse_reference(f"{hub.url}/plain/{name}"), sha256=sha256), library, Told())
 
 
 def test_a_url_is_kept_under_its_server_and_resumes(hub: Hub, library: Library, weights: bytes) -> None:
@@ -77,14 +77,14 @@ def test_a_url_whose_content_changes_meanwhile_is_taken_from_its_start(
 ) -> None:
     newer = weights[:-500] + bytes(500)  # begins in what has arrived, and in no part of the header
     hub.plain["own.gguf"] = weights
-    order = place_order(parse(f"{hub.url}/plain/own.gguf"))
+    download = resolve_download(parse_reference(f"{hub.url}/plain/own.gguf"))
     hub.faults = Faults(cut_at=1 - 200 / len(weights), cut_first=9)
     with pytest.raises(HubUnreachableError):
-        fetch(order, library, Told())
+        fetch(download, library, Told())
     hub.plain["own.gguf"] = newer
     hub.faults = Faults()
 
-    assert fetch(order, library, Told()).path.read_bytes() == newer
+    assert fetch(download, library, Told()).path.read_bytes() == newer
 
 
 def test_a_url_with_a_checksum_is_held_against_it(hub: Hub, library: Library, weights: bytes) -> None:

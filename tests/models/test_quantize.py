@@ -15,8 +15,8 @@ from promptai.models.gguf import read_header
 from promptai.models.quantize import (
     TYPES,
     Origin,
-    Tool,
-    being_written,
+    QuantizeTool,
+    atomic_output,
     check_source,
     expected_bytes,
     find_program,
@@ -55,16 +55,16 @@ def test_numbers_that_the_type_cannot_hold_are_refused(tmp_path: Path, value: fl
     source.write_bytes(gguf_of([], [tensor("a.weight", (32, 2), TYPE_F32)]) + np.full(64, value, np.float32).tobytes())
 
     with pytest.raises(ModelError, match=r"holds numbers in 'a\.weight'"):
-        quantize(source, tmp_path / "new.gguf", kind, tool=None, watch=Quiet(), threads=1)
+        quantize(source, tmp_path / "new.gguf", kind, tool=None, progress=Quiet(), threads=1)
 
     assert [path.name for path in tmp_path.iterdir()] == ["source.gguf"]
 
 
 def test_the_result_says_what_it_was_made_of(half: Path, tmp_path: Path) -> None:
     """Name, type, SHA-256 and tool; progress adds up to every byte twice, hashed and quantised."""
-    watch = Quiet()
+    progress = Quiet()
 
-    done = quantize(half, tmp_path / "sub" / "new.gguf", "q4_0", tool=None, watch=watch, threads=1)
+    done = quantize(half, tmp_path / "sub" / "new.gguf", "q4_0", tool=None, progress=progress, threads=1)
 
     noted = {key: value for key, value in done.result.metadata.items() if key.startswith("promptai.")}
     assert noted == {
@@ -74,11 +74,11 @@ def test_the_result_says_what_it_was_made_of(half: Path, tmp_path: Path) -> None
         "promptai.quantized_by": done.by,
     }
     assert re.fullmatch(r"[0-9a-f]{64}", done.source_sha256)
-    assert watch.begun == [
+    assert progress.begun == [
         ("hashing tiny-f16.gguf", half.stat().st_size),
         ("quantising to q4_0", done.source.tensor_bytes),
     ]
-    assert watch.done == done.source.tensor_bytes
+    assert progress.done == done.source.tensor_bytes
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["new.gguf"]
 
 
@@ -96,7 +96,7 @@ def test_what_is_asked_of_the_disk_is_enough_and_not_twice_as_much(
 ) -> None:
     """Before anything is written."""
     for source in (half, half_synthetic):
-        done = quantize(source, tmp_path / "new.gguf", kind, tool=None, watch=Quiet(), threads=1)
+        done = quantize(source, tmp_path / "new.gguf", kind, tool=None, progress=Quiet(), threads=1)
         notes = 1024
         assert done.result.file_bytes - notes <= expected_bytes(done.source, kind) < 2 * done.result.file_bytes
 
@@ -135,7 +135,7 @@ def test_what_would_be_spoilt_is_refused_before_anything_is_written(
     before = sorted(tmp_path.iterdir())
 
     with pytest.raises(ModelError, match=words) as caught:
-        quantize(source, tmp_path / "new.gguf", kind, tool=None, watch=Quiet(), threads=1)
+        quantize(source, tmp_path / "new.gguf", kind, tool=None, progress=Quiet(), threads=1)
 
     assert caught.value.hint
     assert before == sorted(tmp_path.iterdir())
@@ -147,7 +147,7 @@ def test_a_table_of_integers_is_not_taken_for_quantised_weights(tmp_path: Path) 
     tensors = [tensor("a.weight", (32, 2), TYPE_F32), tensor("blk.0.ffn_gate_tid2eid.weight", (6, 4), 26, 256)]
     source.write_bytes(gguf_of([], tensors) + bytes(256) + bytes(range(96)))
 
-    done = quantize(source, tmp_path / "new.gguf", "q4_0", tool=None, watch=Quiet(), threads=1)
+    done = quantize(source, tmp_path / "new.gguf", "q4_0", tool=None, progress=Quiet(), threads=1)
 
     assert [found.quantization for found in done.result.tensors] == ["Q4_0", "I32"]
     assert bytes(range(96)) in (tmp_path / "new.gguf").read_bytes()
@@ -159,7 +159,7 @@ def test_a_source_is_not_emptied_because_it_has_the_name_of_an_unfinished_result
     shutil.copyfile(half, source)
 
     with pytest.raises(ModelError, match="would replace its own source"):
-        quantize(source, tmp_path / "new.gguf", "q4_0", tool=None, watch=Quiet(), threads=1)
+        quantize(source, tmp_path / "new.gguf", "q4_0", tool=None, progress=Quiet(), threads=1)
 
     assert source.read_bytes() == half.read_bytes()
 
@@ -171,7 +171,7 @@ def test_a_source_is_not_replaced_by_its_own_result(half: Path, tmp_path: Path) 
     (tmp_path / "link.gguf").symlink_to(source)
 
     with pytest.raises(ModelError, match="would replace its own source"):
-        quantize(source, tmp_path / "link.gguf", "q4_0", tool=None, watch=Quiet(), threads=1)
+        quantize(source, tmp_path / "link.gguf", "q4_0", tool=None, progress=Quiet(), threads=1)
 
 
 def test_a_disk_without_room_is_refused_with_numbers(
@@ -182,7 +182,7 @@ def test_a_disk_without_room_is_refused_with_numbers(
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 0, 10**6))
 
     with pytest.raises(ModelError, match=r"has 1\.0 MB free, new\.gguf needs about"):
-        quantize(half, tmp_path / "new.gguf", "q4_0", tool=None, watch=Quiet(), threads=1)
+        quantize(half, tmp_path / "new.gguf", "q4_0", tool=None, progress=Quiet(), threads=1)
 
 
 def test_ctrl_c_leaves_what_was_there_before(half: Path, tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_ctrl_c_leaves_what_was_there_before(half: Path, tmp_path: Path) -> None
     target.write_text("precious")
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(half, target, "q4_0", tool=None, watch=Quiet(interrupt_at=1_000_000), threads=1)
+        quantize(half, target, "q4_0", tool=None, progress=Quiet(interrupt_at=1_000_000), threads=1)
 
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("new.gguf", "precious")]
 
@@ -199,15 +199,15 @@ def test_ctrl_c_leaves_what_was_there_before(half: Path, tmp_path: Path) -> None
 def test_llama_quantize_is_told_what_to_note_and_its_steps_are_progress(half: Path, tmp_path: Path) -> None:
     """Each line that it prints of a tensor counts as that tensor's bytes."""
     steps = ["noise", "[   1/  47] output_norm.weight - [ 192, 1, 1, 1], type = f32, size = 0.001 MiB", "[ 2/ 47] gone"]
-    fake, watch, target = FakeTool(half, lines=steps), Quiet(), tmp_path / "new.gguf"
+    fake, progress, target = FakeTool(half, lines=steps), Quiet(), tmp_path / "new.gguf"
 
-    done = quantize(half, target, "q4_k_m", tool=Tool(Path("/bin/lq"), fake), watch=watch, threads=3)
+    done = quantize(half, target, "q4_k_m", tool=QuantizeTool(Path("/bin/lq"), fake), progress=progress, threads=3)
 
     assert done.by == "llama-quantize 1.2 (build 7, commit abc)"
     assert fake.commands[-1][:2] == ["/bin/lq", "--allow-requantize"]
     assert fake.commands[-1][-4:] == [str(half), f"{target}.part", "Q4_K_M", "3"]
     assert done.result.metadata["promptai.quantized_by"] == done.by
-    assert (watch.begun[-1][1], watch.done) == (done.source.tensor_bytes, 192 * 4)
+    assert (progress.begun[-1][1], progress.done) == (done.source.tensor_bytes, 192 * 4)
     assert [path.name for path in tmp_path.iterdir()] == ["new.gguf"]
 
 
@@ -226,7 +226,14 @@ def test_a_tool_that_fails_leaves_nothing(
 ) -> None:
     """And its last words are the reason."""
     with pytest.raises(ModelError, match=words):
-        quantize(half, tmp_path / "new.gguf", "q4_k_m", tool=Tool(Path("lq"), make(half)), watch=Quiet(), threads=1)
+        quantize(
+            half,
+            tmp_path / "new.gguf",
+            "q4_k_m",
+            tool=QuantizeTool(Path("lq"), make(half)),
+            progress=Quiet(),
+            threads=1,
+        )
 
     assert list(tmp_path.iterdir()) == []
 
@@ -240,11 +247,11 @@ def test_two_at_once_do_not_write_the_same_file(half: Path, tmp_path: Path) -> N
         def __call__(self, command: Sequence[str], *, seen: Callable[[str], None], tick: Callable[[], None]) -> int:
             if "--dry-run" not in command:
                 with pytest.raises(ModelError) as caught:
-                    quantize(half, target, "q4_0", tool=None, watch=Quiet(), threads=1)
+                    quantize(half, target, "q4_0", tool=None, progress=Quiet(), threads=1)
                 refused.append(caught.value.message)
             return super().__call__(command, seen=seen, tick=tick)
 
-    quantize(half, target, "q4_k_m", tool=Tool(Path("lq"), Second(half)), watch=Quiet(), threads=1)
+    quantize(half, target, "q4_k_m", tool=QuantizeTool(Path("lq"), Second(half)), progress=Quiet(), threads=1)
 
     assert refused == [f"{target} is being written by another process"]
     assert read_header(target).quantization == "Q8_0"
@@ -262,7 +269,7 @@ def test_a_result_that_another_process_finishes_in_this_moment_stays_whole(
 
     monkeypatch.setattr(fcntl, "flock", finished_before)
 
-    with pytest.raises(ModelError, match="is being written by another process"), being_written(target):
+    with pytest.raises(ModelError, match="is being written by another process"), atomic_output(target):
         pytest.fail("it is not ours")
 
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("new.gguf", "whole")]
@@ -279,7 +286,7 @@ def test_what_the_next_process_begins_is_not_deleted(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(Path, "replace", and_the_next_begins)
 
-    with being_written(tmp_path / "new.gguf") as part:
+    with atomic_output(tmp_path / "new.gguf") as part:
         part.write_text("whole")
 
     assert (part.read_text(), (tmp_path / "new.gguf").read_text()) == ("the next", "whole")

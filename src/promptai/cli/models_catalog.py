@@ -23,10 +23,10 @@ from promptai.models.hub import RepositoryFacts, repository_facts
 #: Polite to a hub, and a whole catalogue takes seconds instead of half a minute.
 _AT_ONCE = 8
 
-Ask = Callable[[str], RepositoryFacts]
+FetchFacts = Callable[[str], RepositoryFacts]
 
 
-class Checked(msgspec.Struct, frozen=True):
+class EntryCheck(msgspec.Struct, frozen=True):
     """
     What came out for one entry.
 
@@ -75,7 +75,9 @@ def check_catalog(context: click.Context, names: tuple[str, ...], *, as_json: bo
         context.exit(1)
 
 
-def check(entries: Sequence[Entry], ask: Ask, *, answered: Callable[[], None] = lambda: None) -> list[Checked]:
+def check(
+    entries: Sequence[Entry], ask: FetchFacts, *, answered: Callable[[], None] = lambda: None
+) -> list[EntryCheck]:
     """
     Hold entries against what ``ask`` says of their repositories, several questions at once.
 
@@ -108,10 +110,10 @@ def _repositories(entries: Sequence[Entry]) -> list[str]:
     return list(dict.fromkeys(name for entry in entries for name in (entry.repository, entry.gguf)))
 
 
-def _checked(entry: Entry, answers: dict[str, RepositoryFacts | HubError]) -> Checked:
+def _checked(entry: Entry, answers: dict[str, RepositoryFacts | HubError]) -> EntryCheck:
     said = answers[entry.gguf]
     sizes = {} if isinstance(said, HubError) else said.files
-    return Checked(
+    return EntryCheck(
         id=entry.id,
         repository=entry.repository,
         gguf=entry.gguf,
@@ -121,7 +123,7 @@ def _checked(entry: Entry, answers: dict[str, RepositoryFacts | HubError]) -> Ch
     )
 
 
-def _table(found: Sequence[Checked]) -> Table:
+def _table(found: Sequence[EntryCheck]) -> Table:
     table = Table("model", "files", "what differs")
     for checked in found:
         files = [f"{quant} {_size(size)}" for quant, size in checked.file_bytes.items()]

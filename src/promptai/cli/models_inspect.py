@@ -29,7 +29,7 @@ _HUB = re.compile(r"hub:([^/:]+/[^/:]+):(.+\.gguf)", re.IGNORECASE)
 _SPECIAL = re.compile(r"tokenizer\.ggml\.(\w+)_token_id")
 
 
-class Share(msgspec.Struct, frozen=True):
+class TypeShare(msgspec.Struct, frozen=True):
     """How much of a model has one type."""
 
     type: str
@@ -100,7 +100,7 @@ def describe(header: GgufHeader) -> dict[str, Any]:
     }
 
 
-def mix(header: GgufHeader) -> list[Share]:
+def mix(header: GgufHeader) -> list[TypeShare]:
     """How much of the model has which type, the most bytes first."""
     counts: Counter[str] = Counter()
     held: Counter[str] = Counter()
@@ -108,7 +108,7 @@ def mix(header: GgufHeader) -> list[Share]:
         counts[tensor.quantization] += 1
         held[tensor.quantization] += tensor.size_bytes
     whole = held.total() or 1
-    return [Share(kind, counts[kind], size, size / whole) for kind, size in held.most_common()]
+    return [TypeShare(kind, counts[kind], size, size / whole) for kind, size in held.most_common()]
 
 
 def special_tokens(header: GgufHeader) -> dict[str, int]:

@@ -16,7 +16,7 @@ from promptai.errors import (
     SettingsError,
 )
 from promptai.models import bundle
-from promptai.models.library import Kept, Library, gigabytes
+from promptai.models.library import Library, StoredModel, readable_size
 from promptai.settings import load_settings, models_directory
 
 
@@ -32,9 +32,9 @@ def import_(path: Path) -> None:
     A bundle (promptai models export) is compared with its manifest file by file.
     """
     library = _library()
-    with Transfer() as watch:
-        for kept in bundle.import_path(path, library, watch):
-            click.echo(f"{kept.path}: {gigabytes(kept.bytes)}")
+    with Transfer() as progress:
+        for kept in bundle.import_path(path, library, progress):
+            click.echo(f"{kept.path}: {readable_size(kept.bytes)}")
 
 
 @click.command(epilog="\b\nExample:\n  promptai models export tinyllama-1.1b yi-coder-1.5b /media/usb")
@@ -44,8 +44,8 @@ def export(names: tuple[str, ...], directory: Path) -> None:
     """Copy models and a manifest with their checksums into DIRECTORY, for boards without a link."""
     library = _library()
     models = [_find(library, name) for name in names]
-    with Transfer() as watch:
-        bundle.export(models, directory, watch)
+    with Transfer() as progress:
+        bundle.export(models, directory, progress)
     click.echo(f"{directory}: {len(models)} models; there: promptai models import {directory}")
 
 
@@ -61,10 +61,10 @@ def remove(names: tuple[str, ...], *, yes: bool) -> None:
         if not _somebody_is_there():
             raise SettingsError("there is nobody to ask whether to delete that", hint="give --yes")
         listed = ", ".join(kept.name for kept in models.values())
-        click.confirm(f"Delete {listed} ({gigabytes(freed)})?", abort=True, err=True)
+        click.confirm(f"Delete {listed} ({readable_size(freed)})?", abort=True, err=True)
     for kept in models.values():
         library.remove(kept)
-    click.echo(f"{gigabytes(freed)} freed, {gigabytes(library.free_bytes())} are free now")
+    click.echo(f"{readable_size(freed)} freed, {readable_size(library.free_bytes())} are free now")
 
 
 @click.command(epilog="\b\nExamples:\n  promptai models verify\n  promptai models verify tinyllama-1.1b")
@@ -74,13 +74,13 @@ def verify(names: tuple[str, ...]) -> None:
     library = _library()
     models = [_find(library, name) for name in names] or library.models()
     damaged = 0
-    with Transfer() as watch:
+    with Transfer() as progress:
         for kept in models:
             if kept.sidecar is None:
                 click.echo(f"{kept.name}: no checksum is known (promptai models import {kept.path} notes one)")
                 continue
             try:
-                library.verify(kept, watch)
+                library.verify(kept, progress)
                 click.echo(f"{kept.name}: as it came" + ("" if kept.sidecar.promised else ", promised by nobody"))
             except ModelChecksumError as error:
                 damaged += 1
@@ -97,7 +97,7 @@ def disk(*, clean_partial: bool, as_json: bool) -> None:
     library = _library()
     if clean_partial:
         freed, busy = library.clean()
-        click.echo(f"{gigabytes(freed)} freed", err=True)
+        click.echo(f"{readable_size(freed)} freed", err=True)
         for path in busy:
             click.echo(f"{path.name} is being written right now and stays", err=True)
     models, leftovers = library.models(), library.leftovers()
@@ -112,14 +112,16 @@ def disk(*, clean_partial: bool, as_json: bool) -> None:
         return
     table = Table("model", "size", "source", "last verified")
     for kept in models:
-        table.add_row(kept.name, gigabytes(kept.bytes), *_source(kept))
+        table.add_row(kept.name, readable_size(kept.bytes), *_source(kept))
     for path in leftovers:
-        table.add_row(f"{path.parent.name}/{path.name}", gigabytes(path.stat().st_size), "left over", "")
+        table.add_row(f"{path.parent.name}/{path.name}", readable_size(path.stat().st_size), "left over", "")
     total = sum(kept.bytes for kept in models) + sum(path.stat().st_size for path in leftovers)
     console = Console(highlight=False)
     if table.row_count:
         console.print(table)
-    console.print(f"{library.root}: {gigabytes(total)} in use, {gigabytes(library.free_bytes())} free", soft_wrap=True)
+    console.print(
+        f"{library.root}: {readable_size(total)} in use, {readable_size(library.free_bytes())} free", soft_wrap=True
+    )
 
 
 def _somebody_is_there() -> bool:
@@ -130,14 +132,14 @@ def _library() -> Library:
     return Library(models_directory(load_settings()))
 
 
-def _find(library: Library, name: str) -> Kept:
+def _find(library: Library, name: str) -> StoredModel:
     kept = library.find(name)
     if kept is None:
         raise ModelNotFoundError(f"{library.root} holds no {name}", hint="promptai models disk shows what is there")
     return kept
 
 
-def _source(kept: Kept) -> tuple[str, str]:
+def _source(kept: StoredModel) -> tuple[str, str]:
     if kept.sidecar is None:
         return "unverified: not from here", "never"
     return kept.sidecar.source, kept.sidecar.verified_at

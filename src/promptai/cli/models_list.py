@@ -30,7 +30,7 @@ _CONTEXT = 4096
 _DEPTH = 512
 
 
-class Line(msgspec.Struct, frozen=True):
+class ModelRow(msgspec.Struct, frozen=True):
     """
     One model of the list.
 
@@ -97,7 +97,7 @@ def _here(settings: Settings) -> Here:
     )
 
 
-def _kept(settings: Settings, here: Here, context: int) -> Iterator[Line]:
+def _kept(settings: Settings, here: Here, context: int) -> Iterator[ModelRow]:
     catalog = {entry.id: entry for entry in load_catalog().entries}
     for kept in Library(models_directory(settings)).models():
         entry = catalog.get(kept.sidecar.catalog or "") if kept.sidecar is not None else None
@@ -105,20 +105,20 @@ def _kept(settings: Settings, here: Here, context: int) -> Iterator[Line]:
         try:
             header = read_header(kept.path)
         except ModelError as error:
-            yield Line(name, "", here=True, paper=None, outlook=None, problem=error.message)
+            yield ModelRow(name, "", here=True, paper=None, outlook=None, problem=error.message)
             continue
         seen = outlook(work_of_file(header), here, context=context, depth=min(_DEPTH, context))
-        yield Line(name, header.quantization, here=True, paper=entry.paper if entry else None, outlook=seen)
+        yield ModelRow(name, header.quantization, here=True, paper=entry.paper if entry else None, outlook=seen)
 
 
-def _catalogued(settings: Settings, here: Here, context: int) -> Iterator[Line]:
+def _catalogued(settings: Settings, here: Here, context: int) -> Iterator[ModelRow]:
     kept = {k.sidecar.catalog for k in Library(models_directory(settings)).models() if k.sidecar is not None}
     for entry in load_catalog().entries:
         if entry.id in kept:
             continue
         quant: Literal["Q4_K_M", "Q4_0"] = "Q4_K_M" if "Q4_K_M" in entry.files else "Q4_0"
         seen = outlook(_work(entry, quant), here, context=context, depth=min(_DEPTH, context))
-        yield Line(entry.id, quant, here=False, paper=entry.paper, outlook=seen)
+        yield ModelRow(entry.id, quant, here=False, paper=entry.paper, outlook=seen)
 
 
 def _work(entry: Entry, quant: Literal["Q4_K_M", "Q4_0"]) -> Work:
@@ -126,7 +126,7 @@ def _work(entry: Entry, quant: Literal["Q4_K_M", "Q4_0"]) -> Work:
     return msgspec.structs.replace(work_of_shape(entry.shape, name), file_bytes=entry.expected_bytes(quant))
 
 
-def _table(lines: list[Line], here: Here) -> Table:
+def _table(lines: list[ModelRow], here: Here) -> Table:
     """One line a model, within 80 columns."""
     least, most = ("", "") if here.calibration else (">", "<")
     table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
@@ -152,7 +152,7 @@ def _table(lines: list[Line], here: Here) -> Table:
     return table
 
 
-def _explain(lines: list[Line], here: Here, context: int, console: Console) -> None:
+def _explain(lines: list[ModelRow], here: Here, context: int, console: Console) -> None:
     console.print(
         f"• is on this machine; file and memory in GB ({context} tokens of context; "
         f"{here.available_bytes / 1e9:.1f} GB are free), prefill and decode in tokens/s",

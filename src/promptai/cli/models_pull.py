@@ -5,9 +5,9 @@ import msgspec
 
 from promptai.cli.transfer import Transfer
 from promptai.errors import HubUnreachableError, SettingsError
-from promptai.models.library import Kept, Library, gigabytes
-from promptai.models.order import Wanted, kept_instead, parse, place_order
-from promptai.models.pull import TRIES, fetch, partial_share
+from promptai.models.library import Library, StoredModel, readable_size
+from promptai.models.pull import TRIES, downloaded_share, fetch
+from promptai.models.source_selection import ModelReference, find_stored, parse_reference, resolve_download
 from promptai.settings import load_settings, models_directory
 
 
@@ -27,7 +27,7 @@ Examples:
     type=click.IntRange(min=1),
     default=TRIES,
     show_default=True,
-    help="How often in a row a connection may fail without a byte arriving.",
+    help="How often in a row a connection may fail without a byte partial.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print where it is kept and where it came from, as JSON.")
 def pull(name: str, *, sha256: str | None, tries: int, as_json: bool) -> None:
@@ -41,37 +41,43 @@ def pull(name: str, *, sha256: str | None, tries: int, as_json: bool) -> None:
     if sha256 is not None and (len(sha256) != 64 or not set(sha256.lower()) <= set("0123456789abcdef")):
         raise SettingsError(f"{sha256[:80]} is no SHA-256", hint="give its 64 hexadecimal digits")
     library = Library(models_directory(load_settings()))
-    with Transfer() as watch:
-        kept = pull_into(library, parse(name), watch, sha256=sha256.lower() if sha256 else None, tries=tries)
+    with Transfer() as progress:
+        kept = pull_into(
+            library, parse_reference(name), progress, sha256=sha256.lower() if sha256 else None, tries=tries
+        )
     if as_json:
         click.echo(msgspec.json.encode(kept, enc_hook=str))
     else:
         click.echo(f"{kept.path}: {_described(kept)}")
 
 
-def pull_into(library: Library, wanted: Wanted, watch: Transfer, *, sha256: str | None, tries: int) -> Kept:
-    """Fetch what is wanted; when its source cannot be asked, what is in the library will do."""
+def pull_into(
+    library: Library, reference: ModelReference, progress: Transfer, *, sha256: str | None, tries: int
+) -> StoredModel:
+    """Fetch what is reference; when its source cannot be asked, what is in the library will do."""
     try:
-        order = place_order(wanted, sha256=sha256)
+        download = resolve_download(reference, sha256=sha256)
     except HubUnreachableError as error:
-        kept = kept_instead(wanted, library)
+        kept = find_stored(reference, library)
         if kept is None:
             raise
-        watch.say(f"{error.message}; taking what is here")
+        progress.notify(f"{error.message}; taking what is here")
         return kept
-    if not order.origin.sha256:
-        watch.say(f"{order.what}: its source gives no checksum, so only later damage can be noticed; see --sha256")
+    if not download.sidecar.sha256:
+        progress.notify(
+            f"{download.label}: its source gives no checksum, so only later damage can be noticed; see --sha256"
+        )
     try:
-        return fetch(order, library, watch, tries=tries)
+        return fetch(download, library, progress, tries=tries)
     except KeyboardInterrupt:
-        share = partial_share(order, library)
-        watch.say(f"{share:.0%} of {order.what} is kept; go on with: promptai models pull {wanted.name}")
+        share = downloaded_share(download, library)
+        progress.notify(f"{share:.0%} of {download.label} is kept; go on with: promptai models pull {reference.name}")
         raise
 
 
-def _described(kept: Kept) -> str:
+def _described(kept: StoredModel) -> str:
     sidecar = kept.sidecar
     if sidecar is None:
-        return gigabytes(kept.bytes)
+        return readable_size(kept.bytes)
     proof = "SHA-256 as its source says" if sidecar.promised else f"SHA-256 {sidecar.sha256[:12]}…, promised by nobody"
-    return f"{gigabytes(kept.bytes)}, {proof}, licence {sidecar.licence or 'not said'}"
+    return f"{readable_size(kept.bytes)}, {proof}, licence {sidecar.licence or 'not said'}"

@@ -28,7 +28,7 @@ from promptai.models.bundled import NAME, bundled_model
 from promptai.models.convert import converted_checkpoint, find_converter, origin_of, read_checkpoint
 from promptai.models.gguf import GgufHeader
 from promptai.models.library import Library, disk_errors, resolve
-from promptai.models.quantize import TYPES, Origin, Quantized, Run, Tool, find_program, quantize
+from promptai.models.quantize import TYPES, Origin, QuantizeResult, QuantizeTool, ToolRunner, find_program, quantize
 from promptai.report import format as fmt
 from promptai.settings import cache_directory, load_settings, models_directory
 
@@ -37,7 +37,7 @@ _TYPE_IN_NAME = re.compile(r"[-._](f16|fp16|bf16|f32|fp32|q8_0)$", re.IGNORECASE
 _CHECK_CONTEXT = 2048
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class QuantizeJob(msgspec.Struct, frozen=True):
     """
     What the user wants, and what there is to do it with.
 
@@ -56,7 +56,7 @@ class Wanted(msgspec.Struct, frozen=True):
     scratch: Path
 
     @property
-    def run(self) -> Run:
+    def run(self) -> ToolRunner:
         """Runs a program, its output in a log."""
         return functools.partial(run_logged, log=self.scratch / "tool.log")
 
@@ -116,7 +116,7 @@ def quantize_model(
     with disk_errors(target):
         made = tempfile.TemporaryDirectory(prefix=".promptai-", dir=folder)
     with made as scratch:
-        wanted = Wanted(
+        job = QuantizeJob(
             source=path,
             target=target,
             kind=kind,
@@ -127,14 +127,14 @@ def quantize_model(
             scratch=Path(scratch),
         )
         with contextlib.ExitStack() as stack:
-            with Transfer(console) as watch:
-                opened, origin = stack.enter_context(_opened(wanted, watch))
-                program = find_program("llama-quantize", wanted.engines, beside=wanted.engine)
-                tool = Tool(program, wanted.run) if program is not None else None
-                done = quantize(opened, target, kind, tool=tool, watch=watch, threads=wanted.threads, origin=origin)
+            with Transfer(console) as progress:
+                opened, origin = stack.enter_context(_opened(job, progress))
+                program = find_program("llama-quantize", job.engines, beside=job.engine)
+                tool = QuantizeTool(program, job.run) if program is not None else None
+                done = quantize(opened, target, kind, tool=tool, progress=progress, threads=job.threads, origin=origin)
             if not as_json:
                 _print_sizes(done, Console(highlight=False))
-            found = _check(done, wanted, console) if check else "--no-check"
+            found = _check(done, job, console) if check else "--no-check"
     if as_json:
         click.echo(msgspec.json.encode(_facts(done, found)))
     else:
@@ -142,46 +142,46 @@ def quantize_model(
 
 
 @contextlib.contextmanager
-def _opened(wanted: Wanted, watch: Transfer) -> Iterator[tuple[Path, Origin | None]]:
+def _opened(job: QuantizeJob, progress: Transfer) -> Iterator[tuple[Path, Origin | None]]:
     """The GGUF to quantise; of a checkpoint one that is converted first, and goes again."""
-    if not wanted.source.is_dir():
-        yield wanted.source, None
+    if not job.source.is_dir():
+        yield job.source, None
         return
-    checkpoint = read_checkpoint(wanted.source, trust_code=wanted.trust_code)
-    converter = find_converter(wanted.engines, cache_directory(), wanted.run)
-    origin = origin_of(checkpoint, watch)
+    checkpoint = read_checkpoint(job.source, trust_code=job.trust_code)
+    converter = find_converter(job.engines, cache_directory(), job.run)
+    origin = origin_of(checkpoint, progress)
     with converted_checkpoint(
-        checkpoint, wanted.target, converter=converter, watch=watch, cache=cache_directory()
+        checkpoint, job.target, converter=converter, progress=progress, cache=cache_directory()
     ) as middle:
         yield middle, origin
 
 
-def _check(done: Quantized, wanted: Wanted, console: Console) -> Agreement | str:
+def _check(done: QuantizeResult, job: QuantizeJob, console: Console) -> Agreement | str:
     """What quantising cost, or why that is not known: the result is good without, so that nothing here is an error."""
     if done.source.synthetic:
         return "the weights are random: they agree on nothing that means anything"
     try:
         check_fits(done.source, _CHECK_CONTEXT, read_memory().available_for_new_process())
-        program = find_program("llama-perplexity", wanted.engines, beside=wanted.engine)
+        program = find_program("llama-perplexity", job.engines, beside=job.engine)
         if program is not None:
             with console.status("llama-perplexity loads the source") as status:
                 return ask_perplexity(
                     program,
                     Path(done.source.path),
-                    wanted.target,
-                    threads=wanted.threads,
-                    folder=wanted.scratch,
+                    job.target,
+                    threads=job.threads,
+                    folder=job.scratch,
                     progress=lambda what, left_s: status.update(
                         f"llama-perplexity reads the {what}, about {duration(left_s)} in all"
                     ),
                 )
-        return _check_with_engine(done, wanted, console)
+        return _check_with_engine(done, job, console)
     except (PromptAIError, OSError) as error:
         return str(error)
 
 
-def _check_with_engine(done: Quantized, wanted: Wanted, console: Console) -> Agreement:
-    engine = locate(wanted.engine, cache=wanted.engines)
+def _check_with_engine(done: QuantizeResult, job: QuantizeJob, console: Console) -> Agreement:
+    engine = locate(job.engine, cache=job.engines)
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -200,8 +200,8 @@ def _check_with_engine(done: Quantized, wanted: Wanted, console: Console) -> Agr
                 Path(header.path),
                 passages,
                 engine=engine,
-                threads=wanted.threads,
-                log=wanted.scratch / f"{what}.log",
+                threads=job.threads,
+                log=job.scratch / f"{what}.log",
                 most_context=header.context_length,
                 progress=functools.partial(progress.advance, task),
             )
@@ -211,7 +211,7 @@ def _check_with_engine(done: Quantized, wanted: Wanted, console: Console) -> Agr
         return compare(positions(done.source, "source"), positions(done.result, "result"))
 
 
-def _facts(done: Quantized, found: Agreement | str) -> dict[str, object]:
+def _facts(done: QuantizeResult, found: Agreement | str) -> dict[str, object]:
     return {
         "path": done.result.path,
         "file_bytes": done.result.file_bytes,
@@ -230,7 +230,7 @@ def _facts(done: Quantized, found: Agreement | str) -> dict[str, object]:
     }
 
 
-def _print_sizes(done: Quantized, console: Console) -> None:
+def _print_sizes(done: QuantizeResult, console: Console) -> None:
     old, new = done.source.file_bytes, done.result.file_bytes
     shares = ", ".join(f"{share.type} {100 * share.share:.1f} %" for share in mix(done.result))
     console.print(

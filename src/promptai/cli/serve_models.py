@@ -27,7 +27,7 @@ from promptai.fleet.local import LocalModel
 from promptai.fleet.replica import Rates
 from promptai.models.bundled import NAME, bundled_model
 from promptai.models.gguf import GgufHeader, join_parts, part_names, read_header
-from promptai.models.library import Kept, Library, resolve
+from promptai.models.library import Library, StoredModel, resolve
 from promptai.settings import EngineSettings, ServeEntry, Settings, cache_directory, models_directory
 
 CONTEXT = 4096
@@ -228,7 +228,7 @@ def _named(entry: ServeEntry, library: Library) -> Chosen:
     return Chosen(path=path.absolute(), name=path.name.removesuffix(".gguf"), sha256=None, entry=entry)
 
 
-def _kept(kept: Kept, entry: ServeEntry) -> Chosen:
+def _kept(kept: StoredModel, entry: ServeEntry) -> Chosen:
     sidecar = kept.sidecar
     return Chosen(
         path=kept.path.absolute(),
@@ -242,7 +242,7 @@ def _bundled(entry: ServeEntry) -> Chosen:
     return Chosen(path=bundled_model(), name=NAME, sha256=None, entry=entry)
 
 
-def _usable(kept: Kept, note: Callable[[str], None]) -> bool:
+def _usable(kept: StoredModel, note: Callable[[str], None]) -> bool:
     """Whether a file of the library is a model that can be served, the first part of one included."""
     try:
         header = _header(kept.path)

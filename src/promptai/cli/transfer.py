@@ -20,13 +20,13 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from promptai.models.library import gigabytes
+from promptai.models.library import readable_size
 
 LINE_EVERY_S = 10.0
 
 
 class Transfer:
-    """Shows stretches of work one after the other; a ``Watch`` and a context manager."""
+    """Shows stretches of work one after the other; a ``ProgressReporter`` and a context manager."""
 
     def __init__(self, console: Console | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console or Console(stderr=True, highlight=False)
@@ -74,7 +74,7 @@ class Transfer:
             self._told = self._clock()
             self._console.print(escape(self._line()), soft_wrap=True)
 
-    def say(self, line: str) -> None:
+    def notify(self, line: str) -> None:
         """Print a line above the progress."""
         self._console.print(escape(" ".join(line.split())), soft_wrap=True)
 
@@ -83,7 +83,7 @@ class Transfer:
 
         rate = (self._done - self._began) / max(self._clock() - self._begun_at, 1e-9)
         if self._total is None:
-            return f"{self._what}: {gigabytes(self._done)}, {gigabytes(rate)}/s"
+            return f"{self._what}: {readable_size(self._done)}, {readable_size(rate)}/s"
         left = f", {duration((self._total - self._done) / rate)} left" if rate > 0 else ""
         share = self._done / self._total if self._total else 1.0
-        return f"{self._what}: {share:.0%} of {gigabytes(self._total)}, {gigabytes(rate)}/s{left}"
+        return f"{self._what}: {share:.0%} of {readable_size(self._total)}, {readable_size(rate)}/s{left}"

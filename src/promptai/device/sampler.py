@@ -19,7 +19,7 @@ from promptai.device.firmware import RunCommand, find_throttled, run_command
 from promptai.device.process import ProcessMemory, ProcessTree
 from promptai.device.procfs import PinnedFile
 from promptai.device.sample import Sample
-from promptai.device.sensors import Machine
+from promptai.device.sensors import MachineSensors
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")  # 16 KiB on a Pi 5's default kernel
 #: CPU time comes in ticks of 10 ms; over less than one, a share is 0 or nonsense.
@@ -50,7 +50,7 @@ class Sampler:
         self._root, self._clock, self._origin = root, clock, origin
         usable = cpus if cpus is not None else frozenset(os.sched_getaffinity(0))
         self._cpu_count = max(1, len(usable))
-        self._machine = Machine(root, usable)
+        self._machine = MachineSensors(root, usable)
         self._throttled = find_throttled(run)
         self._energy = find_energy_source(root, run, clock)
         self._statm = PinnedFile(str(root / "proc/self/statm"), 128)

@@ -63,7 +63,7 @@ def parse_pressure(text: bytes) -> float | None:
     return _to_float(value) if name == b"avg10" else None
 
 
-class Machine:
+class MachineSensors:
     """All gauges of one machine. ``cpus`` are those whose load and clock count."""
 
     def __init__(self, root: Path, cpus: Iterable[int]) -> None:

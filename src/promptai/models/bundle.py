@@ -20,14 +20,24 @@ import msgspec
 
 from promptai.errors import LibraryError, ModelChecksumError, ModelError, ModelNotFoundError
 from promptai.models.gguf import read_header
-from promptai.models.library import PART, Kept, Library, Sidecar, Watch, disk_errors, hash_into, now, write_json
+from promptai.models.library import (
+    PART,
+    Library,
+    ProgressReporter,
+    Sidecar,
+    StoredModel,
+    disk_errors,
+    hash_into,
+    now,
+    write_json,
+)
 
 MANIFEST = "promptai-bundle.json"
 _PIECE_BYTES = 1 << 20
 _RENAME = "rename the file, or remove that one first: promptai models remove"
 
 
-class Bundled(msgspec.Struct, frozen=True):
+class BundleEntry(msgspec.Struct, frozen=True):
     """
     One file of a bundle.
 
@@ -42,15 +52,15 @@ class Bundled(msgspec.Struct, frozen=True):
     sidecar: Sidecar
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class BundleManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a bundle holds."""
 
     created: str
-    models: tuple[Bundled, ...]
+    models: tuple[BundleEntry, ...]
     schema: int = 1
 
 
-def export(models: Sequence[Kept], directory: Path, watch: Watch) -> Manifest:
+def export(models: Sequence[StoredModel], directory: Path, progress: ProgressReporter) -> BundleManifest:
     """
     Copy models into a bundle, or add them to the one that is there; the manifest names only what is whole.
 
@@ -61,23 +71,23 @@ def export(models: Sequence[Kept], directory: Path, watch: Watch) -> Manifest:
     target = Library(directory)
     there = read_manifest(directory)
     done = list(there.models) if there is not None else []
-    manifest = Manifest(datetime.now(UTC).isoformat(timespec="seconds"), tuple(done))
+    manifest = BundleManifest(datetime.now(UTC).isoformat(timespec="seconds"), tuple(done))
     target.check_space(sum(kept.bytes for kept in models))
     for kept in models:
         folder = kept.path.parent.name
-        final = target.place(folder, kept.path.name)
+        final = target.path_for(folder, kept.path.name)
         if final.exists() and (folder, kept.path.name) not in {(one.folder, one.file) for one in done}:
             raise ModelError(f"{final} is in the way", hint="move it elsewhere, or export to another directory")
         promised = kept.sidecar.sha256 if kept.sidecar is not None else None
-        sidecar = _copy(kept.path, target, final, watch, kept.sidecar, promised)
+        sidecar = _copy(kept.path, target, final, progress, kept.sidecar, promised)
         done = [one for one in done if (one.folder, one.file) != (folder, kept.path.name)]
-        done.append(Bundled(folder, kept.path.name, sidecar))
+        done.append(BundleEntry(folder, kept.path.name, sidecar))
         manifest = msgspec.structs.replace(manifest, models=tuple(done))
         write_json(directory / MANIFEST, manifest)
     return manifest
 
 
-def read_manifest(directory: Path) -> Manifest | None:
+def read_manifest(directory: Path) -> BundleManifest | None:
     """
     What a directory says it holds; ``None``: it is no bundle.
 
@@ -88,14 +98,14 @@ def read_manifest(directory: Path) -> Manifest | None:
     if not path.exists():
         return None
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Manifest)
+        return msgspec.json.decode(path.read_bytes(), type=BundleManifest)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}", hint="check the stick") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is no manifest of a bundle: {error}", hint="export it again") from None
 
 
-def import_path(path: Path, library: Library, watch: Watch) -> Iterator[Kept]:
+def import_path(path: Path, library: Library, progress: ProgressReporter) -> Iterator[StoredModel]:
     """
     Keep what a path means: a bundle, every .gguf in a directory and its folders, or one file.
 
@@ -106,11 +116,11 @@ def import_path(path: Path, library: Library, watch: Watch) -> Iterator[Kept]:
         LibraryError: There is no space, or the disk refuses.
     """
     manifest = read_manifest(path) if path.is_dir() else None
-    tasks: list[Callable[[], Kept]]
+    tasks: list[Callable[[], StoredModel]]
     if manifest is not None:
-        tasks = [partial(_import_bundled, path, one, library, watch) for one in manifest.models]
+        tasks = [partial(_import_bundled, path, one, library, progress) for one in manifest.models]
     else:
-        tasks = [partial(import_file, file, library, watch) for file in _gguf_files(path)]
+        tasks = [partial(import_file, file, library, progress) for file in _gguf_files(path)]
     refused: list[ModelError] = []
     for task in tasks:
         try:
@@ -120,17 +130,17 @@ def import_path(path: Path, library: Library, watch: Watch) -> Iterator[Kept]:
         except ModelError as error:
             refused.append(error)
             if len(tasks) > 1:
-                watch.say(f"refused: {error}")
+                progress.notify(f"refused: {error}")
     if refused and len(tasks) == 1:
         raise refused[0]
     if refused:
         raise ModelError(f"{len(refused)} of {len(tasks)} files in {path} were refused", hint="it says above why")
 
 
-def _import_bundled(directory: Path, one: Bundled, library: Library, watch: Watch) -> Kept:
+def _import_bundled(directory: Path, one: BundleEntry, library: Library, progress: ProgressReporter) -> StoredModel:
     """Keep one file of a bundle, after it was compared with the manifest."""
-    origin = Library(directory).place(one.folder, one.file)
-    final = library.place(one.folder, one.file)
+    origin = Library(directory).path_for(one.folder, one.file)
+    final = library.path_for(one.folder, one.file)
     there = _kept_at(final, library)
     if there is not None:
         if there.sidecar is None or there.sidecar.sha256 != one.sidecar.sha256 or there.bytes != one.sidecar.bytes:
@@ -138,11 +148,11 @@ def _import_bundled(directory: Path, one: Bundled, library: Library, watch: Watc
         return there
     read_header(origin)
     library.check_space(one.sidecar.bytes)
-    sidecar = _copy(origin, library, final, watch, one.sidecar, one.sidecar.sha256)
-    return Kept(final, sidecar.bytes, sidecar)
+    sidecar = _copy(origin, library, final, progress, one.sidecar, one.sidecar.sha256)
+    return StoredModel(final, sidecar.bytes, sidecar)
 
 
-def import_file(path: Path, library: Library, watch: Watch) -> Kept:
+def import_file(path: Path, library: Library, progress: ProgressReporter) -> StoredModel:
     """
     Copy a model file into the library; one that lies in it already only gets its sidecar.
 
@@ -152,17 +162,17 @@ def import_file(path: Path, library: Library, watch: Watch) -> Kept:
     """
     size = read_header(path).file_bytes
     there = _kept_at(path, library)
-    final = library.place("imported", path.name) if there is None else path
+    final = library.path_for("imported", path.name) if there is None else path
     there = there or _kept_at(final, library)
     if there is None:
         library.check_space(size)
-        _copy(path, library, final, watch, None, None)
+        _copy(path, library, final, progress, None, None)
     else:
-        watch.begin(f"checking {path.name}", size)
+        progress.begin(f"checking {path.name}", size)
         with disk_errors(path), path.open("rb") as file:
-            found = hash_into(hashlib.sha256(), file, watch)
+            found = hash_into(hashlib.sha256(), file, progress)
         if there.sidecar is None and final == path:
-            library.note(there.path, _plain_sidecar(path, found, size))
+            library.write_sidecar(there.path, _plain_sidecar(path, found, size))
         elif there.sidecar is None or there.sidecar.sha256 != found:
             raise ModelError(f"another model is kept as {there.name}", hint=_RENAME)
     kept = _kept_at(final, library)
@@ -170,7 +180,7 @@ def import_file(path: Path, library: Library, watch: Watch) -> Kept:
     return kept
 
 
-def _kept_at(path: Path, library: Library) -> Kept | None:
+def _kept_at(path: Path, library: Library) -> StoredModel | None:
     return next((kept for kept in library.models() if kept.path.resolve() == path.resolve()), None)
 
 
@@ -184,7 +194,12 @@ def _gguf_files(path: Path) -> list[Path]:
 
 
 def _copy(
-    source: Path, target: Library, final: Path, watch: Watch, sidecar: Sidecar | None, promised: str | None
+    source: Path,
+    target: Library,
+    final: Path,
+    progress: ProgressReporter,
+    sidecar: Sidecar | None,
+    promised: str | None,
 ) -> Sidecar:
     """Copy and hash a file, compare, then give it its name; nothing stays of one that differs or fails."""
     part_path = final.with_name(f"{final.name}.{os.getpid()}{PART}")  # two imports at once do not write into one
@@ -194,11 +209,11 @@ def _copy(
         try:
             with source.open("rb") as file, part_path.open("wb") as part:
                 fcntl.flock(part, fcntl.LOCK_EX)  # in use, for whoever cleans up
-                watch.begin(f"copying {final.name}", os.fstat(file.fileno()).st_size)
+                progress.begin(f"copying {final.name}", os.fstat(file.fileno()).st_size)
                 while piece := file.read(_PIECE_BYTES):
                     part.write(piece)
                     digest.update(piece)
-                    watch.advance(len(piece))
+                    progress.advance(len(piece))
                 found = digest.hexdigest()
                 if promised is not None and found != promised:
                     raise ModelChecksumError(
@@ -210,7 +225,7 @@ def _copy(
                     if sidecar is not None
                     else _plain_sidecar(source, found, part.tell())
                 )
-                target.keep(part, final, noted)
+                target.store(part, final, noted)
         finally:
             part_path.unlink(missing_ok=True)
     return noted

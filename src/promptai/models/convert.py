@@ -21,8 +21,8 @@ from pathlib import Path
 import msgspec
 
 from promptai.errors import ModelError, ModelFormatError, ModelNotFoundError
-from promptai.models.library import PART, Watch, disk_errors, hash_into
-from promptai.models.quantize import Origin, Run, check_space, held
+from promptai.models.library import PART, ProgressReporter, disk_errors, hash_into
+from promptai.models.quantize import Origin, ToolRunner, check_space, locked_part_file
 
 NAME = "convert_hf_to_gguf.py"
 #: What it imports, as far as most architectures need it.
@@ -59,7 +59,7 @@ class Converter(msgspec.Struct, frozen=True):
 
     script: Path
     python: Path
-    run: Run
+    run: ToolRunner
 
 
 def read_checkpoint(folder: Path, *, trust_code: bool) -> Checkpoint:
@@ -84,7 +84,7 @@ def read_checkpoint(folder: Path, *, trust_code: bool) -> Checkpoint:
     return Checkpoint(folder.absolute(), weights, sum(path.stat().st_size for path in weights))
 
 
-def find_converter(engines: Path, cache: Path, run: Run) -> Converter:
+def find_converter(engines: Path, cache: Path, run: ToolRunner) -> Converter:
     """
     Find the converter that the newest built engine brought, and the Python to run it with.
 
@@ -101,19 +101,19 @@ def find_converter(engines: Path, cache: Path, run: Run) -> Converter:
     return Converter(found[-1], python if os.access(python, os.X_OK) else Path(sys.executable), run)
 
 
-def origin_of(checkpoint: Checkpoint, watch: Watch) -> Origin:
+def origin_of(checkpoint: Checkpoint, progress: ProgressReporter) -> Origin:
     """Its name, and the SHA-256 of its safetensors files one after the other by name: of one file its own."""
-    watch.begin(f"hashing {checkpoint.folder.name}", checkpoint.bytes)
+    progress.begin(f"hashing {checkpoint.folder.name}", checkpoint.bytes)
     digest = hashlib.sha256()
     for path in checkpoint.weights:
         with disk_errors(path), path.open("rb") as file:
-            hash_into(digest, file, watch)
+            hash_into(digest, file, progress)
     return Origin(checkpoint.folder.name, digest.hexdigest())
 
 
 @contextlib.contextmanager
 def converted_checkpoint(
-    checkpoint: Checkpoint, target: Path, *, converter: Converter, watch: Watch, cache: Path
+    checkpoint: Checkpoint, target: Path, *, converter: Converter, progress: ProgressReporter, cache: Path
 ) -> Iterator[Path]:
     """
     Give a checkpoint as a GGUF of 16-bit numbers, beside ``target``; it goes at the end of the block.
@@ -126,23 +126,23 @@ def converted_checkpoint(
     """
     check_space(target, checkpoint.bytes)
     middle = target.with_name(f"{target.name}.16bit{PART}")
-    with held(middle, target):
-        _convert(checkpoint, middle, converter, watch, cache)
+    with locked_part_file(middle, target):
+        _convert(checkpoint, middle, converter, progress, cache)
         yield middle
         middle.unlink(missing_ok=True)
 
 
-def _convert(checkpoint: Checkpoint, part: Path, converter: Converter, watch: Watch, cache: Path) -> None:
+def _convert(checkpoint: Checkpoint, part: Path, converter: Converter, progress: ProgressReporter, cache: Path) -> None:
     words: deque[str] = deque(maxlen=_LAST_WORDS)
     shown = 0
 
     def tick() -> None:
         nonlocal shown
         size = min(part.stat().st_size if part.exists() else 0, checkpoint.bytes)
-        watch.advance(size - shown)
+        progress.advance(size - shown)
         shown = size
 
-    watch.begin(f"converting {checkpoint.folder.name}", checkpoint.bytes)
+    progress.begin(f"converting {checkpoint.folder.name}", checkpoint.bytes)
     command = [*_OFFLINE, str(converter.python), str(converter.script), "--outfile", str(part)]
     code = converter.run([*command, str(checkpoint.folder)], seen=words.append, tick=tick)
     if code == 0:

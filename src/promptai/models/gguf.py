@@ -22,7 +22,7 @@ from typing import NamedTuple
 import msgspec
 
 from promptai.errors import ModelFormatError, ModelNotFoundError
-from promptai.models.ggufbytes import Contents, Damaged, Forward, Reader
+from promptai.models.ggufbytes import ByteStream, DamagedHeaderError, HeaderContents, HeaderReader
 
 _MAX_PARTS = 1000
 #: A state of fixed size instead of keys and values, in some or all layers (llama.cpp's src/llama-arch.cpp).
@@ -38,7 +38,7 @@ class Heads(NamedTuple):
     value_length: int
 
 
-class GgufHeader(Contents, frozen=True, kw_only=True):
+class GgufHeader(HeaderContents, frozen=True, kw_only=True):
     """
     What a GGUF file says of itself.
 
@@ -198,7 +198,7 @@ def join_parts(headers: list[GgufHeader]) -> GgufHeader:
     )
 
 
-def parse_header(file: Forward, file_bytes: int, where: str) -> GgufHeader:
+def parse_header(file: ByteStream, file_bytes: int, where: str) -> GgufHeader:
     """
     Read a GGUF header from whatever gives bytes, and check that the file holds what it promises.
 
@@ -213,8 +213,8 @@ def parse_header(file: Forward, file_bytes: int, where: str) -> GgufHeader:
     if file_bytes == 0:
         raise ModelFormatError(f"model {where} is empty (0 bytes)", hint="fetch it again")
     try:
-        contents = Reader(file, file_bytes).contents()
-    except Damaged as damage:
+        contents = HeaderReader(file, file_bytes).contents()
+    except DamagedHeaderError as damage:
         raise ModelFormatError(
             f"model {where} {damage}", hint="fetch it again, or check it against its SHA-256"
         ) from None

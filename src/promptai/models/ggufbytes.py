@@ -64,7 +64,7 @@ Scalar = str | int | float | bool
 Value = Scalar | list[Scalar]
 
 
-class Forward(Protocol):
+class ByteStream(Protocol):
     """Bytes that are read from front to back."""
 
     def read(self, size: int, /) -> bytes:
@@ -92,7 +92,7 @@ class Tensor(msgspec.Struct, frozen=True, gc=False):
     size_bytes: int
 
 
-class Contents(msgspec.Struct, frozen=True, kw_only=True):
+class HeaderContents(msgspec.Struct, frozen=True, kw_only=True):
     """
     What stands in a header.
 
@@ -111,7 +111,7 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True):
     key_spans: dict[str, tuple[int, int]]
 
 
-class Damaged(Exception):  # noqa: N818  an inner signal, translated in models.gguf
+class DamagedHeaderError(Exception):
     """What is wrong with the bytes, as the end of a sentence that starts with the path."""
 
 
@@ -124,14 +124,14 @@ def _brief(value: object) -> str:
 def _bounded(value: int, limit: int, what: str, where: str = "") -> int:
     if value > limit:
         place = f" at {_brief(where)}" if where else ""
-        raise Damaged(f"claims {value:,} {what}{place}; more than {limit:,} is taken for damage")
+        raise DamagedHeaderError(f"claims {value:,} {what}{place}; more than {limit:,} is taken for damage")
     return value
 
 
-class Reader:
+class HeaderReader:
     """Reads forward through a header, checking every length before it is used."""
 
-    def __init__(self, file: Forward, file_bytes: int) -> None:
+    def __init__(self, file: ByteStream, file_bytes: int) -> None:
         self._file = file
         self._total = file_bytes
         self._unread = file_bytes  # bytes of the file behind the buffer
@@ -144,12 +144,12 @@ class Reader:
     def _position(self) -> int:
         return self._total - self._unread - len(self._buffer) + self._at
 
-    def contents(self) -> Contents:
+    def contents(self) -> HeaderContents:
         """
         Read the header, once.
 
         Raises:
-            Damaged: It is not one, or not a whole one.
+            DamagedHeaderError: It is not one, or not a whole one.
         """
         version, tensor_count, key_count = self._counts()
         metadata: dict[str, Value] = {}
@@ -159,7 +159,7 @@ class Reader:
             start = self._position
             key = self._name("key")
             if not key or key in key_spans:
-                raise Damaged(f"has the key {_brief(key)} twice" if key else "has a key without a name")
+                raise DamagedHeaderError(f"has the key {_brief(key)} twice" if key else "has a key without a name")
             kind = self._number(_U32, key)
             if kind == _ARRAY:
                 kept, array_lengths[key] = self._array(key, depth=1)
@@ -171,8 +171,8 @@ class Reader:
         alignment = metadata.get("general.alignment", 32)
         # A power of two, as llama.cpp wants it.
         if type(alignment) is not int or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
-            raise Damaged(f"has an impossible alignment of {_brief(alignment)}")
-        return Contents(
+            raise DamagedHeaderError(f"has an impossible alignment of {_brief(alignment)}")
+        return HeaderContents(
             version=version,
             metadata=metadata,
             array_lengths=array_lengths,
@@ -184,12 +184,12 @@ class Reader:
     def _counts(self) -> tuple[int, int, int]:
         """Version, tensors and keys."""
         if self._take(4, "magic") != _MAGIC:
-            raise Damaged("is not a GGUF file (it does not start with the letters GGUF)")
+            raise DamagedHeaderError("is not a GGUF file (it does not start with the letters GGUF)")
         version = self._number(_U32, "version")
         if version and not version & 0xFFFF:
-            raise Damaged("is a big-endian GGUF file, for another kind of processor")
+            raise DamagedHeaderError("is a big-endian GGUF file, for another kind of processor")
         if version not in (2, 3):
-            raise Damaged(f"has GGUF version {version}; versions 2 and 3 are known")
+            raise DamagedHeaderError(f"has GGUF version {version}; versions 2 and 3 are known")
         tensors = _bounded(self._number(_U64, "tensor count"), _MAX_TENSORS, "tensors")
         return version, tensors, _bounded(self._number(_U64, "key count"), _MAX_KEYS, "metadata keys")
 
@@ -200,9 +200,11 @@ class Reader:
         for _ in range(count):
             tensor = self._tensor()
             if tensor.name in found:
-                raise Damaged(f"has the tensor {_brief(tensor.name)} twice")
+                raise DamagedHeaderError(f"has the tensor {_brief(tensor.name)} twice")
             if tensor.offset != end:
-                raise Damaged(f"has the tensor {_brief(tensor.name)} at {tensor.offset:,}; it should be at {end:,}")
+                raise DamagedHeaderError(
+                    f"has the tensor {_brief(tensor.name)} at {tensor.offset:,}; it should be at {end:,}"
+                )
             end = _aligned(end + tensor.size_bytes, alignment)
             found[tensor.name] = tensor
         return list(found.values())
@@ -212,12 +214,14 @@ class Reader:
         rank = _bounded(self._number(_U32, name), 4, "dimensions", name)
         *shape, kind, offset = _TENSORS[rank].unpack(self._take(_TENSORS[rank].size, name))
         if kind not in _quantizations():
-            raise Damaged(f"has an unknown tensor type {kind} at {_brief(name)}")
+            raise DamagedHeaderError(f"has an unknown tensor type {kind} at {_brief(name)}")
         label, block, block_bytes = _quantizations()[kind]
         count = math.prod(shape)
         # Blocks lie within rows, the first dimension.
         if (shape and shape[0] % block) or max((count, *shape)) > 1 << 44:
-            raise Damaged(f"has an impossible shape {tuple(shape)} for tensor {_brief(name)} of type {label}")
+            raise DamagedHeaderError(
+                f"has an impossible shape {tuple(shape)} for tensor {_brief(name)} of type {label}"
+            )
         return Tensor(
             name=name, shape=tuple(shape), quantization=label, offset=offset, size_bytes=count // block * block_bytes
         )
@@ -227,7 +231,7 @@ class Reader:
         length = _bounded(self._number(_U64, key), _MAX_ARRAY, "items", key)
         if kind == _ARRAY:
             if depth >= _MAX_ARRAY_DEPTH:
-                raise Damaged(f"nests arrays too deeply in {_brief(key)}")
+                raise DamagedHeaderError(f"nests arrays too deeply in {_brief(key)}")
             self._pass(length * _NESTED_COST, key)
             for _ in range(length):
                 self._array(key, depth=depth + 1)
@@ -253,7 +257,7 @@ class Reader:
     def _name(self, what: str) -> str:
         name = self._text(what, _MAX_NAME_BYTES)
         if "\0" in name:
-            raise Damaged(f"has a NUL character in the {what} {_brief(name)}")
+            raise DamagedHeaderError(f"has a NUL character in the {what} {_brief(name)}")
         return name
 
     def _keep(self, size: int, key: str) -> None:
@@ -292,7 +296,7 @@ class Reader:
             self._check_left(missing, what)
             data = self._file.read(min(max(missing, _READ_BYTES), self._unread))
             if len(data) < missing:
-                raise Damaged(f"became shorter while it was read, at {_brief(what)}")
+                raise DamagedHeaderError(f"became shorter while it was read, at {_brief(what)}")
             self._unread -= len(data)
             self._buffer, self._at = self._buffer[self._at :] + data, 0
         start = self._at
@@ -311,9 +315,9 @@ class Reader:
 
     def _check_left(self, size: int, what: str) -> None:
         if size > self._unread:
-            raise Damaged(f"is cut short inside its header, at {_brief(what)}")
+            raise DamagedHeaderError(f"is cut short inside its header, at {_brief(what)}")
         if self._total - self._unread + size > _MAX_HEADER_BYTES:
-            raise Damaged(f"has a header of more than {_MAX_HEADER_BYTES >> 20} MiB, at {_brief(what)}")
+            raise DamagedHeaderError(f"has a header of more than {_MAX_HEADER_BYTES >> 20} MiB, at {_brief(what)}")
 
 
 def _aligned(position: int, alignment: int) -> int:
@@ -322,7 +326,7 @@ def _aligned(position: int, alignment: int) -> int:
 
 def _scalar(kind: int, key: str) -> struct.Struct:
     if kind not in _SCALARS:
-        raise Damaged(f"has an unknown value type {kind} at {_brief(key)}")
+        raise DamagedHeaderError(f"has an unknown value type {kind} at {_brief(key)}")
     return _SCALARS[kind]
 
 

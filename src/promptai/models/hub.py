@@ -52,7 +52,7 @@ class RepositoryFacts(msgspec.Struct, frozen=True):
     sha256: dict[str, str] = {}
 
 
-class Body(NamedTuple):
+class ResponseBody(NamedTuple):
     """
     An answer whose bytes are still coming.
 
@@ -76,9 +76,9 @@ def fetch_dataset_file(repository: str, filename: str) -> Path:
     Raises:
         HubError: The hub cannot be reached, or refuses, or has no such file.
     """
-    what = f"{filename} of data set {repository}"
+    label = f"{filename} of data set {repository}"
     try:
-        with _in_one_line(what):
+        with _translated_errors(label):
             # Imported here: half a second and 30 MB that only those who fetch should pay.
             from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url  # noqa: PLC0415
             from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415
@@ -88,7 +88,7 @@ def fetch_dataset_file(repository: str, filename: str) -> Path:
             # Where this fails at once, the download would try for 24 s.
             facts = get_hf_file_metadata(hf_hub_url(repository, filename, repo_type="dataset"), timeout=_API_TIMEOUT_S)
             if facts.commit_hash is None:
-                raise _no_hub(what)
+                raise _not_a_hub(label)
             return Path(hf_hub_download(repository, filename, repo_type="dataset"))
     except HubUnreachableError as error:
         raise HubUnreachableError(
@@ -97,7 +97,7 @@ def fetch_dataset_file(repository: str, filename: str) -> Path:
         ) from None
     except OSError as error:
         raise HubError(
-            f"fetching {what} failed: {one_line(error)}",
+            f"fetching {label} failed: {one_line(error)}",
             hint="check the connection and the free space, then try again",
         ) from None
 
@@ -109,14 +109,14 @@ def repository_facts(repository: str, *, revision: str | None = None) -> Reposit
     Raises:
         HubError: There is none of that name, or it is private, or the hub cannot be reached.
     """
-    what = f"model repository {repository}"
-    with _in_one_line(what):
+    label = f"model repository {repository}"
+    with _translated_errors(label):
         from huggingface_hub import HfApi  # noqa: PLC0415
 
         try:
             info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=_API_TIMEOUT_S)
         except (TypeError, KeyError, AttributeError, JSONDecodeError):
-            raise _no_hub(what) from None
+            raise _not_a_hub(label) from None
         siblings = info.siblings or []
         return RepositoryFacts(
             repository=repository,
@@ -133,7 +133,7 @@ def repositories_like(owner: str, name: str) -> list[str]:
     word = name.split("-", maxsplit=1)[0]
     path, parameters = f"{_endpoint()}/api/models", {"author": owner, "search": word, "limit": "100"}
     try:
-        with _in_one_line(f"repositories of {owner}"):
+        with _translated_errors(f"repositories of {owner}"):
             answer = _session().get(path, params=parameters, headers=_headers(path), timeout=_API_TIMEOUT_S)
             return [str(entry["id"]) for entry in answer.json()] if answer.is_success else []
     except (HubError, TypeError, KeyError, JSONDecodeError):
@@ -147,13 +147,13 @@ def file_size(repository: str, file: str, *, revision: str = "main") -> int:
     Raises:
         HubError: There is no such file, or no leave to fetch it, or the hub cannot be reached.
     """
-    what = f"{file} of {repository}"
-    with _in_one_line(what):
+    label = f"{file} of {repository}"
+    with _translated_errors(label):
         from huggingface_hub import get_hf_file_metadata  # noqa: PLC0415
 
         facts = get_hf_file_metadata(hub_url(repository, file, revision), timeout=_API_TIMEOUT_S)
         if facts.commit_hash is None or facts.size is None:
-            raise _no_hub(what)
+            raise _not_a_hub(label)
         return facts.size
 
 
@@ -168,13 +168,13 @@ def read_range(
     Raises:
         HubError: There is no such file or part, or no leave, or it took longer than ``limit_s``.
     """
-    what = f"{file} of {repository}"
+    label = f"{file} of {repository}"
     deadline = time.monotonic() + limit_s
     got = bytearray()
-    with open_body(hub_url(repository, file, revision), what=what, start=start, length=length) as body:
+    with open_body(hub_url(repository, file, revision), label=label, start=start, length=length) as body:
         if body.start != start:
             raise HubError(
-                f"the server of {what} gives no parts of files", hint="promptai models pull fetches it whole"
+                f"the server of {label} gives no parts of files", hint="promptai models pull fetches it whole"
             )
         for chunk in body.chunks:
             got += chunk[: length - len(got)]
@@ -182,14 +182,14 @@ def read_range(
                 break
             if time.monotonic() > deadline:
                 raise HubUnreachableError(
-                    f"{what}: {len(got):,} of {length:,} bytes came in {limit_s:.0f} s", hint="try on a faster line"
+                    f"{label}: {len(got):,} of {length:,} bytes came in {limit_s:.0f} s", hint="try on a faster line"
                 )
     return bytes(got)
 
 
 def hub_url(repository: str, file: str, revision: str) -> str:
     """Where the hub serves a file of a model repository."""
-    with _in_one_line(f"{file} of {repository}"):
+    with _translated_errors(f"{file} of {repository}"):
         from huggingface_hub import hf_hub_url  # noqa: PLC0415
 
         return hf_hub_url(repository, file, revision=revision)
@@ -197,8 +197,8 @@ def hub_url(repository: str, file: str, revision: str) -> str:
 
 @contextmanager
 def open_body(
-    url: str, *, what: str, start: int = 0, length: int | None = None, version: str | None = None
-) -> Iterator[Body]:
+    url: str, *, label: str, start: int = 0, length: int | None = None, version: str | None = None
+) -> Iterator[ResponseBody]:
     """
     Begin to fetch a file, from a byte on if the server gives parts; a token goes to the hub alone.
 
@@ -218,32 +218,32 @@ def open_body(
         headers["Range"] = f"bytes={start}-{'' if length is None else start + max(length, 1) - 1}"
         if version is not None:
             headers["If-Range"] = version
-    with _in_one_line(what), closing(_get(url, headers, timeout_s, what)) as answer:
+    with _translated_errors(label), closing(_get(url, headers, timeout_s, label)) as answer:
         hf_raise_for_status(answer)
         if answer.headers.get("Content-Encoding", "identity") != "identity":
-            raise HubError(f"the server of {what} compresses it although asked not to", hint="use another mirror")
+            raise HubError(f"the server of {label} compresses it although asked not to", hint="use another mirror")
         parts = answer.headers.get("Content-Range", "") if answer.status_code == 206 else ""
         size = parts.rpartition("/")[2] if parts else answer.headers.get("Content-Length", "")
-        yield Body(
+        yield ResponseBody(
             start=int(parts.removeprefix("bytes ").partition("-")[0]) if parts else 0,
             total=int(size) if size.isdecimal() else None,
-            version=_strong(answer.headers.get("ETag")) or answer.headers.get("Last-Modified"),
+            version=_strong_etag(answer.headers.get("ETag")) or answer.headers.get("Last-Modified"),
             chunks=answer.iter_raw(),
         )
 
 
-def _get(url: str, headers: dict[str, str], timeout_s: float, what: str) -> Any:
+def _get(url: str, headers: dict[str, str], timeout_s: float, label: str) -> Any:
     """An answer whose body was not read; each redirect is checked before it is followed."""
     session = _session()
     request = session.build_request("GET", url, headers=headers, timeout=timeout_s)
     for _ in range(_REDIRECTS):
-        check_url(str(request.url), f"{what}: ")
+        check_url(str(request.url), f"{label}: ")
         answer = session.send(request, stream=True, follow_redirects=False)
         if answer.next_request is None:
             return answer
         answer.close()
         request = answer.next_request  # made by httpx, which takes the token out when the origin changes
-    raise HubError(f"{what}: redirected more than {_REDIRECTS} times", hint="check the address")
+    raise HubError(f"{label}: redirected more than {_REDIRECTS} times", hint="check the address")
 
 
 def check_url(url: str, prefix: str = "") -> None:
@@ -300,7 +300,7 @@ def _headers(url: str) -> dict[str, str]:
     return headers | {"Accept-Encoding": "identity"}
 
 
-def _strong(etag: str | None) -> str | None:
+def _strong_etag(etag: str | None) -> str | None:
     """Only a strong ETag promises the same bytes."""
     return None if etag is None or etag.startswith("W/") else etag
 
@@ -311,7 +311,7 @@ def _license(card: Any) -> str | None:
 
 
 @contextmanager
-def _in_one_line(what: str) -> Iterator[None]:
+def _translated_errors(label: str) -> Iterator[None]:
     """Turn what the library and its HTTP client raise into errors of ours."""
     _constants()
     from huggingface_hub.errors import (  # type: ignore[attr-defined]  # noqa: PLC0415
@@ -324,40 +324,40 @@ def _in_one_line(what: str) -> Iterator[None]:
     try:
         yield
     except HfHubHTTPError as error:
-        raise _refusal(what, error) from None
+        raise _status_error(label, error) from None
     except OfflineModeIsEnabled:
-        raise HubUnreachableError(f"{what}: told to stay offline", hint="unset HF_HUB_OFFLINE to connect") from None
+        raise HubUnreachableError(f"{label}: told to stay offline", hint="unset HF_HUB_OFFLINE to connect") from None
     except HTTPError as error:
         kind = type(error).__name__
         cut = kind in ("RemoteProtocolError", "ReadError", "ReadTimeout")
         reason = "the connection was cut" if cut else f"no connection: {one_line(error) or kind}"
-        raise HubUnreachableError(f"{what}: {reason}", hint="check the network, HF_ENDPOINT and the proxy") from None
+        raise HubUnreachableError(f"{label}: {reason}", hint="check the network, HF_ENDPOINT and the proxy") from None
     except HFValidationError as error:
-        raise HubNotFoundError(f"{what}: {one_line(error)}", hint="repositories are named owner/name") from None
+        raise HubNotFoundError(f"{label}: {one_line(error)}", hint="repositories are named owner/name") from None
 
 
-def _no_hub(what: str) -> HubUnreachableError:
+def _not_a_hub(label: str) -> HubUnreachableError:
     return HubUnreachableError(
-        f"{what}: what answered is not a hub", hint="check HF_ENDPOINT and the network's sign-in page"
+        f"{label}: what answered is not a hub", hint="check HF_ENDPOINT and the network's sign-in page"
     )
 
 
-def _refusal(what: str, error: "HfHubHTTPError") -> HubError:
+def _status_error(label: str, error: "HfHubHTTPError") -> HubError:
     from huggingface_hub.errors import GatedRepoError  # noqa: PLC0415
 
     status, code = error.response.status_code, error.response.headers.get("X-Error-Code", "")
     if isinstance(error, GatedRepoError) or (status in (401, 403) and code != "RepoNotFound"):
         return HubGatedError(
-            f"{what}: the hub asks for leave (HTTP {status})",
+            f"{label}: the hub asks for leave (HTTP {status})",
             hint="accept the licence on its page there, and set HF_TOKEN to a token that may read it",
         )
     if status in (401, 404):
         return HubNotFoundError(
-            f"{what}: there is no such thing on the hub (HTTP {status})",
+            f"{label}: there is no such thing on the hub (HTTP {status})",
             hint="check the name; a private one needs HF_TOKEN",
         )
     if status == 416:
-        return HubError(f"{what}: the file ends before the part that was asked for", hint="check the file's size")
+        return HubError(f"{label}: the file ends before the part that was asked for", hint="check the file's size")
     if status in (408, 429) or status >= 500:
-        return HubUnreachableError(f"{what}: the server is busy or broken (HTTP {status})", hint="try again later")
-    return HubError(f"{what}: the server refuses (HTTP {status})", hint="check the name")
+        return HubUnreachableError(f"{label}: the server is busy or broken (HTTP {status})", hint="try again later")
+    return HubError(f"{label}: the server refuses (HTTP {status})", hint="check the name")

@@ -1,12 +1,12 @@
-"""Models that are kept on this machine: one directory, and beside each file where it came from.
+"""The library: a directory of downloaded models, each with a sidecar that records its source and checksum.
 
-``LIBRARY/OWNER--NAME/FILE.gguf`` has a sidecar ``FILE.gguf.json`` with source and
-SHA-256. A name ends in ``.gguf`` only when the file is whole and checked: everything on
-its way has another name, so that a power cut leaves a leftover and never half a model.
-Files that somebody else put there are listed as unverified and left alone.
+``LIBRARY/OWNER--NAME/FILE.gguf`` has a sidecar ``FILE.gguf.json``. A file gets a name
+ending in ``.gguf`` only once it is complete and checked; until then it has another
+name, so a power cut leaves a partial file and never half a model. Files that the user
+put there are listed as unverified and left untouched.
 
-Names from a hub or a bundle are text of strangers: ``Library.place`` is the one way
-from a name to a path, and no path of its leads out of the library.
+Names from a hub or a bundle are untrusted: ``Library.path_for`` is the only way from a
+name to a path, and it never returns a path outside the library.
 """
 
 import contextlib
@@ -25,29 +25,30 @@ import msgspec
 from promptai.errors import LibraryError, ModelChecksumError, ModelError, ModelNotFoundError
 
 PART = ".part"
-WRONG = ".wrong-checksum"
-_PIECE_BYTES = 1 << 20
-#: Sidecars and directories want a little too; a file system that is full to the last byte helps nobody.
+REJECTED = ".wrong-checksum"
+_MIB, _GIB = 1 << 20, 1 << 30
+_CHUNK_BYTES = 1 << 20
+#: Room for sidecars and directories, so that a download never fills the file system completely.
 _SPARE_BYTES = 1 << 20
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f/\\:]")
 
 
 class Sidecar(msgspec.Struct, frozen=True):
     """
-    Where a kept model came from; a JSON file beside it.
+    The origin of a stored model, as a JSON file beside it.
 
     Attributes:
-        source: What it was asked for as: ``hub:owner/name:file``, a URL, or ``import``.
-        file: Its name at the source.
-        bytes: Its size.
-        sha256: Its checksum: the source's where it gave one, else what arrived.
-        fetched_at: When it was kept, UTC.
-        verified_at: When its bytes were last compared with ``sha256``, UTC.
-        promised: Whether the source gave the checksum, so that it proves more than "unchanged since".
-        repository: ``owner/name`` on the hub.
-        revision: The hub's commit.
-        licence: As the repository says.
-        catalog: Its id in the catalogue.
+        source: ``hub:owner/name:file``, a URL, or ``import``.
+        file: File name at the source.
+        bytes: File size.
+        sha256: The source's checksum; where the source gives none, the checksum of the bytes received.
+        fetched_at: When the model was stored, UTC.
+        verified_at: When the file was last compared with ``sha256``, UTC.
+        promised: Whether ``sha256`` comes from the source; otherwise it only proves "unchanged since".
+        repository: ``owner/name`` on the hub; ``None`` for other sources.
+        revision: The hub's commit; ``None`` for other sources.
+        licence: As declared by the repository; ``None`` when unknown.
+        catalog: Catalogue id; ``None`` when the model was not requested by it.
     """
 
     source: str
@@ -63,14 +64,13 @@ class Sidecar(msgspec.Struct, frozen=True):
     catalog: str | None = None
 
 
-class Kept(msgspec.Struct, frozen=True):
+class StoredModel(msgspec.Struct, frozen=True):
     """
     A model file in the library.
 
     Attributes:
-        path: Where it lies.
-        bytes: Its size on disk.
-        sidecar: Where it came from; ``None``: a stranger's file, unverified.
+        bytes: Size on disk.
+        sidecar: ``None`` for an unverified file that the user put there.
     """
 
     path: Path
@@ -79,164 +79,165 @@ class Kept(msgspec.Struct, frozen=True):
 
     @property
     def name(self) -> str:
-        """Folder and file, as it is told apart from every other."""
+        """``folder/file``, unique in the library."""
         return f"{self.path.parent.name}/{self.path.name}"
 
 
-class Watch(Protocol):
-    """Who is told how a long copy goes."""
+class ProgressReporter(Protocol):
+    """Receives the progress of copying, hashing and downloading."""
 
     def begin(self, what: str, total: int | None, done: int = 0) -> None:
-        """A stretch of work begins; ``total`` bytes, ``done`` of them already there."""
+        """Start a task of ``total`` bytes (``None``: unknown), ``done`` of which are complete."""
 
     def advance(self, size: int) -> None:
-        """``size`` more bytes are done."""
+        """Count ``size`` more bytes as done."""
 
-    def say(self, line: str) -> None:
-        """Something that a person wants to know."""
+    def notify(self, line: str) -> None:
+        """Show a message to the user."""
 
 
 class Library:
     """
-    A directory of models; need not exist.
+    A directory of models, which need not exist yet.
 
     Args:
-        free: Bytes left on the file system of a path.
+        free: Returns the bytes free on a path's file system; ``None`` for the system's own figure.
     """
 
     def __init__(self, root: Path, *, free: Callable[[Path], int] | None = None) -> None:
         self.root = root
         self._free = free or (lambda path: shutil.disk_usage(path).free)
 
-    def models(self) -> list[Kept]:
-        """Everything that ends in ``.gguf``, sorted by path."""
+    def models(self) -> list[StoredModel]:
+        """Return every ``.gguf`` file, sorted by path."""
         found = []
         for path in self._files():
-            with contextlib.suppress(OSError):  # removed in this moment
-                found += [self._kept(path)] if path.suffix == ".gguf" else []
+            with contextlib.suppress(OSError):  # race: removed since it was listed
+                found += [self._load(path)] if path.suffix == ".gguf" else []
         return found
 
     def leftovers(self) -> list[Path]:
-        """Partial downloads and files that were refused."""
-        return [path for path in self._files() if path.name.endswith((PART, WRONG))]
+        """Return partial downloads, and files rejected for their checksum."""
+        return [path for path in self._files() if path.name.endswith((PART, REJECTED))]
 
-    def matches(self, name: str) -> list[Kept]:
-        """Every model that a name may mean: catalogue id, source, ``folder/file``, file, stem; in any capitals."""
+    def matches(self, name: str) -> list[StoredModel]:
+        """Return the models whose catalogue id, source, ``folder/file``, file name or stem is ``name``; ignores case."""
         wanted = name.casefold()
 
-        def names(kept: Kept) -> set[str]:
-            own = {kept.name, kept.path.name, kept.path.stem}
-            if kept.sidecar is not None:
-                own |= {kept.sidecar.source, kept.sidecar.catalog or kept.name}
-            return {one.casefold() for one in own}
+        def names(model: StoredModel) -> set[str]:
+            found = {model.name, model.path.name, model.path.stem}
+            if model.sidecar is not None:
+                found |= {model.sidecar.source, model.sidecar.catalog or model.name}
+            return {alias.casefold() for alias in found}
 
-        return [kept for kept in self.models() if wanted in names(kept)]
+        return [model for model in self.models() if wanted in names(model)]
 
-    def find(self, name: str) -> Kept | None:
+    def find(self, name: str) -> StoredModel | None:
         """
-        The one model that a name means; ``None``: there is none.
+        Return the model with this name; ``None`` when the library has none.
 
         Raises:
-            ModelError: It may mean several.
+            ModelError: Several models match.
         """
         found = self.matches(name)
         if len(found) > 1:
             raise ModelError(
-                f"{name} may mean {', '.join(kept.name for kept in found)}", hint="give one of these names in full"
+                f"'{name}' matches several models: {', '.join(model.name for model in found)}",
+                hint="give one of these names in full",
             )
         return found[0] if found else None
 
-    def place(self, folder: str, file: str) -> Path:
+    def path_for(self, folder: str, file: str) -> Path:
         """
-        Where a model belongs.
+        Return the path of a model file in the library.
 
         Raises:
-            ModelError: A name is not one plain name of a file.
+            ModelError: ``folder`` or ``file`` is not a safe file name, or ``file`` does not end in ``.gguf``.
         """
         for name in (folder, file):
             if not name or name.startswith(".") or _UNSAFE.search(name) or len(name.encode(errors="replace")) > 200:
-                raise ModelError(f"{name[:80]!r} is no safe name for a file", hint="rename it at its source")
+                raise ModelError(f"{name[:80]!r} is not a safe file name", hint="rename it at its source")
         if not file.endswith(".gguf"):
-            raise ModelError(f"{file[:80]!r} does not end in .gguf", hint="only GGUF files are kept")
+            raise ModelError(f"{file[:80]!r} does not end in .gguf", hint="the library stores GGUF files only")
         return self.root / folder / file
 
     def check_space(self, needed: int) -> None:
         """
-        Refuse to begin what would not fit.
+        Check that ``needed`` bytes fit on the library's file system, with some to spare.
 
         Raises:
-            LibraryError: With what is needed and what is free.
+            LibraryError: Too little space is free; gives both figures.
         """
         free, needed = self.free_bytes(), needed + _SPARE_BYTES
         if needed > free:
-            missing = gigabytes(needed - free)
+            missing = readable_size(needed - free)
             raise LibraryError(
-                f"{self.root} has {gigabytes(free)} free, {missing} too little for {gigabytes(needed)}",
-                hint="see promptai models disk, remove something, or set PROMPTAI_MODELS to a larger disk",
+                f"{self.root} has {readable_size(free)} free, {missing} too little for {readable_size(needed)}",
+                hint="remove models (see promptai models disk), or set PROMPTAI_MODELS to a larger disk",
             )
 
     def free_bytes(self) -> int:
-        """Bytes left where the library is or would be."""
+        """Return the bytes free on the library's file system."""
         return self._free(next(path for path in (self.root, *self.root.absolute().parents) if path.exists()))
 
-    def keep(self, part: BinaryIO, final: Path, sidecar: Sidecar) -> Kept:
+    def store(self, part: BinaryIO, final: Path, sidecar: Sidecar) -> StoredModel:
         """
-        Give a whole, checked file its name; the sidecar comes first, so that no model is ever without.
+        Give a complete, checked file its final name; writes the sidecar first, so no model ever lacks one.
 
         Raises:
-            LibraryError: The disk refuses.
+            LibraryError: The file cannot be synced or renamed, or its sidecar cannot be written.
         """
         with disk_errors(final):
             part.flush()
             os.fsync(part.fileno())
-            self.note(final, sidecar)
+            self.write_sidecar(final, sidecar)
             Path(part.name).replace(final)
             _sync_directory(final.parent)
-        return self._kept(final)
+        return self._load(final)
 
-    def note(self, final: Path, sidecar: Sidecar) -> None:
-        """Write a sidecar, whole."""
+    def write_sidecar(self, final: Path, sidecar: Sidecar) -> None:
+        """Write the sidecar of the model at ``final``, atomically."""
         write_json(sidecar_path(final), sidecar)
 
-    def remove(self, kept: Kept) -> None:
-        """Delete a model and its sidecar, and their folder when nothing else is in it."""
-        with disk_errors(kept.path):
-            kept.path.unlink()
-            sidecar_path(kept.path).unlink(missing_ok=True)
-        if kept.path.parent != self.root:
+    def remove(self, model: StoredModel) -> None:
+        """Delete a model, its sidecar, and their folder if it is then empty."""
+        with disk_errors(model.path):
+            model.path.unlink()
+            sidecar_path(model.path).unlink(missing_ok=True)
+        if model.path.parent != self.root:
             with contextlib.suppress(OSError):
-                kept.path.parent.rmdir()
+                model.path.parent.rmdir()
 
-    def verify(self, kept: Kept, watch: Watch) -> Kept:
+    def verify(self, model: StoredModel, progress: ProgressReporter) -> StoredModel:
         """
-        Compare a model's bytes with its sidecar, and note the time.
+        Compare a model with its checksum, and record the time in its sidecar.
 
         Raises:
-            ModelChecksumError: They differ.
-            ModelError: It has no sidecar to be compared with.
+            ModelChecksumError: Size or checksum differ.
+            ModelError: The model has no sidecar.
         """
-        if kept.sidecar is None:
-            raise ModelError(f"{kept.name} has no checksum beside it", hint="promptai models import notes one")
-        if kept.bytes != kept.sidecar.bytes:
+        if model.sidecar is None:
+            raise ModelError(f"{model.name} has no recorded checksum", hint="promptai models import records one")
+        if model.bytes != model.sidecar.bytes:
             raise ModelChecksumError(
-                f"{kept.name} is damaged: {kept.bytes:,} bytes, should be {kept.sidecar.bytes:,}",
+                f"{model.name} is damaged: {model.bytes:,} bytes, expected {model.sidecar.bytes:,}",
                 hint="remove it and pull it again",
             )
-        watch.begin(f"checking {kept.name}", kept.bytes)
-        with disk_errors(kept.path), kept.path.open("rb") as file:
-            # The question is what the card gives back, not what memory still holds.
+        progress.begin(f"checking {model.name}", model.bytes)
+        with disk_errors(model.path), model.path.open("rb") as file:
+            # Drop the page cache: verify the SD card's content, not a copy in memory.
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            found = hash_into(hashlib.sha256(), file, watch)
-        if found != kept.sidecar.sha256:
+            found = hash_into(hashlib.sha256(), file, progress)
+        if found != model.sidecar.sha256:
             raise ModelChecksumError(
-                f"{kept.name} is damaged: SHA-256 {found[:12]}…, should be {kept.sidecar.sha256[:12]}…",
+                f"{model.name} is damaged: SHA-256 {found[:12]}…, expected {model.sidecar.sha256[:12]}…",
                 hint="remove it and pull it again; check the SD card",
             )
-        self.note(kept.path, msgspec.structs.replace(kept.sidecar, verified_at=now()))
-        return self._kept(kept.path)
+        self.write_sidecar(model.path, msgspec.structs.replace(model.sidecar, verified_at=now()))
+        return self._load(model.path)
 
     def clean(self) -> tuple[int, list[Path]]:
-        """Delete what is left over; bytes freed, and what is being written right now and stays."""
+        """Delete leftovers; returns the bytes freed, and the files skipped because a process is writing them."""
         freed, busy = 0, []
         for path in self.leftovers():
             with disk_errors(path), path.open("rb") as file:
@@ -250,46 +251,48 @@ class Library:
         return freed, busy
 
     def _files(self) -> Iterator[Path]:
-        """Files in the library and its folders; what cannot be read is left out."""
+        """Iterate over the files in the library and its folders; skips unreadable folders."""
         for folder in (self.root, *_entries(self.root, Path.is_dir)):
             yield from _entries(folder, Path.is_file)
 
-    def _kept(self, path: Path) -> Kept:
+    def _load(self, path: Path) -> StoredModel:
         try:
             sidecar = msgspec.json.decode(sidecar_path(path).read_bytes(), type=Sidecar)
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
             sidecar = None
-        return Kept(path, path.stat().st_size, sidecar)
+        return StoredModel(path, path.stat().st_size, sidecar)
 
 
 def resolve(reference: str, library: Library) -> Path:
     """
-    The file that a person means: a path that exists, else a model of the library.
+    Return the file that a reference names: an existing path, else a model of the library.
 
-    What looks like a path stays one, so that whoever reads it says what is wrong with it.
+    A missing file whose name looks like a path is returned as it is: the reader's error is more specific.
 
     Raises:
-        ModelNotFoundError: It is neither.
+        ModelNotFoundError: Neither a path nor the library has it.
+        ModelError: Several models of the library match.
     """
     path = Path(reference)
     if os.path.lexists(path):
         return path
-    kept = library.find(reference)
-    if kept is not None:
-        return kept.path
+    model = library.find(reference)
+    if model is not None:
+        return model.path
     if not reference.startswith("hub:") and (path.suffix == ".gguf" or "/" in reference):
         return path
     raise ModelNotFoundError(
-        f"there is no model {reference}, neither here nor in {library.root}", hint=f"promptai models pull {reference}"
+        f"no model named '{reference}' in this directory or in {library.root}",
+        hint=f"promptai models pull {reference}",
     )
 
 
 def write_json(path: Path, value: msgspec.Struct) -> None:
     """
-    Write a JSON file that appears under its name only when it is whole.
+    Write a JSON file atomically: it gets its name only once it is complete.
 
     Raises:
-        LibraryError: The disk refuses.
+        LibraryError: The file cannot be written.
     """
     part = path.with_name(f".{path.name}{PART}")
     with disk_errors(path):
@@ -304,38 +307,38 @@ def write_json(path: Path, value: msgspec.Struct) -> None:
 
 
 def sidecar_path(model: Path) -> Path:
-    """Where a model's sidecar lies."""
+    """Return the path of a model's sidecar."""
     return model.with_name(f"{model.name}.json")
 
 
-def hash_into(digest: "hashlib._Hash", file: BinaryIO, watch: Watch) -> str:
-    """Hash a file to its end."""
-    while piece := file.read(_PIECE_BYTES):
-        digest.update(piece)
-        watch.advance(len(piece))
+def hash_into(digest: "hashlib._Hash", file: BinaryIO, progress: ProgressReporter) -> str:
+    """Feed the rest of a file to ``digest``; returns the hexadecimal digest."""
+    while chunk := file.read(_CHUNK_BYTES):
+        digest.update(chunk)
+        progress.advance(len(chunk))
     return digest.hexdigest()
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path, *, hint: str = "check the disk and its permissions") -> Iterator[None]:
-    """Turn what a disk refuses into one line."""
+    """Translate ``OSError`` into ``LibraryError``."""
     try:
         yield
     except OSError as error:
         raise LibraryError(f"{path}: {error.strerror or error}", hint=hint) from None
 
 
-def gigabytes(size: float) -> str:
-    """``1.12 GB``, ``640 MB``, ``1.5 MB``, ``12 kB``: decimal, as download pages and SD cards count."""
-    if size >= 1e9:
-        return f"{size / 1e9:,.2f} GB"
-    if size >= 1e6:
-        return f"{size / 1e6:.{0 if size >= 10e6 else 1}f} MB"
-    return f"{size / 1e3:.0f} kB"
+def readable_size(size: float) -> str:
+    """Format a number of bytes as ``1.12 GiB``, ``640 MiB``, ``1.5 MiB`` or ``12 KiB``."""
+    if size >= _GIB:
+        return f"{size / _GIB:,.2f} GiB"
+    if size >= _MIB:
+        return f"{size / _MIB:.{0 if size >= 10 * _MIB else 1}f} MiB"
+    return f"{size / 1024:.0f} KiB"
 
 
 def now() -> str:
-    """The time as sidecars have it."""
+    """Return the current time in the sidecars' format: ISO 8601, UTC, whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -347,7 +350,7 @@ def _entries(folder: Path, kind: Callable[[Path], bool]) -> list[Path]:
 
 
 def _sync_directory(folder: Path) -> None:
-    """A rename outlives a power cut only when the directory was written too."""
+    """Write a directory to disk: a rename survives a power cut only after that."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

@@ -8,7 +8,7 @@ one; without, the two simple types come from the ``gguf`` package
 
 The result appears under its name only when it is whole and its header was read
 again; an error or Ctrl-C leaves nothing. How good it is, is not known here:
-``bench.agreement``. Programs are run by whoever is given (``Run``), so that this
+``bench.agreement``. Programs are run by whoever is given (``ToolRunner``), so that this
 module starts nothing itself.
 """
 
@@ -29,7 +29,7 @@ import msgspec
 from promptai import __version__
 from promptai.errors import ModelError
 from promptai.models.gguf import GgufHeader, read_header
-from promptai.models.library import PART, Watch, disk_errors, gigabytes, hash_into
+from promptai.models.library import PART, ProgressReporter, disk_errors, hash_into, readable_size
 from promptai.models.requantize import OFFERED, converted, rewrite
 
 #: What may be asked for -> bits a weight of its main type, from ggml-common.h.
@@ -56,14 +56,14 @@ _MIXED = 1.12
 _STEP = re.compile(r"^\[ *\d+/ *\d+\] +(\S+)")
 
 
-class Run(Protocol):
+class ToolRunner(Protocol):
     """Runs a program to its end; gives its exit code."""
 
     def __call__(self, command: Sequence[str], *, seen: Callable[[str], None], tick: Callable[[], None]) -> int:
         """Tell ``seen`` every line of its output, and call ``tick`` now and then."""
 
 
-class Quantized(msgspec.Struct, frozen=True):
+class QuantizeResult(msgspec.Struct, frozen=True):
     """
     A model that was made smaller.
 
@@ -86,7 +86,7 @@ class Origin(msgspec.Struct, frozen=True):
     sha256: str
 
 
-class Tool(msgspec.Struct, frozen=True):
+class QuantizeTool(msgspec.Struct, frozen=True):
     """
     A ``llama-quantize``.
 
@@ -96,7 +96,7 @@ class Tool(msgspec.Struct, frozen=True):
     """
 
     path: Path
-    run: Run
+    run: ToolRunner
 
     def label_for(self, source: Path, kind: str) -> str:
         """Its name with its build, as it prints it at the start of a dry run; older builds know no dry run."""
@@ -169,11 +169,11 @@ def quantize(
     target: Path,
     kind: str,
     *,
-    tool: Tool | None,
-    watch: Watch,
+    tool: QuantizeTool | None,
+    progress: ProgressReporter,
     threads: int,
     origin: Origin | None = None,
-) -> Quantized:
+) -> QuantizeResult:
     """
     Write ``target``, a ``kind`` of ``source``.
 
@@ -195,21 +195,21 @@ def quantize(
     if any(path.exists() and path.samefile(source) for path in (target, _part(target))):
         raise ModelError(f"{target} would replace its own source", hint="choose another name with -o")
     check_space(target, expected_bytes(header, kind))
-    with being_written(target) as part:
-        origin = origin or Origin(source.name, _hashed(source, watch))
+    with atomic_output(target) as part:
+        origin = origin or Origin(source.name, _hashed(source, progress))
         by = tool.label_for(source, kind) if tool is not None else f"promptai {__version__} with gguf {version('gguf')}"
         notes = provenance(origin, header.quantization, by)
         if tool is None:
-            watch.begin(f"quantising to {kind}", header.tensor_bytes)
+            progress.begin(f"quantising to {kind}", header.tensor_bytes)
             with disk_errors(target):
-                rewrite(source, header, part, kind, notes, watch.advance)
+                rewrite(source, header, part, kind, notes, progress.advance)
         else:
-            _run_tool(tool, header, part, kind, notes, watch, threads)
+            _run_tool(tool, header, part, kind, notes, progress, threads)
         result = read_header(part)
         noted = all(result.metadata.get(key) == text for key, text in notes.items())
         if not noted or len(result.tensors) != len(header.tensors):
             raise ModelError(f"{by} left out tensors or notes", hint="use a newer llama.cpp: promptai engine build")
-    return Quantized(header, read_header(target), origin.sha256, by)
+    return QuantizeResult(header, read_header(target), origin.sha256, by)
 
 
 def provenance(origin: Origin, quantization: str, by: str) -> dict[str, str]:
@@ -234,13 +234,13 @@ def check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed + _SPARE_BYTES > free:
         raise ModelError(
-            f"{folder} has {gigabytes(free)} free, {target.name} needs about {gigabytes(needed + _SPARE_BYTES)}",
+            f"{folder} has {readable_size(free)} free, {target.name} needs about {readable_size(needed + _SPARE_BYTES)}",
             hint="make room, or choose another place with -o",
         )
 
 
 @contextlib.contextmanager
-def being_written(target: Path) -> Iterator[Path]:
+def atomic_output(target: Path) -> Iterator[Path]:
     """
     Give the name under which a file is written; at the end of the block it gets its own, or goes.
 
@@ -248,7 +248,7 @@ def being_written(target: Path) -> Iterator[Path]:
         ModelError: Another process writes it right now, or the disk refuses.
     """
     part = _part(target)
-    with held(part, target):
+    with locked_part_file(part, target):
         yield part
         with disk_errors(target), part.open("rb") as written:
             os.fsync(written.fileno())
@@ -256,7 +256,7 @@ def being_written(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def held(part: Path, target: Path) -> Iterator[None]:
+def locked_part_file(part: Path, target: Path) -> Iterator[None]:
     """
     Have a file for ourselves and empty, on the way to ``target``; an error or Ctrl-C in the block deletes it.
 
@@ -288,14 +288,20 @@ def _part(target: Path) -> Path:
     return target.with_name(target.name + PART)
 
 
-def _hashed(source: Path, watch: Watch) -> str:
-    watch.begin(f"hashing {source.name}", source.stat().st_size)
+def _hashed(source: Path, progress: ProgressReporter) -> str:
+    progress.begin(f"hashing {source.name}", source.stat().st_size)
     with disk_errors(source), source.open("rb") as file:
-        return hash_into(hashlib.sha256(), file, watch)
+        return hash_into(hashlib.sha256(), file, progress)
 
 
 def _run_tool(
-    tool: Tool, header: GgufHeader, part: Path, kind: str, notes: Mapping[str, str], watch: Watch, threads: int
+    tool: QuantizeTool,
+    header: GgufHeader,
+    part: Path,
+    kind: str,
+    notes: Mapping[str, str],
+    progress: ProgressReporter,
+    threads: int,
 ) -> None:
     sizes = {tensor.name: tensor.size_bytes for tensor in header.tensors}
     words: deque[str] = deque(maxlen=_LAST_WORDS)
@@ -304,9 +310,9 @@ def _run_tool(
         words.append(line)
         step = _STEP.match(line)
         if step is not None:
-            watch.advance(sizes.get(step[1], 0))
+            progress.advance(sizes.get(step[1], 0))
 
-    watch.begin(f"quantising to {kind}", header.tensor_bytes)
+    progress.begin(f"quantising to {kind}", header.tensor_bytes)
     overrides = [word for key, text in notes.items() for word in ("--override-kv", f"{key}=str:{text}")]
     command = [str(tool.path), "--allow-requantize", *overrides, header.path, str(part), kind.upper(), str(threads)]
     code = tool.run(command, seen=seen, tick=lambda: None)

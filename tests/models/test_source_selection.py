@@ -6,7 +6,7 @@ import pytest
 from promptai.errors import HubError, HubNotFoundError, ModelChecksumError, ModelError, ModelNotFoundError
 from promptai.models.catalog import load_catalog
 from promptai.models.hub import RepositoryFacts
-from promptai.models.order import Wanted, choose_file, parse, place_order
+from promptai.models.source_selection import ModelReference, choose_file, parse_reference, resolve_download
 from support_hub import COMMIT, Hub, Repository, hub_with, point_at
 
 FILES = ("tiny-Q4_K_M.gguf", "tiny-Q4_0.gguf", "tiny-IQ4_XS.gguf", "tiny.Q8_0.gguf", "README.md")
@@ -29,12 +29,12 @@ def facts(*files: str) -> RepositoryFacts:
 )
 def test_a_name_on_the_hub_is_understood(name: str, repository: str, choice: str | None, revision: str | None) -> None:
     """Also the address that people copy from their browser: the hub knows the checksum, a web server does not."""
-    assert parse(name) == Wanted(name, repository=repository, choice=choice, revision=revision)
+    assert parse_reference(name) == ModelReference(name, repository=repository, choice=choice, revision=revision)
 
 
 @pytest.mark.parametrize("name", ["https://example.org/a.gguf", "http://127.0.0.1:8000/a.gguf", "http://[::1]/a.gguf"])
 def test_any_encrypted_address_will_do_and_this_machine_needs_no_encryption(name: str) -> None:
-    assert parse(name).url == name
+    assert parse_reference(name).url == name
 
 
 @pytest.mark.parametrize(
@@ -42,20 +42,20 @@ def test_any_encrypted_address_will_do_and_this_machine_needs_no_encryption(name
 )
 def test_other_addresses_are_refused(name: str) -> None:
     with pytest.raises(HubError, match="is not"):
-        parse(name)
+        parse_reference(name)
 
 
 @pytest.mark.parametrize("name", ["people/tiny", "hub:tiny", "hub:a/b/c", "hub:", "../../etc"])
 def test_what_is_no_name_is_refused_with_an_example(name: str) -> None:
     with pytest.raises(ModelError) as refusal:
-        parse(name)
+        parse_reference(name)
     assert "hub:owner/name" in refusal.value.hint
 
 
 def test_a_name_of_the_catalogue_becomes_its_file() -> None:
     entry = load_catalog().entries[0]
 
-    assert parse(entry.id.upper()) == Wanted(
+    assert parse_reference(entry.id.upper()) == ModelReference(
         entry.id.upper(),
         repository=entry.gguf,
         choice=entry.files.get("Q4_K_M") or entry.files["Q4_0"],
@@ -63,10 +63,10 @@ def test_a_name_of_the_catalogue_becomes_its_file() -> None:
         licence=entry.licence,
     )
     quant, file = next(iter(entry.files.items()))
-    assert parse(f"{entry.id}:{quant.lower()}").choice == file
-    assert parse(f"{entry.id}:Q6_K").choice == "Q6_K"
+    assert parse_reference(f"{entry.id}:{quant.lower()}").choice == file
+    assert parse_reference(f"{entry.id}:Q6_K").choice == "Q6_K"
     with pytest.raises(ModelNotFoundError) as refusal:
-        parse(entry.id[:-1])
+        parse_reference(entry.id[:-1])
     assert entry.id in refusal.value.hint
 
 
@@ -118,16 +118,16 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def test_an_order_names_the_commit_so_that_a_later_part_is_of_the_same_file(hub: Hub) -> None:
-    order = place_order(parse("hub:people/tiny-GGUF:q4_0"))
+    download = resolve_download(parse_reference("hub:people/tiny-GGUF:q4_0"))
 
-    assert order.url == f"{hub.url}/people/tiny-GGUF/resolve/{COMMIT}/sub/tiny-Q4_0.gguf"
-    assert (order.folder, order.name) == ("people--tiny-GGUF", "sub--tiny-Q4_0.gguf")
-    assert (order.origin.bytes, order.origin.licence, order.origin.promised) == (14, "apache-2.0", True)
+    assert download.url == f"{hub.url}/people/tiny-GGUF/resolve/{COMMIT}/sub/tiny-Q4_0.gguf"
+    assert (download.folder, download.name) == ("people--tiny-GGUF", "sub--tiny-Q4_0.gguf")
+    assert (download.sidecar.bytes, download.sidecar.licence, download.sidecar.promised) == (14, "apache-2.0", True)
 
 
 def test_a_checksum_that_a_person_knows_is_compared_before_anything_is_fetched(hub: Hub) -> None:
     with pytest.raises(ModelChecksumError, match="on the hub, not 000000000000"):
-        place_order(parse("hub:people/tiny-GGUF"), sha256="0" * 64)
+        resolve_download(parse_reference("hub:people/tiny-GGUF"), sha256="0" * 64)
     assert hub.bodies() == []
 
 
@@ -135,7 +135,7 @@ def test_a_misspelt_repository_is_told_with_the_near_ones(hub: Hub) -> None:
     hub.repositories["people/tinier-GGUF"] = Repository({})
 
     with pytest.raises(HubNotFoundError) as refusal:
-        place_order(parse("hub:people/tiny-GUF"))
+        resolve_download(parse_reference("hub:people/tiny-GUF"))
     assert "hub:people/tiny-GGUF" in refusal.value.hint
 
 
@@ -143,7 +143,7 @@ def test_a_private_repository_stays_unknown_to_strangers(hub: Hub) -> None:
     hub.repositories["people/tiny-GGUF"].private = True
 
     with pytest.raises(HubNotFoundError) as refusal:
-        place_order(parse("hub:people/other"))
+        resolve_download(parse_reference("hub:people/other"))
     assert "a private one needs HF_TOKEN" in refusal.value.hint
 
 
@@ -151,9 +151,9 @@ def test_a_web_server_promises_nothing_and_its_secrets_are_not_noted(hub: Hub) -
     hub.plain["m.gguf"] = b"GGUF"
     address = hub.url.replace("http://", "http://me:password@")
 
-    order = place_order(parse(f"{address}/plain/m.gguf?signature=secret"))
+    download = resolve_download(parse_reference(f"{address}/plain/m.gguf?signature=secret"))
 
-    assert order.origin.source == f"{hub.url}/plain/m.gguf"
-    assert (order.origin.bytes, order.origin.sha256, order.origin.promised) == (4, "", False)
-    assert (order.folder, order.name, order.resumable) == ("url--127.0.0.1", "m.gguf", True)
+    assert download.sidecar.source == f"{hub.url}/plain/m.gguf"
+    assert (download.sidecar.bytes, download.sidecar.sha256, download.sidecar.promised) == (4, "", False)
+    assert (download.folder, download.name, download.resumable) == ("url--127.0.0.1", "m.gguf", True)
     assert [seen.range for seen in hub.bodies()] == ["bytes=0-0"]
