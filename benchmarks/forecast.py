@@ -29,7 +29,7 @@ from promptai.engine.probe import Probed, probe
 from promptai.errors import EngineError
 from promptai.models.catalog import Entry, load_catalog
 from promptai.models.synth import write_synthetic
-from promptai.models.tensors import Quant, parameter_count, tensor_bytes
+from promptai.models.tensors import Quant, plan_tensors, tensor_bytes
 from promptai.settings import cache_directory
 
 #: Small to large, five architectures, three quantisations, tied and untied, few and many KV heads.
@@ -65,7 +65,7 @@ def sizes() -> Iterator[tuple[str, float, float]]:
         if entry.paper is not None:
             shape = entry.shape
             output = shape.width * shape.vocabulary
-            other = parameter_count(shape) - output
+            other = sum(tensor.weights for tensor in plan_tensors(shape, "q4_0")) - output
             yield entry.id, float(tensor_bytes(shape, "q4_0")), (other * 4.5 + output * 6.5625) / 8
 
 

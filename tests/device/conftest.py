@@ -1,4 +1,4 @@
-"""Machines as folders: what /proc and /sys say on the boards that the tests are about."""
+"""Machines as folders: /proc and /sys of the boards used in the tests."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +80,7 @@ def pi5(write_tree: WriteTree) -> Path:
 
 @pytest.fixture
 def pod(pi5: Path, write_tree: WriteTree) -> Path:
-    """A container on that Pi: the quota of 1.5 CPUs on itself, 1 GiB of memory on its parent."""
+    """A container on that Pi: a quota of 1.5 CPUs on its own group, a limit of 1 GiB of memory on its parent."""
     group = "sys/fs/cgroup/kubepods/pod1"
     assert pi5.exists()
     return write_tree(
@@ -100,7 +100,7 @@ def pod(pi5: Path, write_tree: WriteTree) -> Path:
 
 @pytest.fixture
 def pc(write_tree: WriteTree) -> Path:
-    """An x86 machine with 4 cores of 2 SMT threads, numbered as Linux does: siblings are n and n + 4."""
+    """An x86 machine with 4 cores of 2 SMT threads, numbered as by Linux: siblings are n and n + 4."""
     cpu = "sys/devices/system/cpu"
     files = {
         "proc/cpuinfo": "".join(

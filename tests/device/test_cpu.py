@@ -10,8 +10,8 @@ from promptai.device.cpu import CpuFacts, board_name, board_slug, default_thread
 WriteTree = Callable[[dict[str, str]], Path]
 
 
-def test_a_machine_that_says_nothing_has_one_cpu_and_no_features(tmp_path: Path) -> None:
-    """Unknown is "unknown" or None; only the one CPU that runs us is certain."""
+def test_a_machine_that_reports_nothing_has_one_cpu_and_no_features(tmp_path: Path) -> None:
+    """Unknown values are "unknown" or None; only the one CPU that runs the test is certain."""
     assert read_cpu(tmp_path, affinity={0}) == CpuFacts(
         model_name="unknown",
         architecture=os.uname().machine,
@@ -22,8 +22,8 @@ def test_a_machine_that_says_nothing_has_one_cpu_and_no_features(tmp_path: Path)
     )
 
 
-def test_a_quota_below_one_cpu_still_gives_a_thread(pod: Path, write_tree: WriteTree) -> None:
-    """An engine cannot run on no thread at all."""
+def test_a_quota_below_one_cpu_still_allows_one_thread(pod: Path, write_tree: WriteTree) -> None:
+    """An engine needs at least one thread."""
     write_tree({"sys/fs/cgroup/kubepods/pod1/engine/cpu.max": "50000 100000\n"})
 
     cpu = read_cpu(pod, affinity=range(4))
@@ -40,15 +40,15 @@ def test_the_quota_is_rounded_down(pod: Path) -> None:
     assert default_threads(cpu) == 1
 
 
-def test_the_tightest_quota_on_the_way_up_holds(pod: Path, write_tree: WriteTree) -> None:
-    """A pod's limit binds its containers."""
+def test_the_tightest_quota_of_all_ancestors_applies(pod: Path, write_tree: WriteTree) -> None:
+    """A pod's limit applies to its containers."""
     write_tree({"sys/fs/cgroup/kubepods/pod1/cpu.max": "120000 100000\n"})
 
     assert read_cpu(pod, affinity=range(4)).quota_cpus == 1.2
 
 
 def test_a_version_1_quota_is_read(pi5: Path, write_tree: WriteTree) -> None:
-    """Older container hosts still write the quota in two files."""
+    """Older container hosts still keep the quota in two files."""
     write_tree(
         {
             "proc/self/cgroup": "3:cpu,cpuacct:/docker/abc\n",
@@ -60,7 +60,7 @@ def test_a_version_1_quota_is_read(pi5: Path, write_tree: WriteTree) -> None:
     assert default_threads(read_cpu(pi5, affinity=range(4))) == 2
 
 
-def test_no_quota_is_none(pi5: Path, write_tree: WriteTree) -> None:
+def test_an_unlimited_quota_is_none(pi5: Path, write_tree: WriteTree) -> None:
     """Version 1 writes -1, version 2 "max"; neither is a number of CPUs."""
     write_tree(
         {
@@ -74,7 +74,7 @@ def test_no_quota_is_none(pi5: Path, write_tree: WriteTree) -> None:
 
 
 def test_an_affinity_to_cpus_that_are_offline_is_ignored(pi5: Path) -> None:
-    """Some sandboxes report an affinity that has nothing to do with the CPUs shown."""
+    """Some sandboxes report an affinity unrelated to the CPUs that they list."""
     assert read_cpu(pi5, affinity={64, 65}).usable_cpus == 4
 
 
@@ -87,13 +87,13 @@ def test_smt_siblings_count_once(pc: Path) -> None:
 
 
 def test_a_cpuset_of_two_siblings_is_one_core(pc: Path) -> None:
-    """CPUs 1 and 5 are one core; a cpuset may cut through cores."""
+    """CPUs 1 and 5 are one core; a cpuset may split cores."""
     assert default_threads(read_cpu(pc, affinity={1, 5})) == 1
     assert default_threads(read_cpu(pc, affinity={1, 2, 5})) == 2
 
 
 def test_without_topology_every_cpu_is_a_core(pi5: Path, write_tree: WriteTree) -> None:
-    """Some containers hide the topology; then the CPUs are all there is to count."""
+    """Some containers hide the topology, so only CPUs can be counted."""
     for n in range(4):
         write_tree({f"sys/devices/system/cpu/cpu{n}/topology/core_cpus_list": ""})
 
@@ -101,14 +101,14 @@ def test_without_topology_every_cpu_is_a_core(pi5: Path, write_tree: WriteTree) 
 
 
 def test_a_malformed_online_list_falls_back_to_cpuinfo(pi5: Path, write_tree: WriteTree) -> None:
-    """The number of processors is in two places; one is enough."""
+    """The number of processors is in two files; one is enough."""
     write_tree({"sys/devices/system/cpu/online": "garbage"})
 
     assert read_cpu(pi5, affinity=range(4)).logical_cpus == 4
 
 
 def test_a_pi_5_is_recognised(pi5: Path) -> None:
-    """Everything that the advice for a Pi 5 rests on."""
+    """Every fact that the advice for a Pi 5 uses."""
     cpu = read_cpu(pi5, affinity=range(4))
 
     assert cpu == CpuFacts(
@@ -133,14 +133,14 @@ def test_mixed_governors_are_all_named(pc: Path) -> None:
 
 
 def test_facts_survive_json(pi5: Path) -> None:
-    """They are part of a run's manifest."""
+    """The facts are part of a run's manifest."""
     cpu = read_cpu(pi5, affinity=range(4))
 
     assert msgspec.json.decode(msgspec.json.encode(cpu), type=CpuFacts) == cpu
 
 
 def test_this_machine_can_be_read() -> None:
-    """The real /proc and /sys, whatever they are here."""
+    """Reads the real /proc and /sys of the test machine."""
     cpu = read_cpu()
 
     assert 1 <= default_threads(cpu) <= cpu.logical_cpus
@@ -148,18 +148,18 @@ def test_this_machine_can_be_read() -> None:
 
 
 def test_a_board_s_name_comes_from_the_device_tree(pi5: Path) -> None:
-    """The name that a person would search for."""
+    """The name that a user would search for."""
     assert board_name(pi5) == "Raspberry Pi 5 Model B Rev 1.0"
 
 
-def test_a_pc_s_name_comes_from_its_maker(pc: Path) -> None:
-    """DMI knows the product."""
+def test_a_pc_s_name_is_its_dmi_product(pc: Path) -> None:
+    """The vendor sets it."""
     assert board_name(pc) == "OptiPlex 7090"
 
 
 @pytest.mark.parametrize("product", ["", "To Be Filled By O.E.M.", "Standard PC (Q35 + ICH9, 2009)", "HVM domU"])
-def test_a_product_that_is_none_gives_way_to_the_processor(pc: Path, write_tree: WriteTree, product: str) -> None:
-    """Placeholders and hypervisors say nothing about speed."""
+def test_placeholder_products_fall_back_to_the_processor(pc: Path, write_tree: WriteTree, product: str) -> None:
+    """Placeholders and hypervisors are unrelated to speed."""
     write_tree({"sys/class/dmi/id/product_name": product})
 
     assert board_name(pc) == "11th Gen Intel(R) Core(TM) i5-1145G7 @ 2.60GHz"
@@ -185,5 +185,5 @@ def test_a_product_that_is_none_gives_way_to_the_processor(pc: Path, write_tree:
     ],
 )
 def test_slugs_are_short_and_safe_in_a_path(name: str, slug: str) -> None:
-    """A slug becomes part of a directory's name."""
+    """A slug becomes part of a directory name."""
     assert board_slug(name) == slug

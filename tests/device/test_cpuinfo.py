@@ -1,24 +1,24 @@
 from promptai.device.cpuinfo import architecture, model_name, parse_cpuinfo, simd_features
 
 
-def test_an_empty_file_says_nothing() -> None:
-    """No processors, no features, no name that was made up."""
+def test_an_empty_file_has_no_processors_and_no_name() -> None:
+    """No processors, no features, no invented name."""
     assert parse_cpuinfo("") == []
     assert simd_features([]) == ()
     assert model_name([]) == "unknown"
 
 
 def test_a_core_without_its_part_number_has_no_name() -> None:
-    """Half of the two numbers is not enough to look anything up."""
+    """The lookup needs both numbers."""
     assert model_name([{"processor": "0", "CPU implementer": "0x41"}]) == "unknown"
 
 
 def test_an_unknown_core_is_named_by_its_numbers() -> None:
-    """A core newer than the table must still be told from others."""
+    """A core newer than the table must remain distinguishable from others."""
     assert model_name([{"CPU implementer": "0x41", "CPU part": "0xfff"}]) == "ARM core 0x41/0xfff"
 
 
-def test_the_board_s_own_block_is_no_processor() -> None:
+def test_the_board_s_own_block_is_not_a_processor() -> None:
     """A Pi ends the file with its revision and serial number."""
     text = "processor : 0\nFeatures : asimd\n\nRevision : c04170\nModel : Raspberry Pi 5\n"
 
@@ -33,8 +33,8 @@ def test_the_avx512_foundation_alone_is_not_avx512() -> None:
     assert names == ("AVX", "AVX2")
 
 
-def test_only_what_all_cores_have_counts() -> None:
-    """A thread may be moved to the core that lacks the instruction."""
+def test_only_features_of_all_cores_count() -> None:
+    """The kernel may move a thread to a core that lacks the instruction."""
     big = {"processor": "4", "Features": "asimd asimddp i8mm"}
     little = {"processor": "0", "Features": "asimd asimddp"}
 
@@ -42,7 +42,7 @@ def test_only_what_all_cores_have_counts() -> None:
 
 
 def test_two_kinds_of_core_are_both_named() -> None:
-    """Each kind once, however many there are."""
+    """Each kind is named once, regardless of the number of its cores."""
     little = {"CPU implementer": "0x41", "CPU part": "0xd05"}
     big = {"CPU implementer": "0x41", "CPU part": "0xd0b"}
 
@@ -61,8 +61,8 @@ def test_a_server_s_features_come_in_llama_cpp_s_names() -> None:
     )
 
 
-def test_architectures_are_told_apart_by_the_file_alone() -> None:
-    """The machine that runs the test does not matter."""
+def test_the_architecture_is_determined_by_the_file_alone() -> None:
+    """It does not depend on the machine that runs the test."""
     assert architecture([{"flags": "lm"}]) == "x86_64"
     assert architecture([{"flags": "fpu"}]) == "i686"
     assert architecture([{"CPU implementer": "0x41", "Features": "fp asimd"}]) == "aarch64"

@@ -20,12 +20,12 @@ PMIC = """\
 
 
 class Clock:
-    """A clock that the test turns."""
+    """A clock that the test advances."""
 
     now = 100.0
 
     def __call__(self) -> float:
-        """Tell the time."""
+        """Return the time."""
         return self.now
 
 
@@ -46,12 +46,12 @@ def package(write: WriteTree, energy_uj: int, number: int = 0) -> Path:
 
 
 def test_a_machine_without_any_source_has_none(tmp_path: Path) -> None:
-    """No zeros where nothing is measured."""
+    """Without a measurement there is no zero."""
     assert find_energy_source(tmp_path, no_command) is None
 
 
-def test_a_counter_that_may_not_be_read_is_no_source(write_tree: WriteTree) -> None:
-    """Since 2020 the counters are root's; a folder in the file's place fails as surely, even for root."""
+def test_an_unreadable_counter_is_not_a_source(write_tree: WriteTree) -> None:
+    """Since 2020 only root may read the counters; a folder in the file's place fails for root, too."""
     root = write_tree(
         {
             "sys/class/powercap/intel-rapl:0/name": "package-0",
@@ -71,18 +71,18 @@ def test_a_counter_that_may_not_be_read_is_no_source(write_tree: WriteTree) -> N
         "VDD_CORE_A current(7)=1.2.3A\nVDD_CORE_V volt(15)=0.8V\n",
     ],
 )
-def test_an_answer_without_a_whole_rail_is_none(text: str) -> None:
-    """A voltage alone is no power."""
+def test_a_response_without_a_complete_rail_is_none(text: str) -> None:
+    """A voltage alone is not enough for a power."""
     assert parse_pmic(text) is None
 
 
-def test_a_power_chip_that_falls_silent_is_none() -> None:
-    """One missing answer is one missing value."""
+def test_a_power_chip_that_stops_responding_is_none() -> None:
+    """Each missing response is one missing value."""
     assert PmicRails(no_command).read() is None
 
 
-def test_readings_too_close_together_are_refused(write_tree: WriteTree) -> None:
-    """The counter moves once a millisecond; over two of them any figure is chance."""
+def test_readings_too_close_together_are_none(write_tree: WriteTree) -> None:
+    """The counter moves once a millisecond; over two of those, any figure is noise."""
     clock = Clock()
     source = RaplPackage([package(write_tree, 1_000_000)], clock)
 
@@ -95,8 +95,8 @@ def test_readings_too_close_together_are_refused(write_tree: WriteTree) -> None:
     assert source.read() == pytest.approx(10.0)
 
 
-def test_a_counter_that_wraps_is_carried_over(write_tree: WriteTree) -> None:
-    """The kernel says where the counter starts again."""
+def test_a_counter_wrap_is_corrected(write_tree: WriteTree) -> None:
+    """The kernel reports the counter's range."""
     clock = Clock()
     source = RaplPackage([package(write_tree, 262_143_000_000)], clock)
 
@@ -106,8 +106,8 @@ def test_a_counter_that_wraps_is_carried_over(write_tree: WriteTree) -> None:
     assert source.read() == pytest.approx(10.0)
 
 
-def test_a_counter_that_falls_without_a_known_range_is_none(write_tree: WriteTree) -> None:
-    """How much was used cannot be known."""
+def test_a_counter_that_decreases_without_a_known_range_is_none(write_tree: WriteTree) -> None:
+    """The energy used is unknown."""
     clock = Clock()
     zone = package(write_tree, 500)
     (zone / "max_energy_range_uj").unlink()
@@ -119,7 +119,7 @@ def test_a_counter_that_falls_without_a_known_range_is_none(write_tree: WriteTre
     assert source.read() is None
 
 
-def test_a_counter_that_fails_once_is_none_until_there_are_two_again(write_tree: WriteTree) -> None:
+def test_a_failed_reading_is_none_until_there_are_two_again(write_tree: WriteTree) -> None:
     """A mean over an interval needs both its ends."""
     clock = Clock()
     zone = package(write_tree, 0)
@@ -133,8 +133,8 @@ def test_a_counter_that_fails_once_is_none_until_there_are_two_again(write_tree:
     assert readings == [None, None, pytest.approx(5.0)]
 
 
-def test_packages_are_added_and_their_parts_are_not(write_tree: WriteTree) -> None:
-    """Core, uncore and the platform are the same joules again."""
+def test_packages_are_summed_without_their_parts(write_tree: WriteTree) -> None:
+    """Core, uncore and the platform count the same joules again."""
     clock = Clock()
     parts = {"intel-rapl:0:0": "core", "intel-rapl:1:0": "dram", "intel-rapl:2": "psys"}
 
@@ -154,13 +154,13 @@ def test_packages_are_added_and_their_parts_are_not(write_tree: WriteTree) -> No
     assert source.read() == pytest.approx(8.0)
 
 
-def test_rails_with_both_values_are_added() -> None:
-    """EXT5V and BATT have no current and stay out."""
+def test_rails_with_both_values_are_summed() -> None:
+    """EXT5V and BATT report no current and are left out."""
     assert parse_pmic(PMIC) == pytest.approx(3.7 * 0.1 + 3.3 * 0.2 + 0.88 * 2.5)
 
 
-def test_a_pi_5_gives_its_rails(pi5: Path) -> None:
-    """Found by asking, and named for what it is."""
+def test_the_source_of_a_pi_5_is_its_rails(pi5: Path) -> None:
+    """The source is found by running the command, and carries its name."""
     source = find_energy_source(pi5, lambda argv: PMIC if argv[1] == "pmic_read_adc" else None)
 
     assert source is not None

@@ -10,18 +10,18 @@ KIB = 1024
 
 
 def test_a_machine_without_meminfo_is_an_error(tmp_path: Path) -> None:
-    """Without the machine's memory there is nothing to advise on."""
+    """Advice needs the machine's memory."""
     with pytest.raises(FileNotFoundError):
         read_memory(tmp_path)
 
 
 def test_a_meminfo_without_a_total_is_an_error(write_tree: WriteTree) -> None:
-    """A total of 0 would be an invented answer."""
+    """A total of 0 would be invented."""
     with pytest.raises(ValueError, match="MemTotal"):
         read_memory(write_tree({"proc/meminfo": "MemFree: 1 kB\n"}))
 
 
-def test_a_cgroup_that_is_over_its_limit_leaves_nothing() -> None:
+def test_a_cgroup_above_its_limit_leaves_nothing() -> None:
     """Never a negative number of bytes."""
     facts = MemoryFacts(
         total_bytes=100,
@@ -35,8 +35,8 @@ def test_a_cgroup_that_is_over_its_limit_leaves_nothing() -> None:
     assert facts.available_for_new_process() == 0
 
 
-def test_an_old_kernel_without_memavailable_counts_free_memory_alone(write_tree: WriteTree) -> None:
-    """Too little rather than too much."""
+def test_without_memavailable_only_free_memory_counts(write_tree: WriteTree) -> None:
+    """Kernels before 3.14; the result is too low rather than too high."""
     root = write_tree({"proc/meminfo": "MemTotal: 100 kB\nMemFree: 20 kB\nCached: 60 kB\n"})
 
     assert read_memory(root).available_bytes == 20 * KIB
@@ -53,12 +53,12 @@ def test_a_pi_s_memory_is_read_in_bytes(pi5: Path) -> None:
 
 
 def test_without_a_limit_a_new_process_may_take_what_is_available(pi5: Path) -> None:
-    """No cgroup, no other bound."""
+    """Without a cgroup there is no other bound."""
     assert read_memory(pi5).available_for_new_process() == 3300000 * KIB
 
 
-def test_the_limit_of_an_ancestor_holds(pod: Path) -> None:
-    """The page cache does not count as used: a model file that was read twice is all on the active list."""
+def test_the_limit_of_an_ancestor_applies(pod: Path) -> None:
+    """Page cache does not count as used: a model file that was read twice is entirely on the active list."""
     facts = read_memory(pod)
 
     assert (facts.limit_bytes, facts.limit_used_bytes) == (1 << 30, 100_000_000)
@@ -70,17 +70,15 @@ def test_the_limit_of_an_ancestor_holds(pod: Path) -> None:
     [("800000000", 800_000_000), ("2000000000", 1 << 30), ("max", 1 << 30)],
     ids=["below", "above", "none"],
 )
-def test_above_memory_high_a_group_is_slowed_down_until_nothing_moves(
-    pod: Path, write_tree: WriteTree, high: str, limit: int
-) -> None:
-    """It is not killed there, which is no help to who waits for tokens."""
+def test_memory_high_counts_as_a_limit(pod: Path, write_tree: WriteTree, high: str, limit: int) -> None:
+    """Above it the kernel does not kill the group but slows it down until nothing moves."""
     write_tree({"sys/fs/cgroup/kubepods/pod1/memory.high": f"{high}\n"})
 
     assert read_memory(pod).limit_bytes == limit
 
 
-def test_memory_high_limits_alone_too(pod: Path, write_tree: WriteTree) -> None:
-    """Systemd's MemoryHigh= often stands without a MemoryMax=."""
+def test_memory_high_counts_without_memory_max(pod: Path, write_tree: WriteTree) -> None:
+    """Units of systemd often set MemoryHigh= without MemoryMax=."""
     group = "sys/fs/cgroup/kubepods/pod1"
     write_tree({f"{group}/memory.high": "500000000\n", f"{group}/memory.max": "max\n"})
 
@@ -88,17 +86,17 @@ def test_memory_high_limits_alone_too(pod: Path, write_tree: WriteTree) -> None:
 
 
 def test_the_group_with_the_least_left_is_the_limit(pod: Path, write_tree: WriteTree) -> None:
-    """The smallest limit is not always the nearest."""
+    """The smallest limit is not always the closest."""
     write_tree({"sys/fs/cgroup/kubepods/pod1/engine/memory.max": "1000000000\n"})
 
     facts = read_memory(pod)
 
-    # The container's own group says nothing of its page cache, so all of its use counts.
+    # The container's own group does not report its page cache, so all of its usage counts.
     assert (facts.limit_bytes, facts.limit_used_bytes) == (1_000_000_000, 700_000_000)
 
 
 def test_a_version_1_limit_is_read(pi5: Path, write_tree: WriteTree) -> None:
-    """Version 1 has other names for the same facts."""
+    """Version 1 has other file names."""
     group = "sys/fs/cgroup/memory"
     write_tree(
         {
@@ -114,8 +112,8 @@ def test_a_version_1_limit_is_read(pi5: Path, write_tree: WriteTree) -> None:
     assert (facts.limit_bytes, facts.limit_used_bytes) == (2_000_000_000, 400_000_000)
 
 
-def test_a_limit_beyond_the_machine_is_no_limit(pi5: Path, write_tree: WriteTree) -> None:
-    """Version 1 writes "unlimited" as the largest number it has."""
+def test_a_limit_above_the_machine_s_memory_is_no_limit(pi5: Path, write_tree: WriteTree) -> None:
+    """Version 1 represents "unlimited" by its largest number."""
     write_tree(
         {
             "proc/self/cgroup": "4:memory:/\n",
@@ -127,8 +125,8 @@ def test_a_limit_beyond_the_machine_is_no_limit(pi5: Path, write_tree: WriteTree
     assert read_memory(pi5).limit_bytes is None
 
 
-def test_counts_are_not_taken_for_bytes() -> None:
-    """HugePages_Total has no unit: it is a number of pages."""
+def test_a_count_without_a_unit_is_not_a_size() -> None:
+    """HugePages_Total is a number of pages."""
     meminfo = b"MemTotal:      8 kB\nHugePages_Total: 5\n"
 
     assert meminfo_bytes(meminfo, b"MemTotal") == 8 * KIB
@@ -136,7 +134,7 @@ def test_counts_are_not_taken_for_bytes() -> None:
 
 
 def test_a_line_is_found_by_its_whole_name() -> None:
-    """SwapCached and MemFreeable are other lines than Cached and MemFree."""
+    """SwapCached and MemFreeable are not Cached and MemFree."""
     meminfo = b"SwapCached: 1 kB\nMemFreeable: 2 kB\nCached: 3 kB\nMemFree: 4 kB\n"
 
     assert [meminfo_bytes(meminfo, name) for name in (b"Cached", b"MemFree", b"Absent")] == [3 * KIB, 4 * KIB, None]

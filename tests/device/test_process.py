@@ -21,7 +21,7 @@ TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
 class FakeProc:
-    """A /proc in which processes are born, work and die."""
+    """A /proc in which processes start, work and end."""
 
     def __init__(self, write: WriteTree) -> None:
         self._write = write
@@ -40,7 +40,7 @@ class FakeProc:
         ticks: int = 0,
         state: str = "S",
     ) -> None:
-        """Write what /proc says of one process; ``children=None`` is a kernel without such files."""
+        """Write one process's files; ``children=None`` is a kernel without children files."""
         name = f"proc/{pid}"
         stat = f"{pid} (a (b) c) {state} {parent} 1 1 0 -1 4 9 0 {faults} 0 {ticks} 0 0 0 20 0\n"
         sizes = {"VmRSS": 99, "RssAnon": anon_kib, "RssFile": file_kib, "RssShmem": 3, "VmSwap": 2}
@@ -51,8 +51,8 @@ class FakeProc:
             self._write({f"{name}/task/{pid + 1000}/children": thread_children})
 
     def kill(self, pid: int) -> None:
-        """Remove a process, also for those who have its files open."""
-        # An open file of a dead process fails to be read; an emptied one is as unreadable.
+        """Remove a process, also for readers with its files open."""
+        # Reading an open file of an ended process fails; an emptied file is just as unreadable.
         (self.root / f"proc/{pid}/stat").write_text("")
         shutil.rmtree(self.root / f"proc/{pid}")
 
@@ -73,8 +73,8 @@ def engine(proc: FakeProc) -> Iterator[ProcessTree]:
     tree.close()
 
 
-def test_a_tree_without_its_first_process_is_none_for_ever(proc: FakeProc, engine: ProcessTree) -> None:
-    """A number that is given away again belongs to a stranger."""
+def test_a_tree_stays_none_after_its_root_process_ended(proc: FakeProc, engine: ProcessTree) -> None:
+    """A reused PID belongs to an unrelated process."""
     assert engine.read() is not None
     proc.kill(10)
     assert engine.read() is None
@@ -84,15 +84,15 @@ def test_a_tree_without_its_first_process_is_none_for_ever(proc: FakeProc, engin
     assert engine.read() is None
 
 
-def test_a_zombie_is_gone(proc: FakeProc, engine: ProcessTree) -> None:
-    """An engine that ended and was not waited for still has an entry, but no memory."""
+def test_a_zombie_counts_as_ended(proc: FakeProc, engine: ProcessTree) -> None:
+    """An engine that ended but was not reaped still has an entry, but no memory."""
     proc.put(10, state="Z")
 
     assert engine.read() is None
 
 
 def test_a_child_that_vanishes_is_left_out(proc: FakeProc, engine: ProcessTree) -> None:
-    """It is still in its parent's list when it is already gone."""
+    """Its parent still lists it after it ended."""
     proc.kill(11)
 
     reading = engine.read()
@@ -102,8 +102,8 @@ def test_a_child_that_vanishes_is_left_out(proc: FakeProc, engine: ProcessTree) 
     assert reading.memory.anon_bytes == 100 * KIB
 
 
-def test_what_an_ended_child_used_stays_in_the_totals(proc: FakeProc, engine: ProcessTree) -> None:
-    """CPU time and faults never fall, or a rate would be negative."""
+def test_usage_of_an_ended_child_stays_in_the_totals(proc: FakeProc, engine: ProcessTree) -> None:
+    """CPU time and faults never decrease; a rate would be negative."""
     proc.put(11, parent=10, ticks=40, faults=2)
     before = engine.read()
     proc.kill(11)
@@ -115,8 +115,8 @@ def test_what_an_ended_child_used_stays_in_the_totals(proc: FakeProc, engine: Pr
     assert after.memory.major_faults == before.memory.major_faults == 7
 
 
-def test_a_member_that_does_not_tell_its_memory_makes_the_sum_unknown(proc: FakeProc, engine: ProcessTree) -> None:
-    """A kernel before 4.5, or a process that is on its way out and has given its memory back: not 0 bytes."""
+def test_a_member_without_memory_figures_makes_the_sum_unknown(proc: FakeProc, engine: ProcessTree) -> None:
+    """On a kernel before 4.5, or for an exiting process that has released its memory: not 0 bytes."""
     (proc.root / "proc/11/status").write_text("Name:\tx\nRssAnon:\t 8 kB\n")
 
     reading = engine.read()
@@ -130,7 +130,7 @@ def test_a_member_that_does_not_tell_its_memory_makes_the_sum_unknown(proc: Fake
 
 
 def test_a_status_with_many_groups_is_read_to_its_end(proc: FakeProc, engine: ProcessTree) -> None:
-    """They come before the memory: 700 groups fill more than a page."""
+    """The groups precede the memory: 700 of them fill more than a page."""
     status = (proc.root / "proc/10/status").read_text()
     groups = " ".join(str(100_000 + number) for number in range(700))
     (proc.root / "proc/10/status").write_text(f"Groups:\t{groups}\n{status}")
@@ -141,8 +141,8 @@ def test_a_status_with_many_groups_is_read_to_its_end(proc: FakeProc, engine: Pr
     assert reading.memory.anon_bytes == 150 * KIB
 
 
-def test_memory_is_added_up_over_the_tree(engine: ProcessTree) -> None:
-    """Each kind by itself."""
+def test_memory_is_summed_over_the_tree(engine: ProcessTree) -> None:
+    """Each kind separately."""
     reading = engine.read()
 
     assert reading is not None
@@ -157,7 +157,7 @@ def test_memory_is_added_up_over_the_tree(engine: ProcessTree) -> None:
 
 
 def test_a_child_of_another_thread_is_found(proc: FakeProc) -> None:
-    """The kernel lists a child with the thread that forked it, not with the process."""
+    """The kernel lists a child under the thread that forked it, not under the process."""
     proc.put(10, thread_children="11", anon_kib=1)
     proc.put(11, parent=10, children="12", anon_kib=1)
     proc.put(12, parent=11, anon_kib=1)
@@ -170,7 +170,7 @@ def test_a_child_of_another_thread_is_found(proc: FakeProc) -> None:
     tree.close()
 
 
-def test_a_child_born_later_is_found(proc: FakeProc, engine: ProcessTree) -> None:
+def test_a_child_started_later_is_found(proc: FakeProc, engine: ProcessTree) -> None:
     """An engine may start its workers after it is watched."""
     engine.read()
     proc.put(10, children="11 12 ")
@@ -182,8 +182,8 @@ def test_a_child_born_later_is_found(proc: FakeProc, engine: ProcessTree) -> Non
     assert reading.processes == 3
 
 
-def test_without_children_files_the_parents_are_asked(proc: FakeProc) -> None:
-    """A kernel without CONFIG_PROC_CHILDREN needs a look at every process."""
+def test_without_children_files_every_process_is_searched(proc: FakeProc) -> None:
+    """A kernel without CONFIG_PROC_CHILDREN does not list children."""
     proc.put(10, children=None, anon_kib=1)
     proc.put(11, parent=10, children=None, anon_kib=1)
     proc.put(12, parent=1, children=None, anon_kib=1)
@@ -196,7 +196,7 @@ def test_without_children_files_the_parents_are_asked(proc: FakeProc) -> None:
     tree.close()
 
 
-def test_a_program_s_name_may_hold_parentheses() -> None:
+def test_a_program_s_name_may_contain_parentheses() -> None:
     """The name in /proc/PID/stat is free text."""
     line = b"7 (a) R (b) S 3 0 0 0 0 0 1 2 44 5 60 7 8 9"
 
@@ -207,8 +207,8 @@ def test_a_program_s_name_may_hold_parentheses() -> None:
 
 
 @pytest.mark.parametrize("line", [b"", b"7 (a) S", b"7 (a) S x 0 0 0 0 0 0 0 0 0 0 0"])
-def test_a_cut_stat_line_is_none(line: bytes) -> None:
-    """A process may end while its line is being written."""
+def test_a_truncated_stat_line_is_none(line: bytes) -> None:
+    """A process may end while the kernel writes its line."""
     assert parse_process_stat(line) is None
 
 
@@ -218,7 +218,7 @@ def test_a_zombie_s_status_has_no_memory() -> None:
 
 
 def test_a_real_child_s_memory_is_seen() -> None:
-    """The real /proc: 40 MB that a child fills show up as anonymous memory of this process's tree."""
+    """With the real /proc: 40 MB filled by a child appear as anonymous memory of this process's tree."""
     code = "x = bytearray(40_000_000); print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
@@ -237,8 +237,8 @@ def test_a_real_child_s_memory_is_seen() -> None:
     assert tree.processes == 2
 
 
-def test_one_look_takes_under_two_milliseconds() -> None:
-    """The best of several, because this machine has other things to do."""
+def test_a_read_takes_less_than_two_milliseconds() -> None:
+    """The best of several reads, because the machine is busy with other work."""
     tree = ProcessTree(os.getpid())
 
     def once() -> float:

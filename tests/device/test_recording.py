@@ -17,12 +17,12 @@ INTERVAL_S = 0.05
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """Where the samples go."""
+    """The telemetry file."""
     return tmp_path / "telemetry.jsonl"
 
 
 class Child:
-    """A sampler process on the command line, told to begin and waited for."""
+    """A sampler process, started from the command line."""
 
     def __init__(self, out: Path, *options: str) -> None:
         command = [sys.executable, "-P", "-m", "promptai.device.telemetry", "--out", str(out)]
@@ -36,38 +36,38 @@ class Child:
         )
 
     def wait_for_samples(self, count: int) -> None:
-        """Wait until the file holds that many lines."""
+        """Wait until the file has ``count`` lines."""
         give_up = time.monotonic() + 20
         while not self.out.exists() or self.out.read_bytes().count(b"\n") < count:
             assert self.process.poll() is None, self.process.communicate()
             assert time.monotonic() < give_up
             time.sleep(0.005)
 
-    def say(self, line: str) -> None:
-        """Write a line to its input."""
+    def send(self, line: str) -> None:
+        """Write a line to the sampler's input."""
         assert self.process.stdin is not None
         self.process.stdin.write(line)
         self.process.stdin.flush()
 
     def end(self, line: str = "") -> tuple[int, str, str]:
-        """Say the last line, close the input; give exit code, output and errors."""
+        """Write a last line and close the input; returns exit code, output and errors."""
         stdout, stderr = self.process.communicate(line, timeout=20)
         return self.process.returncode, stdout, stderr
 
 
 @pytest.fixture
 def child(out: Path) -> Iterator[Child]:
-    """A sampler that watches this test's process."""
+    """A sampler watching this test's process."""
     child = Child(out)
-    child.say(f'{{"watch": {os.getpid()}}}\n')
+    child.send(f'{{"watch": {os.getpid()}}}\n')
     yield child
     child.process.kill()
     child.process.communicate()
 
 
 @pytest.mark.real
-def test_a_file_that_cannot_be_opened_ends_it_with_3(tmp_path: Path) -> None:
-    """One line says why; nothing is on standard output."""
+def test_an_unwritable_file_exits_with_3(tmp_path: Path) -> None:
+    """One line on standard error, nothing on standard output."""
     code, stdout, stderr = Child(tmp_path / "absent" / "telemetry.jsonl").end()
 
     assert (code, stdout, stderr.count("\n")) == (EXIT_UNWRITABLE, "", 1)
@@ -75,8 +75,8 @@ def test_a_file_that_cannot_be_opened_ends_it_with_3(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_a_full_disk_ends_it_with_3_and_the_cost() -> None:
-    """/dev/full fails each write as a full disk does."""
+def test_a_full_disk_exits_with_3_and_reports_the_cost() -> None:
+    """Writes to /dev/full fail as on a full disk."""
     child = Child(Path("/dev/full"))
     child.process.wait(timeout=20)
 
@@ -87,8 +87,8 @@ def test_a_full_disk_ends_it_with_3_and_the_cost() -> None:
 
 
 @pytest.mark.real
-def test_an_unknown_command_ends_it_with_2(child: Child) -> None:
-    """Whoever says "wach" learns it at once, not from an empty column."""
+def test_an_unknown_command_exits_with_2(child: Child) -> None:
+    """A misspelt "wach" fails at once instead of leaving a column empty."""
     child.wait_for_samples(1)
 
     code, _, stderr = child.end('{"wach": 5}\n')
@@ -99,7 +99,7 @@ def test_an_unknown_command_ends_it_with_2(child: Child) -> None:
 
 @pytest.mark.real
 @pytest.mark.parametrize("interval", ["0", "-1", "nan", "inf", "often"])
-def test_an_interval_that_makes_no_sense_is_refused(out: Path, interval: str) -> None:
+def test_rejects_an_invalid_interval(out: Path, interval: str) -> None:
     """Before anything is written."""
     code, _, stderr = Child(out, f"--interval={interval}").end()
 
@@ -109,8 +109,8 @@ def test_an_interval_that_makes_no_sense_is_refused(out: Path, interval: str) ->
 
 
 @pytest.mark.real
-def test_the_end_of_its_input_ends_it(child: Child) -> None:
-    """A parent killed with SIGKILL says nothing, but its pipes close."""
+def test_stops_at_end_of_input(child: Child) -> None:
+    """A parent killed with SIGKILL sends no command, but its pipes close."""
     child.wait_for_samples(2)
 
     code, stdout, _ = child.end()
@@ -120,8 +120,8 @@ def test_the_end_of_its_input_ends_it(child: Child) -> None:
 
 
 @pytest.mark.real
-def test_sigint_is_ignored_and_sigterm_ends_it_properly(child: Child) -> None:
-    """Ctrl-C goes to the whole terminal; the parent decides what it means."""
+def test_ignores_sigint_and_stops_on_sigterm(child: Child) -> None:
+    """Ctrl-C reaches all processes of the terminal; the parent decides what to do."""
     child.wait_for_samples(1)
     child.process.send_signal(signal.SIGINT)
     child.wait_for_samples(len(read_samples(child.out)) + 2)
@@ -134,8 +134,8 @@ def test_sigint_is_ignored_and_sigterm_ends_it_properly(child: Child) -> None:
 
 
 @pytest.mark.real
-def test_samples_are_never_too_many_and_know_their_cost(child: Child) -> None:
-    """At most one for each interval, in a time that this process shares."""
+def test_takes_at_most_one_sample_per_interval_and_reports_its_cost(child: Child) -> None:
+    """The samples' times are on the clock of this process."""
     child.wait_for_samples(8)
     _, stdout, _ = child.end('{"stop": true}\n')
     now = time.monotonic()
@@ -160,7 +160,7 @@ def test_samples_are_never_too_many_and_know_their_cost(child: Child) -> None:
 
 
 def test_deadlines_do_not_drift() -> None:
-    """Late by a third of an interval, the next one is two thirds away."""
+    """After a delay of a third of an interval, the next sample is due in two thirds."""
     assert next_deadline(10.0, 1.0, 10.0) == 11.0
     assert next_deadline(10.0, 1.0, 12.3) == 13.0
 
@@ -170,8 +170,8 @@ def test_missed_deadlines_are_left_out() -> None:
     assert next_deadline(0.0, 2.0, 11.0) == 12.0
 
 
-def test_half_a_line_is_cut_off_before_more_are_written(out: Path) -> None:
-    """A resumed run must not glue two samples together."""
+def test_a_truncated_last_line_is_removed_before_appending(out: Path) -> None:
+    """A resumed run must not join two samples."""
     out.write_bytes(b'{"t":1.0}\n{"t":2.0,"cpu_p')
 
     os.close(open_out(out))
@@ -181,8 +181,8 @@ def test_half_a_line_is_cut_off_before_more_are_written(out: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 300, 8191, 8192, 8193, 100_000])
 @pytest.mark.parametrize("half", [b"", b'{"t":2.0,"cpu_p'], ids=["whole-line", "half-a-line"])
-def test_nuls_that_a_power_cut_left_are_cut_off(out: Path, half: bytes, count: int) -> None:
-    """A journalling file system may keep the size and lose the data, a page or many of them."""
+def test_nuls_left_by_a_power_cut_are_removed(out: Path, half: bytes, count: int) -> None:
+    """A journalling file system may keep the size and lose the data, one page or many."""
     out.write_bytes(b'{"t":1.0}\n' + half + bytes(count))
 
     os.close(open_out(out))
@@ -191,8 +191,8 @@ def test_nuls_that_a_power_cut_left_are_cut_off(out: Path, half: bytes, count: i
 
 
 @pytest.mark.parametrize("count", [0, 10, 20_000])
-def test_a_file_of_nothing_but_nuls_begins_anew(out: Path, count: int) -> None:
-    """All of it was lost."""
+def test_a_file_of_only_nuls_becomes_empty(out: Path, count: int) -> None:
+    """All data was lost."""
     out.write_bytes(bytes(count))
 
     os.close(open_out(out))
@@ -201,8 +201,8 @@ def test_a_file_of_nothing_but_nuls_begins_anew(out: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize("content", [b"notes about my dog", b"{" * 9000, b"notes" + bytes(9000)])
-def test_a_file_that_is_something_else_is_not_touched(out: Path, content: bytes) -> None:
-    """A wrong path must not cost anybody their text."""
+def test_a_file_that_is_not_telemetry_is_left_unchanged(out: Path, content: bytes) -> None:
+    """A wrong path must not damage a user's file."""
     out.write_bytes(content)
 
     with pytest.raises(OSError, match="another file"):

@@ -12,12 +12,12 @@ ALWAYS = {"t", "own_cpu_percent_of_one_core"}
 
 
 class Clock:
-    """A clock that the test turns."""
+    """A clock that the test advances."""
 
     now = 1000.0
 
     def __call__(self) -> float:
-        """Tell the time."""
+        """Return the time."""
         return self.now
 
 
@@ -35,8 +35,8 @@ def put_engine(write: WriteTree, *, ticks: int, faults: int = 0) -> None:
     )
 
 
-def test_a_bare_machine_s_sample_holds_no_zeros(tmp_path: Path) -> None:
-    """Everything that is not there is null in the file."""
+def test_a_bare_machine_s_sample_contains_no_zeros(tmp_path: Path) -> None:
+    """Missing values are null in the file."""
     clock = Clock()
     sampler = Sampler(tmp_path, no_command, clock, frozenset({0}))
     sampler.sample()
@@ -49,7 +49,7 @@ def test_a_bare_machine_s_sample_holds_no_zeros(tmp_path: Path) -> None:
 
 
 def test_the_first_sample_has_no_rates(pi5: Path) -> None:
-    """A rate needs two looks."""
+    """A rate needs two readings."""
     sample = Sampler(pi5, no_command, Clock(), frozenset(range(4))).sample()
 
     assert sample.cpu_percent is None
@@ -57,8 +57,8 @@ def test_the_first_sample_has_no_rates(pi5: Path) -> None:
     assert sample.temperature_c == 61.45
 
 
-def test_an_engine_that_ended_leaves_nothing_behind(pi5: Path, write_tree: WriteTree) -> None:
-    """Not its last values, which would go on for ever."""
+def test_an_ended_engine_has_no_values(pi5: Path, write_tree: WriteTree) -> None:
+    """Its last values must not be repeated for ever."""
     put_engine(write_tree, ticks=0)
     sampler = Sampler(pi5, no_command, Clock(), frozenset(range(4)))
     sampler.watch(77)
@@ -70,8 +70,8 @@ def test_an_engine_that_ended_leaves_nothing_behind(pi5: Path, write_tree: Write
     assert (sample.engine_anon_bytes, sample.engine_rss_bytes, sample.major_faults) == (None, None, None)
 
 
-def test_an_engine_that_does_not_tell_its_memory_is_watched_without(pi5: Path, write_tree: WriteTree) -> None:
-    """What is known is told, and the rest is null: 0 bytes would pull a mean down."""
+def test_an_engine_without_memory_figures_is_still_watched(pi5: Path, write_tree: WriteTree) -> None:
+    """Unknown fields are null: 0 bytes would lower a mean."""
     put_engine(write_tree, ticks=0, faults=3)
     write_tree({"proc/77/status": "RssAnon:\t 10 kB\nRssFile:\t 200 kB\n"})
     sampler = Sampler(pi5, no_command, Clock(), frozenset(range(4)))
@@ -84,14 +84,14 @@ def test_an_engine_that_does_not_tell_its_memory_is_watched_without(pi5: Path, w
 
 
 def test_times_count_from_the_origin(pi5: Path) -> None:
-    """A run that was resumed after a reboot goes on with its own clock."""
+    """A run resumed after a reboot continues its own clock."""
     sampler = Sampler(pi5, no_command, Clock(), frozenset({0}), origin=-250.5)
 
     assert sampler.sample().t == 1250.5
 
 
-def test_a_process_that_is_not_there_is_not_watched(pi5: Path) -> None:
-    """The engine may end before anybody watches it."""
+def test_a_missing_process_is_not_watched(pi5: Path) -> None:
+    """The engine may end before it is watched."""
     sampler = Sampler(pi5, no_command, Clock(), frozenset(range(4)))
 
     sampler.watch(77)
@@ -100,7 +100,7 @@ def test_a_process_that_is_not_there_is_not_watched(pi5: Path) -> None:
 
 
 def test_an_engine_s_share_is_of_all_usable_cores(pi5: Path, write_tree: WriteTree) -> None:
-    """Two of four cores busy are 50, not 200; what it used before it was watched is not counted."""
+    """Two of four busy cores are 50, not 200; usage before the watch does not count."""
     clock = Clock()
     put_engine(write_tree, ticks=5000)
     sampler = Sampler(pi5, no_command, clock, frozenset(range(4)))
@@ -115,7 +115,7 @@ def test_an_engine_s_share_is_of_all_usable_cores(pi5: Path, write_tree: WriteTr
 
 
 def test_a_sample_right_after_the_watch_has_no_share(pi5: Path, write_tree: WriteTree) -> None:
-    """Over less than a tick the share would be 0 or hundreds; the next sample counts from the watch."""
+    """Over less than a tick the share would be 0 or in the hundreds; the next sample counts from the watch."""
     clock = Clock()
     put_engine(write_tree, ticks=0)
     sampler = Sampler(pi5, no_command, clock, frozenset(range(4)))
@@ -129,8 +129,8 @@ def test_a_sample_right_after_the_watch_has_no_share(pi5: Path, write_tree: Writ
     assert sampler.sample().engine_cpu_percent == pytest.approx(25.0)
 
 
-def test_watching_another_engine_starts_its_count_anew(pi5: Path, write_tree: WriteTree) -> None:
-    """The difference between two engines' CPU times means nothing."""
+def test_watching_another_engine_resets_the_count(pi5: Path, write_tree: WriteTree) -> None:
+    """The difference between two engines' CPU times is meaningless."""
     clock = Clock()
     put_engine(write_tree, ticks=9000)
     sampler = Sampler(pi5, no_command, clock, frozenset(range(4)))
@@ -146,7 +146,7 @@ def test_watching_another_engine_starts_its_count_anew(pi5: Path, write_tree: Wr
 
 
 def test_a_pi_5_s_sample_is_complete(pi5: Path, write_tree: WriteTree) -> None:
-    """Every field of the file, on the board that it was made for."""
+    """Every field has a value on the board that the format was made for."""
     answers = {
         "get_throttled": "throttled=0x20002\n",
         "pmic_read_adc": "VDD_CORE_A current(7)=2.0A\nVDD_CORE_V volt(15)=0.9V\n",

@@ -15,8 +15,8 @@ intr 5 cpu7
 """
 
 
-def test_a_bare_machine_says_nothing(tmp_path: Path) -> None:
-    """Every gauge is None, none is 0."""
+def test_a_bare_machine_reports_nothing(tmp_path: Path) -> None:
+    """Every sensor is None, none is 0."""
     machine = MachineSensors(tmp_path, {0})
 
     assert machine.cpu_percent() is None
@@ -27,32 +27,32 @@ def test_a_bare_machine_says_nothing(tmp_path: Path) -> None:
     assert machine.cpu_mhz() is None
 
 
-def test_cpus_that_are_not_ours_are_not_counted() -> None:
-    """Idle and iowait are rest, steal is work."""
+def test_unusable_cpus_are_not_counted() -> None:
+    """Idle and iowait count as idle, steal as busy."""
     assert parse_cpu_times(STAT, frozenset({0})) == CpuTimes(busy=150, total=1000)
     assert parse_cpu_times(STAT, frozenset({0, 1})) == CpuTimes(busy=350, total=2000)
 
 
-def test_cpus_that_are_not_listed_are_none() -> None:
-    """An offline CPU is not an idle one."""
+def test_unlisted_cpus_are_none() -> None:
+    """An offline CPU is not idle."""
     assert parse_cpu_times(STAT, frozenset({7})) is None
 
 
 @pytest.mark.parametrize("text", [b"", b"full avg10=1.0 avg60=0\n", b"some\n", b"some avg10=x total=0\n"])
 def test_a_pressure_file_without_its_figure_is_none(text: bytes) -> None:
-    """PSI that is switched off reads as nothing."""
+    """With PSI switched off the file has no content."""
     assert parse_pressure(text) is None
 
 
 def test_pressure_is_the_ten_second_share_of_some() -> None:
-    """It is "some", not "full": one waiting thread already slows a model."""
+    """Uses "some", not "full": one waiting thread already slows a model down."""
     text = b"some avg10=12.34 avg60=1.00 avg300=0.10 total=5\nfull avg10=9.00 avg60=0 avg300=0 total=0\n"
 
     assert parse_pressure(text) == 12.34
 
 
-def test_time_that_runs_backwards_is_no_negative_load(pi5: Path, write_tree: WriteTree) -> None:
-    """The kernel's iowait may fall."""
+def test_decreasing_times_are_not_a_negative_load(pi5: Path, write_tree: WriteTree) -> None:
+    """The kernel's iowait may decrease."""
     machine = MachineSensors(pi5, {0})
     write_tree({"proc/stat": "cpu0 100 0 0 100 500\n"})
     machine.cpu_percent()
@@ -61,7 +61,7 @@ def test_time_that_runs_backwards_is_no_negative_load(pi5: Path, write_tree: Wri
     assert machine.cpu_percent() == 0.0
 
 
-def test_no_tick_between_two_looks_is_none(pi5: Path) -> None:
+def test_no_tick_between_two_readings_is_none(pi5: Path) -> None:
     """No time has passed, so there is no rate."""
     machine = MachineSensors(pi5, range(4))
     machine.cpu_percent()
@@ -70,7 +70,7 @@ def test_no_tick_between_two_looks_is_none(pi5: Path) -> None:
 
 
 def test_load_is_the_share_of_all_usable_cores(pi5: Path, write_tree: WriteTree) -> None:
-    """One of two usable cores busy for the whole time is 50, whatever the others do."""
+    """One of two usable cores busy all the time is 50, regardless of the other cores."""
     machine = MachineSensors(pi5, {2, 3})
     machine.cpu_percent()
     write_tree({"proc/stat": "cpu 0\ncpu0 900 0 10 890\ncpu2 200 0 10 890\ncpu3 100 0 10 990\n"})
@@ -79,14 +79,14 @@ def test_load_is_the_share_of_all_usable_cores(pi5: Path, write_tree: WriteTree)
 
 
 def test_a_machine_without_swap_has_no_swap_in_use(write_tree: WriteTree) -> None:
-    """None, not 0: there is nothing that could be used."""
+    """None, not 0: there is no swap to use."""
     root = write_tree({"proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 5 kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\n"})
 
     assert MachineSensors(root, {0}).memory() == (5 * 1024, None)
 
 
-def test_a_sensor_beside_the_processor_is_not_its_temperature(write_tree: WriteTree) -> None:
-    """The zone "acpitz" often never moves; the processor's own monitor is found instead."""
+def test_another_chip_s_sensor_is_not_the_processor_s_temperature(write_tree: WriteTree) -> None:
+    """The zone "acpitz" is often constant; the processor's own monitor is used instead."""
     root = write_tree(
         {
             "sys/class/thermal/thermal_zone0/type": "acpitz\n",
@@ -101,8 +101,8 @@ def test_a_sensor_beside_the_processor_is_not_its_temperature(write_tree: WriteT
     assert MachineSensors(root, {0}).temperature_c() == 55.25
 
 
-def test_a_pi_s_gauges_are_read(pi5: Path) -> None:
-    """In the units that the samples promise."""
+def test_a_pi_s_sensors_are_read(pi5: Path) -> None:
+    """In the units of the samples."""
     machine = MachineSensors(pi5, range(4))
 
     assert machine.memory() == (3300000 * 1024, 288 * 1024)
@@ -112,7 +112,7 @@ def test_a_pi_s_gauges_are_read(pi5: Path) -> None:
 
 
 def test_the_clock_is_the_mean_of_the_usable_cpus(pi5: Path, write_tree: WriteTree) -> None:
-    """A core that is not ours does not count."""
+    """A core that this process may not use does not count."""
     write_tree({"sys/devices/system/cpu/cpu3/cpufreq/scaling_cur_freq": "2400000\n"})
 
     assert MachineSensors(pi5, {2, 3}).cpu_mhz() == 1950.0

@@ -11,7 +11,7 @@ from promptai.errors import RunError
 
 
 def wait_for(path: Path, count: int) -> None:
-    """Wait until the file holds that many lines."""
+    """Wait until the file has ``count`` lines."""
     give_up = time.monotonic() + 20
     while path.read_bytes().count(b"\n") < count:
         assert time.monotonic() < give_up
@@ -19,15 +19,15 @@ def wait_for(path: Path, count: int) -> None:
 
 
 @pytest.mark.real
-def test_a_file_that_cannot_be_written_is_said_at_the_start(tmp_path: Path) -> None:
+def test_an_unwritable_file_is_an_error_at_the_start(tmp_path: Path) -> None:
     """Before an hour of measuring, not after it."""
     with pytest.raises(RunError, match="No such file or directory"), Telemetry() as telemetry:
         telemetry.start(tmp_path / "absent" / "telemetry.jsonl")
 
 
 @pytest.mark.real
-def test_a_full_disk_does_not_end_the_measurement() -> None:
-    """It is a value in the end, never an exception in the middle."""
+def test_a_full_disk_does_not_stop_the_measurement() -> None:
+    """It is reported as a value at the end, never as an exception in between."""
     with Telemetry().start(Path("/dev/full"), interval_s=0.05) as telemetry:
         assert telemetry._process is not None
         telemetry._process.wait(timeout=20)
@@ -39,8 +39,8 @@ def test_a_full_disk_does_not_end_the_measurement() -> None:
 
 
 @pytest.mark.real
-def test_a_sampler_that_was_killed_has_no_figures(tmp_path: Path) -> None:
-    """The memory killer leaves no time for last words; None, not 0."""
+def test_a_killed_sampler_has_no_figures(tmp_path: Path) -> None:
+    """After the out-of-memory killer the figures are None, not 0."""
     telemetry = Telemetry().start(tmp_path / "telemetry.jsonl")
     assert telemetry._process is not None
     telemetry._process.kill()
@@ -51,8 +51,8 @@ def test_a_sampler_that_was_killed_has_no_figures(tmp_path: Path) -> None:
     assert telemetry.stop() == TelemetryCost(error="the sampler ended with code -9")
 
 
-def test_a_telemetry_that_never_started_can_be_stopped() -> None:
-    """So that a failed start needs no special care."""
+def test_telemetry_that_never_started_can_be_stopped() -> None:
+    """A failed start needs no special handling."""
     with Telemetry() as telemetry:
         telemetry.watch(1)
 
@@ -60,8 +60,8 @@ def test_a_telemetry_that_never_started_can_be_stopped() -> None:
 
 
 @pytest.mark.real
-def test_the_engine_is_switched_while_sampling(tmp_path: Path) -> None:
-    """One telemetry serves several engines, one after the other."""
+def test_the_engine_can_be_switched_while_sampling(tmp_path: Path) -> None:
+    """One sampler serves several engines in turn."""
     path = tmp_path / "telemetry.jsonl"
     begin = time.monotonic()
     with Telemetry().start(path, interval_s=0.05, origin=begin - 1e-05) as telemetry:
@@ -70,7 +70,7 @@ def test_the_engine_is_switched_while_sampling(tmp_path: Path) -> None:
         wait_for(path, 4)
         telemetry.watch(None)
         wait_for(path, path.read_bytes().count(b"\n") + 2)
-        with pytest.raises(RuntimeError, match="before"):
+        with pytest.raises(RuntimeError, match="only once"):
             telemetry.start(path)
     samples = read_samples(path)
     sizes = [sample.engine_rss_bytes for sample in samples]
@@ -83,16 +83,16 @@ def test_the_engine_is_switched_while_sampling(tmp_path: Path) -> None:
     assert telemetry.stop() is telemetry.cost
 
 
-def test_a_cut_last_line_is_left_out(tmp_path: Path) -> None:
-    """A crash in the middle of a line loses that line alone."""
+def test_a_truncated_last_line_is_left_out(tmp_path: Path) -> None:
+    """A crash in the middle of a line loses only that line."""
     path = tmp_path / "telemetry.jsonl"
     path.write_bytes(b'{"t":1.0,"cpu_percent":50.0,"later_version":1}\n{"t":2.0,"cpu_per')
 
     assert read_samples(path) == [Sample(t=1.0, cpu_percent=50.0)]
 
 
-def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
-    """That is no crash but damage, and silence would hide it."""
+def test_a_malformed_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
+    """That is not the trace of a crash but damage, and must not go unnoticed."""
     path = tmp_path / "telemetry.jsonl"
     path.write_bytes(b'{"t":1.0}\nhello\n{"t":2.0}\n')
 
@@ -101,12 +101,12 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
 
 
 def test_an_empty_file_has_no_samples(tmp_path: Path) -> None:
-    """A sampler that was stopped at once."""
+    """From a sampler that was stopped at once."""
     (tmp_path / "telemetry.jsonl").touch()
 
     assert read_samples(tmp_path / "telemetry.jsonl") == []
 
 
-def test_what_a_board_does_not_have_is_written_as_null() -> None:
+def test_missing_values_are_written_as_null() -> None:
     """A reader sees that the field exists and has no value."""
     assert b'"watts":null' in msgspec.json.encode(Sample(t=1.0))

@@ -1,1 +1,1 @@
-"""The machine under the model: its processor, memory, heat and power."""
+"""The board under the engine: processor, memory, temperature and power."""

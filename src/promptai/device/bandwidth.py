@@ -1,9 +1,9 @@
-"""How fast this machine reads memory: what bounds every token that it will ever make.
+"""Measure this machine's memory read bandwidth, which bounds the decode rate of every model.
 
-A moment of looking for the largest byte of a buffer that no cache holds, with as many threads
-as an engine would have: of NumPy's reductions the one that read fastest (33 GB/s where sums
-and dot products reached 24 to 30, two Zen 3 cores). It comes near what memory gives on an idle machine and stays
-below it on a busy one: an estimate, and no substitute for calibrating an engine.
+The measurement takes the maximum of a buffer larger than any cache, with as many threads
+as an engine would use. ``max`` reads fastest among NumPy's reductions (33 GB/s where sums
+and dot products reached 24 to 30, two Zen 3 cores). The result is close to the true bandwidth on
+an idle machine and below it on a busy one: an estimate that does not replace calibrating an engine.
 """
 
 import time
@@ -15,10 +15,10 @@ _ROUNDS = 9
 
 
 def read_bandwidth_bytes_per_s(threads: int) -> float:
-    """The best of a few rounds of reading 256 MiB, in bytes a second."""
-    import numpy as np  # noqa: PLC0415  0.2 s that only who measures should pay
+    """Return the best of several rounds of reading 256 MiB, in bytes per second."""
+    import numpy as np  # noqa: PLC0415  takes 0.2 s, which only this measurement needs
 
-    # Written once, or every page would be the one zero page and lie in the cache.
+    # Written first: untouched pages would all be the shared zero page, which stays in the cache.
     chunks: list[Any] = np.array_split(np.ones(_BUFFER_BYTES, np.uint8), threads)
     with ThreadPoolExecutor(threads) as pool:
 

@@ -1,16 +1,15 @@
-"""Know the processor well enough to choose an engine and its threads.
+"""Describe the processor, to choose an engine and its number of threads.
 
-``os.cpu_count()`` is the wrong answer to "how many threads?" three times over:
-it counts SMT siblings, which share the one SIMD unit that a model saturates; it
-counts cores that a cpuset keeps from this process; and it knows nothing of a
-CFS quota, under which surplus threads run for a few milliseconds, are all
-stopped together, and leave every token waiting for the next period. A container
-with ``--cpus 1.5`` on a Pi 5 sees four cores and may use one and a half.
+``os.cpu_count()`` is the wrong number of threads in three ways: it counts SMT siblings,
+which share the SIMD unit that a model saturates; it counts cores that a cpuset withholds
+from this process; and it ignores a CFS quota, under which surplus threads run for a few
+milliseconds, are all stopped together, and leave every token waiting for the next period.
+A container with ``--cpus 1.5`` on a Pi 5 sees four cores and may use one and a half.
 
-Everything is read below ``root``, so a test describes a board as a folder.
+Everything is read below ``root``, so tests can describe a board as a folder.
 
-Not told apart: big and little cores of one chip. They count alike in
-``default_threads``; whoever runs on such a chip sets the number by hand.
+Big and little cores of one chip are not distinguished: ``default_threads`` counts both,
+and users of such a chip set the number by hand.
 """
 
 import math
@@ -29,20 +28,19 @@ _HERE = Path("/")
 
 class CpuFacts(msgspec.Struct, frozen=True, kw_only=True):
     """
-    One machine's processor, and the part of it that this process may use.
+    A machine's processor, and the share of it that this process may use.
 
     Attributes:
-        model_name: "Cortex-A76", "AMD EPYC"; "unknown" when the kernel does not say.
-        architecture: As ``uname -m``: "aarch64", "x86_64".
-        logical_cpus: CPUs that are online, SMT siblings counted each.
-        physical_cores: Cores that are online.
-        usable_cpus: CPUs that affinity and cpuset leave to this process.
+        model_name: "Cortex-A76", "AMD EPYC"; "unknown" when the kernel does not report it.
+        architecture: As in ``uname -m``: "aarch64", "x86_64".
+        logical_cpus: Online CPUs; SMT siblings count separately.
+        physical_cores: Online cores.
+        usable_cpus: CPUs available to this process (affinity and cpuset).
         usable_cores: Cores with at least one usable CPU.
-        quota_cpus: CPU seconds a second that cgroups allow, the tightest of them; ``None`` without a limit.
-        features: SIMD extensions that every core has, in llama.cpp's names and order.
-        governor: The frequency governor, several joined by "+"; ``None`` without cpufreq (most virtual
-            machines).
-        max_mhz: The fastest usable CPU's hardware limit in MHz; ``None`` without cpufreq.
+        quota_cpus: Tightest cgroup quota, in CPUs; ``None`` when unlimited.
+        features: SIMD extensions common to all cores, in llama.cpp's names and order.
+        governor: Frequency governor, several joined by "+"; ``None`` without cpufreq (most virtual machines).
+        max_mhz: Hardware limit of the fastest usable CPU; ``None`` without cpufreq.
     """
 
     model_name: str
@@ -62,13 +60,13 @@ def read_cpu(root: Path = _HERE, affinity: Iterable[int] | None = None) -> CpuFa
     Read the processor's facts.
 
     Args:
-        root: Where /proc and /sys are.
-        affinity: The CPUs this process may run on; ``None`` asks the kernel.
+        root: Parent of /proc and /sys.
+        affinity: CPUs that this process may run on; ``None`` for the kernel's answer.
     """
     processors = parse_cpuinfo(read_text(root / "proc/cpuinfo") or "")
     online = _online_cpus(root, {int(p["processor"]) for p in processors if p["processor"].isdigit()})
     allowed = frozenset(os.sched_getaffinity(0) if affinity is None else affinity)
-    # A container runtime may mask the CPU list but not the affinity, or the other way round.
+    # Container runtimes may mask the CPU list but not the affinity, or vice versa.
     usable = (online & allowed) or online
     cores = {cpu: _core_of(cpu, root) for cpu in online}
     policies = [root / f"sys/devices/system/cpu/cpu{cpu}/cpufreq" for cpu in sorted(usable)]
@@ -90,10 +88,10 @@ def read_cpu(root: Path = _HERE, affinity: Iterable[int] | None = None) -> CpuFa
 
 def default_threads(cpu: CpuFacts) -> int:
     """
-    Give the number of engine threads that this process can keep busy; at least 1.
+    Return the number of engine threads that this process can keep busy; at least 1.
 
-    The physical cores that affinity and cpuset leave, but no more than whole
-    CPUs of the quota: one thread too many makes all of them wait.
+    That is its usable physical cores, limited to the whole CPUs of the quota: one thread
+    too many makes all of them wait.
     """
     cores = cpu.usable_cores
     if cpu.quota_cpus is not None:
@@ -103,10 +101,10 @@ def default_threads(cpu: CpuFacts) -> int:
 
 def board_name(root: Path = _HERE) -> str:
     """
-    Give what a person calls this machine: "Raspberry Pi 5 Model B Rev 1.0".
+    Return the machine's common name, such as "Raspberry Pi 5 Model B Rev 1.0".
 
-    The device tree's model; on a PC the DMI product, unless a hypervisor or a
-    careless vendor filled it in; then the processor's name.
+    Uses the device tree's model; on a PC the DMI product, unless it is a hypervisor's
+    or a vendor's placeholder; else the processor's name.
     """
     for path in ("proc/device-tree/model", "sys/firmware/devicetree/base/model"):
         if model := read_text(root / path):
@@ -123,7 +121,7 @@ _NO_PRODUCT = re.compile(
     re.IGNORECASE,
 )
 _PI = re.compile(r"^Raspberry Pi (?P<compute>Compute Module )?(?P<kind>Zero 2|Zero|\d+)", re.IGNORECASE)
-#: What a processor's marketing name says beside its name.
+#: Parts of a processor's marketing name that do not identify it.
 _CPU_NOISE = re.compile(r"\((r|tm|c)\)|@.*$|\bwith\b.*$|\b(cpu|processor|(\d+|\w+)-core)\b", re.IGNORECASE)
 _SLUG_LENGTH = 32
 
@@ -132,8 +130,7 @@ def board_slug(name: str) -> str:
     """
     Shorten a board's name for directory names: "pi5", "cm4", "amd-epyc"; at most 32 characters.
 
-    Two boards of one kind share a slug on purpose: profiles are compared by it.
-    Revision and memory size are not in it.
+    Leaves out revision and memory size: boards of one kind share a slug, by which profiles are compared.
     """
     if pi := _PI.match(name):
         kind = pi["kind"].lower().replace(" ", "")
@@ -143,7 +140,7 @@ def board_slug(name: str) -> str:
 
 
 def _online_cpus(root: Path, listed: set[int]) -> frozenset[int]:
-    """Give the CPUs that are online; ``listed``, those of /proc/cpuinfo, when sysfs does not say."""
+    """Return the online CPUs; falls back to ``listed`` (from /proc/cpuinfo) when sysfs does not list them."""
     try:
         online = parse_cpu_list(read_text(root / "sys/devices/system/cpu/online") or "")
     except ValueError:
@@ -152,21 +149,21 @@ def _online_cpus(root: Path, listed: set[int]) -> frozenset[int]:
 
 
 def _core_of(cpu: int, root: Path) -> str:
-    """Name a CPU's physical core: the list of its SMT siblings, or its own number when sysfs does not say."""
+    """Identify a CPU's physical core by its list of SMT siblings, or by its own number when sysfs has no list."""
     topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
     return read_text(topology / "core_cpus_list") or read_text(topology / "thread_siblings_list") or str(cpu)
 
 
 def _quota(root: Path) -> float | None:
-    """Give the tightest CPU quota among the groups of this process, in CPUs."""
+    """Return the tightest CPU quota of this process's cgroups, in CPUs; ``None`` when unlimited."""
     quotas: list[float] = []
     for version, group in cgroup_dirs("cpu", root):
         if version == 2:
-            # "150000 100000", or "max 100000" without a limit.
+            # "150000 100000"; "max 100000" means unlimited.
             limit, _, period_text = (read_text(group / "cpu.max") or "").partition(" ")
             quota, period = to_int(limit), to_int(period_text)
         else:
-            # -1 without a limit.
+            # -1 means unlimited.
             quota, period = read_number(group / "cpu.cfs_quota_us"), read_number(group / "cpu.cfs_period_us")
         if quota and period and quota > 0:
             quotas.append(quota / period)

@@ -1,15 +1,13 @@
-"""Say in llama.cpp's words what /proc/cpuinfo says in the kernel's.
+"""Translate /proc/cpuinfo from the kernel's names to llama.cpp's.
 
-Whether an engine was built for its processor decides a factor of two in
-prefill, and an engine only tells in llama.cpp's names (``DOTPROD``,
-``AVX512_VNNI``) while Linux only knows its own (``asimddp``, ``avx512_vnni``).
-Both have to be put side by side to see an engine that wastes its board. On ARM
-even the processor's name is missing: /proc/cpuinfo carries two hexadecimal
-numbers, and "Cortex-A76" must be looked up.
+An engine that was not built for its processor loses a factor of two in prefill.
+Engines report features by llama.cpp's names (``DOTPROD``, ``AVX512_VNNI``), Linux by its
+own (``asimddp``, ``avx512_vnni``); only a common list shows an engine that wastes its board. On ARM
+/proc/cpuinfo lacks even the processor's name: it has two hexadecimal numbers, and
+"Cortex-A76" must be looked up.
 
-Pure functions over the text. What is *absent* from the lists may still be in
-the silicon: a hypervisor or a 32-bit kernel hides features, and what the kernel
-hides an engine cannot use either.
+Pure functions over the text. A feature that is *absent* may still exist in the silicon:
+hypervisors and 32-bit kernels hide features, but engines cannot use hidden ones either.
 
 Names: ``ggml_backend_cpu_get_features`` in llama.cpp; the kernel's ELF hwcaps
 documentation for arm64; Arm's Main ID Register values for the core names.
@@ -20,7 +18,7 @@ import re
 
 _Processor = dict[str, str]
 
-#: llama.cpp's name → the kernel flags that must all be there, in llama.cpp's order.
+#: llama.cpp's name → the kernel flags that it requires, in llama.cpp's order.
 _X86_FEATURES = {
     "SSE3": ("pni",),
     "SSSE3": ("ssse3",),
@@ -30,7 +28,7 @@ _X86_FEATURES = {
     "F16C": ("f16c",),
     "FMA": ("fma",),
     "BMI2": ("bmi2",),
-    # An AVX-512 build of llama.cpp uses these five subsets, not the foundation alone.
+    # llama.cpp's AVX-512 builds use these five subsets, not just the foundation.
     "AVX512": ("avx512f", "avx512cd", "avx512vl", "avx512dq", "avx512bw"),
     "AVX512_VBMI": ("avx512vbmi",),
     "AVX512_VNNI": ("avx512_vnni",),
@@ -47,7 +45,7 @@ _ARM_FEATURES = {
     "SME": ("sme",),
 }
 
-#: (CPU implementer, CPU part) → what people call it.
+#: (CPU implementer, CPU part) → name.
 _ARM_CORES = {
     (0x41, 0xD03): "Cortex-A53",
     (0x41, 0xD04): "Cortex-A35",
@@ -76,10 +74,9 @@ _ARM_CORES = {
 
 def parse_cpuinfo(text: str) -> list[_Processor]:
     """
-    Give one mapping for each processor, keys as in the file.
+    Parse one mapping per processor, with the file's keys.
 
-    A block without a ``processor`` line (the board's revision and serial number
-    on a Pi) belongs to no processor and is left out.
+    Skips blocks without a ``processor`` line: on a Pi, one has the board's revision and serial number.
     """
     processors: list[_Processor] = []
     for block in re.split(r"\n\s*\n", text):
@@ -92,10 +89,10 @@ def parse_cpuinfo(text: str) -> list[_Processor]:
 
 def simd_features(processors: list[_Processor]) -> tuple[str, ...]:
     """
-    List the features that *every* processor has, in llama.cpp's names and order.
+    List the features that *all* processors have, in llama.cpp's names and order.
 
-    Every one, because a thread may be moved to any core: on a mixed chip an
-    instruction of the big cores alone is a crash on the little ones.
+    All, because the kernel may move a thread to any core: on a mixed chip, an instruction that
+    only the big cores have crashes on the little ones.
     """
     if not processors:
         return ()
@@ -106,30 +103,29 @@ def simd_features(processors: list[_Processor]) -> tuple[str, ...]:
 
 
 def architecture(processors: list[_Processor]) -> str:
-    """Give the architecture as ``uname -m`` would: "x86_64", "aarch64", "armv7l"."""
+    """Return the architecture as in ``uname -m``: "x86_64", "aarch64", "armv7l"."""
     first = processors[0] if processors else {}
     if "flags" in first:
-        # "lm", long mode, is the kernel's flag for a 64-bit processor.
+        # "lm" (long mode) is the kernel's flag for a 64-bit processor.
         return "x86_64" if "lm" in first["flags"].split() else "i686"
     if "CPU implementer" in first:
-        # Only a 64-bit kernel lists "asimd"; a 32-bit one calls the same unit "neon".
+        # Only 64-bit kernels list "asimd"; 32-bit kernels call the same unit "neon".
         return "aarch64" if "asimd" in first.get("Features", "").split() else "armv7l"
     return os.uname().machine
 
 
 def model_name(processors: list[_Processor]) -> str:
     """
-    Give what the processor is called: "AMD EPYC", "Cortex-A76", "Cortex-A55 + Cortex-A76".
+    Return the processor's name: "AMD EPYC", "Cortex-A76", "Cortex-A55 + Cortex-A76".
 
-    An ARM core that is not in the table is given by its numbers; a file that
-    says nothing gives "unknown".
+    ARM cores missing from the table are named by their numbers; "unknown" when the file has no name.
     """
     names = (_core_name(p) or " ".join(p.get("model name", "").split()) for p in processors)
     return " + ".join(dict.fromkeys(name for name in names if name)) or "unknown"
 
 
 def _core_name(processor: _Processor) -> str | None:
-    """Give an ARM core's name; ``None`` when this is no ARM core."""
+    """Return an ARM core's name; ``None`` for other processors."""
     try:
         implementer = int(processor["CPU implementer"], 16)
         part = int(processor["CPU part"], 16)

@@ -1,20 +1,19 @@
-"""Watts, from whatever the board can measure of itself, always with the source's name.
+"""Read the power that the board draws, always together with the name of the source.
 
-Energy per token is what makes a small board interesting, and it is the number
-most easily compared wrongly: a Pi 5 whose power chip says 4.5 W draws 11 W or
-more at the wall. So a reading is useless without its source, and readings of two
-sources never belong in one chart:
+Energy per token makes small boards interesting, and it is the figure most easily
+compared wrongly: a Pi 5 whose power chip reports 4.5 W draws 11 W or more at the wall.
+So a reading means nothing without its source, and readings of two sources never belong in one chart:
 
-``rapl_package``  Intel's and AMD's running average power limit counters, the
-    processor package alone: no memory modules, disk, fan or power supply.
+``rapl_package``  Running average power limit counters of Intel and AMD, for the
+    processor package only: no memory modules, disk, fan or power supply.
     Readable by root only since CVE-2020-8694.
-``pmic_rails``  The Pi 5's power chip, volts times amps over the rails that have
-    both. Its 5 V input (EXT5V) is measured in volts only, so whatever hangs on
-    5 V directly (USB, fan, HATs) and the conversion loss are invisible: a lower
+``pmic_rails``  The Pi 5's power chip: volts times amps, summed over the rails that
+    report both. Its 5 V input (EXT5V) reports volts only, so consumers directly on
+    5 V (USB, fan, HATs) and the conversion loss are not included: a lower
     bound, not wall power.
-``none``  Nothing to read. A wall meter or a user's constant is not read here.
+``none``  No source. Wall meters and user-supplied constants are not read here.
 
-The figures are gross; subtract an idle baseline of the same source for the net.
+Figures are gross; subtract an idle baseline of the same source for the net.
 """
 
 import re
@@ -27,21 +26,21 @@ from promptai.device.firmware import RunCommand, run_command
 from promptai.device.procfs import PinnedFile, read_number, read_text, to_int
 
 EnergySourceName = Literal["rapl_package", "pmic_rails", "none"]
-#: What a record says when ``find_energy_source`` gave ``None``.
+#: Recorded when ``find_energy_source`` returns ``None``.
 NO_SOURCE: Final[EnergySourceName] = "none"
 _SHORTEST_S = 0.01
 
 
 class EnergySource(Protocol):
-    """Something that knows the power drawn now."""
+    """Reports the current power."""
 
     @property
     def name(self) -> EnergySourceName:
-        """Which source this is; goes into every record beside the watts."""
+        """Name of the source, recorded beside the watts."""
         ...
 
     def read(self) -> float | None:
-        """Give watts; ``None`` when the source does not say this time."""
+        """Return watts; ``None`` when the source has no reading this time."""
         ...
 
 
@@ -51,12 +50,12 @@ def find_energy_source(
     clock: Callable[[], float] = time.monotonic,
 ) -> EnergySource | None:
     """
-    Give the best source that really answers; ``None`` when there is none.
+    Return the best source that responds; ``None`` when there is none.
 
     Args:
-        root: Where /sys is.
+        root: Parent of /sys.
         run: Runs ``vcgencmd``.
-        clock: Monotonic seconds.
+        clock: Monotonic clock, in seconds.
     """
     zones = _package_zones(root)
     if zones:
@@ -69,11 +68,10 @@ class RaplPackage:
     """
     Mean watts of all processor packages since the previous reading.
 
-    The first reading is against the moment of construction. The counters move
-    about once a millisecond, so readings less than 10 ms apart are refused
-    rather than wrong by a tenth. A counter that
-    wraps once between two readings is accounted for; twice cannot be told from
-    once, and takes over 40 minutes at 100 W.
+    The first reading covers the time since construction. The counters move about once a
+    millisecond, so readings less than 10 ms apart, which could be wrong by a tenth, return
+    ``None``. One counter wrap between two readings is corrected; two wraps are
+    indistinguishable from one, and take over 40 minutes at 100 W.
     """
 
     name: EnergySourceName = "rapl_package"
@@ -85,7 +83,7 @@ class RaplPackage:
         self._at, self._last_uj = clock(), self._read_uj()
 
     def read(self) -> float | None:
-        """Give watts; ``None`` when a counter cannot be read or the reading before is too near."""
+        """Return watts; ``None`` when a counter cannot be read, or the previous reading is too recent."""
         elapsed_s = self._clock() - self._at
         if elapsed_s < _SHORTEST_S:
             return None
@@ -108,10 +106,9 @@ class RaplPackage:
 
 class PmicRails:
     """
-    Watts that a Pi 5's power chip sees now.
+    Current power as measured by a Pi 5's power chip, in watts.
 
-    A reading starts ``vcgencmd``, which answers after up to 100 ms while the
-    chip's converters run, nearly all of it waiting.
+    Each reading runs ``vcgencmd``, which takes up to 100 ms, nearly all of it waiting for the chip's converters.
     """
 
     name: EnergySourceName = "pmic_rails"
@@ -120,7 +117,7 @@ class PmicRails:
         self._run = run
 
     def read(self) -> float | None:
-        """Give watts; ``None`` when the firmware does not answer."""
+        """Return watts; ``None`` when the firmware does not respond."""
         return parse_pmic(self._run(("vcgencmd", "pmic_read_adc")) or "")
 
 
@@ -129,7 +126,7 @@ _PMIC_LINE = re.compile(r"^\s*(\S+)_([AV])\s+(?:current|volt)\(\d+\)=([0-9.]+)[A
 
 def parse_pmic(text: str) -> float | None:
     """
-    Add up volts times amps over the rails that ``vcgencmd pmic_read_adc`` lists with both.
+    Sum volts times amps over the rails that ``vcgencmd pmic_read_adc`` lists with both.
 
     Returns:
         Watts; ``None`` when no rail has both (another board, an error message).
@@ -147,11 +144,10 @@ def parse_pmic(text: str) -> float | None:
 
 def _package_zones(root: Path) -> list[Path]:
     """
-    List the readable RAPL zones that are whole packages.
+    List the RAPL zones of whole packages, if all are readable.
 
-    Not their parts (``intel-rapl:0:0``, core and uncore) and not the platform
-    (``psys``), which would count the same joules twice; not ``intel-rapl-mmio``
-    either, a second window on the same counter.
+    Excludes their parts (``intel-rapl:0:0``, core and uncore) and the platform (``psys``), which
+    would count the same joules twice, and ``intel-rapl-mmio``, a second interface to the same counter.
     """
     zones = sorted((root / "sys/class/powercap").glob("intel-rapl:*"))
     packages = [zone for zone in zones if (read_text(zone / "name") or "").startswith("package-")]

@@ -1,35 +1,34 @@
-"""Ask a Raspberry Pi's firmware what Linux does not know.
+"""Read throttling flags from a Raspberry Pi's firmware, which Linux does not report.
 
-On a Pi the firmware, not the kernel, lowers the clock when the board is hot or
-its supply sags, and ``scaling_cur_freq`` goes on showing what the kernel asked
-for. A benchmark that misses this blames the model for a bad USB cable. The
-firmware's own account is one word of flags: ``vcgencmd get_throttled``.
+On a Pi the firmware, not the kernel, lowers the clock when the board is hot or its
+supply voltage drops, and ``scaling_cur_freq`` still shows the frequency that the kernel
+requested. A benchmark that misses this blames the model for a bad USB cable. The
+firmware reports one word of flags: ``vcgencmd get_throttled``.
 
-Older kernels also have it as a file, ``get_throttled`` in sysfs. It is not read: its
-driver calls it deprecated, writes a backtrace into the kernel log at the first
-read, gives a word that it keeps and not the firmware's own of now, and was removed
-in March 2025 (raspberrypi/linux pull request 6697).
+Older kernels also have a sysfs file ``get_throttled``. It is not used: its driver calls
+it deprecated, writes a backtrace to the kernel log on the first read, returns a stored
+word instead of the firmware's current one, and was removed in March 2025
+(raspberrypi/linux pull request 6697).
 
 Bits (Raspberry Pi documentation, vcgencmd): 0 under-voltage, 1 ARM frequency
 capped, 2 throttled, 3 soft temperature limit, each *now*; 16 to 19 the same
 "has occurred since boot". Compare 16 to 19 before and after a run.
 
-In a container there is no ``vcgencmd`` unless it was put there with /dev/vcio.
-The kernel's voltage monitor (hwmon ``rpi_volt``) is no substitute: it knows
-under-voltage alone, and to fill the other bits with zeros would be to invent
-good news.
+Containers have no ``vcgencmd`` unless it is provided together with /dev/vcio. The
+kernel's voltage monitor (hwmon ``rpi_volt``) is no substitute: it reports under-voltage
+only, and zeros for the other bits would be invented good news.
 """
 
 import re
 import subprocess
 from collections.abc import Callable, Sequence
 
-#: Runs a command; gives its standard output, or ``None`` when it cannot run, fails or takes too long.
+#: Runs a command; returns its standard output, or ``None`` when it cannot run, fails or times out.
 RunCommand = Callable[[Sequence[str]], str | None]
-#: Reads the flags; ``None`` when the firmware did not answer this time.
+#: Reads the flags; ``None`` when the firmware did not respond this time.
 ReadThrottled = Callable[[], int | None]
 
-#: The slowest answer, the power chip's, is reported to take 0.1 s; a mailbox that hangs must not hang us.
+#: The slowest response, the power chip's, is reported to take 0.1 s; a hanging mailbox must not block the sampler.
 _COMMAND_TIMEOUT_S = 2.0
 _STICKY_BITS = 0xF0000
 
@@ -52,7 +51,7 @@ def run_command(argv: Sequence[str]) -> str | None:
 
 def parse_throttled(text: str | None) -> int | None:
     """
-    Give the flags in ``throttled=0x50005``.
+    Parse the flags in ``throttled=0x50005``.
 
     Returns:
         ``None`` for anything else, such as the firmware's ``error=1 ...``.
@@ -63,22 +62,22 @@ def parse_throttled(text: str | None) -> int | None:
 
 def find_throttled(run: RunCommand = run_command) -> ReadThrottled | None:
     """
-    Give a reader of the flags; ``None`` on a machine whose firmware keeps none.
+    Return a reader of the flags; ``None`` on machines without such firmware.
 
-    A sticky bit that was seen once stays set in all later readings: the kernel's
-    voltage monitor asks the firmware every 2 s to clear them.
+    A sticky bit seen once stays set in all later readings, because the kernel's voltage
+    monitor makes the firmware clear them every 2 s.
     """
 
-    def ask() -> int | None:
+    def read() -> int | None:
         return parse_throttled(run(("vcgencmd", "get_throttled")))
 
-    if ask() is None:
+    if read() is None:
         return None
     seen = 0
 
     def read_sticky() -> int | None:
         nonlocal seen
-        flags = ask()
+        flags = read()
         if flags is None:
             return None
         seen |= flags & _STICKY_BITS

@@ -1,19 +1,17 @@
-"""Follow one process and its descendants: their memory, faults and CPU time.
+"""Track a process and its descendants: memory, page faults and CPU time.
 
-An engine is rarely one process: the embedded one lives in a child of ours, a
-wrapper script starts another, and a measurement that watches a single number
-misses where the gigabytes went. Processes also come and go while they are being
-read, and their numbers are given away again; a reading that mixed in a stranger
-would be worse than none.
+An engine is rarely one process: the embedded engine runs in a child of ours, a wrapper
+script starts another, and watching a single PID misses where the gigabytes went.
+Processes also come and go while they are read, and their PIDs are reused; a reading
+that included an unrelated process would be worse than none.
 
-So every member is read through files that stay open (see ``PinnedFile``): a
-member that ended yields nothing rather than somebody else's numbers, and its CPU
-time and faults stay in the totals, which therefore never fall.
+So every member is read through files that stay open (``PinnedFile``): a member that
+ended yields nothing instead of another process's figures, and its CPU time and faults
+stay in the totals, which therefore never decrease.
 
-A process that is handed to init because its parent ended is no descendant any
-more and is dropped. Shared pages are not told apart: a file mapped by two
-processes of one tree is counted twice (PSS would cost milliseconds a read: smaps
-walks the page tables).
+A process that init adopts because its parent ended is no longer a descendant and is
+dropped. Shared pages are not separated: a file mapped by two processes of one tree counts
+twice (PSS would cost milliseconds per read, because smaps walks the page tables).
 """
 
 import os
@@ -27,27 +25,27 @@ from promptai.device.procfs import PinnedFile
 
 _HERE = Path("/")
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-#: Without CONFIG_PROC_CHILDREN every process of the machine has to be asked for its parent:
-#: 1.5 ms for 72 of them on a 2.4 GHz x86 core, seven times the rest, so not at every read.
+#: Without CONFIG_PROC_CHILDREN, finding children requires reading the parent of every process on the machine:
+#: 1.5 ms for 72 processes on a 2.4 GHz x86 core, seven times the rest, so not on every read.
 _READS_PER_SCAN = 5
 _DEAD_STATES = b"ZXx"
-#: The groups of a process stand before its memory; this holds 5000 of them.
+#: A process's groups precede its memory in /proc/PID/status; this is enough for 5000 groups.
 _STATUS_BYTES = 65_536
 
 
 class ProcessMemory(msgspec.Struct, frozen=True, kw_only=True):
     """
-    The memory of a process tree. Kernel counters; each may be a few pages behind.
+    The memory of a process tree. The kernel's counters may lag by a few pages.
 
-    A size is ``None`` while one living member does not tell it: a kernel before 4.5 splits nothing, and a
-    process on its way out has given its memory back but is no zombie yet (seen for 0.2 s after a kill).
+    A size is ``None`` while a living member does not report it: kernels before 4.5 do not split RSS, and an
+    exiting process has released its memory but is not a zombie yet (seen for 0.2 s after a kill).
 
     Attributes:
         anon_bytes: Anonymous pages in memory: KV cache, compute buffers, heap.
-        file_bytes: Pages of mapped files in memory: the weights, unless they are loaded without mmap.
+        file_bytes: Pages of mapped files in memory: the weights, unless loaded without mmap.
         shmem_bytes: Shared memory and tmpfs pages in memory.
         swap_bytes: Anonymous pages swapped out.
-        major_faults: Page faults that had to read a disk, since each process began, ended ones included.
+        major_faults: Page faults that read the disk, since each process started; includes ended processes.
     """
 
     anon_bytes: int | None
@@ -59,13 +57,13 @@ class ProcessMemory(msgspec.Struct, frozen=True, kw_only=True):
 
 class TreeReading(NamedTuple):
     """
-    One look at a process tree.
+    One reading of a process tree.
 
     Attributes:
-        memory: What it holds.
-        cpu_s: CPU seconds used by all members since each began, ended ones included; never falls.
-            The kernel counts in ticks (10 ms), so two readings differ by whole ticks.
-        processes: How many members are alive.
+        memory: Memory of the living members.
+        cpu_s: CPU seconds of all members since each started, ended ones included; never decreases.
+            The kernel counts in ticks (10 ms), so readings differ by whole ticks.
+        processes: Number of living members.
     """
 
     memory: ProcessMemory
@@ -74,7 +72,7 @@ class TreeReading(NamedTuple):
 
 
 class ProcessStat(NamedTuple):
-    """What /proc/PID/stat says, as far as it matters here; times in ticks."""
+    """The fields of /proc/PID/stat used here; times in ticks."""
 
     alive: bool
     parent: int
@@ -83,8 +81,8 @@ class ProcessStat(NamedTuple):
 
 
 def parse_process_stat(stat: bytes) -> ProcessStat | None:
-    """Read a line of /proc/PID/stat (proc(5)); ``None`` when it is cut."""
-    # The second field is the program's name in parentheses and may hold spaces and parentheses itself.
+    """Parse /proc/PID/stat (proc(5)); ``None`` when it is truncated."""
+    # The second field is the program's name in parentheses and may itself contain spaces and parentheses.
     fields = stat[stat.rfind(b")") + 1 :].split()
     try:
         return ProcessStat(
@@ -101,17 +99,16 @@ _STATUS_LINE = re.compile(rb"^(RssAnon|RssFile|RssShmem|VmSwap):\s+(\d+) kB", re
 
 
 def parse_process_status(status: bytes) -> dict[bytes, int]:
-    """Give RssAnon, RssFile, RssShmem and VmSwap of /proc/PID/status in bytes; a zombie has none of them."""
+    """Parse RssAnon, RssFile, RssShmem and VmSwap of /proc/PID/status, in bytes; a zombie has none of them."""
     return {name: int(kib) * 1024 for name, kib in _STATUS_LINE.findall(status)}
 
 
 class ProcessTree:
     """
-    A process and its descendants, read again and again.
+    A process and its descendants, for repeated readings.
 
-    One read takes 0.05 ms for a process with one thread and 0.2 ms with 21, on a
-    2.4 GHz x86 core.
-    Close it when done: it holds two files per member.
+    A read takes 0.05 ms for a process with one thread and 0.2 ms with 21 threads, on a 2.4 GHz x86 core.
+    Holds two open files per member until closed.
     """
 
     def __init__(self, pid: int, root: Path = _HERE) -> None:
@@ -125,7 +122,7 @@ class ProcessTree:
         self._reads = 0
 
     def read(self) -> TreeReading | None:
-        """Look at every member now; ``None``, from then on for ever, once the first process has ended."""
+        """Read every member; always ``None`` once the root process has ended."""
         if self._reads % _READS_PER_SCAN == 0:
             self._scanned = None
         self._reads += 1
@@ -159,7 +156,7 @@ class ProcessTree:
         )
 
     def close(self) -> None:
-        """Let all files go; reads give ``None`` from now on."""
+        """Close all files; later reads return ``None``."""
         for pid in list(self._members):
             self._retire(pid)
 
@@ -170,7 +167,7 @@ class ProcessTree:
         self._ended_faults += member.last.major_faults
 
     def _children(self, pid: int) -> list[int]:
-        """List the children of every thread of ``pid``; a child belongs to the thread that forked it."""
+        """List the children of all threads of ``pid``; the kernel lists a child under the thread that forked it."""
         if not self._has_children_files:
             if self._scanned is None:
                 self._scanned = _children_by_parent(self._proc)
@@ -183,12 +180,12 @@ class ProcessTree:
                 found += map(int, (children.read() or b"").split())
                 children.close()
         except OSError:
-            pass  # The process ended while its threads were being listed.
+            pass  # Race: the process ended while its threads were listed.
         return found
 
 
 class _Member:
-    """One process of a tree, with what was last known of it."""
+    """One process of a tree, with its last known figures."""
 
     def __init__(self, proc: str, pid: int) -> None:
         self._stat = PinnedFile(f"{proc}/{pid}/stat")
@@ -198,7 +195,7 @@ class _Member:
     def read(self) -> tuple[ProcessStat, dict[bytes, int]] | None:
         stat = parse_process_stat(self._stat.read() or b"")
         if stat is None or not stat.alive:
-            # A zombie still shows its final CPU time: the last slice of its work.
+            # A zombie still reports its final CPU time.
             self.last = stat or self.last
             return None
         self.last = stat
@@ -210,13 +207,13 @@ class _Member:
 
 
 def _total(sizes: list[dict[bytes, int]], name: bytes) -> int | None:
-    """Add up one size over all members; ``None`` when one does not tell it."""
+    """Sum one size over all members; ``None`` when a member does not report it."""
     values = [size[name] for size in sizes if name in size]
     return sum(values) if len(values) == len(sizes) else None
 
 
 def _children_by_parent(proc: str) -> dict[int, list[int]]:
-    """Ask every process of the machine for its parent."""
+    """Read the parent of every process on the machine."""
     children: dict[int, list[int]] = {}
     for name in os.listdir(proc):  # noqa: PTH208 - as above
         if name.isdigit():

@@ -1,13 +1,12 @@
 """Read the kernel's small text files, below any root.
 
-/proc and /sys answer everything this package asks, but never the same way
-twice: a file may be missing, forbidden, there and yet refuse to be read (PSI
-compiled in but switched off gives ``EOPNOTSUPP``), or vanish with its process
-between two reads. All of these are one fact here, "this board does not say",
-and that fact is ``None``, never 0 and never an exception.
+/proc and /sys differ from board to board: a file may be missing, forbidden, present
+but unreadable (PSI compiled in but switched off gives ``EOPNOTSUPP``), or vanish with
+its process between two reads. This module reports all of these as ``None``, "not
+available on this board": never as 0, never as an exception.
 
-The root is an argument, so that a test can hand over a Raspberry Pi as a
-folder. Nothing here interprets a value; the callers know what a file means.
+The root is an argument, so tests can pass a Raspberry Pi as a folder. Values are not
+interpreted here; callers know what a file means.
 """
 
 import os
@@ -16,7 +15,7 @@ from typing import NamedTuple
 
 
 def read_text(path: Path) -> str | None:
-    """Give the file's text without surrounding space and NULs; ``None`` when it cannot be read."""
+    """Return a file's text without surrounding whitespace and NULs; ``None`` when it cannot be read."""
     try:
         # Device-tree strings end in a NUL.
         return path.read_bytes().decode("utf-8", "replace").strip("\0 \t\r\n")
@@ -25,12 +24,12 @@ def read_text(path: Path) -> str | None:
 
 
 def read_number(path: Path) -> int | None:
-    """Give the file's one decimal integer; ``None`` when it cannot be read or holds something else."""
+    """Return a file's single decimal integer; ``None`` when it cannot be read or contains something else."""
     return to_int(read_text(path))
 
 
 def to_int(text: str | bytes | None) -> int | None:
-    """Give ``text`` as an integer, ``None`` when it is none."""
+    """Parse an integer; ``None`` when ``text`` is not one."""
     try:
         return None if text is None else int(text)
     except ValueError:
@@ -39,10 +38,10 @@ def to_int(text: str | bytes | None) -> int | None:
 
 def parse_cpu_list(text: str) -> frozenset[int]:
     """
-    Give the numbers in a kernel CPU list such as ``0-3,8``; an empty text names none.
+    Parse a kernel CPU list such as ``0-3,8``; an empty text is an empty list.
 
     Raises:
-        ValueError: The text is not such a list.
+        ValueError: The text is not a CPU list.
     """
     cpus: set[int] = set()
     for part in text.replace("\n", "").split(","):
@@ -54,10 +53,10 @@ def parse_cpu_list(text: str) -> frozenset[int]:
 
 class CgroupDir(NamedTuple):
     """
-    One control group that holds this process.
+    A control group that contains this process.
 
     Attributes:
-        version: 1 or 2; it decides how the group's files are called.
+        version: 1 or 2; determines the names of the group's files.
         path: The group's folder.
     """
 
@@ -67,27 +66,26 @@ class CgroupDir(NamedTuple):
 
 def cgroup_dirs(controller: str, root: Path) -> list[CgroupDir]:
     """
-    List the groups that can limit this process, innermost first, of both versions.
+    List the groups that can limit this process, innermost first, of both cgroup versions.
 
-    A limit may sit on any of them, and the tightest one holds: a pod's quota is
-    on its parent, not on the container. Inside a container the path in
-    /proc/self/cgroup may be the host's, of which only the tail end exists here,
-    or the group itself may be mounted as the top; groups that do not exist are
-    passed over by looking at every ancestor up to the mount.
+    Any of them may have a limit, and the tightest applies: a pod's quota is on its parent, not on
+    the container. Inside a container, the path in /proc/self/cgroup may be the host's, of which
+    only the tail exists here, or the group itself may be mounted as the root; so every ancestor up
+    to the mount is tried, and groups that do not exist are skipped.
 
     Args:
-        controller: As version 1 calls it, "cpu" or "memory".
-        root: Where /proc and /sys are.
+        controller: Name as in version 1: "cpu" or "memory".
+        root: Parent of /proc and /sys.
     """
     mounts = root / "sys/fs/cgroup"
     found: list[CgroupDir] = []
     for line in (read_text(root / "proc/self/cgroup") or "").splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        # Version 2 is the line without controllers; a hybrid system mounts it one level down.
+        # The line without controllers is version 2; hybrid systems mount it one level down.
         if not controllers:
             tops = [(2, mounts), (2, mounts / "unified")]
         elif controller in controllers.split(","):
-            # "cpu,cpuacct" is one mount with a link for each name, or two mounts.
+            # "cpu,cpuacct" is one mount with a link per name, or two mounts.
             tops = [(1, mounts / name) for name in dict.fromkeys((controllers, controller))]
         else:
             continue
@@ -100,11 +98,11 @@ def cgroup_dirs(controller: str, root: Path) -> list[CgroupDir]:
 
 class PinnedFile:
     """
-    A file of /proc or /sys kept open and read anew from its start each time.
+    A file of /proc or /sys that is kept open and reread from its start.
 
-    Once a second for hours, opening costs more than reading. A pinned file of a
-    process also keeps naming *that* process: after its death a read fails
-    (``ESRCH``), even when the process number is taken again.
+    For readings every second over hours, opening costs more than reading. A pinned file also
+    stays bound to *its* process: after that process ends, reads fail (``ESRCH``) even if the PID
+    is reused.
     """
 
     def __init__(self, path: str, size: int = 4096) -> None:
@@ -116,11 +114,11 @@ class PinnedFile:
 
     @property
     def is_open(self) -> bool:
-        """True when there was such a file to open."""
+        """Whether the file exists and could be opened."""
         return self._fd is not None
 
     def read(self) -> bytes | None:
-        """Give the file's first ``size`` bytes as they are now; ``None`` when it cannot be read."""
+        """Return the file's first ``size`` bytes; ``None`` when it cannot be read."""
         if self._fd is None:
             return None
         try:
@@ -129,7 +127,7 @@ class PinnedFile:
             return None
 
     def close(self) -> None:
-        """Let the file go; reads give ``None`` from now on."""
+        """Close the file; later reads return ``None``."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None

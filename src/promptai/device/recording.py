@@ -1,26 +1,25 @@
-"""The telemetry process: one sample a second, on time, at the smallest cost.
+"""The telemetry process: takes one sample per second, on time, at minimal cost.
 
-Sampling inside the process that measures would take its interpreter lock at the
-very moments when tokens arrive, and the latency found would be the sampler's
-own. So it runs alone (``python -m promptai.device.telemetry``) and is spoken to
-through its standard input, one JSON ``Command`` a line. The end of that input is
-its order to finish: a parent that is killed with SIGKILL cannot say goodbye, but
-the kernel closes its pipes, so no sampler outlives a measurement.
+Sampling inside the measuring process would take its interpreter lock at the very
+moments when tokens arrive, and the measured latency would be the sampler's own. So the
+sampler is a separate process (``python -m promptai.device.telemetry``) that reads one
+JSON ``Command`` per line from its standard input. End of input means stop: a parent
+killed with SIGKILL cannot send a command, but the kernel closes its pipes, so no sampler
+outlives a measurement.
 
     stdin   {"watch": 1234}, {"watch": null}, {"stop": true}; end of file = stop
-    file    one ``Sample`` a line, appended, one write each; never fsynced (SD wear)
+    file    one ``Sample`` per line, appended in a single write; never fsynced (SD wear)
     stdout  one line at the end: ``SamplerCost``
-    exit    0 told to stop, 2 a command or option it does not know, 3 the file cannot be written
+    exit    0 stopped on request, 2 unknown command or option, 3 the file cannot be written
 
-Samples lie on a fixed grid of absolute deadlines, so their times do not drift.
-When the machine stalls, the sample due is taken late with its true time, and
-those missed altogether are left out, never filled in. SIGTERM means stop.
-SIGINT is ignored: Ctrl-C reaches every process of a terminal, and the parent
-decides.
+Samples follow a fixed grid of absolute deadlines, so their times do not drift. When the
+machine stalls, the due sample is taken late with its true time, and missed samples are
+left out, never filled in. SIGTERM means stop. SIGINT is ignored: Ctrl-C reaches every
+process of a terminal, and the parent decides.
 
-Only the standard library and msgspec are imported. Measured on a 2.4 GHz x86
-core, an engine of two processes and 21 threads, one sample a second: 0.08 % of
-one core and 18 MB; 0.4 % where each sample starts ``vcgencmd`` twice.
+Imports only the standard library and msgspec. Measured on a 2.4 GHz x86 core, with an
+engine of two processes and 21 threads, at one sample per second: 0.08 % of one core and
+18 MB; 0.4 % where each sample runs ``vcgencmd`` twice.
 """
 
 import argparse
@@ -41,35 +40,35 @@ from promptai.device.sampler import Sampler, own_cpu_s
 from promptai.wire.malformed import MALFORMED
 
 EXIT_USAGE, EXIT_UNWRITABLE = 2, 3
-#: Two kernel ticks: below that, CPU shares are noise and the sampler becomes the load.
+#: Two kernel ticks: below that, CPU shares are noise and the sampler itself becomes the load.
 MIN_INTERVAL_S = 0.02
-#: The longest line ever written is under 1 KiB; a tail longer than this is not a cut sample.
+#: Lines are always shorter than 1 KiB; a longer unterminated tail is not a truncated sample.
 _TAIL_BYTES = 8192
 
 
 def next_deadline(start: float, interval: float, now: float) -> float:
-    """Give the first point after ``now`` of the grid that begins at ``start``."""
+    """Return the first point after ``now`` on the grid that starts at ``start``."""
     return start + interval * (math.floor((now - start) / interval) + 1)
 
 
 class Inbox:
-    """Standard input as commands; SIGTERM arrives as one of them."""
+    """Commands from standard input; SIGTERM arrives as a stop command."""
 
     def __init__(self, fd: int = 0) -> None:
         self._fd, self._rest = fd, b""
         self._signal_fd, wakeup = os.pipe()
         os.set_blocking(wakeup, False)
-        # A byte in a pipe cannot be missed; a flag set between its test and select() would be.
+        # Race: a flag set between its test and select() would be missed; a byte in a pipe is not.
         signal.set_wakeup_fd(wakeup)
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait(self, timeout_s: float) -> list[Command]:
         """
-        Give the commands that come within the time, at once when some do; an empty list when none did.
+        Wait for commands; returns as soon as some arrive, or an empty list after the timeout.
 
         Raises:
-            msgspec.DecodeError: A line is no command.
+            msgspec.DecodeError: A line is not a command.
         """
         ready, _, _ = select.select([self._fd, self._signal_fd], [], [], max(0.0, timeout_s))
         if self._signal_fd in ready:
@@ -84,10 +83,10 @@ class Inbox:
 
 def open_out(path: Path) -> int:
     """
-    Open the file to append whole lines to, after cutting off half a line that a power cut left.
+    Open a file for appending, after removing a truncated last line that a power cut left.
 
     Raises:
-        OSError: It cannot be written, or ends in something that never was a sample.
+        OSError: The file cannot be written, or ends in something that was never a sample.
     """
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
     info = os.fstat(fd)
@@ -98,13 +97,13 @@ def open_out(path: Path) -> int:
         rest = tail[tail.rfind(b"\n") + 1 :]
         if len(rest) == _TAIL_BYTES or (rest and rest[:1] not in (b"{", b"\0")):
             os.close(fd)
-            raise OSError("it does not end in telemetry; choose another file")
+            raise OSError("its end is not telemetry; choose another file")
         os.ftruncate(fd, end - len(rest))
     return fd
 
 
 def _end_of_text(fd: int, size: int) -> int:
-    """Step back over NULs: ext4 may leave pages of them where the size reached the disk and the data did not."""
+    """Find the end before trailing NULs: after a power cut, ext4 may have written the size but not the data."""
     while size:
         start = max(0, size - _TAIL_BYTES)
         text = os.pread(fd, size - start, start).rstrip(b"\0")
@@ -116,10 +115,10 @@ def _end_of_text(fd: int, size: int) -> int:
 
 class Recording:
     """
-    One telemetry file being written.
+    A telemetry file being written.
 
     Attributes:
-        samples: Lines written so far.
+        samples: Number of lines written.
     """
 
     def __init__(self, sampler: Sampler, out: int, interval_s: float) -> None:
@@ -130,11 +129,11 @@ class Recording:
 
     def run(self, inbox: Inbox) -> None:
         """
-        Take samples until told to stop.
+        Take samples until a stop command.
 
         Raises:
             OSError: The file cannot be written.
-            msgspec.DecodeError: An unknown command came in.
+            msgspec.DecodeError: An unknown command arrived.
         """
         deadline = self._start
         while True:
@@ -148,7 +147,7 @@ class Recording:
                 deadline = next_deadline(self._start, self._interval_s, time.monotonic())
 
     def cost(self) -> SamplerCost:
-        """Say what it has cost until now."""
+        """Return the cost so far."""
         wall_s, cpu_s = time.monotonic() - self._start, own_cpu_s() - self._start_cpu_s
         return SamplerCost(
             samples=self.samples,
@@ -167,7 +166,7 @@ class Recording:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the telemetry process; give its exit code."""
+    """Run the telemetry process; returns its exit code."""
     options = _parser().parse_args(argv)
     inbox = Inbox()
     try:
@@ -185,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"telemetry cannot write {options.out}: {error}\n")
         code = EXIT_UNWRITABLE
     except MALFORMED as error:
-        sys.stderr.write(f"telemetry was sent an unknown command: {error}\n")
+        sys.stderr.write(f"telemetry received an unknown command: {error}\n")
         code = EXIT_USAGE
     sys.stdout.write(msgspec.json.encode(recording.cost()).decode() + "\n")
     return code
@@ -194,15 +193,17 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m promptai.device.telemetry",
-        description="Sample this machine and one engine until standard input ends.",
+        description="Sample this machine and one engine until end of input.",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to append samples to")
-    parser.add_argument("--interval", type=_interval, default=1.0, metavar="SECONDS", help="default 1.0")
     parser.add_argument(
-        "--origin", type=float, default=0.0, metavar="SECONDS", help="monotonic second that samples call 0"
+        "--interval", type=_interval, default=1.0, metavar="SECONDS", help="seconds between samples (default 1.0)"
     )
     parser.add_argument(
-        "--ready-fd", type=int, metavar="FD", help="file descriptor that gets one byte once sampling begins"
+        "--origin", type=float, default=0.0, metavar="SECONDS", help="monotonic time at which samples start counting"
+    )
+    parser.add_argument(
+        "--ready-fd", type=int, metavar="FD", help="file descriptor to write one byte to when sampling starts"
     )
     return parser
 

@@ -1,11 +1,10 @@
-"""Put all gauges into one sample, and remember what the rates need.
+"""Combine all sensors into one sample, keeping the previous readings that rates need.
 
-A rate needs two looks, and what lies between them must be honest: an engine
-that has just been started is counted from the moment it is watched, an engine
-that ended leaves ``None`` and not its last values, and readings that wait for
-the Pi's firmware (up to 0.1 s) come last, so that they delay no other.
+A rate needs two readings of the same thing: a newly started engine counts from the moment
+it is watched, and an ended engine yields ``None``, not its last values. Readings that wait
+for the Pi's firmware (up to 0.1 s) come last, so they delay no other reading.
 
-``Sampler`` reads; it neither waits nor writes. ``recording`` calls it on time.
+``Sampler`` only reads; ``recording`` schedules it and writes the samples.
 """
 
 import os
@@ -22,20 +21,20 @@ from promptai.device.sample import Sample
 from promptai.device.sensors import MachineSensors
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")  # 16 KiB on a Pi 5's default kernel
-#: CPU time comes in ticks of 10 ms; over less than one, a share is 0 or nonsense.
+#: CPU time is counted in ticks of 10 ms; a share over less than one tick is 0 or meaningless.
 _SHORTEST_S = 0.01
 
 
 class Sampler:
     """
-    Takes samples; knows the sample before, as rates need it.
+    Takes samples, with rates since the previous one.
 
     Args:
-        root: Where /proc and /sys are.
+        root: Parent of /proc and /sys.
         run: Runs ``vcgencmd``.
-        clock: Monotonic seconds.
-        cpus: The CPUs that count as usable; ``None`` asks the kernel.
-        origin: The second of ``clock`` at which ``Sample.t`` is 0.
+        clock: Monotonic clock, in seconds.
+        cpus: CPUs that count as usable; ``None`` for the kernel's answer.
+        origin: Value of ``clock`` at which ``Sample.t`` is 0.
     """
 
     def __init__(
@@ -60,11 +59,11 @@ class Sampler:
 
     @property
     def energy_source(self) -> str:
-        """Where the watts come from; "none" when there are none."""
+        """Name of the source of ``Sample.watts``; "none" without a source."""
         return self._energy.name if self._energy else NO_SOURCE
 
     def watch(self, pid: int | None) -> None:
-        """Watch another process from now on; its CPU share in the next sample is counted from here."""
+        """Switch to another process, ``None`` for none; its CPU share in the next sample counts from this call."""
         if self._tree is not None:
             self._tree.close()
         self._tree = None if pid is None else ProcessTree(pid, self._root)
@@ -72,7 +71,7 @@ class Sampler:
         self._read_engine()
 
     def sample(self) -> Sample:
-        """Look at everything once, now."""
+        """Take a sample."""
         t = self._clock() - self._origin
         cpu_percent = self._machine.cpu_percent()
         engine, engine_percent = self._read_engine()
@@ -91,7 +90,7 @@ class Sampler:
             temperature_c=self._machine.temperature_c(),
             cpu_mhz=_rounded(self._machine.cpu_mhz(), 1),
             memory_pressure=self._machine.memory_pressure(),
-            # The two below may start a command and wait for it, so they come after all that is timed.
+            # These two may run a command and wait for it, so they come after all timed readings.
             throttled=self._throttled() if self._throttled else None,
             watts=_rounded(self._energy.read(), 3) if self._energy else None,
             own_cpu_percent_of_one_core=_rounded(self._own_percent(), 3),
@@ -99,7 +98,7 @@ class Sampler:
         )
 
     def _read_engine(self) -> tuple[ProcessMemory | None, float | None]:
-        """Give the engine's memory, and its CPU share since the call before."""
+        """Return the engine's memory, and its CPU share since the previous call."""
         at = self._clock()
         reading = self._tree.read() if self._tree else None
         if reading is None:
@@ -112,7 +111,7 @@ class Sampler:
         if before is None:
             return reading.memory, None
         share = 100 * (reading.cpu_s - before[1]) / (at - before[0]) / self._cpu_count
-        # Whole ticks in a short interval may add up to more than there was.
+        # Whole ticks in a short interval may add up to more than 100 %.
         return reading.memory, min(100.0, share)
 
     def _own_percent(self) -> float | None:
@@ -128,13 +127,13 @@ class Sampler:
 
 
 def own_cpu_s() -> float:
-    """Give the CPU seconds of this process and of the commands it has run and waited for."""
+    """Return the CPU seconds of this process and of its finished commands."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def _rss(memory: ProcessMemory) -> int | None:
-    """What other tools call RSS: all that is in memory, of whichever kind."""
+    """Return the RSS as other tools define it: anonymous, file-backed and shared memory."""
     if memory.anon_bytes is None or memory.file_bytes is None or memory.shmem_bytes is None:
         return None
     return memory.anon_bytes + memory.file_bytes + memory.shmem_bytes

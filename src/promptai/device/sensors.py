@@ -1,11 +1,11 @@
-"""The whole machine's gauges: how busy, how hot, how fast its clock is now.
+"""The machine's sensors: CPU load, memory, temperature and clock.
 
-Each gauge knows at the start which file answers on this board and keeps it
-open; a reading is then one system call and a little parsing of bytes, cheap
-enough to take every second beside a benchmark that has all cores. A gauge whose
-file is missing gives ``None`` for ever; one that fails once gives ``None`` once.
+Each sensor finds its file on this board once and keeps it open, so a reading is one
+system call and some parsing: cheap enough for every second beside a benchmark that
+uses all cores. A sensor without a file always returns ``None``; a failed reading
+returns ``None`` once.
 
-The parsers are pure and take the bytes of the files.
+The parsers are pure functions of a file's bytes.
 """
 
 import re
@@ -16,15 +16,15 @@ from typing import NamedTuple
 from promptai.device.memory import meminfo_bytes
 from promptai.device.procfs import PinnedFile, read_text, to_int
 
-#: hwmon drivers that measure the processor itself.
+#: hwmon drivers of processor temperatures.
 _CPU_HWMON = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
-#: What thermal zones that sit on the processor are called: "cpu-thermal" (Pi), "x86_pkg_temp",
-#: "package-thermal", "soc-thermal", "cpu0-thermal". Not "acpitz", which is often a constant.
+#: Names of a processor's thermal zones: "cpu-thermal" (Pi), "x86_pkg_temp", "package-thermal",
+#: "soc-thermal", "cpu0-thermal". Excludes "acpitz", which is often a constant.
 _CPU_ZONE = re.compile("cpu|pkg|package|soc", re.IGNORECASE)
 
 
 class CpuTimes(NamedTuple):
-    """Ticks since boot, added up over some CPUs."""
+    """Ticks since boot, summed over some CPUs."""
 
     busy: int
     total: int
@@ -32,13 +32,13 @@ class CpuTimes(NamedTuple):
 
 def parse_cpu_times(stat: bytes, cpus: frozenset[int]) -> CpuTimes | None:
     """
-    Add up the lines of /proc/stat that belong to ``cpus``.
+    Sum the lines of ``cpus`` in /proc/stat.
 
-    The columns are those of proc(5): user nice system idle iowait irq softirq
-    steal; guest time is already inside user.
+    Columns as in proc(5): user nice system idle iowait irq softirq steal; user already
+    includes guest time.
 
     Returns:
-        ``None`` when none of them is listed.
+        ``None`` when none of ``cpus`` is listed.
     """
     busy = total = 0
     for line in stat.split(b"\n"):
@@ -54,7 +54,7 @@ def parse_cpu_times(stat: bytes, cpus: frozenset[int]) -> CpuTimes | None:
 
 
 def parse_pressure(text: bytes) -> float | None:
-    """Give "some avg10" of a /proc/pressure file, 0-100; ``None`` when it is not one."""
+    """Parse "some avg10" of a /proc/pressure file, 0-100; ``None`` for any other text."""
     # some avg10=0.00 avg60=0.00 avg300=0.00 total=0
     words = text.split(maxsplit=2)
     if len(words) < 2 or words[0] != b"some":
@@ -64,11 +64,11 @@ def parse_pressure(text: bytes) -> float | None:
 
 
 class MachineSensors:
-    """All gauges of one machine. ``cpus`` are those whose load and clock count."""
+    """All sensors of one machine; load and clock cover ``cpus`` only."""
 
     def __init__(self, root: Path, cpus: Iterable[int]) -> None:
         self._cpus = frozenset(cpus)
-        # /proc/stat goes on with every interrupt; a CPU's line is 240 bytes at most.
+        # CPU lines of /proc/stat have at most 240 bytes; the long list of interrupts after them is not read.
         stat_bytes = 240 * (2 + max(self._cpus, default=0))
         self._stat = PinnedFile(str(root / "proc/stat"), stat_bytes)
         self._meminfo = PinnedFile(str(root / "proc/meminfo"))
@@ -79,41 +79,41 @@ class MachineSensors:
         self._last_times: CpuTimes | None = None
 
     def cpu_percent(self) -> float | None:
-        """Give the busy share of all CPUs since the call before, 0-100; ``None`` the first time."""
+        """Return the busy share of all CPUs since the previous call, 0-100; ``None`` on the first call."""
         last, now = self._last_times, parse_cpu_times(self._stat.read() or b"", self._cpus)
         self._last_times = now
         if last is None or now is None or now.total <= last.total:
             return None
-        # iowait may run backwards (proc(5)), and busy time with it.
+        # iowait may decrease (proc(5)), and the busy time with it.
         return min(100.0, max(0.0, 100 * (now.busy - last.busy) / (now.total - last.total)))
 
     def memory(self) -> tuple[int | None, int | None]:
-        """Give available bytes and used swap in bytes; no swap at all is ``None``."""
+        """Return available memory and used swap, in bytes; swap is ``None`` on machines without it."""
         meminfo = self._meminfo.read() or b""
         available, total, free = (meminfo_bytes(meminfo, name) for name in (b"MemAvailable", b"SwapTotal", b"SwapFree"))
         return available, total - free if total and free is not None else None
 
     def load1(self) -> float | None:
-        """Give the one-minute load average."""
+        """Return the one-minute load average."""
         return _to_float((self._loadavg.read() or b"").partition(b" ")[0])
 
     def memory_pressure(self) -> float | None:
-        """Give the share of the last 10 s in which a task waited for memory, 0-100."""
+        """Return the share of the last 10 s in which a task waited for memory, 0-100."""
         return parse_pressure(self._pressure.read() or b"")
 
     def temperature_c(self) -> float | None:
-        """Give the processor's temperature."""
+        """Return the processor's temperature, in degrees Celsius."""
         milli = to_int(self._temperature.read()) if self._temperature else None
         return None if milli is None else milli / 1000
 
     def cpu_mhz(self) -> float | None:
-        """Give the mean clock of the CPUs that say theirs."""
+        """Return the mean clock of the CPUs that report one."""
         khz = [value for clock in self._clocks if (value := to_int(clock.read())) is not None]
         return sum(khz) / len(khz) / 1000 if khz else None
 
 
 def _find_temperature(root: Path) -> PinnedFile | None:
-    """Open the file with the processor's temperature in thousandths of a degree."""
+    """Open the file with the processor's temperature, in thousandths of a degree."""
     zones = sorted((root / "sys/class/thermal").glob("thermal_zone*"))
     monitors = sorted((root / "sys/class/hwmon").glob("hwmon*"))
     candidates = [

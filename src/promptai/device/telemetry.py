@@ -1,19 +1,18 @@
-"""Watch machine and engine from a process of its own, and read back what it saw.
+"""Control the telemetry process, and read back its samples.
 
-The measuring side of ``recording``: starts it, tells it which engine to watch,
-stops it and hears what it cost. Telemetry serves the measurement, never the
-other way round. A file that cannot be opened is said at the start, while
-nothing has been measured yet; whatever goes wrong later (disk full, sampler
-killed for memory) must not cost an hour of results, so it is reported by
-``stop`` as a value and never raised.
+The measuring side of ``recording``: starts the sampler, selects the engine to watch,
+stops the sampler and collects its cost. Telemetry must never spoil the measurement it
+serves. A file that cannot be opened is an error at the start, before anything is
+measured; later failures (disk full, sampler killed for memory) must not cost an hour of
+results, so ``stop`` returns them as a value and never raises.
 
     with Telemetry().start(run_dir / "telemetry.jsonl") as telemetry:
         telemetry.watch(engine_pid)
         ...
     print(telemetry.cost)
 
-The module is also the command line of the sampler: ``python -m
-promptai.device.telemetry --out FILE`` samples until its standard input ends.
+The module is also the sampler's command line: ``python -m promptai.device.telemetry
+--out FILE`` samples until end of input.
 """
 
 import contextlib
@@ -33,24 +32,26 @@ from promptai.wire.malformed import MALFORMED
 
 __all__ = ["Sample", "Telemetry", "TelemetryCost", "read_samples"]
 
-#: The sampler starts in 0.1 s on a PC; from a cold SD card under load it may take seconds.
+#: The sampler starts in 0.1 s on a PC, but may take seconds from a cold SD card under load.
 _START_TIMEOUT_S = 30.0
-#: The sampler may be waiting 2 s for each of two firmware answers when it is told to stop.
+#: When it receives the stop command, the sampler may be waiting 2 s for each of two firmware responses.
 _STOP_TIMEOUT_S = 6.0
 
 
 class TelemetryCost(msgspec.Struct, frozen=True, kw_only=True):
     """
-    What the telemetry of one measurement cost, and how it ended.
+    The cost of one measurement's telemetry, and how it ended.
+
+    All figures are ``None`` when the sampler died without reporting them.
 
     Attributes:
-        samples: Samples written; ``None``, like all figures here, when the sampler died without a word.
-        cpu_s: CPU seconds since its first sample.
-        wall_s: Seconds since its first sample.
+        samples: Number of samples written.
+        cpu_s: CPU seconds since the first sample.
+        wall_s: Seconds since the first sample.
         cpu_percent_of_one_core: 100 · cpu_s / wall_s.
-        max_rss_bytes: The most memory it held.
-        energy_source: Where ``Sample.watts`` came from: "rapl_package", "pmic_rails" or "none".
-        error: Why it ended before it was told to, one line; ``None`` when it did not.
+        max_rss_bytes: Peak memory.
+        energy_source: Source of ``Sample.watts``: "rapl_package", "pmic_rails" or "none".
+        error: Why the sampler ended prematurely, one line; ``None`` when it stopped on request.
     """
 
     samples: int | None = None
@@ -64,12 +65,12 @@ class TelemetryCost(msgspec.Struct, frozen=True, kw_only=True):
 
 class Telemetry:
     """
-    One sampler process. Start it once; leaving the ``with`` block stops it.
+    One sampler process, started once; leaving the ``with`` block stops it.
 
-    Not for use from several threads at once.
+    Not thread-safe.
 
     Attributes:
-        cost: What it cost; ``None`` until it has been stopped.
+        cost: ``None`` until the sampler has stopped.
     """
 
     def __init__(self) -> None:
@@ -81,46 +82,46 @@ class Telemetry:
         Start sampling into ``path``; returns when the sampler is running.
 
         Args:
-            path: Appended to; an existing file is continued.
-            interval_s: Seconds between samples, at least 0.02. A Pi 5's power chip takes 0.1 s to answer, so
+            path: File to append to.
+            interval_s: Seconds between samples, at least 0.02. A Pi 5's power chip takes 0.1 s to respond, so
                 below about 0.2 s its samples are late.
-            origin: The second of ``time.monotonic()`` that is 0 in the samples; lets a run that was resumed,
-                perhaps after a reboot, go on with its own clock.
+            origin: Value of ``time.monotonic()`` at which the samples' time is 0; a resumed run continues its
+                own clock with it, even after a reboot.
 
         Raises:
             RunError: The file cannot be written, or the sampler does not start.
         """
         if self._process is not None:
-            raise RuntimeError("this telemetry was started before")
+            raise RuntimeError("telemetry can be started only once")
         ready, started = os.pipe()
         try:
             self._process = _spawn(path, interval_s, origin, started)
         finally:
             os.close(started)
         try:
-            # It writes one byte when it samples; without one it died, or hangs.
+            # The sampler writes one byte when it starts sampling; without it, the sampler died or hangs.
             alive = bool(select.select([ready], [], [], _START_TIMEOUT_S)[0]) and os.read(ready, 1) != b""
         finally:
             os.close(ready)
         if not alive:
-            reason = self.stop().error or "it did not begin in time"
+            reason = self.stop().error or "it timed out"
             raise RunError(
-                f"telemetry does not start: {reason}",
-                hint=f"see that {path} can be written and its disk has room",
+                f"telemetry did not start: {reason}",
+                hint=f"check that {path} is writable and its disk has free space",
             )
         return self
 
     def watch(self, pid: int | None) -> None:
-        """Watch another process and its descendants from now on; ``None`` watches none."""
+        """Switch to watching another process and its descendants; ``None`` for no process."""
         process = self._process
         if process is None or process.stdin is None or process.stdin.closed:
             return
-        # A broken pipe is a sampler that has ended early; stop() will say why.
+        # A broken pipe means that the sampler ended early; stop() reports why.
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(msgspec.json.encode(Command(watch=pid)) + b"\n")
 
     def stop(self) -> TelemetryCost:
-        """End the sampler and say what it cost; never raises, and a second call says the same again."""
+        """Stop the sampler and return its cost; never raises, and repeated calls return the same value."""
         if self.cost is not None:
             return self.cost
         process = self._process
@@ -148,13 +149,13 @@ class Telemetry:
 
 def read_samples(path: Path) -> list[Sample]:
     """
-    Read a telemetry file; a last line that a crash or power cut left unfinished is left out.
+    Read a telemetry file, without a last line that a crash or power cut truncated.
 
-    No file is no samples: a run can be shared without its telemetry.
+    A missing file means no samples: a run can be shared without its telemetry.
 
     Raises:
         OSError: The file cannot be read.
-        RunError: Another line is no sample; names it.
+        RunError: Any other line is malformed; names the line.
     """
     decoder = msgspec.json.Decoder(Sample)
     lines = path.read_bytes().splitlines() if path.exists() else []
@@ -172,12 +173,12 @@ def _spawn(path: Path, interval_s: float, origin: float, started: int) -> "subpr
     return subprocess.Popen(  # noqa: S603 - our own interpreter and module
         [
             sys.executable,
-            # A file called signal.py in the user's folder must not become our standard library.
+            # -P: a signal.py in the user's directory must not shadow the standard library.
             "-P",
             *("-m", "promptai.device.telemetry"),
             *("--out", str(path)),
             *("--interval", str(interval_s)),
-            # One word: a second one such as -1e-05 would be taken for an option.
+            # A single argument: argparse would take a separate -1e-05 for an option.
             f"--origin={origin}",
             *("--ready-fd", str(started)),
         ],
@@ -190,7 +191,7 @@ def _spawn(path: Path, interval_s: float, origin: float, started: int) -> "subpr
 
 
 def _cost(out: bytes, err: bytes, returncode: int) -> TelemetryCost:
-    """Give what the sampler printed last, with the reason when it did not end as told."""
+    """Parse the cost that the sampler printed, and add the reason if it ended prematurely."""
     error: str | None = None
     if returncode != 0:
         lines = err.decode("utf-8", "replace").strip().splitlines()
@@ -198,7 +199,7 @@ def _cost(out: bytes, err: bytes, returncode: int) -> TelemetryCost:
     try:
         cost = msgspec.json.decode(out, type=SamplerCost)
     except msgspec.DecodeError:
-        return TelemetryCost(error=error or "the sampler did not say what it cost")
+        return TelemetryCost(error=error or "the sampler did not report its cost")
     return TelemetryCost(
         samples=cost.samples,
         cpu_s=cost.cpu_s,
@@ -211,7 +212,7 @@ def _cost(out: bytes, err: bytes, returncode: int) -> TelemetryCost:
 
 
 if __name__ == "__main__":
-    # Here, because the parent has no use for the sampler's modules.
+    # Imported here: the parent process does not need the sampler's modules.
     from promptai.device.recording import main
 
     sys.exit(main())

@@ -1,1 +1,1 @@
-"""Files that hold models: reading their headers, imitating their shapes, fetching from the hub."""
+"""Model files: headers, downloads and the library, quantisation, synthetic models."""

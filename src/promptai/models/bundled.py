@@ -1,7 +1,7 @@
-"""The model that comes with the package: ``promptai-tiny``.
+"""The model shipped with the package, ``promptai-tiny``.
 
-A demo that first downloads gigabytes loses people, and a test without a real
-model proves little. What this model is and is not: docs/concepts/promptai-tiny.md.
+A demo that starts with a download of gigabytes loses its users, and a test without a
+real model proves little. docs/concepts/promptai-tiny.md describes the model and its limits.
 """
 
 from importlib.resources import files
@@ -14,12 +14,12 @@ NAME = "promptai-tiny"
 
 def bundled_model() -> Path:
     """
-    Where promptai-tiny lies.
+    Return the path of promptai-tiny.
 
     Raises:
         ModelNotFoundError: The installation is incomplete.
     """
     path = Path(str(files("promptai.models") / "data" / f"{NAME}.gguf"))
     if not path.is_file():
-        raise ModelNotFoundError(f"the bundled model is missing at {path}", hint="install promptai again")
+        raise ModelNotFoundError(f"the bundled model is missing at {path}", hint="reinstall promptai")
     return path

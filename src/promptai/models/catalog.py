@@ -1,11 +1,11 @@
-"""The catalogue: models worth running on a board, by a name that a person would type.
+"""The catalogue: models worth running on a board, under short names.
 
-A hub has a million repositories and a person on a board has one question, so a few
-models are named here with where their files lie, their licence and their shape.
-What a catalogue says is soon wrong, and a wrong shape makes a wrong forecast that
-nobody notices. So each fact names where it was seen, or admits that it was not, and
-``differences`` holds an entry against what the hub says today. The data is
-``data/catalog.toml``; here is no network and no wish to be complete.
+The hub has a million repositories; the catalogue lists a few models with the location
+of their files, their licence and their shape. Such facts go out of date, and a wrong
+shape leads to a wrong forecast that goes unnoticed. So each fact either cites where it
+was seen or is marked unverified, and ``differences`` compares an entry with the hub's
+current metadata. The data is ``data/catalog.toml``. The catalogue does not aim to be
+complete, and this module uses no network.
 """
 
 import difflib
@@ -22,18 +22,19 @@ from promptai.models.shape import Shape
 from promptai.models.tensors import Quant, possible, tensor_bytes
 from promptai.wire.malformed import MALFORMED
 
-#: How a file of the catalogue is quantised.
+#: Quantisations of the catalogue's files.
 FourBit = Literal["Q4_0", "Q4_K_M"]
-#: The prompt that a model was tuned to; phi2 is ``Instruct: … Output:``, which no engine knows.
+#: Chat template that a model was tuned for; phi2 is ``Instruct: … Output:``, which engines do not support.
 Template = Literal["chatml", "gemma", "llama2", "llama3", "mistral", "phi2", "phi3", "zephyr"]
-#: What an entry accounts for, each as seen or as unverified; ``gguf`` with the names of the files.
+#: Facts that an entry must either cite or mark as unverified; ``gguf`` includes the file names.
 Fact = Literal["repository", "shape", "parameters", "gguf", "licence", "gated", "template"]
-#: What the hub calls a licence without saying which.
-_SAYS_NOTHING = "other"
-#: How far a file may be from what its shape implies: quantisers before 2024 mixed their types a little otherwise.
+#: The hub's licence value for "none of the standard ones".
+_OTHER_LICENCE = "other"
+#: Accepted difference between a file's size and the size its shape implies: quantisers before 2024 mixed
+#: tensor types slightly differently.
 SIZE_TOLERANCE = 0.03
-#: A GGUF header is nearly all tokenizer: 25 to 61 bytes a row of vocabulary in the Q4_K_M files of known size.
-_HEADER_BYTES_A_ROW = 40
+#: A GGUF header is nearly all tokenizer: 25 to 61 bytes per vocabulary row in the Q4_K_M files of known size.
+_HEADER_BYTES_PER_ROW = 40
 
 _Text = Annotated[str, msgspec.Meta(min_length=1)]
 _Repository = Annotated[str, msgspec.Meta(pattern=r"^[\w.-]+/[\w.-]+$")]
@@ -44,16 +45,17 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     One model.
 
     Attributes:
-        id: What a person types.
-        paper: Which of the paper's eight models it stands for, if any.
-        ambiguous: Other entries claim the same model of the paper; nobody knows which it was.
-        repository: The original's; ``gguf`` is where 4-bit files lie.
-        files: Quantisation -> name in ``gguf``.
-        parameters: Weights, by a source other than the shape.
-        licence: SPDX identifier, else the licence's name.
-        gated: The original is given only to those who accepted its licence; ``gguf_gated`` the 4-bit files.
-        seen: Fact -> addresses where it was seen.
-        unverified: Facts that were not seen anywhere.
+        id: The name that users type.
+        repository: Repository of the original model; ``gguf`` is the repository of its 4-bit files.
+        files: Quantisation -> file name in ``gguf``.
+        parameters: Number of weights, from a source other than the shape.
+        licence: SPDX identifier, or the licence's name if it has none.
+        gated: The hub serves the original only to users who accepted its licence; ``gguf_gated`` is the
+            same for the 4-bit files.
+        seen: Fact -> addresses of its sources.
+        unverified: Facts without a source.
+        paper: The paper's model that this entry stands for; ``None`` for models outside the paper.
+        ambiguous: Several entries stand for the same model of the paper, which does not identify it uniquely.
     """
 
     id: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
@@ -77,11 +79,11 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             if (fact in self.seen) == (fact in self.unverified):
                 raise ValueError(f"`{fact}` must be either in `seen` or in `unverified`")
         if not all(possible(self.shape, _quant(name)) for name in self.files):
-            raise ValueError("no engine would load a model of this shape")
+            raise ValueError("engines cannot load a model of this shape")
 
     def expected_bytes(self, quant: FourBit) -> int:
-        """The size of a file of this shape; within one percent of the files whose sizes are known."""
-        return tensor_bytes(self.shape, _quant(quant)) + _HEADER_BYTES_A_ROW * self.shape.vocabulary
+        """Return the file size that the shape implies; within 1 % for all files of known size."""
+        return tensor_bytes(self.shape, _quant(quant)) + _HEADER_BYTES_PER_ROW * self.shape.vocabulary
 
 
 def _quant(quant: FourBit) -> Quant:
@@ -93,7 +95,7 @@ class Catalog(NamedTuple):
     All entries, in the file's order.
 
     Attributes:
-        looked_up: Month in which the sources were read, e.g. ``2026-11``.
+        looked_up: Month in which the sources were checked, e.g. ``2026-11``.
     """
 
     entries: tuple[Entry, ...]
@@ -101,10 +103,10 @@ class Catalog(NamedTuple):
 
     def find(self, name: str) -> Entry:
         """
-        The entry of that name, in whatever case.
+        Return the entry with this name, ignoring case.
 
         Raises:
-            ModelNotFoundError: There is none; the hint names the nearest.
+            ModelNotFoundError: The catalogue has no such entry; the hint suggests the nearest names.
         """
         ids = [entry.id for entry in self.entries]
         wanted = name.strip().lower()
@@ -112,8 +114,8 @@ class Catalog(NamedTuple):
             return self.entries[ids.index(wanted)]
         near = [i for i in ids if wanted and wanted in i] or difflib.get_close_matches(wanted, ids, n=1)
         raise ModelNotFoundError(
-            f"the catalogue has no model {name}",
-            hint=f"did you mean {' or '.join(near)}?" if near else "promptai models list shows them",
+            f"the catalogue has no model named '{name}'",
+            hint=f"did you mean {' or '.join(near)}?" if near else "promptai models list shows all models",
         )
 
 
@@ -125,18 +127,18 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 @cache
 def load_catalog() -> Catalog:
-    """The catalogue of this package."""
+    """Return the catalogue shipped with this package."""
     return parse_catalog((files("promptai.models") / "data" / "catalog.toml").read_bytes(), "catalog.toml")
 
 
 def parse_catalog(data: bytes, where: str) -> Catalog:
     """
-    Read a catalogue strictly.
+    Parse a catalogue; unknown fields are errors.
 
     Raises:
-        ModelFormatError: It is not one; names the entry.
+        ModelFormatError: The data is malformed; names the entry.
     """
-    hint = "docs/concepts/catalog.md says what an entry consists of"
+    hint = "docs/concepts/catalog.md describes the format of an entry"
     try:
         file = msgspec.toml.decode(data, type=_File)
     except MALFORMED as error:
@@ -147,7 +149,7 @@ def parse_catalog(data: bytes, where: str) -> Catalog:
         try:
             entry = msgspec.convert(raw, Entry)
             if entry.id in {other.id for other in entries}:
-                raise ValueError("the name is taken")
+                raise ValueError("an earlier entry has the same id")
             seen = {fact: [_address(source, file.sources) for source in named] for fact, named in entry.seen.items()}
         except ValueError as error:
             raise ModelFormatError(f"{where}: entry {name}: {error}", hint=hint) from None
@@ -159,51 +161,55 @@ def _address(source: str, sources: Mapping[str, str]) -> str:
     if source.startswith("https://"):
         return source
     if source not in sources:
-        raise ValueError(f"there is no source `{source}`")
+        raise ValueError(f"unknown source `{source}`")
     return sources[source]
 
 
 def differences(entry: Entry, answers: Mapping[str, RepositoryFacts | HubError]) -> list[str]:
     """
-    What the hub says otherwise than an entry, one line each; nothing when they agree.
+    List the differences between an entry and the hub, one line each.
 
     Args:
-        answers: What the hub said of ``entry.repository`` and ``entry.gguf``.
+        answers: The hub's responses for ``entry.repository`` and ``entry.gguf``.
     """
     return [
-        *_of_repository(entry.repository, entry.gated, answers[entry.repository]),
-        *_of_licence(entry, answers[entry.repository]),
-        *_of_repository(entry.gguf, entry.gguf_gated, answers[entry.gguf]),
-        *_of_files(entry, answers[entry.gguf]),
+        *_repository_differences(entry.repository, entry.gated, answers[entry.repository]),
+        *_licence_differences(entry, answers[entry.repository]),
+        *_repository_differences(entry.gguf, entry.gguf_gated, answers[entry.gguf]),
+        *_file_differences(entry, answers[entry.gguf]),
     ]
 
 
-def _of_repository(name: str, gated: bool, answer: RepositoryFacts | HubError) -> Iterator[str]:  # noqa: FBT001
+def _repository_differences(
+    name: str,
+    gated: bool,  # noqa: FBT001
+    answer: RepositoryFacts | HubError,
+) -> Iterator[str]:
     if isinstance(answer, HubNotFoundError):
-        yield f"the hub has no {name}"
+        yield f"the hub has no repository {name}"
     elif isinstance(answer, HubError) and not isinstance(answer, HubGatedError):
-        yield f"not answered: {answer.message}"
+        yield f"not checked: {answer.message}"
     else:
         found = isinstance(answer, HubGatedError) or answer.gated
         if found != gated:
-            yield f"{name} is {'' if found else 'not '}gated, the catalogue says otherwise"
+            yield f"{name} is {'' if found else 'not '}gated on the hub, but {'not ' if found else ''}in the catalogue"
 
 
-def _of_licence(entry: Entry, answer: RepositoryFacts | HubError) -> Iterator[str]:
-    if isinstance(answer, HubError) or (answer.license or "").lower() in (_SAYS_NOTHING, entry.licence.lower()):
+def _licence_differences(entry: Entry, answer: RepositoryFacts | HubError) -> Iterator[str]:
+    if isinstance(answer, HubError) or (answer.license or "").lower() in (_OTHER_LICENCE, entry.licence.lower()):
         return
-    yield f"the licence of {entry.repository} is {answer.license or 'not said'}, in the catalogue {entry.licence}"
+    yield f"{entry.repository}: licence {answer.license or 'not declared'} on the hub, {entry.licence} in the catalogue"
 
 
-def _of_files(entry: Entry, answer: RepositoryFacts | HubError) -> Iterator[str]:
+def _file_differences(entry: Entry, answer: RepositoryFacts | HubError) -> Iterator[str]:
     if isinstance(answer, HubError):
         return
     for quant, file in entry.files.items():
         if file not in answer.files:
-            alike = [other for other in answer.files if quant.lower() in other.lower()]
-            near = difflib.get_close_matches(file, alike, n=1)
-            yield f"{entry.gguf} has no {file}" + (f", but {near[0]}" if near else "")
+            same_quant = [other for other in answer.files if quant.lower() in other.lower()]
+            near = difflib.get_close_matches(file, same_quant, n=1)
+            yield f"{entry.gguf} has no {file}" + (f" (nearest: {near[0]})" if near else "")
             continue
         size, expected = answer.files[file], entry.expected_bytes(quant)
         if size is not None and abs(size / expected - 1) > SIZE_TOLERANCE:
-            yield f"{file} has {size:,} bytes, its shape implies {expected:,} ({100 * (size / expected - 1):+.1f} %)"
+            yield f"{file}: {size:,} bytes, but its shape implies {expected:,} ({100 * (size / expected - 1):+.1f} %)"

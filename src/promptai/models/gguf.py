@@ -1,17 +1,15 @@
-"""Read the header of a GGUF file: what it is, how big, whether it is whole.
+"""Read a GGUF header: a model's shape, quantisation and size, and whether its file is complete.
 
-Loading a damaged or oversized file into an engine costs minutes on a small
-board and ends in a log that few can read, or in the out-of-memory killer. The
-header answers in milliseconds: the shape, the quantisation, the bytes that the
-tensors need, and whether the file really has them.
+Loading a damaged or oversized file into an engine takes minutes on a small board and
+ends in an obscure log or with the out-of-memory killer. The header yields the same
+answer in milliseconds: the shape, the quantisation, the bytes that the tensors need,
+and whether the file has them.
 
-Written here rather than taken from the ``gguf`` package because its reader
-turns every vocabulary entry into NumPy arrays (seconds and hundreds of MB for a
-128 k vocabulary) and trusts the counts that a file claims. This one
-(``models.ggufbytes``) reads forward once, keeps scalars and short arrays, skips
-the rest, and treats every number in the file as hostile. It does not read tensor
-data. Of a model in several files it reads the one that it is given; who wants all
-asks ``part_names``.
+Why not the reader of the ``gguf`` package: it turns every vocabulary entry into NumPy
+arrays (seconds and hundreds of MB for a 128 k vocabulary) and trusts the counts in the
+file. This reader (``models.ggufbytes``) makes one forward pass, keeps scalars and short
+arrays, skips the rest, and treats every number in the file as hostile. It does not read
+tensor data. For a split model it reads the given file only; ``part_names`` lists all parts.
 """
 
 import math
@@ -25,12 +23,13 @@ from promptai.errors import ModelFormatError, ModelNotFoundError
 from promptai.models.ggufbytes import ByteStream, DamagedHeaderError, HeaderContents, HeaderReader
 
 _MAX_PARTS = 1000
-#: A state of fixed size instead of keys and values, in some or all layers (llama.cpp's src/llama-arch.cpp).
+#: Keys of architectures with layers that hold a fixed-size state instead of a KV cache (llama.cpp's
+#: src/llama-arch.cpp).
 _RECURRENT = ("ssm.state_size", "wkv.head_size", "shortconv.l_cache")
 
 
 class Heads(NamedTuple):
-    """Attention heads, summed over the layers, and how many numbers a key and a value of one have."""
+    """Attention heads summed over the layers, and the length of one head's key and value."""
 
     query_heads: int
     kv_heads: int
@@ -40,10 +39,10 @@ class Heads(NamedTuple):
 
 class GgufHeader(HeaderContents, frozen=True, kw_only=True):
     """
-    What a GGUF file says of itself.
+    The header of a GGUF file.
 
     Attributes:
-        path: Where it was read.
+        path: Path or address that the header was read from.
         file_bytes: Size of the file.
     """
 
@@ -52,12 +51,12 @@ class GgufHeader(HeaderContents, frozen=True, kw_only=True):
 
     @property
     def architecture(self) -> str:
-        """E.g. ``llama``, ``qwen3``; ``unknown`` when the file does not say."""
+        """E.g. ``llama``, ``qwen3``; ``unknown`` when the file does not declare it."""
         return self._text("general.architecture") or "unknown"
 
     @property
     def name(self) -> str:
-        """The model's own name; the file's stem when it has none."""
+        """Declared name of the model; the file's stem when there is none."""
         return self._text("general.name") or Path(self.path).stem
 
     @property
@@ -67,12 +66,12 @@ class GgufHeader(HeaderContents, frozen=True, kw_only=True):
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of all tensor data."""
+        """Total size of the tensor data."""
         return sum(tensor.size_bytes for tensor in self.tensors)
 
     @property
     def quantization(self) -> str:
-        """The type that holds most of the bytes, e.g. ``Q4_K``; ``unknown`` without tensors."""
+        """Type with the largest share of the bytes, e.g. ``Q4_K``; ``unknown`` without tensors."""
         held: dict[str, int] = {}
         for tensor in self.tensors:
             held[tensor.quantization] = held.get(tensor.quantization, 0) + tensor.size_bytes
@@ -80,12 +79,12 @@ class GgufHeader(HeaderContents, frozen=True, kw_only=True):
 
     @property
     def context_length(self) -> int | None:
-        """Tokens that the model was made for."""
+        """Context length that the model was trained for, in tokens."""
         return self._integer("context_length")
 
     @property
     def sliding_window(self) -> int | None:
-        """Tokens that attention looks back where that is less than everything; ``None`` for most models."""
+        """Tokens that sliding-window layers attend to; ``None`` for models without them."""
         return self._integer("attention.sliding_window")
 
     @property
@@ -95,12 +94,12 @@ class GgufHeader(HeaderContents, frozen=True, kw_only=True):
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja template of the turns; engines fall back to ChatML without one."""
+        """Jinja template of a conversation; without one, engines fall back to ChatML."""
         return self._text("tokenizer.chat_template")
 
     @property
     def split(self) -> tuple[int, int] | None:
-        """Which part (from 0) of how many this file is; ``None`` for a model in one file."""
+        """Index of this part (from 0) and number of parts; ``None`` for a model in one file."""
         number, count = self.metadata.get("split.no"), self.metadata.get("split.count")
         if isinstance(number, int) and isinstance(count, int) and count > 1:
             return number, count
@@ -108,17 +107,16 @@ class GgufHeader(HeaderContents, frozen=True, kw_only=True):
 
     @property
     def synthetic(self) -> bool:
-        """True when the weights are random: good for speed and memory, void for accuracy."""
+        """Whether the weights are random: valid for speed and memory, meaningless for accuracy."""
         return self.metadata.get("promptai.synthetic") is True
 
     def kv_bytes_per_token(self, *, bytes_per_value: float = 2.0) -> int | None:
         """
-        Bytes of KV cache that one token of context takes, over all layers.
+        Return the KV cache size per token of context, over all layers.
 
-        Keys and values each hold ``kv heads x head length`` numbers a layer; f16
-        takes 2 bytes each. ``None`` when the header lacks the shape, and for
-        architectures whose cache is not of this form (recurrent ones that do not list
-        their layers' heads).
+        Keys and values each hold ``KV heads x head length`` numbers per layer, of 2 bytes each in f16.
+        ``None`` when the header lacks the shape, and for recurrent architectures that do not list the
+        heads of each layer.
         """
         heads = self.heads
         if heads is None:
@@ -127,20 +125,24 @@ class GgufHeader(HeaderContents, frozen=True, kw_only=True):
 
     @property
     def heads(self) -> Heads | None:
-        """The attention heads of all layers; ``None`` when the header lacks them, or some layers are recurrent."""
+        """
+        Attention heads of all layers.
+
+        ``None`` when the header lacks them, and when some layers are recurrent and heads are not listed per layer.
+        """
         layers, width = self._integer("block_count"), self._integer("embedding_length")
         heads = self._integers("attention.head_count")
         kv_heads = self._integers("attention.head_count_kv") or heads
         if not layers or not width or not heads or max(heads) <= 0 or min(*heads, *kv_heads) < 0:
             return None
         if len(kv_heads) == 1 and any(self._integers(key) for key in _RECURRENT):
-            return None  # only some layers keep keys and values, and which ones is the loader's knowledge
+            return None  # only some layers have a KV cache; the header does not list which, the loader knows
         if len(heads) > 1:
-            asking = sum(heads)
-        else:  # a layer without KV heads attends to nothing
-            asking = heads[0] * (layers if len(kv_heads) == 1 else sum(kept > 0 for kept in kv_heads))
+            query_heads = sum(heads)
+        else:  # layers without KV heads have no attention
+            query_heads = heads[0] * (layers if len(kv_heads) == 1 else sum(count > 0 for count in kv_heads))
         return Heads(
-            query_heads=asking,
+            query_heads=query_heads,
             kv_heads=kv_heads[0] * layers if len(kv_heads) == 1 else sum(kv_heads),
             key_length=self._integer("attention.key_length") or width // max(heads),
             value_length=self._integer("attention.value_length") or width // max(heads),
@@ -163,11 +165,11 @@ class GgufHeader(HeaderContents, frozen=True, kw_only=True):
 
 def read_header(path: Path) -> GgufHeader:
     """
-    Read a GGUF header and check that the file holds what it promises.
+    Read a file's GGUF header, and check that the file contains all tensors.
 
     Raises:
-        ModelNotFoundError: There is no such file.
-        ModelFormatError: It is empty, not a GGUF, damaged or cut short.
+        ModelNotFoundError: The file does not exist or cannot be read.
+        ModelFormatError: The file is empty, not a GGUF, damaged or truncated.
     """
     try:
         if not path.is_file():
@@ -182,7 +184,7 @@ def read_header(path: Path) -> GgufHeader:
 
 
 def part_names(name: str) -> list[str]:
-    """File names of all the parts of a model that is split over several files, the first first; else its own."""
+    """Return the file names of all parts of a split model, in order; ``[name]`` for a model in one file."""
     match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", name, re.DOTALL)
     if match is None or not 1 <= int(match[2]) <= int(match[3]) <= _MAX_PARTS:
         return [name]
@@ -190,7 +192,7 @@ def part_names(name: str) -> list[str]:
 
 
 def join_parts(headers: list[GgufHeader]) -> GgufHeader:
-    """One header for a model in several files: what the first says, with the tensors of all."""
+    """Combine the headers of a split model: metadata of the first part, tensors of all."""
     return msgspec.structs.replace(
         headers[0],
         tensors=[tensor for header in headers for tensor in header.tensors],
@@ -200,28 +202,28 @@ def join_parts(headers: list[GgufHeader]) -> GgufHeader:
 
 def parse_header(file: ByteStream, file_bytes: int, where: str) -> GgufHeader:
     """
-    Read a GGUF header from whatever gives bytes, and check that the file holds what it promises.
+    Read a GGUF header from a byte stream, and check that the file contains all tensors.
 
     Args:
-        file: At its first byte; is read forwards only.
+        file: Positioned at the file's first byte; only read forwards.
         file_bytes: Size of the whole file.
-        where: Its path or address, for the header and for messages.
+        where: Path or address, for the header and for messages.
 
     Raises:
-        ModelFormatError: It is empty, not a GGUF, damaged or cut short.
+        ModelFormatError: The file is empty, not a GGUF, damaged or truncated.
     """
     if file_bytes == 0:
-        raise ModelFormatError(f"model {where} is empty (0 bytes)", hint="fetch it again")
+        raise ModelFormatError(f"model {where} is empty (0 bytes)", hint="download it again")
     try:
         contents = HeaderReader(file, file_bytes).contents()
     except DamagedHeaderError as damage:
         raise ModelFormatError(
-            f"model {where} {damage}", hint="fetch it again, or check it against its SHA-256"
+            f"model {where} {damage}", hint="download it again, or check it against its SHA-256"
         ) from None
     needed = max((contents.data_offset + t.offset + t.size_bytes for t in contents.tensors), default=0)
     if needed > file_bytes:
         raise ModelFormatError(
-            f"model {where} is cut short: its tensors end at byte {needed:,}, the file has {file_bytes:,}",
-            hint="the download did not finish; fetch it again",
+            f"model {where} is truncated: its tensors end at byte {needed:,}, the file has {file_bytes:,}",
+            hint="the download did not finish; download it again",
         )
     return GgufHeader(path=where, file_bytes=file_bytes, **msgspec.structs.asdict(contents))

@@ -1,12 +1,13 @@
-"""Everything that comes from the Hugging Face hub, or another server of files; the only module that talks to them.
+"""The HTTP client for the Hugging Face hub and other file servers; no other module connects to them.
 
-``huggingface_hub`` brings the session, so that HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN,
-HF_HUB_DOWNLOAD_TIMEOUT and proxies hold for every request here. Its many exceptions
-become one line each. Small files (data sets) it fetches itself; models it does not:
-since version 1.18 a download that is cut is thrown away with its process (its pull
-request 4306), and no checksum is compared. So bytes come from ``open_body``, and ``models.pull`` keeps them.
+``huggingface_hub`` provides the session, so HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN,
+HF_HUB_DOWNLOAD_TIMEOUT and proxies apply to every request, and its many exceptions are
+translated to one line each. It downloads small files (data sets) itself, but not models:
+since version 1.18 it discards an interrupted download when the process ends (its pull
+request 4306), and it compares no checksum. Model bytes come from ``open_body``, and
+``models.pull`` stores them.
 
-Nothing is tried twice here: who waits 24 s for "cannot be reached" types it again.
+This module never retries: users who wait 24 s for "cannot be reached" retry on their own.
 """
 
 import time
@@ -24,7 +25,7 @@ from promptai.errors import HubError, HubGatedError, HubNotFoundError, HubUnreac
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
-#: A person waits for this much of a header, also on a slow line; the whole of it, not a read of it.
+#: Limit for one whole range request, not for a single read: a user waits for a header, also on a slow line.
 RANGE_LIMIT_S = 120.0
 _API_TIMEOUT_S = 15.0
 _REDIRECTS = 10
@@ -33,15 +34,15 @@ _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 class RepositoryFacts(msgspec.Struct, frozen=True):
     """
-    What the hub says of a model repository.
+    The hub's metadata of a model repository.
 
     Attributes:
         repository: ``owner/name``.
-        gated: Its files need a licence that was accepted, and a token.
-        license: As its card says, e.g. ``apache-2.0``.
-        files: Name (with folders) -> bytes; ``None`` where the hub does not say.
-        revision: The commit that ``main`` is at.
-        sha256: Name -> checksum, for files in large-file storage.
+        gated: Downloads require an accepted licence and a token.
+        license: Declared in the model card, e.g. ``apache-2.0``; ``None`` when it declares none.
+        files: Name (with folders) -> bytes; ``None`` when the hub does not report the size.
+        revision: The current commit of the requested revision.
+        sha256: Name -> checksum, for files in large-file storage only.
     """
 
     repository: str
@@ -54,13 +55,13 @@ class RepositoryFacts(msgspec.Struct, frozen=True):
 
 class ResponseBody(NamedTuple):
     """
-    An answer whose bytes are still coming.
+    A response whose body is still being received.
 
     Attributes:
-        start: Which byte of the file comes first: 0 when the server gives no parts.
-        total: Bytes of the whole file, when the server says.
-        version: Something that changes with the content (ETag, date), when the server says.
-        chunks: The bytes, as they come.
+        start: File offset of the first byte; 0 when the server ignores range requests.
+        total: Size of the whole file; ``None`` when the server does not report it.
+        version: Validator that changes with the content (strong ETag, else date); ``None`` when not sent.
+        chunks: The body, as it arrives.
     """
 
     start: int
@@ -71,43 +72,43 @@ class ResponseBody(NamedTuple):
 
 def fetch_dataset_file(repository: str, filename: str) -> Path:
     """
-    The local path of one file of a data set; what was fetched once is not asked for again.
+    Return the local path of a data set's file; downloads it unless it is cached.
 
     Raises:
-        HubError: The hub cannot be reached, or refuses, or has no such file.
+        HubError: The hub cannot be reached, refuses the request, or has no such file.
     """
-    label = f"{filename} of data set {repository}"
+    label = f"{filename} in data set {repository}"
     try:
         with _translated_errors(label):
-            # Imported here: half a second and 30 MB that only those who fetch should pay.
+            # Imported here: takes half a second and 30 MB, which only downloads need.
             from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url  # noqa: PLC0415
             from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415
 
             with suppress(LocalEntryNotFoundError):
                 return Path(hf_hub_download(repository, filename, repo_type="dataset", local_files_only=True))
-            # Where this fails at once, the download would try for 24 s.
+            # This fails at once where hf_hub_download would retry for 24 s.
             facts = get_hf_file_metadata(hf_hub_url(repository, filename, repo_type="dataset"), timeout=_API_TIMEOUT_S)
             if facts.commit_hash is None:
                 raise _not_a_hub(label)
             return Path(hf_hub_download(repository, filename, repo_type="dataset"))
     except HubUnreachableError as error:
         raise HubUnreachableError(
-            f"{error.message}, and it is not on this machine",
-            hint=f"connect, or fetch {filename} elsewhere and give its path",
+            f"{error.message}, and the file is not on this machine",
+            hint=f"connect, or download {filename} elsewhere and give its path",
         ) from None
     except OSError as error:
         raise HubError(
-            f"fetching {label} failed: {one_line(error)}",
+            f"downloading {label} failed: {one_line(error)}",
             hint="check the connection and the free space, then try again",
         ) from None
 
 
 def repository_facts(repository: str, *, revision: str | None = None) -> RepositoryFacts:
     """
-    What the hub says of a model repository, in one request.
+    Request a model repository's metadata from the hub, in one request.
 
     Raises:
-        HubError: There is none of that name, or it is private, or the hub cannot be reached.
+        HubError: The repository does not exist or is private, or the hub cannot be reached.
     """
     label = f"model repository {repository}"
     with _translated_errors(label):
@@ -129,25 +130,25 @@ def repository_facts(repository: str, *, revision: str | None = None) -> Reposit
 
 
 def repositories_like(owner: str, name: str) -> list[str]:
-    """Up to a hundred repositories of an owner that share the name's first word; none when that cannot be told."""
+    """Return up to 100 of an owner's repositories with the name's first word; an empty list on any error."""
     word = name.split("-", maxsplit=1)[0]
     path, parameters = f"{_endpoint()}/api/models", {"author": owner, "search": word, "limit": "100"}
     try:
         with _translated_errors(f"repositories of {owner}"):
-            answer = _session().get(path, params=parameters, headers=_headers(path), timeout=_API_TIMEOUT_S)
-            return [str(entry["id"]) for entry in answer.json()] if answer.is_success else []
+            response = _session().get(path, params=parameters, headers=_headers(path), timeout=_API_TIMEOUT_S)
+            return [str(entry["id"]) for entry in response.json()] if response.is_success else []
     except (HubError, TypeError, KeyError, JSONDecodeError):
         return []
 
 
 def file_size(repository: str, file: str, *, revision: str = "main") -> int:
     """
-    Bytes of one file of a model repository.
+    Return the size of a file in a model repository.
 
     Raises:
-        HubError: There is no such file, or no leave to fetch it, or the hub cannot be reached.
+        HubError: The file does not exist, access is denied, or the hub cannot be reached.
     """
-    label = f"{file} of {repository}"
+    label = f"{file} in {repository}"
     with _translated_errors(label):
         from huggingface_hub import get_hf_file_metadata  # noqa: PLC0415
 
@@ -161,35 +162,37 @@ def read_range(
     repository: str, file: str, start: int, length: int, *, revision: str = "main", limit_s: float = RANGE_LIMIT_S
 ) -> bytes:
     """
-    ``length`` bytes of one file of a model repository from byte ``start``; fewer where the file ends.
+    Request ``length`` bytes from byte ``start`` of a file in a model repository; fewer where the file ends.
 
-    No more than that is read, whatever the server sends.
+    Reads no more than that, even if the server sends the whole file.
 
     Raises:
-        HubError: There is no such file or part, or no leave, or it took longer than ``limit_s``.
+        HubError: The file or range does not exist, access is denied, or it took longer than ``limit_s``.
     """
-    label = f"{file} of {repository}"
+    label = f"{file} in {repository}"
     deadline = time.monotonic() + limit_s
-    got = bytearray()
+    received = bytearray()
     with open_body(hub_url(repository, file, revision), label=label, start=start, length=length) as body:
         if body.start != start:
             raise HubError(
-                f"the server of {label} gives no parts of files", hint="promptai models pull fetches it whole"
+                f"the server of {label} does not support range requests",
+                hint="promptai models pull downloads the whole file",
             )
         for chunk in body.chunks:
-            got += chunk[: length - len(got)]
-            if len(got) >= length:
+            received += chunk[: length - len(received)]
+            if len(received) >= length:
                 break
             if time.monotonic() > deadline:
                 raise HubUnreachableError(
-                    f"{label}: {len(got):,} of {length:,} bytes came in {limit_s:.0f} s", hint="try on a faster line"
+                    f"{label}: received {len(received):,} of {length:,} bytes in {limit_s:.0f} s",
+                    hint="try again on a faster connection",
                 )
-    return bytes(got)
+    return bytes(received)
 
 
 def hub_url(repository: str, file: str, revision: str) -> str:
-    """Where the hub serves a file of a model repository."""
-    with _translated_errors(f"{file} of {repository}"):
+    """Return the hub's URL of a file in a model repository."""
+    with _translated_errors(f"{file} in {repository}"):
         from huggingface_hub import hf_hub_url  # noqa: PLC0415
 
         return hf_hub_url(repository, file, revision=revision)
@@ -200,15 +203,16 @@ def open_body(
     url: str, *, label: str, start: int = 0, length: int | None = None, version: str | None = None
 ) -> Iterator[ResponseBody]:
     """
-    Begin to fetch a file, from a byte on if the server gives parts; a token goes to the hub alone.
+    Request a file, from byte ``start`` if the server supports ranges; sends the token to the hub only.
 
     Args:
-        what: The file's name in error messages.
-        version: Take the part only if the file is still this version; else it comes whole.
+        label: The file's name in error messages.
+        length: Number of bytes; ``None`` for all up to the end.
+        version: Request the range only if the file still has this version; otherwise the server sends all of it.
 
     Raises:
-        HubUnreachableError: No connection, or it was cut: also while the chunks are read.
-        HubError: The server refuses.
+        HubUnreachableError: No connection, or the connection was lost (also while chunks are read).
+        HubError: The server refuses the request.
     """
     timeout_s = _constants().HF_HUB_DOWNLOAD_TIMEOUT
     from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]  # noqa: PLC0415
@@ -218,71 +222,73 @@ def open_body(
         headers["Range"] = f"bytes={start}-{'' if length is None else start + max(length, 1) - 1}"
         if version is not None:
             headers["If-Range"] = version
-    with _translated_errors(label), closing(_get(url, headers, timeout_s, label)) as answer:
-        hf_raise_for_status(answer)
-        if answer.headers.get("Content-Encoding", "identity") != "identity":
-            raise HubError(f"the server of {label} compresses it although asked not to", hint="use another mirror")
-        parts = answer.headers.get("Content-Range", "") if answer.status_code == 206 else ""
-        size = parts.rpartition("/")[2] if parts else answer.headers.get("Content-Length", "")
+    with _translated_errors(label), closing(_get(url, headers, timeout_s, label)) as response:
+        hf_raise_for_status(response)
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise HubError(
+                f"the server of {label} compresses it, against the request's Accept-Encoding", hint="use another mirror"
+            )
+        content_range = response.headers.get("Content-Range", "") if response.status_code == 206 else ""
+        size = content_range.rpartition("/")[2] if content_range else response.headers.get("Content-Length", "")
         yield ResponseBody(
-            start=int(parts.removeprefix("bytes ").partition("-")[0]) if parts else 0,
+            start=int(content_range.removeprefix("bytes ").partition("-")[0]) if content_range else 0,
             total=int(size) if size.isdecimal() else None,
-            version=_strong_etag(answer.headers.get("ETag")) or answer.headers.get("Last-Modified"),
-            chunks=answer.iter_raw(),
+            version=_strong_etag(response.headers.get("ETag")) or response.headers.get("Last-Modified"),
+            chunks=response.iter_raw(),
         )
 
 
 def _get(url: str, headers: dict[str, str], timeout_s: float, label: str) -> Any:
-    """An answer whose body was not read; each redirect is checked before it is followed."""
+    """Return a response with its body unread; checks each redirect before following it."""
     session = _session()
     request = session.build_request("GET", url, headers=headers, timeout=timeout_s)
     for _ in range(_REDIRECTS):
         check_url(str(request.url), f"{label}: ")
-        answer = session.send(request, stream=True, follow_redirects=False)
-        if answer.next_request is None:
-            return answer
-        answer.close()
-        request = answer.next_request  # made by httpx, which takes the token out when the origin changes
-    raise HubError(f"{label}: redirected more than {_REDIRECTS} times", hint="check the address")
+        response = session.send(request, stream=True, follow_redirects=False)
+        if response.next_request is None:
+            return response
+        response.close()
+        request = response.next_request  # httpx drops the token when the origin changes
+    raise HubError(f"{label}: more than {_REDIRECTS} redirects", hint="check the address")
 
 
 def check_url(url: str, prefix: str = "") -> None:
     """
-    Refuse what is not encrypted, except on this machine and at an endpoint that the user set.
+    Check that a URL is encrypted, on this machine, or at the user's own HF_ENDPOINT.
 
     Raises:
-        HubError: It is neither.
+        HubError: The URL is malformed, or none of these.
     """
     try:
         scheme, host = urlsplit(url).scheme, urlsplit(url).hostname
     except ValueError:
         scheme, host = "", None
     if not host or scheme not in ("http", "https"):
-        raise HubError(f"{prefix}{url} is not a web address", hint="give one that begins with https://")
+        raise HubError(f"{prefix}'{url}' is not an http(s) URL", hint="give one that begins with https://")
     mirror = urlsplit(_endpoint())
     if scheme == "http" and host not in _LOOPBACK and (scheme, host) != (mirror.scheme, mirror.hostname):
-        raise HubError(f"{prefix}{url} is not encrypted", hint="only https is fetched from other machines")
+        raise HubError(f"{prefix}{url} is not encrypted", hint="use https:// for other machines")
 
 
 def one_line(error: BaseException | None) -> str:
-    """What an exception says, without its line breaks."""
+    """Return an exception's message on one line."""
     return " ".join(str(error).split())
 
 
 def _session() -> Any:
-    """The library's HTTP client: httpx, under whichever name the library brings it."""
+    """Return the library's HTTP client, an httpx client (untyped: the import name depends on its version)."""
     from huggingface_hub import get_session  # noqa: PLC0415
 
     return get_session()
 
 
 def _constants() -> Any:
-    """What the library made of the environment."""
+    """Return the library's settings, which it reads from the environment on import."""
     try:
         from huggingface_hub import constants  # noqa: PLC0415
     except ValueError as error:
         raise HubError(
-            f"the hub's settings in the environment are malformed: {one_line(error)}",
+            f"malformed hub settings in the environment: {one_line(error)}",
             hint="check HF_ENDPOINT and the other variables that begin with HF_",
         ) from None
     return constants
@@ -301,7 +307,7 @@ def _headers(url: str) -> dict[str, str]:
 
 
 def _strong_etag(etag: str | None) -> str | None:
-    """Only a strong ETag promises the same bytes."""
+    """Return a strong ETag, ``None`` for a weak one: only strong ETags guarantee identical bytes."""
     return None if etag is None or etag.startswith("W/") else etag
 
 
@@ -312,12 +318,12 @@ def _license(card: Any) -> str | None:
 
 @contextmanager
 def _translated_errors(label: str) -> Iterator[None]:
-    """Turn what the library and its HTTP client raise into errors of ours."""
+    """Translate exceptions of the library and its HTTP client into ``HubError``."""
     _constants()
     from huggingface_hub.errors import (  # type: ignore[attr-defined]  # noqa: PLC0415
         HfHubHTTPError,
         HFValidationError,
-        HTTPError,  # httpx's or httpx2's, as the library's version has it
+        HTTPError,  # of httpx or httpx2, depending on the library's version
         OfflineModeIsEnabled,
     )
 
@@ -326,19 +332,19 @@ def _translated_errors(label: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise _status_error(label, error) from None
     except OfflineModeIsEnabled:
-        raise HubUnreachableError(f"{label}: told to stay offline", hint="unset HF_HUB_OFFLINE to connect") from None
+        raise HubUnreachableError(f"{label}: offline mode is set", hint="unset HF_HUB_OFFLINE to connect") from None
     except HTTPError as error:
         kind = type(error).__name__
         cut = kind in ("RemoteProtocolError", "ReadError", "ReadTimeout")
-        reason = "the connection was cut" if cut else f"no connection: {one_line(error) or kind}"
+        reason = "connection lost" if cut else f"no connection: {one_line(error) or kind}"
         raise HubUnreachableError(f"{label}: {reason}", hint="check the network, HF_ENDPOINT and the proxy") from None
     except HFValidationError as error:
-        raise HubNotFoundError(f"{label}: {one_line(error)}", hint="repositories are named owner/name") from None
+        raise HubNotFoundError(f"{label}: {one_line(error)}", hint="use a name of the form owner/name") from None
 
 
 def _not_a_hub(label: str) -> HubUnreachableError:
     return HubUnreachableError(
-        f"{label}: what answered is not a hub", hint="check HF_ENDPOINT and the network's sign-in page"
+        f"{label}: the server is not a model hub", hint="check HF_ENDPOINT and the network's sign-in page"
     )
 
 
@@ -348,16 +354,16 @@ def _status_error(label: str, error: "HfHubHTTPError") -> HubError:
     status, code = error.response.status_code, error.response.headers.get("X-Error-Code", "")
     if isinstance(error, GatedRepoError) or (status in (401, 403) and code != "RepoNotFound"):
         return HubGatedError(
-            f"{label}: the hub asks for leave (HTTP {status})",
-            hint="accept the licence on its page there, and set HF_TOKEN to a token that may read it",
+            f"{label}: access denied by the hub (HTTP {status})",
+            hint="accept the licence on the repository's page, and set HF_TOKEN to a token with read access",
         )
     if status in (401, 404):
         return HubNotFoundError(
-            f"{label}: there is no such thing on the hub (HTTP {status})",
-            hint="check the name; a private one needs HF_TOKEN",
+            f"{label}: not found on the hub (HTTP {status})",
+            hint="check the name; private repositories need HF_TOKEN",
         )
     if status == 416:
-        return HubError(f"{label}: the file ends before the part that was asked for", hint="check the file's size")
+        return HubError(f"{label}: the file ends before the requested range", hint="check the file's size")
     if status in (408, 429) or status >= 500:
-        return HubUnreachableError(f"{label}: the server is busy or broken (HTTP {status})", hint="try again later")
-    return HubError(f"{label}: the server refuses (HTTP {status})", hint="check the name")
+        return HubUnreachableError(f"{label}: the server is busy or failing (HTTP {status})", hint="try again later")
+    return HubError(f"{label}: the server refused the request (HTTP {status})", hint="check the name")

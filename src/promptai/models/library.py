@@ -121,7 +121,7 @@ class Library:
         return [path for path in self._files() if path.name.endswith((PART, REJECTED))]
 
     def matches(self, name: str) -> list[StoredModel]:
-        """Return the models whose catalogue id, source, ``folder/file``, file name or stem is ``name``; ignores case."""
+        """Return models by catalogue id, source, ``folder/file``, file name or stem, ignoring case."""
         wanted = name.casefold()
 
         def names(model: StoredModel) -> set[str]:

@@ -1,15 +1,14 @@
-"""Make a smaller model of a larger one: 16- or 8-bit GGUF in, 4-bit GGUF out, and where it came from noted in it.
+"""Quantise a GGUF: 16 or 8 bits in, 4 bits out, with the source recorded in the result's metadata.
 
-A 4-bit file from a stranger may be made from anything. One that was made here says
-of what (name, type, SHA-256) and by what, in the keys ``promptai.source.*`` and
-``promptai.quantized_by``. The work is llama.cpp's ``llama-quantize`` where there is
-one; without, the two simple types come from the ``gguf`` package
-(``models.requantize``), slower and with larger embeddings, and K-quants are refused.
+The origin of a downloaded 4-bit file is unknown. A file quantised here records its
+source (name, type, SHA-256) and the tool in the keys ``promptai.source.*`` and
+``promptai.quantized_by``. llama.cpp's ``llama-quantize`` does the work if installed;
+otherwise the ``gguf`` package (``models.requantize``) writes the two simple types, slower
+and with larger embeddings, and K-quants are rejected.
 
-The result appears under its name only when it is whole and its header was read
-again; an error or Ctrl-C leaves nothing. How good it is, is not known here:
-``bench.agreement``. Programs are run by whoever is given (``ToolRunner``), so that this
-module starts nothing itself.
+The result gets its name only once it is complete and its header has been read back;
+an error or Ctrl-C leaves nothing behind. ``bench.agreement`` measures its quality.
+Callers pass the function that runs programs (``ToolRunner``); this module starts none itself.
 """
 
 import contextlib
@@ -32,7 +31,7 @@ from promptai.models.gguf import GgufHeader, read_header
 from promptai.models.library import PART, ProgressReporter, disk_errors, hash_into, readable_size
 from promptai.models.requantize import OFFERED, converted, rewrite
 
-#: What may be asked for -> bits a weight of its main type, from ggml-common.h.
+#: Supported types -> bits per weight of the main tensor type, from ggml-common.h.
 TYPES = {
     "q4_0": 4.5,
     "q4_1": 5.0,
@@ -47,30 +46,30 @@ TYPES = {
     "f16": 16.0,
 }
 _SOURCES = {"F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q8_0": 8.5}
-#: llama-quantize takes 127 bytes for a text.
+#: llama-quantize accepts 127 bytes for a string value.
 _NOTE_BYTES = 120
-_LAST_WORDS = 20
+_TAIL_LINES = 20
 _SPARE_BYTES = 16 << 20
-#: The better of mixed types (Q6_K among Q4_K) take up to this much more than the main one.
+#: Mixes with better types (Q6_K among Q4_K) take up to this factor more than the main type alone.
 _MIXED = 1.12
 _STEP = re.compile(r"^\[ *\d+/ *\d+\] +(\S+)")
 
 
 class ToolRunner(Protocol):
-    """Runs a program to its end; gives its exit code."""
+    """Runs a program to completion; returns its exit code."""
 
     def __call__(self, command: Sequence[str], *, seen: Callable[[str], None], tick: Callable[[], None]) -> int:
-        """Tell ``seen`` every line of its output, and call ``tick`` now and then."""
+        """Call ``seen`` with each line of output, and ``tick`` from time to time."""
 
 
 class QuantizeResult(msgspec.Struct, frozen=True):
     """
-    A model that was made smaller.
+    A quantised model.
 
     Attributes:
-        source, result: Their headers.
-        source_sha256: Of the source's file.
-        by: What did it.
+        source, result: Headers of both files.
+        source_sha256: Checksum of the source file.
+        by: Name and version of the tool.
     """
 
     source: GgufHeader
@@ -80,7 +79,7 @@ class QuantizeResult(msgspec.Struct, frozen=True):
 
 
 class Origin(msgspec.Struct, frozen=True):
-    """What a source is called in its result, and its SHA-256."""
+    """The source's name as recorded in the result, and its SHA-256."""
 
     name: str
     sha256: str
@@ -88,18 +87,17 @@ class Origin(msgspec.Struct, frozen=True):
 
 class QuantizeTool(msgspec.Struct, frozen=True):
     """
-    A ``llama-quantize``.
+    A ``llama-quantize`` executable.
 
     Attributes:
-        label: Its own word for its version; ``of unknown build`` when it does not say.
-        run: How to run it.
+        run: Runs it.
     """
 
     path: Path
     run: ToolRunner
 
     def label_for(self, source: Path, kind: str) -> str:
-        """Its name with its build, as it prints it at the start of a dry run; older builds know no dry run."""
+        """Return the tool's name and build, which a dry run prints first; "of unknown build" without that option."""
         lines: list[str] = []
         command = [str(self.path), "--dry-run", "--allow-requantize", str(source), kind.upper()]
         self.run(command, seen=lines.append, tick=lambda: None)
@@ -109,15 +107,17 @@ class QuantizeTool(msgspec.Struct, frozen=True):
 
 def find_program(name: str, engines: Path, *, beside: Path | None = None) -> Path | None:
     """
-    A program of llama.cpp on this machine; ``None`` when there is none.
+    Find a llama.cpp program on this machine; ``None`` when there is none.
+
+    Searches beside ``beside``, then ``engines``, then the PATH.
 
     Args:
-        engines: Where ``promptai engine build`` keeps what it built; the newest comes first.
-        beside: A llama-server that the user named; what lies beside it comes before that.
+        engines: Directory of the engines built by ``promptai engine build``; the newest is preferred.
+        beside: The llama-server that the user configured.
     """
     built = [path for path in engines.glob(f"*/bin/{name}") if (path.parents[1] / "engine.json").is_file()]
     built.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    # A name without a folder would be looked for on the PATH when it is run.
+    # Absolute, because a name without a folder would be resolved on the PATH.
     named = [beside.absolute().with_name(name)] if beside is not None else []
     found = next((path for path in (*named, *built) if os.access(path, os.X_OK)), None)
     on_path = shutil.which(name)
@@ -126,32 +126,32 @@ def find_program(name: str, engines: Path, *, beside: Path | None = None) -> Pat
 
 def check_source(header: GgufHeader, kind: str) -> None:
     """
-    Refuse what would be spoilt.
+    Check that quantising a model is worthwhile.
 
     Raises:
-        ModelError: It is one part of several, or has fewer bits already.
+        ModelError: The model is split, already quantised, or smaller than the result would be.
     """
     if header.split is not None:
         raise ModelError(
-            f"{header.path} is part {header.split[0] + 1} of {header.split[1]}",
+            f"{header.path} is part {header.split[0] + 1} of {header.split[1]} of a split model",
             hint="join the parts first: llama-gguf-split --merge FIRST-PART WHOLE.gguf",
         )
     types = {tensor.quantization for tensor in header.tensors if converted(tensor)}
     already = sorted(types - _SOURCES.keys())
     if already:
         raise ModelError(
-            f"{header.path} is quantised already ({', '.join(already)}); again would lose more than it saves",
-            hint="start from its F16, BF16, F32 or Q8_0 file",
+            f"{header.path} is already quantised ({', '.join(already)}); quantising it again loses more than it saves",
+            hint="start from the model's F16, BF16, F32 or Q8_0 file",
         )
     if TYPES[kind] > _SOURCES.get(header.quantization, 32.0):
         raise ModelError(
-            f"{header.path} is {header.quantization}: {kind} would be larger and no better",
+            f"{header.path} is {header.quantization}; {kind} would be larger and no better",
             hint="choose a smaller --type",
         )
 
 
 def expected_bytes(header: GgufHeader, kind: str) -> int:
-    """About what the result takes, rather more than less: for the check of free space."""
+    """Estimate the result's size for the check of free space; errs on the high side."""
     bits = 0.0
     for tensor in header.tensors:
         weights = 8 * tensor.size_bytes / _SOURCES.get(tensor.quantization, 32.0)
@@ -175,25 +175,25 @@ def quantize(
     origin: Origin | None = None,
 ) -> QuantizeResult:
     """
-    Write ``target``, a ``kind`` of ``source``.
+    Quantise ``source`` to ``kind``, into ``target``.
 
     Args:
         kind: One of ``TYPES``.
-        tool: The llama-quantize to use; ``None``: the ``gguf`` package.
-        origin: What the result says that it was made of; absent: the source's file.
+        tool: The llama-quantize to use; ``None`` for the ``gguf`` package.
+        origin: Source to record in the result; ``None`` for the source file itself.
 
     Raises:
-        ModelError: The source is unfit, the type needs a llama-quantize, the disk is full, or the tool fails.
+        ModelError: The source is unsuitable, the type needs llama-quantize, the disk is full, or the tool failed.
     """
     header = read_header(source)
     check_source(header, kind)
     if tool is None and kind not in OFFERED:
         raise ModelError(
-            f"{kind} needs llama.cpp's llama-quantize, and there is none on this machine",
-            hint=f"promptai engine build; without it there are {', '.join(OFFERED)}",
+            f"{kind} needs llama.cpp's llama-quantize, which is not on this machine",
+            hint=f"install it with promptai engine build, or choose {', '.join(OFFERED)}",
         )
     if any(path.exists() and path.samefile(source) for path in (target, _part(target))):
-        raise ModelError(f"{target} would replace its own source", hint="choose another name with -o")
+        raise ModelError(f"{target} would overwrite its own source", hint="choose another name with -o")
     check_space(target, expected_bytes(header, kind))
     with atomic_output(target) as part:
         origin = origin or Origin(source.name, _hashed(source, progress))
@@ -208,12 +208,12 @@ def quantize(
         result = read_header(part)
         noted = all(result.metadata.get(key) == text for key, text in notes.items())
         if not noted or len(result.tensors) != len(header.tensors):
-            raise ModelError(f"{by} left out tensors or notes", hint="use a newer llama.cpp: promptai engine build")
+            raise ModelError(f"{by} dropped tensors or metadata", hint="use a newer llama.cpp: promptai engine build")
     return QuantizeResult(header, read_header(target), origin.sha256, by)
 
 
 def provenance(origin: Origin, quantization: str, by: str) -> dict[str, str]:
-    """The keys that say where a result came from; texts are cut to what every tool takes."""
+    """Return the metadata keys that record a result's source; values are cut to a length that every tool accepts."""
     notes = {
         "promptai.source.sha256": origin.sha256,
         "promptai.source.name": origin.name,
@@ -225,27 +225,27 @@ def provenance(origin: Origin, quantization: str, by: str) -> dict[str, str]:
 
 def check_space(target: Path, needed: int) -> None:
     """
-    Refuse to begin what would not fit on the disk.
+    Check that ``needed`` bytes fit on the target's disk, with some to spare.
 
     Raises:
-        ModelError: With what is needed and what is free.
+        ModelError: Too little space is free; gives both figures.
     """
     folder = next(path for path in target.absolute().parents if path.exists())
-    free = shutil.disk_usage(folder).free
-    if needed + _SPARE_BYTES > free:
+    free, needed = shutil.disk_usage(folder).free, needed + _SPARE_BYTES
+    if needed > free:
         raise ModelError(
-            f"{folder} has {readable_size(free)} free, {target.name} needs about {readable_size(needed + _SPARE_BYTES)}",
-            hint="make room, or choose another place with -o",
+            f"{folder} has {readable_size(free)} free, {target.name} needs about {readable_size(needed)}",
+            hint="free some space, or choose another directory with -o",
         )
 
 
 @contextlib.contextmanager
 def atomic_output(target: Path) -> Iterator[Path]:
     """
-    Give the name under which a file is written; at the end of the block it gets its own, or goes.
+    Yield a temporary path to write; the file is renamed to ``target`` at the end of the block, or deleted on error.
 
     Raises:
-        ModelError: Another process writes it right now, or the disk refuses.
+        ModelError: Another process is writing the file, or the disk fails.
     """
     part = _part(target)
     with locked_part_file(part, target):
@@ -258,10 +258,10 @@ def atomic_output(target: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def locked_part_file(part: Path, target: Path) -> Iterator[None]:
     """
-    Have a file for ourselves and empty, on the way to ``target``; an error or Ctrl-C in the block deletes it.
+    Lock and empty a partial file of ``target``; an error or Ctrl-C in the block deletes it.
 
     Raises:
-        ModelError: Another process has it, or the disk refuses.
+        ModelError: Another process holds the lock, or the disk fails.
     """
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -270,12 +270,12 @@ def locked_part_file(part: Path, target: Path) -> Iterator[None]:
         with disk_errors(target):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Whoever had it may have renamed or deleted it; then what we locked is not what that name means now.
+                # Race: the previous holder may have renamed or deleted the file, and we hold the old inode's lock.
                 ours = part.exists() and os.path.samestat(os.fstat(lock.fileno()), part.stat())
             except BlockingIOError:
                 ours = False
         if not ours:
-            raise ModelError(f"{target} is being written by another process", hint="wait for it")
+            raise ModelError(f"another process is writing {target}", hint="wait for it to finish")
         try:
             lock.truncate(0)
             yield
@@ -304,26 +304,27 @@ def _run_tool(
     threads: int,
 ) -> None:
     sizes = {tensor.name: tensor.size_bytes for tensor in header.tensors}
-    words: deque[str] = deque(maxlen=_LAST_WORDS)
+    tail: deque[str] = deque(maxlen=_TAIL_LINES)
 
     def seen(line: str) -> None:
-        words.append(line)
+        tail.append(line)
         step = _STEP.match(line)
         if step is not None:
             progress.advance(sizes.get(step[1], 0))
 
     progress.begin(f"quantising to {kind}", header.tensor_bytes)
-    overrides = [word for key, text in notes.items() for word in ("--override-kv", f"{key}=str:{text}")]
+    overrides = [argument for key, text in notes.items() for argument in ("--override-kv", f"{key}=str:{text}")]
     command = [str(tool.path), "--allow-requantize", *overrides, header.path, str(part), kind.upper(), str(threads)]
     code = tool.run(command, seen=seen, tick=lambda: None)
     if code != 0:
-        reason = next((line.strip() for line in reversed(words) if line.strip()), "it printed nothing")
+        reason = next((line.strip() for line in reversed(tail) if line.strip()), "it printed nothing")
         raise ModelError(
-            f"llama-quantize failed with exit code {code}: {reason[:300]}", hint="see promptai models inspect"
+            f"llama-quantize failed with exit code {code}: {reason[:300]}",
+            hint="check the source with promptai models inspect",
         )
 
 
 def _short(text: str) -> str:
-    """On one line, and as long as llama-quantize takes."""
+    """Put a string on one line, cut to the length that llama-quantize accepts."""
     plain = "".join(c if c.isprintable() else "?" for c in text)
     return plain.encode()[:_NOTE_BYTES].decode(errors="ignore")

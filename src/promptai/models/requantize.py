@@ -1,13 +1,13 @@
-"""Write a GGUF again with other types of numbers, without llama.cpp: through the ``gguf`` package, in bounded memory.
+"""Rewrite a GGUF with other tensor types, without llama.cpp: with the ``gguf`` package, in bounded memory.
 
-The means where nothing can be compiled. Which tensors keep their type follows
-llama.cpp (``tensor_allows_quantization`` in src/llama-quant.cpp, release 0.5.0-dev
-of 2026): one-dimensional ones, norms, gates of experts and other small ones. Where
-llama.cpp takes Q6_K for the output matrix this takes Q8_0, for the package cannot
-write K-quants: a little better and a little larger.
+For machines that cannot compile llama.cpp. The tensors that keep their type are
+llama.cpp's (``tensor_allows_quantization`` in src/llama-quant.cpp, release 0.5.0-dev of
+2026): one-dimensional ones, norms, expert gates and other small ones. Where llama.cpp
+uses Q6_K for the output matrix, this module uses Q8_0, because the package cannot write
+K-quants: slightly better and slightly larger.
 
-Metadata is copied byte for byte, vocabularies unread; a piece of one tensor is in
-memory at a time. Tensors of experts in models of eight experts follow the same rule.
+Metadata is copied byte for byte without parsing vocabularies, and only a chunk of one
+tensor is in memory at a time. The expert tensors of models with eight experts follow the same rule.
 """
 
 import os
@@ -24,16 +24,16 @@ from promptai.models.ggufbytes import Tensor
 if TYPE_CHECKING:
     import numpy as np
 
-#: What this module can write -> its number as a file type in llama.h.
+#: Types that this module can write -> file type number in llama.h.
 _FILE_TYPES = {"q4_0": 2, "q8_0": 7, "f16": 1}
 OFFERED = tuple(_FILE_TYPES)
 _BLOCK = 32
-#: A piece: 4 MB as f32, and a few times that while it is converted.
-_PIECE_WEIGHTS = 1 << 20
+#: A chunk takes 4 MB as f32, and a few times that during conversion.
+_CHUNK_WEIGHTS = 1 << 20
 _U32, _STRING = 4, 8
-#: The largest weight that a type holds: F16's largest number, times the levels of which that is the scale.
+#: Largest weight that a type can represent: F16's maximum, times the levels that it scales.
 _LARGEST = {"F16": 65504.0, "Q4_0": 8 * 65504.0, "Q8_0": 127 * 65504.0}
-#: Parts of names that llama.cpp leaves alone: small, and worth their bits.
+#: Parts of tensor names that llama.cpp does not quantise: small tensors that need their precision.
 _KEPT = (
     *("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj"),
     *("ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight"),
@@ -46,7 +46,7 @@ _KEPT_WHOLE = frozenset(("position_embd.weight", "token_types.weight"))
 
 
 def converted(tensor: Tensor) -> bool:
-    """Whether llama.cpp's quantiser changes the type of this tensor."""
+    """Return whether llama.cpp's quantiser changes the type of this tensor."""
     dimensions = max((place + 1 for place, length in enumerate(tensor.shape) if length > 1), default=1)
     name = tensor.name
     return (
@@ -59,11 +59,11 @@ def converted(tensor: Tensor) -> bool:
 
 def target_type(tensor: Tensor, kind: str, *, tied: bool, experts: int = 0) -> str:
     """
-    The type that a tensor gets.
+    Return a tensor's type in the result.
 
     Args:
-        tied: Whether the model has no output matrix but uses its embedding.
-        experts: How many it has; llama.cpp spends more on the attention of models with eight.
+        tied: Whether the model uses its embedding as the output matrix.
+        experts: Number of experts; llama.cpp uses better types for the attention of models with eight.
     """
     if not converted(tensor):
         return tensor.quantization
@@ -83,15 +83,15 @@ def rewrite(
     advance: Callable[[int], None],
 ) -> None:
     """
-    Write ``source`` as ``kind`` to ``target``, with ``notes`` as additional keys.
+    Write ``source`` to ``target`` as ``kind``, with ``notes`` as additional metadata.
 
     Args:
         kind: One of ``OFFERED``.
-        advance: Told how many more bytes of the source's tensors are done.
+        advance: Called with the number of tensor bytes of each chunk done.
 
     Raises:
-        ModelError: A weight is no finite number, or larger than the type can hold.
-        OSError: The disk refuses.
+        ModelError: A weight is not finite, or too large for the type.
+        OSError: The source cannot be read, or the target cannot be written.
     """
     tied = all(tensor.name != "output.weight" for tensor in header.tensors)
     experts = header.metadata.get(f"{header.architecture}.expert_count")
@@ -100,14 +100,14 @@ def rewrite(
         for tensor in header.tensors
     ]
     alignment = header.metadata.get("general.alignment", 32)
-    assert isinstance(alignment, int)  # noqa: S101  the reader has checked it
+    assert isinstance(alignment, int)  # noqa: S101  checked by the header reader
     with source.open("rb") as old, target.open("wb") as new:
         new.write(_head(old, header, types, notes, _FILE_TYPES[kind], alignment))
         for tensor, wanted in zip(header.tensors, types, strict=True):
             new.write(bytes(-new.tell() % alignment))
             old.seek(header.data_offset + tensor.offset)
-            for piece in _pieces(old, tensor, wanted, header.path, advance):
-                new.write(piece)
+            for chunk in _chunks(old, tensor, wanted, header.path, advance):
+                new.write(chunk)
         new.write(bytes(-new.tell() % alignment))
         new.flush()
         os.fsync(new.fileno())
@@ -116,7 +116,7 @@ def rewrite(
 def _head(
     old: BinaryIO, header: GgufHeader, types: list[str], notes: Mapping[str, str], file_type: int, alignment: int
 ) -> bytes:
-    """Everything before tensor data: the old keys as they are, but those that are new."""
+    """Return all bytes before the tensor data: unchanged old keys, new keys, and the tensor table."""
     numbers = {"general.file_type": file_type, "general.quantization_version": 2}
     head = bytearray()
     kept = [span for key, span in header.key_spans.items() if key not in notes and key not in numbers]
@@ -137,29 +137,29 @@ def _head(
     return b"GGUF" + counts + bytes(head)
 
 
-def _pieces(old: BinaryIO, tensor: Tensor, wanted: str, path: str, advance: Callable[[int], None]) -> Iterator[bytes]:
-    """A tensor's new data. Blocks never cross rows, so that rows need not be told apart."""
-    import gguf  # noqa: PLC0415  NumPy behind it costs 0.2 s
+def _chunks(old: BinaryIO, tensor: Tensor, wanted: str, path: str, advance: Callable[[int], None]) -> Iterator[bytes]:
+    """Yield a tensor's converted data; row boundaries do not matter, because blocks never cross rows."""
+    import gguf  # noqa: PLC0415  imports NumPy, 0.2 s
     import numpy as np  # noqa: PLC0415
 
     left = prod(tensor.shape)
     while left:
-        weights = min(left, _PIECE_WEIGHTS)
+        weights = min(left, _CHUNK_WEIGHTS)
         size = _bytes_of(weights, tensor.quantization)
         data = old.read(size)
         if len(data) != size:
-            raise ModelError(f"{path} became shorter while it was read", hint="fetch it again")
+            raise ModelError(f"{path} shrank while it was read", hint="download it again")
         if wanted == tensor.quantization:
             yield data
         else:
             numbers = _numbers(data, tensor.quantization)
             with np.errstate(all="ignore"):
-                fits = bool((np.abs(numbers) <= _LARGEST[wanted]).all())  # NaN does not
+                fits = bool((np.abs(numbers) <= _LARGEST[wanted]).all())  # false for NaN
                 new = gguf.quants.quantize(numbers.reshape(1, -1), gguf.GGMLQuantizationType[wanted])
             if not fits:
                 raise ModelError(
-                    f"{path} holds numbers in {tensor.name!r:.80} that {wanted} cannot",
-                    hint="fetch it again, or check it against its SHA-256",
+                    f"{path}: {tensor.name!r:.80} contains numbers that {wanted} cannot represent",
+                    hint="download it again, or check it against its SHA-256",
                 )
             yield new.tobytes()
         advance(size)

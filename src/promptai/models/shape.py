@@ -1,8 +1,7 @@
-"""The shape of a model: the numbers that decide its size and its speed.
+"""The shape of a model: the dimensions that determine its size and speed.
 
-A catalogue entry carries one, a synthetic model is written from one, a forecast
-is made of one. So it stands apart from all three. What follows from it (which
-tensors there are, how they are quantised) is in ``models.tensors``. Pure.
+Catalogue entries, synthetic models and forecasts all use it, so it has a module of its
+own. ``models.tensors`` derives the tensors and their quantisation from it. Pure.
 """
 
 import msgspec
@@ -10,20 +9,20 @@ import msgspec
 
 class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
-    What decides a transformer's speed and size.
+    The dimensions of a transformer.
 
     Attributes:
         layers: Transformer blocks.
         width: Embedding length.
-        heads: Attention heads; ``kv_heads`` of keys and values.
+        heads: Query heads; ``kv_heads`` is the number of key and value heads.
         ffn: Width of the feed-forward layer.
         vocabulary: Rows of the embedding, padding included.
-        context: Tokens that it was made for.
+        context: Context length that the model was trained for, in tokens.
         architecture: llama.cpp's name: ``llama``, ``qwen3``, ``phi3`` …
-        head_length: Numbers of one head; absent: width / heads.
-        rotated: Numbers of a head that the position rotates; absent: all.
+        head_length: Dimensions of one head; ``None`` for width / heads.
+        rotated: Dimensions of a head that rotary embedding rotates; ``None`` for all.
         tied: Whether the output matrix is the embedding, stored once.
-        sliding_window: Tokens that some layers look back; absent: all layers see everything.
+        sliding_window: Tokens that some layers attend to; ``None`` when all layers attend to the whole context.
     """
 
     layers: int
@@ -41,5 +40,5 @@ class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def head(self) -> int:
-        """Numbers of one head."""
+        """Dimensions of one head."""
         return self.head_length or self.width // self.heads

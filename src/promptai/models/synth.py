@@ -1,14 +1,14 @@
-"""Write a GGUF with the true shape of a model and random weights.
+"""Write a synthetic model: a GGUF with a real model's shape and random weights.
 
-How fast a model runs and how much memory it takes depends on its shape and its
-quantisation, not on what its weights say. So a model can be benchmarked before
-(or without) downloading gigabytes: here the file is written locally, a few
-megabytes at a time, in bounded memory. The file says ``promptai.synthetic`` in
-its metadata, and whatever measures accuracy must refuse it.
+Speed and memory depend on a model's shape and quantisation, not on the values of its
+weights. So a model can be benchmarked before (or without) downloading gigabytes: this
+module writes the file locally, a few megabytes at a time, in bounded memory. Its
+metadata has the key ``promptai.synthetic``; code that measures accuracy must reject
+such a file.
 
-Shape, vocabulary size and quantisation mix are the model's own; the tokenizer is
-promptai-tiny's, with the rest of the vocabulary filled up, so that prompts have the same
-tokens in every synthetic model. Its text is nonsense by design.
+Shape, vocabulary size and quantisation mix are the real model's. The tokenizer is
+promptai-tiny's, with filler tokens up to the vocabulary size, so prompts have the same tokens
+in every synthetic model. The generated text is nonsense by design.
 """
 
 import contextlib
@@ -31,30 +31,31 @@ from promptai.models.tensors import (
     tensor_bytes,
 )
 
-#: The shape of TinyLlama-1.1B, with a context that holds the bundled workload.
+#: The shape of TinyLlama-1.1B, with a context long enough for the bundled workload.
 LLAMA_1B = Shape(layers=22, width=2048, heads=32, kv_heads=4, ffn=5632, vocabulary=32_000, context=16_384)
 
-#: promptai-tiny's 2,048 tokens; smaller vocabularies get the 256 bytes alone.
+#: Size of promptai-tiny's vocabulary; models with a smaller one get a byte tokenizer.
 BORROWED_TOKENS = 2048
-_PIECE_BYTES = 8 * 1024 * 1024
+_CHUNK_BYTES = 8 * 1024 * 1024
+_GIB = 1 << 30
 _FILE_TYPES = {"q4_0": "MOSTLY_Q4_0", "q4_k_m": "MOSTLY_Q4_K_M", "q8_0": "MOSTLY_Q8_0", "f16": "MOSTLY_F16"}
 
 
 class _Scale(NamedTuple):
-    """An f16 number at a byte of a block, so that random bits become weights of about N(0, 0.02)."""
+    """An f16 scale at a byte offset in a block, chosen to turn random bits into weights of about N(0, 0.02)."""
 
     offset: int
     value: float
 
 
-# Random bits are fine everywhere in a block but in its scales, where they would be NaN or 60,000. Weights
-# of about N(0, 0.02), as after initialisation: larger ones overflow in f16 sums. 0.02 is divided by the
-# deviation of what the scale multiplies: 4.6 for 0..15, 9.2 for 0..31, 74 for a signed byte.
+# Random bits may fill a block except for its scales, where they could mean NaN or 60,000. Weights are about
+# N(0, 0.02), as after initialisation, because larger ones overflow in f16 sums. 0.02 is divided by the standard
+# deviation of the scaled values: 4.6 for 0..15, 9.2 for 0..31, 74 for a signed byte.
 _SCALES = {
     "Q4_0": (_Scale(0, 0.02 / 4.6),),
     "Q5_0": (_Scale(0, 0.02 / 9.2),),
     "Q8_0": (_Scale(0, 0.02 / 74),),
-    # The minimum is 7.5 times the scale: it takes the mean of 0..15 out again.
+    # The minimum is 7.5 times the scale, which subtracts the mean of 0..15.
     "Q4_K": (_Scale(0, 0.02 / 257), _Scale(2, 7.5 * 0.02 / 257)),
     "Q6_K": (_Scale(208, 0.02 / (74 * 18.5)),),
 }
@@ -70,48 +71,48 @@ def write_synthetic(
     progress: Callable[[int], None] | None = None,
 ) -> Path:
     """
-    Write a model of ``shape`` with random weights to ``path``.
+    Write a model of ``shape`` with random weights to ``path``, atomically.
 
-    The same seed gives the same bytes. The file appears under its name only when whole.
+    The same seed produces the same bytes.
 
     Args:
-        progress: Called with the bytes of each piece that was written.
+        progress: Called with the size of each chunk written.
 
     Raises:
-        ModelError: The shape is impossible, the disk too full or the file cannot be written.
+        ModelError: Engines cannot load the shape, the disk is too full, or the file cannot be written.
     """
     if not possible(shape, quant):
         raise ModelError(
             f"a model of shape {shape} cannot be written in {quant}",
-            hint="width and ffn are multiples of 32, heads divide width into even lengths, kv_heads divide heads, "
-            f"vocabulary is at least 258, architecture is one of {', '.join(ARCHITECTURES)}",
+            hint="width and ffn must be multiples of 32, heads must divide width into even lengths, kv_heads must "
+            f"divide heads, vocabulary must be at least 258, architecture must be one of {', '.join(ARCHITECTURES)}",
         )
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _demand_space(path, tensor_bytes(shape, quant))
+        _check_space(path, tensor_bytes(shape, quant))
         _write(part, shape, quant, name, seed, progress or (lambda _size: None))
         part.replace(path)
     except OSError as error:
-        reason = error.strerror or str(error)  # NumPy's short writes carry no errno
+        reason = error.strerror or str(error)  # NumPy reports short writes without an errno
         raise ModelError(f"cannot write {path}: {reason}", hint="free some space or choose another path") from None
     finally:
         with contextlib.suppress(OSError):
-            part.unlink()  # nothing there when it was renamed; half a file after an error or Ctrl-C
+            part.unlink()  # a partial file after an error or Ctrl-C; missing after the rename
     return path
 
 
-def _demand_space(path: Path, needed: int) -> None:
+def _check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise ModelError(
-            f"cannot write {path}: it takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there",
+            f"cannot write {path}: it needs {needed / _GIB:.2f} GiB, {free / _GIB:.2f} GiB are free there",
             hint="free some space or choose another disk with -o",
         )
 
 
 def _write(part: Path, shape: Shape, quant: Quant, name: str, seed: int, progress: Callable[[int], None]) -> None:
-    import gguf  # noqa: PLC0415  NumPy behind it costs 0.2 s
+    import gguf  # noqa: PLC0415  imports NumPy, 0.2 s
     import numpy as np  # noqa: PLC0415
 
     tensors = plan_tensors(shape, quant)
@@ -120,7 +121,7 @@ def _write(part: Path, shape: Shape, quant: Quant, name: str, seed: int, progres
         _describe(writer, shape, quant, name)
         for tensor in tensors:
             kind = gguf.GGMLQuantizationType[tensor.quantization]
-            # Any type but bytes: the writer takes the shape of bytes for one of blocks.
+            # Any dtype except bytes, whose shape the writer would interpret as a shape of blocks.
             writer.add_tensor_info(tensor.name, tensor.shape[::-1], np.dtype(np.float32), tensor.size_bytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -135,13 +136,13 @@ def _write(part: Path, shape: Shape, quant: Quant, name: str, seed: int, progres
 
 
 def _write_weights(file: BinaryIO, tensor: PlannedTensor, generator: Any, progress: Callable[[int], None]) -> None:
-    """The data of one tensor, a piece at a time, padded."""
+    """Write one tensor's data in chunks, with padding."""
     import numpy as np  # noqa: PLC0415
 
     weights, block_bytes = BLOCKS[tensor.quantization]
     left = tensor.size_bytes // block_bytes
     while left:
-        count = min(left, _PIECE_BYTES // block_bytes)
+        count = min(left, _CHUNK_BYTES // block_bytes)
         data: Any
         if len(tensor.shape) == 1:
             data = np.full(count, 0.0 if tensor.name.endswith(".bias") else 1.0, np.float32)
@@ -174,7 +175,7 @@ def _describe(writer: Any, shape: Shape, quant: Quant, name: str) -> None:
     writer.add_key_length(shape.head)
     writer.add_value_length(shape.head)
     writer.add_rope_dimension_count(shape.rotated or shape.head)
-    # Of the two, architectures read the one that they have.
+    # Each architecture reads one of the two.
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_layer_norm_eps(1e-5)
     if shape.sliding_window is not None:
@@ -189,7 +190,7 @@ def _describe(writer: Any, shape: Shape, quant: Quant, name: str) -> None:
 
 
 def _borrow_tokenizer(writer: Any, vocabulary: int) -> None:
-    """promptai-tiny's tokens, merges and template: real text becomes as many tokens as it should."""
+    """Copy promptai-tiny's tokens, merges and template, for a realistic number of tokens per text."""
     import gguf  # noqa: PLC0415
 
     reader = gguf.GGUFReader(bundled_model())
@@ -198,7 +199,7 @@ def _borrow_tokenizer(writer: Any, vocabulary: int) -> None:
         return reader.get_field(key).contents()
 
     tokens, types = read("tokenizer.ggml.tokens"), read("tokenizer.ggml.token_type")
-    # llama.cpp looks the four up, and ends without a word if they are not there, when the name contains "phi-3".
+    # For names containing "phi-3", llama.cpp looks up these four and exits without a message if one is missing.
     filling = [token for token in ("</s>", "<s>", "<unk>", "<|endoftext|>") if token not in tokens]
     filling += [f"tok{number}" for number in range(vocabulary)]
     extra = vocabulary - len(tokens)
@@ -211,7 +212,7 @@ def _borrow_tokenizer(writer: Any, vocabulary: int) -> None:
 
 
 def _byte_tokenizer(writer: Any, vocabulary: int) -> None:
-    """One token a byte, for vocabularies of toys."""
+    """Write a tokenizer with one token per byte, for small test vocabularies."""
     import gguf  # noqa: PLC0415
 
     tokens = [*_byte_tokens(), "<s>", "</s>"]
@@ -219,13 +220,13 @@ def _byte_tokenizer(writer: Any, vocabulary: int) -> None:
     normal, control = int(gguf.TokenType.NORMAL), int(gguf.TokenType.CONTROL)
     writer.add_token_list(tokens)
     writer.add_token_types([control if token in ("<s>", "</s>") else normal for token in tokens])
-    writer.add_token_merges(["a b"])  # the loader refuses an empty list
+    writer.add_token_merges(["a b"])  # the loader rejects an empty list
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(257)
 
 
 def _byte_tokens() -> list[str]:
-    """GPT-2's printable stand-ins for the 256 bytes, in byte order."""
+    """Return GPT-2's printable characters for the 256 bytes, in byte order."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     stand_in = iter(range(256, 512))
     return [chr(byte if byte in printable else next(stand_in)) for byte in range(256)]

@@ -1,13 +1,13 @@
-"""From a shape to its tensors: names, sizes and how each is quantised.
+"""Derive a model's tensors from its shape: names, sizes and quantisation of each.
 
-Size, speed and memory of a model follow from its list of tensors, and "Q4_K_M"
-is not one type but a rule which tensor gets which. So the rule is here, as
-llama.cpp's quantiser applies it without an importance matrix
-(``llama_tensor_get_type_impl`` in src/llama-quant.cpp, release 0.5.0-dev of
-2026), and ``benchmarks/quantisation_mix.py`` holds it against the real one.
-Tensor names and dimensions are those of llama.cpp's loaders (src/models/). Pure.
+A model's size, speed and memory follow from its tensors, and "Q4_K_M" is not one type
+but a rule that assigns a type to each tensor. This module implements the rule of
+llama.cpp's quantiser without an importance matrix (``llama_tensor_get_type_impl`` in
+src/llama-quant.cpp, release 0.5.0-dev of 2026); ``benchmarks/quantisation_mix.py``
+compares it with the real one. Tensor names and dimensions are those of llama.cpp's
+loaders (src/models/). Pure.
 
-Dense decoders of the listed architectures only: no experts, no state space layers.
+Only dense decoders of the listed architectures: no experts, no state space layers.
 """
 
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ from promptai.models.shape import Shape
 
 Quant = Literal["q4_0", "q4_k_m", "q8_0", "f16"]
 QUANTS: tuple[Quant, ...] = get_args(Quant)
-#: Every tensor's data begins at a multiple of this in a GGUF file.
+#: Tensor data in a GGUF file is aligned to this many bytes.
 ALIGNMENT = 32
 
-#: ggml type -> (weights of a block, bytes of a block), from ggml-common.h.
+#: ggml type -> (weights per block, bytes per block), from ggml-common.h.
 BLOCKS = {
     "F32": (1, 4),
     "F16": (1, 2),
@@ -32,12 +32,12 @@ BLOCKS = {
     "Q6_K": (256, 210),
 }
 _MAIN = {"q4_0": "Q4_0", "q4_k_m": "Q4_K", "q8_0": "Q8_0", "f16": "F16"}
-#: Where a row is no multiple of 256.
+#: Types used when a row is not a multiple of 256.
 _FALLBACK = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}
 
 
 class _Form(NamedTuple):
-    """What an architecture's layers are made of beyond the plain llama form."""
+    """How an architecture's layers differ from llama's."""
 
     fused_qkv: bool = False
     qkv_bias: bool = False
@@ -67,7 +67,7 @@ ARCHITECTURES = tuple(_FORMS)
 
 class PlannedTensor(NamedTuple):
     """
-    One tensor of a model that need not exist yet.
+    One tensor of a planned model.
 
     Attributes:
         shape: Elements per dimension, the fastest-varying (the row) first, as in GGUF.
@@ -79,38 +79,38 @@ class PlannedTensor(NamedTuple):
     quantization: str
 
     @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return prod(self.shape)
+
+    @property
     def size_bytes(self) -> int:
-        """Bytes of its data."""
-        weights, block_bytes = BLOCKS[self.quantization]
-        return prod(self.shape) // weights * block_bytes
+        """Size of the tensor's data."""
+        block, block_bytes = BLOCKS[self.quantization]
+        return self.weights // block * block_bytes
 
 
 def plan_tensors(shape: Shape, quant: Quant) -> list[PlannedTensor]:
     """
-    Every tensor of a model of ``shape``, in file order, quantised as llama.cpp would.
+    List the tensors of a model of ``shape`` in file order, with llama.cpp's quantisation.
 
     Raises:
-        KeyError: The architecture is none of ``ARCHITECTURES``.
+        KeyError: The architecture is not in ``ARCHITECTURES``.
     """
     return [PlannedTensor(name, size, _type_of(name, size, shape, quant)) for name, size in _sizes(shape)]
 
 
 def tensor_bytes(shape: Shape, quant: Quant) -> int:
-    """Bytes of all tensor data with its padding: the file without its header (tokenizer: 1 to 15 MB)."""
+    """Return the size of all tensor data with padding: the file without its header (tokenizer: 1 to 15 MB)."""
     return sum(-(-tensor.size_bytes // ALIGNMENT) * ALIGNMENT for tensor in plan_tensors(shape, quant))
 
 
-def parameter_count(shape: Shape) -> int:
-    """Number of weights."""
-    return sum(prod(size) for _, size in _sizes(shape))
-
-
 def possible(shape: Shape, quant: Quant) -> bool:
-    """Whether an engine could load it: known architecture, whole blocks, heads that can be rotated."""
+    """Return whether engines can load such a model: known architecture, whole blocks, heads of even length."""
     counts = (shape.layers, shape.width, shape.heads, shape.kv_heads, shape.ffn, shape.context)
     if shape.architecture not in _FORMS or min(counts) <= 0 or shape.vocabulary < 258:
         return False
-    block = BLOCKS[_MAIN[quant]][0] if quant != "q4_k_m" else 32  # what 256 does not divide falls back to 32
+    block = BLOCKS[_MAIN[quant]][0] if quant != "q4_k_m" else 32  # falls back to blocks of 32
     return (
         all(length % block == 0 for length in (shape.width, shape.ffn, shape.head * shape.heads))
         and shape.head > 0
@@ -176,7 +176,7 @@ def _type_of(name: str, size: tuple[int, ...], shape: Shape, quant: Quant) -> st
     wanted = _MAIN[quant]
     is_output = name == "output.weight" or (shape.tied and name == "token_embd.weight")
     if is_output and quant in ("q4_0", "q4_k_m"):
-        # Its block must divide the row before six bits are considered at all.
+        # llama.cpp considers Q6_K only if the main type's block divides the row.
         wanted = "Q6_K" if size[0] % BLOCKS[wanted][0] == 0 else "Q8_0"
     elif quant == "q4_k_m" and any(part in name for part in ("attn_v.", "attn_qkv.", "ffn_down.")):
         layer = int(name.split(".")[1])
@@ -185,5 +185,5 @@ def _type_of(name: str, size: tuple[int, ...], shape: Shape, quant: Quant) -> st
 
 
 def _more_bits(layer: int, layers: int) -> bool:
-    """The first and last eighth of the layers, and every third between them."""
+    """Return true for the first and last eighth of the layers, and for every third layer between them."""
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
