@@ -1,4 +1,4 @@
-"""One small synthetic model for the tests that only read it, and a measure of memory."""
+"""A small synthetic model for tests that only read it, and a measurement of memory."""
 
 import importlib
 import tracemalloc
@@ -15,7 +15,7 @@ SMALL = Shape(layers=2, width=64, heads=4, kv_heads=2, ffn=128, vocabulary=512)
 
 @pytest.fixture(scope="session", autouse=True)
 def _numpy_is_loaded() -> None:
-    """NumPy comes in with the first model; on a busy machine that alone may take longer than a unit test may."""
+    """Import NumPy up front: on a busy machine the import alone may exceed a unit test's time limit."""
     importlib.import_module("gguf")
 
 
@@ -27,7 +27,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def traced_peak() -> Iterator[Callable[[], Callable[[], int]]]:
-    """Begin to count the bytes that Python holds; what comes back tells the most there were since."""
+    """Start tracing Python's memory; the returned function reports the peak since then, in bytes."""
 
     def begin() -> Callable[[], int]:
         tracemalloc.start()

@@ -13,7 +13,7 @@ from support_hub import Told
 
 @pytest.fixture
 def library(tmp_path: Path, small_model: Path) -> Library:
-    """A library with two models that were imported from plain files."""
+    """A library with two models imported from plain files."""
     source = tmp_path / "source"
     source.mkdir()
     for name in ("a.gguf", "b.gguf"):
@@ -31,7 +31,7 @@ def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_file_is_copied_with_its_checksum_noted(library: Library, small_model: Path) -> None:
+def test_import_copies_a_file_and_records_its_checksum(library: Library, small_model: Path) -> None:
     kept = library.find("a")
 
     assert kept is not None
@@ -42,9 +42,7 @@ def test_a_file_is_copied_with_its_checksum_noted(library: Library, small_model:
     library.verify(kept, Told())
 
 
-def test_a_stick_is_searched_for_models_and_a_damaged_one_does_not_hold_up_the_rest(
-    tmp_path: Path, small_model: Path
-) -> None:
+def test_import_finds_models_on_a_stick_and_continues_after_a_damaged_one(tmp_path: Path, small_model: Path) -> None:
     stick = tmp_path / "stick"
     (stick / "deep" / "down").mkdir(parents=True)
     shutil.copy(small_model, stick / "deep" / "down" / "good.gguf")
@@ -52,7 +50,7 @@ def test_a_stick_is_searched_for_models_and_a_damaged_one_does_not_hold_up_the_r
     (stick / "page.gguf").write_text("<html>")
     library, told = Library(tmp_path / "models"), Told()
 
-    with pytest.raises(ModelError, match=r"2 of 3 files in .*stick were refused"):
+    with pytest.raises(ModelError, match=r"2 of 3 files in .*stick were rejected"):
         bring(stick, library, told)
 
     assert [kept.path.name for kept in library.models()] == ["good.gguf"]
@@ -60,12 +58,12 @@ def test_a_stick_is_searched_for_models_and_a_damaged_one_does_not_hold_up_the_r
     assert library.leftovers() == []
 
 
-def test_a_stick_without_models_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFoundError, match=r"there is no .gguf file in"):
+def test_import_reports_a_stick_without_models(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"no .gguf files in"):
         bring(tmp_path, Library(tmp_path / "models"))
 
 
-def test_a_file_that_is_here_is_not_copied_again(library: Library, tmp_path: Path) -> None:
+def test_import_does_not_copy_a_stored_file_again(library: Library, tmp_path: Path) -> None:
     before = library.models()
 
     bring(tmp_path / "source", library)
@@ -73,16 +71,16 @@ def test_a_file_that_is_here_is_not_copied_again(library: Library, tmp_path: Pat
     assert library.models() == before
 
 
-def test_another_model_of_the_same_name_is_left_alone(library: Library, tmp_path: Path, small_model: Path) -> None:
+def test_import_keeps_another_model_of_the_same_name(library: Library, tmp_path: Path, small_model: Path) -> None:
     changed = small_model.read_bytes()[:-1] + b"!"
     (tmp_path / "a.gguf").write_bytes(changed)
 
-    with pytest.raises(ModelError, match=r"another model is kept as imported/a.gguf"):
+    with pytest.raises(ModelError, match=r"another model is stored as imported/a.gguf"):
         bring(tmp_path / "a.gguf", library)
     assert (library.root / "imported" / "a.gguf").read_bytes() != changed
 
 
-def test_a_file_that_lies_in_the_library_only_gets_its_sidecar(library: Library, small_model: Path) -> None:
+def test_import_of_a_file_in_the_library_only_adds_a_sidecar(library: Library, small_model: Path) -> None:
     own = library.root / "own.gguf"
     shutil.copy(small_model, own)
 
@@ -92,7 +90,7 @@ def test_a_file_that_lies_in_the_library_only_gets_its_sidecar(library: Library,
     assert not (library.root / "imported" / "own.gguf").exists()
 
 
-def test_without_space_nothing_is_copied(tmp_path: Path, small_model: Path) -> None:
+def test_import_copies_nothing_without_enough_space(tmp_path: Path, small_model: Path) -> None:
     library = Library(tmp_path / "models", free=lambda _: 1_050_000)
 
     with pytest.raises(LibraryError, match="too little for"):
@@ -100,8 +98,8 @@ def test_without_space_nothing_is_copied(tmp_path: Path, small_model: Path) -> N
     assert not library.root.exists()
 
 
-def test_a_bundle_goes_to_a_board_without_a_link(library: Library, tmp_path: Path) -> None:
-    """There it is the same library, origin and checksums included."""
+def test_a_bundle_reproduces_the_library_on_another_board(library: Library, tmp_path: Path) -> None:
+    """Sources and checksums included."""
     export(library.models(), tmp_path / "stick", Told())
     board = Library(tmp_path / "board")
 
@@ -115,7 +113,10 @@ def test_a_bundle_goes_to_a_board_without_a_link(library: Library, tmp_path: Pat
         assert there.sidecar is not None
         assert here.sidecar.sha256 == there.sidecar.sha256
     assert bring(tmp_path / "stick", board) == kept
-    assert [one.sidecar is not None for one in Library(tmp_path / "stick").models()] == [True, True]  # as it is
+    assert [one.sidecar is not None for one in Library(tmp_path / "stick").models()] == [
+        True,
+        True,
+    ]  # a bundle is itself a library
 
 
 def test_a_second_export_adds_to_the_first(library: Library, tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_a_second_export_adds_to_the_first(library: Library, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("damage", ["byte", "length", "gone"])
-def test_a_damaged_file_of_a_bundle_is_refused_and_the_others_are_kept(
+def test_import_rejects_a_damaged_file_of_a_bundle_and_stores_the_others(
     library: Library, tmp_path: Path, damage: str
 ) -> None:
     """The stick was pulled out too early."""
@@ -152,7 +153,7 @@ def test_a_damaged_file_of_a_bundle_is_refused_and_the_others_are_kept(
     assert "a.gguf" in told.lines[0]
 
 
-def test_a_model_that_is_damaged_here_is_not_exported(library: Library, tmp_path: Path) -> None:
+def test_export_rejects_a_damaged_model(library: Library, tmp_path: Path) -> None:
     path = library.models()[0].path
     path.write_bytes(path.read_bytes()[:-1] + b"!")
 
@@ -162,16 +163,16 @@ def test_a_model_that_is_damaged_here_is_not_exported(library: Library, tmp_path
     assert files(tmp_path / "stick") == []
 
 
-def test_an_export_writes_over_nobodys_file(library: Library, tmp_path: Path) -> None:
+def test_export_does_not_overwrite_other_files(library: Library, tmp_path: Path) -> None:
     (tmp_path / "stick" / "imported").mkdir(parents=True)
     (tmp_path / "stick" / "imported" / "a.gguf").write_text("mine")
 
-    with pytest.raises(ModelError, match="is in the way"):
+    with pytest.raises(ModelError, match="already exists"):
         export(library.models(), tmp_path / "stick", Told())
     assert (tmp_path / "stick" / "imported" / "a.gguf").read_text() == "mine"
 
 
-def test_a_stick_that_is_full_gets_nothing_half_written(
+def test_export_leaves_no_partial_file_on_a_full_stick(
     library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: Path, target: Path) -> Path:
@@ -188,17 +189,17 @@ def test_a_stick_that_is_full_gets_nothing_half_written(
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"created": "", "models": 5}', '{"created": "", "models": [], "x": 1}']
 )
-def test_a_manifest_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+def test_rejects_a_malformed_manifest(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_text(text)
 
-    with pytest.raises(ModelError, match="is no manifest of a bundle"):
+    with pytest.raises(ModelError, match="is not a valid bundle manifest"):
         bring(tmp_path, Library(tmp_path / "models"))
 
 
 @pytest.mark.parametrize(
     ("folder", "file"), [("..", "a.gguf"), ("x", "../../a.gguf"), ("/etc", "a.gguf"), ("x", ".profile"), ("x", "a.sh")]
 )
-def test_a_manifest_cannot_name_a_place_outside_the_library(
+def test_rejects_a_manifest_with_paths_outside_the_library(
     tmp_path: Path, small_model: Path, folder: str, file: str
 ) -> None:
     stick = tmp_path / "stick"

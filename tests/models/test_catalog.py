@@ -1,4 +1,4 @@
-"""The catalogue says what it must, strictly, and its shapes make the weights and files that others counted."""
+"""The catalogue is complete and strictly parsed, and its shapes imply the published weights and file sizes."""
 
 import re
 import tomllib
@@ -24,7 +24,7 @@ ENTRIES = load_catalog().entries
 DATA = (files("promptai.models") / "data" / "catalog.toml").read_bytes()
 MIB = 2**20
 
-#: Sizes of files as the sources of their entries list them, to three digits or more.
+#: File sizes listed by the entries' sources, to three digits or more.
 LISTED: dict[tuple[str, FourBit], float] = {
     ("internlm2.5-7b", "Q4_0"): 4.45e9,
     ("internlm2.5-7b", "Q4_K_M"): 4.71e9,
@@ -71,18 +71,18 @@ def weights(shape: Shape) -> int:
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.id)
-def test_a_shape_has_the_weights_that_others_counted(entry: Entry) -> None:
+def test_a_shape_has_the_published_number_of_weights(entry: Entry) -> None:
     rounded = entry.parameters % 10_000_000 == 0
 
     assert weights(entry.shape) == pytest.approx(entry.parameters, rel=0.015 if rounded else 0.0005)
 
 
 @pytest.mark.parametrize(("name", "quant"), LISTED)
-def test_a_shape_implies_the_size_that_its_file_has(name: str, quant: FourBit) -> None:
+def test_a_shape_implies_the_published_file_size(name: str, quant: FourBit) -> None:
     assert load_catalog().find(name).expected_bytes(quant) == pytest.approx(LISTED[name, quant], rel=0.0075)
 
 
-def test_the_papers_eight_models_are_there_and_only_phi_and_gemma_in_doubt() -> None:
+def test_contains_the_papers_eight_models_with_only_phi_and_gemma_ambiguous() -> None:
     claims = [(entry.paper, entry.ambiguous) for entry in ENTRIES if entry.paper]
 
     certain = {"InternLM", "Mistral", "Llama2", "Llama3", "Yi", "Zephyr"}
@@ -92,14 +92,14 @@ def test_the_papers_eight_models_are_there_and_only_phi_and_gemma_in_doubt() -> 
 
 
 def test_every_source_is_used() -> None:
-    """A source that nobody names is a fact that lost its proof."""
+    """An unused source means that a fact lost its citation."""
     raw = tomllib.loads(DATA.decode())
     named = {source for entry in raw["entry"] for sources in entry["seen"].values() for source in sources}
 
     assert set(raw["sources"]) <= named
 
 
-def test_a_loaded_entry_gives_the_addresses_of_its_sources() -> None:
+def test_a_loaded_entry_has_the_addresses_of_its_sources() -> None:
     addresses = [a for entry in ENTRIES for named in entry.seen.values() for a in named]
 
     assert len(addresses) > 150
@@ -138,14 +138,16 @@ licence = ["lab"]
         pytest.param('title = "Small 1B"', 'tittle = "Small 1B"', "tittle", id="misspelt key"),
         pytest.param("gated = false", 'gated = "no"', "gated", id="wrong type"),
         pytest.param("kv_heads = 2", "kv_heads = 2, experts = 8", "experts", id="unknown key of the shape"),
-        pytest.param("kv_heads = 2", "kv_heads = 3", "no engine", id="impossible shape"),
-        pytest.param("vocabulary", 'architecture = "mamba", vocabulary', "no engine", id="unknown architecture"),
+        pytest.param("kv_heads = 2", "kv_heads = 3", "engines cannot load", id="impossible shape"),
+        pytest.param(
+            "vocabulary", 'architecture = "mamba", vocabulary', "engines cannot load", id="unknown architecture"
+        ),
         pytest.param('template = "chatml"', 'template = "chatty"', "chatty", id="unknown template"),
         pytest.param("files.Q4_0", "files.Q3_K", "Q3_K", id="unknown quantisation"),
         pytest.param('"lab/Small-1B"', '"Small-1B"', "repository", id="repository without owner"),
         pytest.param("parameters = 1_000_000", "parameters = 0", "parameters", id="no parameters"),
         pytest.param(
-            'unverified = ["template", "gated"]', 'unverified = ["gated"]', "template", id="fact without word"
+            'unverified = ["template", "gated"]', 'unverified = ["gated"]', "template", id="fact unaccounted for"
         ),
         pytest.param('unverified = ["template", ', 'unverified = ["template", "shape", ', "shape", id="seen and not"),
         pytest.param('licence = ["lab"]', 'licence = ["lap"]', "lap", id="unknown source"),
@@ -153,7 +155,7 @@ licence = ["lab"]
         pytest.param('licence = ["lab"]', 'licence = ["lab"]\nfame = ["lab"]', "fame", id="unknown fact"),
     ],
 )
-def test_a_malformed_entry_is_refused_by_name(there: str, instead: str, words: str) -> None:
+def test_rejects_a_malformed_entry_by_its_name(there: str, instead: str, words: str) -> None:
     assert there in SMALL
     parse_catalog(SMALL.encode(), "small.toml")
 
@@ -165,21 +167,21 @@ def test_a_malformed_entry_is_refused_by_name(there: str, instead: str, words: s
     assert "\n" not in str(caught.value)
 
 
-def test_a_name_is_given_once() -> None:
+def test_rejects_a_duplicate_id() -> None:
     twice = SMALL + SMALL[SMALL.index("[[entry]]") :]
 
-    with pytest.raises(ModelFormatError, match=r"entry small-1b: the name is taken"):
+    with pytest.raises(ModelFormatError, match=r"entry small-1b: an earlier entry has the same id"):
         parse_catalog(twice.encode(), "small.toml")
 
 
 @pytest.mark.parametrize("data", [b"entry = [", b"\xff", b"looked_up = 'soon'", SMALL.encode() + b"[more]\na = 1"])
-def test_a_file_that_is_no_catalogue_is_refused_in_one_line(data: bytes) -> None:
+def test_rejects_a_malformed_catalogue_in_one_line(data: bytes) -> None:
     with pytest.raises(ModelFormatError, match=r"^small\.toml: [^\n]+$"):
         parse_catalog(data, "small.toml")
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-3b", "Llama-3.2-3B", " llama-3.2-3b "])
-def test_a_model_is_found_by_its_name_in_whatever_case(name: str) -> None:
+def test_finds_a_model_by_name_ignoring_case(name: str) -> None:
     assert load_catalog().find(name).repository == "meta-llama/Llama-3.2-3B-Instruct"
 
 
@@ -188,11 +190,11 @@ def test_a_model_is_found_by_its_name_in_whatever_case(name: str) -> None:
     [
         ("qwen3", "did you mean qwen3-0.6b or qwen3-1.7b or qwen3-4b?"),
         ("tinylama-1.1b", "did you mean tinyllama-1.1b?"),
-        ("zzz", "promptai models list shows them"),
-        ("", "promptai models list shows them"),
+        ("zzz", "promptai models list shows all models"),
+        ("", "promptai models list shows all models"),
     ],
 )
-def test_a_name_that_nothing_has_gets_the_nearest(name: str, hint: str) -> None:
+def test_suggests_the_nearest_names_for_an_unknown_one(name: str, hint: str) -> None:
     with pytest.raises(ModelNotFoundError) as caught:
         load_catalog().find(name)
 
@@ -200,7 +202,7 @@ def test_a_name_that_nothing_has_gets_the_nearest(name: str, hint: str) -> None:
 
 
 def small() -> tuple[Catalog, Entry, dict[str, RepositoryFacts | HubError]]:
-    """An entry, and a hub that says the same."""
+    """An entry, and matching responses of the hub."""
     catalog = parse_catalog(SMALL.encode(), "small.toml")
     entry = catalog.entries[0]
     sizes = {name: entry.expected_bytes(quant) for quant, name in entry.files.items()}
@@ -222,14 +224,14 @@ def changed(answers: Mapping[str, RepositoryFacts | HubError], name: str, **chan
     return msgspec.structs.replace(facts, **change)
 
 
-def test_nothing_differs_where_the_hub_says_the_same() -> None:
+def test_no_differences_when_the_hub_agrees() -> None:
     _, entry, answers = small()
 
     assert differences(entry, answers) == []
 
 
 @pytest.mark.parametrize("licence", ["Apache-2.0", "other"])
-def test_a_licence_in_another_case_and_one_that_the_hub_does_not_name_are_no_difference(licence: str) -> None:
+def test_a_licence_in_another_case_or_unspecified_is_no_difference(licence: str) -> None:
     _, entry, answers = small()
     answers[entry.repository] = changed(answers, entry.repository, license=licence)
 
@@ -237,9 +239,10 @@ def test_a_licence_in_another_case_and_one_that_the_hub_does_not_name_are_no_dif
 
 
 @pytest.mark.parametrize(
-    ("licence", "words"), [("mit", "is mit, in the catalogue Apache-2.0"), (None, "is not said, in the catalogue")]
+    ("licence", "words"),
+    [("mit", "licence mit on the hub, Apache-2.0 in the catalogue"), (None, "licence not declared on the hub")],
 )
-def test_another_licence_is_told(licence: str | None, words: str) -> None:
+def test_reports_another_licence(licence: str | None, words: str) -> None:
     _, entry, answers = small()
     answers[entry.repository] = changed(answers, entry.repository, license=licence)
 
@@ -248,46 +251,49 @@ def test_another_licence_is_told(licence: str | None, words: str) -> None:
 
 
 @pytest.mark.parametrize("which", ["repository", "gguf"])
-def test_a_repository_that_was_gated_since_is_told(which: str) -> None:
+def test_reports_a_newly_gated_repository(which: str) -> None:
     _, entry, answers = small()
     name = getattr(entry, which)
     answers[name] = changed(answers, name, gated=True)
 
-    assert differences(entry, answers) == [f"{name} is gated, the catalogue says otherwise"]
+    assert differences(entry, answers) == [f"{name} is gated on the hub, but not in the catalogue"]
 
 
-def test_a_gated_original_is_expected_to_ask_for_leave_and_told_when_it_does_not() -> None:
+def test_expects_access_to_a_gated_original_to_be_denied() -> None:
     _, entry, answers = small()
     gated = msgspec.structs.replace(entry, gated=True)
 
-    assert differences(gated, answers) == [f"{entry.repository} is not gated, the catalogue says otherwise"]
-    assert differences(gated, answers | {entry.repository: HubGatedError("asks for leave")}) == []
+    assert differences(gated, answers) == [f"{entry.repository} is not gated on the hub, but in the catalogue"]
+    assert differences(gated, answers | {entry.repository: HubGatedError("denied")}) == []
 
 
 @pytest.mark.parametrize("which", ["repository", "gguf"])
 @pytest.mark.parametrize(
     ("error", "words"),
-    [(HubNotFoundError("gone"), r"the hub has no \S+"), (HubUnreachableError("HTTP 503"), "not answered: HTTP 503")],
+    [
+        (HubNotFoundError("gone"), r"the hub has no repository \S+"),
+        (HubUnreachableError("HTTP 503"), "not checked: HTTP 503"),
+    ],
     ids=["gone", "unanswered"],
 )
-def test_a_repository_that_is_gone_is_told_apart_from_no_answer(which: str, error: HubError, words: str) -> None:
+def test_distinguishes_a_missing_repository_from_no_response(which: str, error: HubError, words: str) -> None:
     _, entry, answers = small()
 
     (line,) = differences(entry, answers | {getattr(entry, which): error})
     assert re.fullmatch(words, line)
 
 
-def test_a_file_that_is_missing_is_told_with_the_nearest_name() -> None:
+def test_reports_a_missing_file_with_the_nearest_name() -> None:
     _, entry, answers = small()
     renamed = {"small.Q4_0.gguf": 1, entry.files["Q4_K_M"]: entry.expected_bytes("Q4_K_M")}
     answers[entry.gguf] = changed(answers, entry.gguf, files=renamed)
 
-    assert differences(entry, answers) == ["somebody/Small-1B-GGUF has no small-q4_0.gguf, but small.Q4_0.gguf"]
+    assert differences(entry, answers) == ["somebody/Small-1B-GGUF has no small-q4_0.gguf (nearest: small.Q4_0.gguf)"]
 
 
 @pytest.mark.parametrize(("times", "told"), [(1.025, False), (0.975, False), (1.04, True), (0.96, True)])
-def test_a_size_that_the_shape_does_not_imply_is_told(times: float, *, told: bool) -> None:
-    """Another vocabulary, an output matrix stored twice, another model behind the name."""
+def test_reports_a_size_that_the_shape_does_not_imply(times: float, *, told: bool) -> None:
+    """The cause may be another vocabulary, an output matrix stored twice, or another model of that name."""
     _, entry, answers = small()
     sizes = {name: round(entry.expected_bytes(quant) * times) for quant, name in entry.files.items()}
     answers[entry.gguf] = changed(answers, entry.gguf, files=sizes)
@@ -295,7 +301,7 @@ def test_a_size_that_the_shape_does_not_imply_is_told(times: float, *, told: boo
     assert [("its shape implies" in line) for line in differences(entry, answers)] == [True, True] * told
 
 
-def test_a_size_that_the_hub_does_not_say_is_no_difference() -> None:
+def test_an_unknown_size_is_no_difference() -> None:
     _, entry, answers = small()
     answers[entry.gguf] = changed(answers, entry.gguf, files=dict.fromkeys(entry.files.values()))
 

@@ -20,7 +20,7 @@ from promptai.models.convert import (
 from promptai.models.library import Library
 from support_quantize import Quiet
 
-#: Stands for llama.cpp's: writes the environment that it sees and the model's size.
+#: A stand-in for llama.cpp's converter: writes its environment and the model's size.
 SCRIPT = """
 import os, sys
 from pathlib import Path
@@ -32,7 +32,7 @@ Path(out).write_text(os.environ["HF_HUB_OFFLINE"] + Path(folder, "model.safetens
 
 
 def run(command: Sequence[str], *, seen: Callable[[str], None], tick: Callable[[], None]) -> int:
-    """Run it, as the command line's runner does."""
+    """Run a command like the command line's runner."""
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     for line in (done.stdout + done.stderr).splitlines():
         seen(line)
@@ -51,25 +51,25 @@ def folder(tmp_path: Path) -> Path:
 
 
 def converter(tmp_path: Path, script: str = SCRIPT) -> Converter:
-    """A converter of this text."""
+    """A converter with this script."""
     path = tmp_path / NAME
     path.write_text(script)
     return Converter(path, Path(sys.executable), run)
 
 
-def test_a_directory_without_weights_or_configuration_is_no_checkpoint(tmp_path: Path, folder: Path) -> None:
-    """Said before anything is looked for."""
+def test_rejects_a_directory_without_weights_or_configuration(tmp_path: Path, folder: Path) -> None:
+    """Before searching for a converter."""
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="holds no checkpoint"):
+    with pytest.raises(ModelError, match="is not a checkpoint"):
         read_checkpoint(tmp_path / "empty", trust_code=False)
 
     (folder / "config.json").unlink()
-    with pytest.raises(ModelError, match="holds no checkpoint"):
+    with pytest.raises(ModelError, match="is not a checkpoint"):
         read_checkpoint(folder, trust_code=False)
 
 
-def test_a_checkpoint_that_brings_code_is_refused_unless_trusted(folder: Path) -> None:
-    """llama.cpp's converter would run it, as us."""
+def test_rejects_a_checkpoint_with_code_unless_trusted(folder: Path) -> None:
+    """llama.cpp's converter would run it with the user's rights."""
     assert read_checkpoint(folder, trust_code=False).bytes == 12
     (folder / "sub").mkdir()
     (folder / "sub" / "tokenization_own.py").write_text("print('hello')")
@@ -79,8 +79,8 @@ def test_a_checkpoint_that_brings_code_is_refused_unless_trusted(folder: Path) -
     assert read_checkpoint(folder, trust_code=True).bytes == 12
 
 
-def test_its_checksum_is_that_of_its_weights_in_order(folder: Path) -> None:
-    """Of one file its own, as the hub shows it."""
+def test_the_checksum_covers_the_weights_in_name_order(folder: Path) -> None:
+    """With a single file it is the file's own checksum, as shown by the hub."""
     one = origin_of(read_checkpoint(folder, trust_code=False), Quiet())
     assert (one.name, one.sha256) == ("edge-1b", hashlib.sha256(b"twelve bytes").hexdigest())
 
@@ -89,8 +89,8 @@ def test_its_checksum_is_that_of_its_weights_in_order(folder: Path) -> None:
     assert two.sha256 == hashlib.sha256(b"first, twelve bytes").hexdigest()
 
 
-def test_the_folder_that_one_stands_in_has_a_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dot is none, neither in the result nor in front of a progress bar."""
+def test_the_current_directory_has_a_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dot is not a name, neither in the result nor in front of a progress bar."""
     monkeypatch.chdir(folder)
     progress = Quiet()
 
@@ -98,8 +98,8 @@ def test_the_folder_that_one_stands_in_has_a_name(folder: Path, monkeypatch: pyt
     assert progress.begun == [("hashing edge-1b", 12)]
 
 
-def test_the_16_bit_file_is_there_while_it_is_needed(tmp_path: Path, folder: Path) -> None:
-    """Nothing is fetched meanwhile, and nothing stays."""
+def test_the_16_bit_file_exists_only_while_needed(tmp_path: Path, folder: Path) -> None:
+    """The converter runs offline, and no file stays behind."""
     target, progress = tmp_path / "out" / "new.gguf", Quiet()
 
     with converted_checkpoint(
@@ -116,18 +116,18 @@ def test_the_16_bit_file_is_there_while_it_is_needed(tmp_path: Path, folder: Pat
     assert (progress.begun, progress.done) == ([("converting edge-1b", 12)], 12)
 
 
-def test_two_at_once_do_not_convert_into_the_same_file(tmp_path: Path, folder: Path) -> None:
-    """The second is told so; nor does it delete what the first has made, or whoever cleans the library."""
+def test_two_conversions_do_not_write_the_same_file(tmp_path: Path, folder: Path) -> None:
+    """The second fails, and neither it nor a cleaning of the library deletes the first one's file."""
     checkpoint, target = read_checkpoint(folder, trust_code=False), tmp_path / "out" / "new.gguf"
 
     with converted_checkpoint(
         checkpoint, target, converter=converter(tmp_path), progress=Quiet(), cache=tmp_path
     ) as middle:
         with (
-            pytest.raises(ModelError, match="is being written by another process"),
+            pytest.raises(ModelError, match="another process is writing"),
             converted_checkpoint(checkpoint, target, converter=converter(tmp_path), progress=Quiet(), cache=tmp_path),
         ):
-            pytest.fail("it is not its turn")
+            pytest.fail("the second conversion must not start")
         assert Library(tmp_path).clean() == (0, [middle])
         assert middle.read_text() == "1twelve bytes"
 
@@ -141,14 +141,14 @@ def test_two_at_once_do_not_convert_into_the_same_file(tmp_path: Path, folder: P
             "cannot be converted: .*no such model",
             "promptai engine build",
         ),
-        ("raise SystemExit(3)", "it printed nothing", "promptai engine build"),
+        ("raise SystemExit(3)", "the converter printed nothing", "promptai engine build"),
     ],
     ids=["module", "architecture", "silent"],
 )
-def test_a_converter_that_fails_says_why_and_what_to_install(
+def test_a_failing_converter_reports_why_and_what_to_install(
     tmp_path: Path, folder: Path, script: str, words: str, hint: str
 ) -> None:
-    """And leaves nothing."""
+    """No file stays behind."""
     failing = converter(tmp_path, script)
     checkpoint = read_checkpoint(folder, trust_code=False)
 
@@ -164,8 +164,8 @@ def test_a_converter_that_fails_says_why_and_what_to_install(
     assert sorted(path.name for path in tmp_path.iterdir()) == [NAME, "edge-1b"]
 
 
-def test_a_checkpoint_that_would_not_fit_is_not_begun(tmp_path: Path) -> None:
-    """A 16-bit copy is needed on the way."""
+def test_does_not_start_without_enough_space(tmp_path: Path) -> None:
+    """The conversion needs space for a 16-bit copy."""
     huge = Checkpoint(tmp_path, (), 10**18)
 
     with (
@@ -177,8 +177,8 @@ def test_a_checkpoint_that_would_not_fit_is_not_begun(tmp_path: Path) -> None:
         pytest.fail("there is nothing to go on with")
 
 
-def test_the_newest_converter_runs_with_the_python_made_for_it(tmp_path: Path) -> None:
-    """Else with ours, and without one there is none."""
+def test_uses_the_newest_converter_with_its_own_python(tmp_path: Path) -> None:
+    """Falls back to our interpreter; without a converter it fails."""
     with pytest.raises(ModelError, match=NAME):
         find_converter(tmp_path / "engines", tmp_path, run)
 

@@ -40,7 +40,7 @@ SHORT = gguf(
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """Write bytes to a file; the same path every time."""
+    """Write bytes to a file, always at the same path."""
 
     def write(data: bytes) -> Path:
         path = tmp_path / "model.gguf"
@@ -55,8 +55,8 @@ def store(tmp_path: Path) -> Store:
     [("absent.gguf", "does not exist"), ("", "is a directory"), ("x" * 300, "x"), ("a\0b", "does not exist")],
     ids=["absent", "directory", "name-too-long", "null-byte"],
 )
-def test_where_no_file_is_it_says_so(tmp_path: Path, name: str, word: str) -> None:
-    """A path that cannot be a file is one that was not found, never a traceback."""
+def test_reports_a_missing_file(tmp_path: Path, name: str, word: str) -> None:
+    """An impossible path is an ordinary "not found" error, never a traceback."""
     with pytest.raises(ModelNotFoundError, match=word):
         read_header(tmp_path / name)
 
@@ -66,24 +66,24 @@ def test_where_no_file_is_it_says_so(tmp_path: Path, name: str, word: str) -> No
     [
         pytest.param(b"", "is empty", id="empty"),
         pytest.param(b"<!DOCTYPE html><title>Sign in</title>", "not a GGUF", id="web-page"),
-        pytest.param(b"GGU", "cut short", id="three-bytes"),
+        pytest.param(b"GGU", "truncated", id="three-bytes"),
         pytest.param(b"ggml" + bytes(100), "not a GGUF", id="ancestor-format"),
-        pytest.param(gguf([], version=1), "version 1;", id="version-1"),
-        pytest.param(gguf([], version=4), "version 4;", id="version-4"),
+        pytest.param(gguf([], version=1), "version 1 ", id="version-1"),
+        pytest.param(gguf([], version=4), "version 4 ", id="version-4"),
         pytest.param(b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian", id="big-endian"),
         pytest.param(gguf([], counts=(2**63, 0)), "tensors", id="absurd-tensor-count"),
         pytest.param(gguf([], counts=(0, 2**64 - 1)), "metadata keys", id="absurd-key-count"),
-        pytest.param(gguf([entry("k", U8, 1)], counts=(0, 3)), "without a name", id="fewer-keys-than-claimed"),
-        pytest.param(gguf([entry("", U8, 1)]), "without a name", id="key-without-a-name"),
+        pytest.param(gguf([entry("k", U8, 1)], counts=(0, 3)), "empty key", id="fewer-keys-than-claimed"),
+        pytest.param(gguf([entry("", U8, 1)]), "empty key", id="empty-key"),
         pytest.param(gguf([entry("k", U8, 1), entry("k", U8, 2)]), "the key 'k' twice", id="key-twice"),
         pytest.param(gguf([entry("k\0y", U8, 1)]), "NUL character in the key", id="null-in-a-key"),
         pytest.param(gguf([struct.pack("<Q", 2**40)], counts=(0, 1)), "bytes at 'key'", id="huge-key"),
         pytest.param(gguf([text("k") + struct.pack("<IQ", STRING, 2**62)]), "bytes at 'k'", id="huge-string"),
-        pytest.param(gguf([text("k") + struct.pack("<IQ", STRING, 4_000_000)]), "cut short", id="long-string"),
+        pytest.param(gguf([text("k") + struct.pack("<IQ", STRING, 4_000_000)]), "truncated", id="long-string"),
         pytest.param(gguf([array("k", F32, [], claimed=2**61)]), "items at 'k'", id="huge-array"),
-        pytest.param(gguf([array("k", F32, [], claimed=4_000_000)]), "cut short", id="long-array"),
-        pytest.param(gguf([array("k", STRING, [], claimed=4_000_000)]), "more than 2,000,000", id="long-text-array"),
-        pytest.param(gguf([array("k", STRING, [], claimed=2_000_000)]), "cut short", id="cut-text-array"),
+        pytest.param(gguf([array("k", F32, [], claimed=4_000_000)]), "truncated", id="long-array"),
+        pytest.param(gguf([array("k", STRING, [], claimed=4_000_000)]), "limit of 2,000,000", id="long-text-array"),
+        pytest.param(gguf([array("k", STRING, [], claimed=2_000_000)]), "truncated", id="cut-text-array"),
         pytest.param(gguf([array("k", STRING, [struct.pack("<Q", 2**63)])]), "bytes at 'k'", id="huge-text-item"),
         pytest.param(
             gguf([array("k", ARRAY, [struct.pack("<IQ", ARRAY, 1) + struct.pack("<IQ", U8, 0)])]),
@@ -92,21 +92,21 @@ def test_where_no_file_is_it_says_so(tmp_path: Path, name: str, word: str) -> No
         ),
         pytest.param(gguf([text("k") + struct.pack("<I", 13)]), "value type 13", id="unknown-value-type"),
         pytest.param(gguf([array("k", 99, [b"x"])]), "value type 99", id="unknown-item-type"),
-        pytest.param(gguf([], [tensor("w", (32,), 250)]), "tensor type 250", id="unknown-tensor-type"),
+        pytest.param(gguf([], [tensor("w", (32,), 250)]), "unknown type 250", id="unknown-tensor-type"),
         pytest.param(gguf([], [tensor("w", (1,) * 5, TYPE_F32)]), "dimensions at 'w'", id="five-dimensions"),
-        pytest.param(gguf([], [tensor("w", (2**63, 2**63), TYPE_F32)]), "impossible shape", id="huge-tensor"),
-        pytest.param(gguf([], [tensor("w", (33,), TYPE_Q4_0)]), "impossible shape", id="half-a-block"),
-        pytest.param(gguf([], [tensor("w", (16, 2), TYPE_Q4_0)], 18), "impossible shape", id="rows-of-half-a-block"),
-        pytest.param(gguf([], [tensor("w", (32,), TYPE_Q4_0)], 17), "cut short: its tensors end", id="data-missing"),
-        pytest.param(gguf([], [tensor("w", (1,), TYPE_F32, 2**63)], 4), "should be at 0", id="offset-beyond"),
+        pytest.param(gguf([], [tensor("w", (2**63, 2**63), TYPE_F32)]), "invalid shape", id="huge-tensor"),
+        pytest.param(gguf([], [tensor("w", (33,), TYPE_Q4_0)]), "invalid shape", id="half-a-block"),
+        pytest.param(gguf([], [tensor("w", (16, 2), TYPE_Q4_0)], 18), "invalid shape", id="rows-of-half-a-block"),
+        pytest.param(gguf([], [tensor("w", (32,), TYPE_Q4_0)], 17), "truncated: its tensors end", id="data-missing"),
+        pytest.param(gguf([], [tensor("w", (1,), TYPE_F32, 2**63)], 4), "expected 0", id="offset-beyond"),
         pytest.param(gguf([], [tensor("w", (1,), TYPE_F32)] * 2, 36), "tensor 'w' twice", id="tensor-twice"),
         pytest.param(gguf([], [tensor("w\0", (1,), TYPE_F32)], 4), "NUL character in", id="null-in-a-tensor"),
         pytest.param(
             gguf([], [tensor("v", (64,), TYPE_F32), tensor("w", (64,), TYPE_F32, 32)], 512),
-            "'w' at 32; it should be at 256",
+            "'w' at offset 32, expected 256",
             id="tensors-overlap",
         ),
-        pytest.param(gguf([], [tensor("w", (2**63, 0), TYPE_F32)]), "impossible shape", id="huge-side-of-nothing"),
+        pytest.param(gguf([], [tensor("w", (2**63, 0), TYPE_F32)]), "invalid shape", id="huge-side-of-nothing"),
         pytest.param(gguf([entry("general.alignment", U32, 0)]), "alignment", id="alignment-0"),
         pytest.param(gguf([entry("general.alignment", U32, 48)]), "alignment", id="alignment-48"),
         pytest.param(gguf([entry("general.alignment", BOOL, True)]), "alignment", id="alignment-true"),
@@ -114,14 +114,14 @@ def test_where_no_file_is_it_says_so(tmp_path: Path, name: str, word: str) -> No
         pytest.param(gguf([entry("general.alignment", F32, 32.0)]), "alignment", id="alignment-fraction"),
     ],
 )
-def test_a_damaged_file_is_refused_with_its_reason(store: Store, data: bytes, word: str) -> None:
-    """Every number in the file may lie."""
+def test_rejects_a_damaged_file_with_the_reason(store: Store, data: bytes, word: str) -> None:
+    """Every number in the file may be wrong."""
     with pytest.raises(ModelFormatError, match=word):
         read_header(store(data))
 
 
-def test_a_file_cut_at_any_length_is_refused(store: Store) -> None:
-    """In the header or in the weights: no length but the whole one passes."""
+def test_rejects_a_file_truncated_at_any_length(store: Store) -> None:
+    """In the header or in the weights: only the full length passes."""
     path = store(SHORT)
     passed = []
     for length in reversed(range(len(SHORT))):
@@ -148,8 +148,8 @@ def test_a_file_cut_at_any_length_is_refused(store: Store) -> None:
         pytest.param(gguf([entry("general.alignment", STRING, "a\n" * 50_000)]), id="alignment"),
     ],
 )
-def test_a_hostile_name_does_not_flood_the_message(store: Store, data: bytes) -> None:
-    """What a person reads is one short line, whatever the file holds."""
+def test_a_hostile_name_does_not_lengthen_the_message(store: Store, data: bytes) -> None:
+    """The message is one short line, regardless of the file."""
     with pytest.raises(ModelFormatError) as caught:
         read_header(store(data))
 
@@ -158,7 +158,7 @@ def test_a_hostile_name_does_not_flood_the_message(store: Store, data: bytes) ->
 
 
 def many(*, keys: int = 0, tensors: int = 0) -> bytes:
-    """A file's beginning that claims so many, to be followed by them."""
+    """The start of a file with these counts."""
     return b"GGUF" + struct.pack("<IQQ", 3, tensors, keys)
 
 
@@ -213,10 +213,10 @@ def tensors_without_end() -> Iterator[bytes | int]:
     "pieces",
     [long_texts, empty_texts, empty_lists, short_lists, far_apart_texts, keys_without_end, tensors_without_end],
 )
-def test_what_is_within_each_limit_is_refused_or_read_within_a_second(
+def test_files_within_every_single_limit_take_less_than_a_second(
     tmp_path: Path, pieces: Callable[[], Iterator[bytes | int]]
 ) -> None:
-    """Each number of these is allowed; together they must not take the machine. Zeros are holes in the file."""
+    """Each number is allowed, but together they must not overload the machine. Zeros are holes in the file."""
     path = tmp_path / "large.gguf"
     with path.open("wb") as file:
         for piece in pieces():
@@ -226,14 +226,14 @@ def test_what_is_within_each_limit_is_refused_or_read_within_a_second(
                 file.write(piece)
         file.truncate()
     started = time.process_time()
-    with contextlib.suppress(ModelFormatError):  # to refuse it is as good as to skip it
+    with contextlib.suppress(ModelFormatError):  # rejecting the file is as good as reading it
         read_header(path)
 
     assert time.process_time() - started < 1.0
 
 
-def test_a_vocabulary_of_256_k_is_passed_over(tmp_path: Path) -> None:
-    """As the largest real ones have it: tokens, scores, types and twice as many merges."""
+def test_skips_a_vocabulary_of_256_k(tmp_path: Path) -> None:
+    """As in the largest real models: tokens, scores, types and twice as many merges."""
     tokens, merges = 262_144, 514_906
     path = tmp_path / "large.gguf"
     entries = [
@@ -249,8 +249,8 @@ def test_a_vocabulary_of_256_k_is_passed_over(tmp_path: Path) -> None:
     assert (header.vocabulary, header.array_lengths["tokenizer.ggml.merges"]) == (tokens, merges)
 
 
-def test_a_part_of_a_split_model_says_which_it_is(store: Store) -> None:
-    """Numbered from 0, as llama.cpp does; a model in one file is no part."""
+def test_reads_the_part_number_of_a_split_model(store: Store) -> None:
+    """Numbered from 0, as in llama.cpp; a model in one file has no part number."""
     parts = [entry("split.no", U16, 1), entry("split.count", U16, 3)]
 
     assert read_header(store(gguf(parts))).split == (1, 3)
@@ -258,8 +258,8 @@ def test_a_part_of_a_split_model_says_which_it_is(store: Store) -> None:
     assert read_header(store(gguf([]))).split is None
 
 
-def test_it_tells_where_each_entry_lies(store: Store) -> None:
-    """So that another program can copy a vocabulary without understanding it."""
+def test_records_the_position_of_each_entry(store: Store) -> None:
+    """For copying a vocabulary without parsing it."""
     entries = [entry("a", U32, 7), array("b", STRING, [text("x" * 300_000), text("")]), entry("c", STRING, "d")]
     whole = gguf(entries)
 
@@ -269,8 +269,8 @@ def test_it_tells_where_each_entry_lies(store: Store) -> None:
     assert list(spans) == ["a", "b", "c"]
 
 
-def test_every_kind_of_value_is_read_and_long_arrays_are_only_counted(store: Store) -> None:
-    """A vocabulary would be most of the memory and nobody asks for it."""
+def test_reads_every_value_type_and_only_counts_long_arrays(store: Store) -> None:
+    """A vocabulary would take most of the memory, and no caller uses it."""
     header = read_header(store(RICH))
 
     assert [header.metadata[f"x.{kind}"] for kind in sorted(PACKED)] == [1, 1, 1, 1, 1, 1, 1.0, True, 1, 1, 1.0]
@@ -286,8 +286,8 @@ def test_every_kind_of_value_is_read_and_long_arrays_are_only_counted(store: Sto
     assert not header.synthetic
 
 
-def test_a_file_that_says_nothing_is_named_after_itself(store: Store) -> None:
-    """Version 2 without keys or tensors is a whole file all the same."""
+def test_an_unnamed_model_is_named_after_its_file(store: Store) -> None:
+    """A version 2 file without keys or tensors is complete."""
     header = read_header(store(gguf([], version=2)))
 
     assert (header.architecture, header.name, header.quantization) == ("unknown", "model", "unknown")
@@ -299,7 +299,7 @@ def test_a_file_that_says_nothing_is_named_after_itself(store: Store) -> None:
     ) == (0, 0, None, None)
 
 
-def test_an_alignment_of_its_own_moves_the_data(store: Store) -> None:
+def test_a_custom_alignment_moves_the_data(store: Store) -> None:
     """64 instead of 32."""
     header = read_header(store(gguf([entry("general.alignment", U32, 64)]) + bytes(64)))
 
@@ -335,10 +335,10 @@ def test_an_alignment_of_its_own_moves_the_data(store: Store) -> None:
         ),
     ],
 )
-def test_the_kv_cache_of_a_token_is_counted_over_the_layers(
+def test_the_kv_cache_of_a_token_is_summed_over_the_layers(
     store: Store, entries: list[bytes], expected: int | None
 ) -> None:
-    """Kv heads times the lengths of key and value, two bytes each; None where there is no such cache."""
+    """KV heads times the lengths of key and value, two bytes each; None for other kinds of cache."""
     assert expected == read_header(store(gguf(entries))).kv_bytes_per_token()
 
 
@@ -354,6 +354,6 @@ def test_the_kv_cache_of_a_token_is_counted_over_the_layers(
     ],
     ids=["whole", "part", "beyond", "before", "absurd", "other-numbers"],
 )
-def test_the_parts_of_a_model_are_known_by_their_names(name: str, expected: list[str]) -> None:
-    """As llama.cpp's own splitter names them."""
+def test_derives_the_names_of_all_parts(name: str, expected: list[str]) -> None:
+    """As llama.cpp's splitter names them."""
     assert expected == part_names(name)

@@ -38,20 +38,20 @@ from support_gguf import RICH
 
 CASES = 2400
 EXTREMES = (0, 1, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
-#: What a machine that is busy with other tests may take for what takes 1 ms.
+#: Time limit for work of 1 ms on a machine that is busy with other tests.
 SLOWEST_S = 1.0
 MOST_KIB = 300 * 1024
 
 
 class Seed(msgspec.Struct, frozen=True):
     """
-    A header that is whole.
+    A valid header.
 
     Attributes:
-        data: Its bytes, up to where tensor data begins.
-        behind: Bytes of tensor data.
-        entries: Where each key's entry begins and ends.
-        lengths: Where a length or a count stands; ``types``: a type.
+        data: Its bytes, up to the tensor data.
+        behind: Size of the tensor data.
+        entries: Start and end of each key's entry.
+        lengths: Offsets of lengths and counts; ``types``: offsets of types.
     """
 
     data: bytes
@@ -62,7 +62,7 @@ class Seed(msgspec.Struct, frozen=True):
 
 
 def seed_of(whole: bytes) -> Seed:
-    """Find what is worth damaging."""
+    """Find the places worth damaging."""
     header = parse_header(io.BytesIO(whole), len(whole), "seed")
     lengths, types = [8, 16], [4]
     for start, _ in header.key_spans.values():
@@ -88,7 +88,7 @@ def seed_of(whole: bytes) -> Seed:
 
 @functools.cache
 def seeds() -> list[Seed]:
-    """A real model's, a synthetic one's, one of the gguf package's with every type, one written by hand."""
+    """Headers of a real model, a synthetic one, one with every type by the gguf package, and one written by hand."""
     with tempfile.TemporaryDirectory() as folder:
         shape = Shape(layers=2, width=64, heads=4, kv_heads=2, ffn=128, vocabulary=512)
         synthetic = write_synthetic(Path(folder) / "synthetic.gguf", shape, name="synthetic")
@@ -115,7 +115,7 @@ def seeds() -> list[Seed]:
 
 
 def mutate(generator: random.Random) -> tuple[bytes, int]:
-    """A damaged header, and how many bytes are said to follow it."""
+    """Return a damaged header, and the number of bytes claimed to follow it."""
     seed = generator.choice(seeds())
     data = bytearray(seed.data)
     for _ in range(generator.choice([1, 1, 1, 2, 4, 16])):
@@ -124,13 +124,13 @@ def mutate(generator: random.Random) -> tuple[bytes, int]:
 
 
 def flip(data: bytearray, _seed: Seed, generator: random.Random) -> None:
-    """One bit, mostly near the front."""
+    """Flip one bit, mostly near the front."""
     if data:
         data[generator.randrange(generator.choice([len(data), min(len(data), 1000)]))] ^= 1 << generator.randrange(8)
 
 
 def lie(data: bytearray, seed: Seed, generator: random.Random) -> None:
-    """A length that cannot be, or is off by a little."""
+    """Write an impossible length, or one that is slightly off."""
     at = generator.choice(seed.lengths)
     if at + 8 <= len(data):
         near = (struct.unpack_from("<Q", data, at)[0] + generator.randint(-2, 2)) % 2**64
@@ -138,20 +138,20 @@ def lie(data: bytearray, seed: Seed, generator: random.Random) -> None:
 
 
 def retype(data: bytearray, seed: Seed, generator: random.Random) -> None:
-    """Another type of value, item or tensor, or a rank."""
+    """Write another type of value, item or tensor, or another rank."""
     at = generator.choice(seed.types)
     if at + 4 <= len(data):
         struct.pack_into("<I", data, at, generator.choice([generator.randrange(45), 250, 2**32 - 1]))
 
 
 def cut(data: bytearray, _seed: Seed, generator: random.Random) -> None:
-    """The end is missing, or something in the middle."""
+    """Remove the end, or something in the middle."""
     at = generator.randrange(len(data) + 1)
     del data[at : generator.choice([len(data), at + generator.randint(1, 40)])]
 
 
 def splice(data: bytearray, seed: Seed, generator: random.Random) -> None:
-    """A piece of another header, or of this one once more."""
+    """Insert a piece of another header, or of this one."""
     other = generator.choice([seed, *seeds()])
     start, end = (
         generator.choice(other.entries)
@@ -163,7 +163,7 @@ def splice(data: bytearray, seed: Seed, generator: random.Random) -> None:
 
 
 def scribble(data: bytearray, _seed: Seed, generator: random.Random) -> None:
-    """Random bytes, in between or instead."""
+    """Insert random bytes, or overwrite with them."""
     at, size = generator.randrange(len(data) + 1), generator.randint(1, 40)
     data[at : at + generator.choice([0, size])] = generator.randbytes(size)
 
@@ -172,7 +172,7 @@ WOUNDS: list[Callable[[bytearray, Seed, random.Random], None]] = [flip, lie, lie
 
 
 def outcome(read: Callable[[], GgufHeader]) -> GgufHeader | str:
-    """The header, or what is wrong with it in one line; anything else is raised."""
+    """Return the header, or the one-line error; raises any other exception."""
     try:
         return read()
     except ModelError as error:
@@ -182,7 +182,7 @@ def outcome(read: Callable[[], GgufHeader]) -> GgufHeader | str:
 
 
 def check(case: int) -> bool:
-    """Whether the case's header passes: from a disk and from elsewhere the same, and it can be asked everything."""
+    """Return whether the case's header is valid: local and remote reads agree, and every property works."""
     data, behind = mutate(random.Random(case))
     size = len(data) + behind
     found = outcome(lambda: parse_header(io.BytesIO(data), size, "x"))
@@ -197,7 +197,7 @@ def check(case: int) -> bool:
 
 
 def run(cases: range) -> dict[str, Any]:
-    """Check them all; what went wrong, and what it took."""
+    """Check all cases; returns the failures and the resources used."""
     seeds()
     wrong: list[str] = []
     passed, slowest_s = 0, 0.0
@@ -205,7 +205,7 @@ def run(cases: range) -> dict[str, Any]:
         started = time.process_time()
         try:
             passed += check(case)
-        except Exception as error:  # noqa: BLE001  whatever it is, it is the finding
+        except Exception as error:  # noqa: BLE001  any exception is a failure to report
             wrong.append(f"case {case}: {error!r:.300}")
         slowest_s = max(slowest_s, time.process_time() - started)
     status = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
@@ -213,8 +213,8 @@ def run(cases: range) -> dict[str, Any]:
 
 
 @pytest.mark.real
-def test_damaged_headers_end_in_our_own_error_or_in_a_header() -> None:
-    """No crash, no hang, no memory; the case's number finds the culprit again."""
+def test_damaged_headers_are_parsed_or_rejected_with_our_own_error() -> None:
+    """No crash, no hang, bounded memory; the case's number reproduces a failure."""
     child = [sys.executable, __file__, str(CASES)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(child, check=True, capture_output=True, text=True, timeout=100, env=environment)
@@ -222,7 +222,7 @@ def test_damaged_headers_end_in_our_own_error_or_in_a_header() -> None:
     found = json.loads(done.stdout)
     assert found["wrong"] == []
     assert found["cases"] == CASES
-    assert CASES // 50 < found["passed"] < CASES // 2  # most are refused, and not all: the damage is not too coarse
+    assert CASES // 50 < found["passed"] < CASES // 2  # most are rejected, but not all: the damage is not too coarse
     assert found["slowest_s"] < SLOWEST_S
     assert found["peak_kib"] < MOST_KIB
 

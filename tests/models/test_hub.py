@@ -1,7 +1,7 @@
-"""The real huggingface_hub against a stand-in that speaks the hub's protocol.
+"""The real huggingface_hub against a stand-in that implements the hub's protocol.
 
-In this process, pointed at the stand-in, as each process of its own would cost a second;
-tests/cli/test_models_pull.py does the same from outside, through the environment.
+In this process, because separate processes would cost a second each;
+tests/cli/test_models_pull.py does the same with processes, through the environment.
 """
 
 import socket
@@ -25,7 +25,7 @@ from support_hub import COMMIT, TOKEN, Faults, Hub, Repository, hub_with, nobody
 
 TALKS = b"one line of a data set\n" * 1000
 WEIGHTS = bytes(range(256)) * 1000
-#: The library takes up a download at whole pieces of this size.
+#: The library resumes a download at multiples of this size.
 PIECE = 10 * 1024 * 1024
 
 
@@ -58,10 +58,10 @@ ASK = pytest.mark.parametrize("ask", [talks, size, start_of_weights, facts], ids
 
 
 @ASK
-def test_without_a_connection_it_is_said_at_once(
+def test_reports_a_missing_connection_at_once(
     ask: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within the two seconds of a unit test; the library alone would try for 24 s."""
+    """Within the two seconds of a unit test; the library alone would retry for 24 s."""
     point_at(nobody(), tmp_path, monkeypatch)
 
     with pytest.raises(HubUnreachableError, match=r"no connection: .*Connection refused"):
@@ -69,12 +69,10 @@ def test_without_a_connection_it_is_said_at_once(
 
 
 @ASK
-def test_told_to_be_offline_it_asks_nobody(
-    hub: Hub, ask: Callable[[], object], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_mode_sends_no_requests(hub: Hub, ask: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
-    with pytest.raises(HubUnreachableError, match="told to stay offline"):
+    with pytest.raises(HubUnreachableError, match="offline mode is set"):
         ask()
 
     assert hub.seen == []
@@ -85,19 +83,19 @@ def test_told_to_be_offline_it_asks_nobody(
     [
         pytest.param((404, "EntryNotFound"), HubNotFoundError, id="no-such-file"),
         pytest.param((401, "RepoNotFound"), HubNotFoundError, id="no-such-repository"),
-        pytest.param((401, "GatedRepo"), HubGatedError, id="gated-to-strangers"),
+        pytest.param((401, "GatedRepo"), HubGatedError, id="gated-without-token"),
         pytest.param((403, "GatedRepo"), HubGatedError, id="gated-to-this-token"),
         pytest.param((403, ""), HubGatedError, id="forbidden"),
         pytest.param((503, ""), HubUnreachableError, id="overloaded"),
         pytest.param((429, ""), HubUnreachableError, id="too-many-requests"),
-        pytest.param((400, ""), HubError, id="no-sense"),
+        pytest.param((400, ""), HubError, id="bad-request"),
     ],
 )
 @ASK
-def test_a_refusal_is_told_with_its_status(
+def test_reports_a_refusal_with_its_status(
     hub: Hub, ask: Callable[[], object], refusal: tuple[int, str], kind: type[HubError]
 ) -> None:
-    """A hub that answers was reached: "no connection" would send people to their cables."""
+    """A hub that responds was reached: "no connection" would make users check their cables."""
     hub.faults.refuse = refusal
 
     with pytest.raises(HubError) as raised:
@@ -109,17 +107,15 @@ def test_a_refusal_is_told_with_its_status(
 
 
 @pytest.mark.parametrize("ask", [talks, size, facts], ids=lambda ask: ask.__name__)
-def test_a_page_that_is_no_hub_is_told_apart_from_no_connection(hub: Hub, ask: Callable[[], object]) -> None:
-    """The sign-in page of a hotel answers 200 to everything."""
+def test_distinguishes_a_sign_in_page_from_no_connection(hub: Hub, ask: Callable[[], object]) -> None:
+    """A hotel's sign-in page responds with 200 to every request."""
     hub.faults.sign_in_page = True
 
-    with pytest.raises(HubUnreachableError, match="what answered is not a hub"):
+    with pytest.raises(HubUnreachableError, match="the server is not a model hub"):
         ask()
 
 
-def test_a_hub_that_accepts_and_then_says_nothing_is_given_up(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gives_up_on_a_hub_that_never_responds(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("promptai.models.hub._API_TIMEOUT_S", 0.2)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:
@@ -130,7 +126,7 @@ def test_a_hub_that_accepts_and_then_says_nothing_is_given_up(
     assert hub.seen == []
 
 
-def test_a_repository_is_told_in_one_request(hub: Hub) -> None:
+def test_reads_a_repository_in_one_request(hub: Hub) -> None:
     found = repository_facts("people/model-GGUF")
 
     assert found.files == {"model-Q4_K_M.gguf": 256_000, "README.md": 9}
@@ -142,19 +138,19 @@ def test_a_repository_is_told_in_one_request(hub: Hub) -> None:
     assert len(hub.seen) == 1
 
 
-def test_a_gated_repository_says_so_to_everybody(hub: Hub) -> None:
+def test_reads_a_gated_repository_without_a_token(hub: Hub) -> None:
     hub.repositories["people/model-GGUF"].gated = True
 
     assert repository_facts("people/model-GGUF").gated
 
 
-def test_a_card_may_name_no_licence_or_several(hub: Hub) -> None:
+def test_a_card_may_declare_no_licence_or_several(hub: Hub) -> None:
     hub.repositories["people/model-GGUF"].license = None
     assert repository_facts("people/model-GGUF").license is None
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "../../etc", "", "a b/c", "people/-", "people/a..b"])
-def test_what_cannot_be_a_repository_is_not_asked_for(hub: Hub, name: str) -> None:
+def test_an_invalid_repository_name_sends_no_request(hub: Hub, name: str) -> None:
     with pytest.raises(HubNotFoundError) as refusal:
         repository_facts(name)
 
@@ -162,7 +158,7 @@ def test_what_cannot_be_a_repository_is_not_asked_for(hub: Hub, name: str) -> No
     assert hub.seen == []
 
 
-def test_repositories_of_an_owner_are_listed_as_a_courtesy(hub: Hub) -> None:
+def test_lists_an_owners_repositories_and_ignores_errors(hub: Hub) -> None:
     hub.repositories["people/other"] = Repository({})
     assert repositories_like("people", "model-3b") == ["people/model-GGUF"]
 
@@ -173,21 +169,21 @@ def test_repositories_of_an_owner_are_listed_as_a_courtesy(hub: Hub) -> None:
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, 1), (0, 256_000), (1000, 16), (255_990, 10), (255_990, 99)])
-def test_a_part_of_a_file_is_fetched_and_nothing_else(hub: Hub, start: int, length: int) -> None:
+def test_reads_only_the_requested_range(hub: Hub, start: int, length: int) -> None:
     part = WEIGHTS[start : start + length]
 
     assert read_range("people/model-GGUF", "model-Q4_K_M.gguf", start, length) == part
     assert [seen.bytes for seen in hub.bodies()] == [len(part)]
 
 
-def test_the_size_is_that_of_the_file_and_not_of_its_pointer(hub: Hub) -> None:
+def test_the_size_is_the_file_s_and_not_its_pointer_s(hub: Hub) -> None:
     assert file_size("people/model-GGUF", "model-Q4_K_M.gguf") == 256_000
     assert file_size("people/model-GGUF", "README.md") == 9
     assert sum(seen.bytes for seen in hub.seen) == 0
 
 
-def test_no_more_is_read_than_was_asked_for_although_the_server_sends_everything(hub: Hub) -> None:
-    """Gigabytes would come down a slow line for the sake of a header."""
+def test_reads_no_more_than_requested_from_a_server_without_ranges(hub: Hub) -> None:
+    """Otherwise reading a header would download gigabytes."""
     large = bytes(64 << 20)
     hub.repositories["people/model-GGUF"].files["large-Q4_0.gguf"] = large
     hub.faults.no_ranges = True
@@ -195,26 +191,26 @@ def test_no_more_is_read_than_was_asked_for_although_the_server_sends_everything
     assert read_range("people/model-GGUF", "large-Q4_0.gguf", 0, 1000) == large[:1000]
     close_session()
     assert hub.bodies()[0].bytes < len(large) / 2
-    with pytest.raises(HubError, match="gives no parts of files"):
+    with pytest.raises(HubError, match="does not support range requests"):
         read_range("people/model-GGUF", "large-Q4_0.gguf", 10, 1000)
 
 
-def test_a_part_that_drips_is_given_up_after_its_time(hub: Hub) -> None:
-    """Each byte comes in time, all together would take an hour."""
+def test_gives_up_on_a_dripping_response_after_the_time_limit(hub: Hub) -> None:
+    """No single read times out, but the whole range would take an hour."""
     hub.faults.bytes_per_s = 3000
 
-    with pytest.raises(HubUnreachableError, match=r"of 200,000 bytes came in 0 s"):
+    with pytest.raises(HubUnreachableError, match=r"of 200,000 bytes in 0 s"):
         read_range("people/model-GGUF", "model-Q4_K_M.gguf", 0, 200_000, limit_s=0.3)
 
 
-def test_a_part_beyond_the_end_is_said_to_be_there(hub: Hub) -> None:
+def test_reports_a_range_beyond_the_end(hub: Hub) -> None:
     with pytest.raises(HubError, match="the file ends before"):
         read_range("people/model-GGUF", "model-Q4_K_M.gguf", 256_000, 10)
     assert len(hub.bodies()) == 1
 
 
-def test_a_token_goes_to_the_hub_and_nowhere_else(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Storage is another company's machine; a web server that somebody named is anybody's."""
+def test_sends_the_token_to_the_hub_only(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storage belongs to another company, and any other web server to strangers."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.repositories["people/model-GGUF"].gated = True
     hub.plain["model.gguf"] = WEIGHTS
@@ -230,24 +226,24 @@ def test_a_token_goes_to_the_hub_and_nowhere_else(hub: Hub, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("target", "word"),
     [
-        ("ftp://127.0.0.1/x.gguf", "is not a web address"),
-        ("file:///etc/passwd", "is not a web address"),
+        ("ftp://127.0.0.1/x.gguf", "is not an http"),
+        ("file:///etc/passwd", "is not an http"),
         ("http://mirror.example/x.gguf", "is not encrypted"),
-        ("/around", "redirected more than"),
+        ("/around", "more than 10 redirects"),
     ],
 )
-def test_a_redirect_is_checked_before_it_is_followed(hub: Hub, target: str, word: str) -> None:
+def test_checks_a_redirect_before_following_it(hub: Hub, target: str, word: str) -> None:
     hub.redirects["/around"] = target
 
     with pytest.raises(HubError, match=word), open_body(f"{hub.url}/around", label="a model"):
         pass
 
 
-def test_a_proxy_is_asked_instead_of_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The name of the hub means nothing here: only the proxy can know it."""
+def test_uses_a_proxy(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's name does not resolve here: only the proxy knows it."""
     point_at("http://hub.invalid", tmp_path, monkeypatch)
     monkeypatch.setenv("http_proxy", hub.url)
-    close_session()  # proxies are read when a session is made
+    close_session()  # a session reads the proxies when it is created
     try:
         assert repository_facts("people/model-GGUF").revision == COMMIT
     finally:
@@ -255,13 +251,13 @@ def test_a_proxy_is_asked_instead_of_the_hub(hub: Hub, tmp_path: Path, monkeypat
     assert hub.seen[0].path.startswith("http://hub.invalid/")
 
 
-def test_an_address_has_its_special_characters_written_out(hub: Hub) -> None:
+def test_escapes_special_characters_in_a_url(hub: Hub) -> None:
     assert hub_url("people/model", "a b#c?.gguf", "refs/pr/1").endswith("/resolve/refs%2Fpr%2F1/a%20b%23c%3F.gguf")
     assert hub.seen == []
 
 
-def test_a_data_set_is_fetched_once_and_then_found_without_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a benchmark plays does not change under its feet, and an old board in a cellar can play it."""
+def test_downloads_a_data_set_once_and_then_works_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A benchmark's data does not change between runs, and a board without a network can use it."""
     first = talks()
     asked = len(hub.seen)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -270,8 +266,8 @@ def test_a_data_set_is_fetched_once_and_then_found_without_the_hub(hub: Hub, mon
     assert (talks(), len(hub.seen)) == (first, asked)
 
 
-def test_a_data_set_that_is_shorter_than_announced_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one line, although the library says it in two; nothing of it is taken for the file."""
+def test_rejects_a_data_set_shorter_than_announced(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one line, although the library's message has two; the partial file is not used."""
     hub.faults.shorter_by = 18_000
 
     with pytest.raises(HubError, match="should be of size 23000 but has size 5000") as refusal:
@@ -283,8 +279,8 @@ def test_a_data_set_that_is_shorter_than_announced_is_refused(hub: Hub, monkeypa
         talks()
 
 
-@pytest.mark.timeout(10)  # the library waits a second before it goes on
-def test_a_data_set_whose_connection_is_cut_goes_on_where_it_stopped(hub: Hub) -> None:
+@pytest.mark.timeout(10)  # the library waits a second before it resumes
+def test_resumes_a_data_set_after_a_lost_connection(hub: Hub) -> None:
     large = TALKS * 500
     hub.repositories["datasets/people/talks"].files["trees.jsonl"] = large
     hub.faults = Faults(cut_at=0.95, cut_first=1)

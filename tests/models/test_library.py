@@ -20,7 +20,7 @@ def library(tmp_path: Path) -> Library:
 def put(
     library: Library, folder: str, file: str, *, content: bytes = CONTENT, catalog: str | None = None
 ) -> StoredModel:
-    """A model as a pull leaves it."""
+    """Store a model as a pull does."""
     final = library.path_for(folder, file)
     final.parent.mkdir(parents=True, exist_ok=True)
     sidecar = Sidecar(
@@ -37,13 +37,13 @@ def put(
         return library.store(part, final, sidecar)
 
 
-def test_a_library_need_not_be_there(library: Library) -> None:
+def test_the_directory_need_not_exist(library: Library) -> None:
     assert (library.models(), library.leftovers(), library.find("tiny"), library.clean()) == ([], [], None, (0, []))
     assert library.free_bytes() > 0
     assert not library.root.exists()
 
 
-def test_a_kept_model_has_its_sidecar_and_nothing_else_beside_it(library: Library) -> None:
+def test_a_stored_model_has_only_its_sidecar_beside_it(library: Library) -> None:
     kept = put(library, "people--tiny", "tiny-Q4_0.gguf")
 
     assert library.models() == [kept]
@@ -58,25 +58,27 @@ def test_a_kept_model_has_its_sidecar_and_nothing_else_beside_it(library: Librar
         *("hub:people/tiny:tiny-Q4_0.gguf", "tiny-1b", "TINY-1B"),
     ],
 )
-def test_a_model_goes_by_many_names(library: Library, name: str) -> None:
+def test_finds_a_model_by_each_of_its_names(library: Library, name: str) -> None:
     kept = put(library, "people--tiny", "tiny-Q4_0.gguf", catalog="tiny-1b")
     put(library, "people--other", "other.gguf")
 
     assert library.find(name) == kept
 
 
-def test_a_name_that_means_several_is_not_guessed_at(library: Library) -> None:
+def test_rejects_an_ambiguous_name(library: Library) -> None:
     put(library, "people--tiny", "tiny-Q4_0.gguf", catalog="tiny")
     put(library, "people--tiny", "tiny-Q8_0.gguf", catalog="tiny")
 
-    with pytest.raises(ModelError, match=r"may mean people--tiny/tiny-Q4_0.gguf, people--tiny/tiny-Q8_0.gguf"):
+    with pytest.raises(
+        ModelError, match=r"matches several models: people--tiny/tiny-Q4_0.gguf, people--tiny/tiny-Q8_0.gguf"
+    ):
         library.find("tiny")
 
 
 @pytest.mark.parametrize(
     "sidecar", [None, b"", b"{", b"\xff", b"[]", b'{"source": 5}'], ids=["none", "empty", "cut", "binary", "list", "5"]
 )
-def test_files_of_strangers_are_listed_as_unverified(library: Library, sidecar: bytes | None) -> None:
+def test_files_without_a_valid_sidecar_are_unverified(library: Library, sidecar: bytes | None) -> None:
     folder = library.root / "downloads"
     (folder / "directory.gguf").mkdir(parents=True)
     (folder / "gone.gguf").symlink_to("nowhere")
@@ -89,7 +91,7 @@ def test_files_of_strangers_are_listed_as_unverified(library: Library, sidecar: 
     assert library.find("own") == library.models()[0]
 
 
-def test_what_is_on_its_way_is_no_model(library: Library) -> None:
+def test_partial_files_are_not_models(library: Library) -> None:
     (library.root / "people--tiny").mkdir(parents=True)
     names = ["a.gguf.0123456789ab.part", "b.gguf.wrong-checksum", ".c.gguf.json.part"]
     for name in names:
@@ -99,7 +101,7 @@ def test_what_is_on_its_way_is_no_model(library: Library) -> None:
     assert sorted(path.name for path in library.leftovers()) == sorted(names)
 
 
-def test_leftovers_are_cleaned_but_not_what_is_being_written(library: Library) -> None:
+def test_clean_deletes_leftovers_except_files_being_written(library: Library) -> None:
     kept = put(library, "people--tiny", "tiny.gguf")
     for name in ("a.gguf.0123456789ab.part", "b.gguf.wrong-checksum"):
         (kept.path.parent / name).write_bytes(b"12345")
@@ -120,23 +122,21 @@ def test_leftovers_are_cleaned_but_not_what_is_being_written(library: Library) -
         *(("a", "a" * 300 + ".gguf"), ("a", "a.sh"), ("a", "a.gguf.json")),
     ],
 )
-def test_a_name_that_could_leave_the_library_or_is_no_model_is_refused(
-    library: Library, folder: str, file: str
-) -> None:
+def test_rejects_unsafe_names_and_other_file_types(library: Library, folder: str, file: str) -> None:
     with pytest.raises(ModelError):
         library.path_for(folder, file)
 
 
-def test_space_is_compared_with_a_little_to_spare(tmp_path: Path) -> None:
+def test_the_space_check_keeps_some_to_spare(tmp_path: Path) -> None:
     library = Library(tmp_path, free=lambda _: 10_000_000)
 
     library.check_space(8_900_000)
-    with pytest.raises(LibraryError, match="has 10 MB free, 49 kB too little for 10 MB") as refusal:
+    with pytest.raises(LibraryError, match=r"has 9.5 MiB free, 47 KiB too little for 9.6 MiB") as refusal:
         library.check_space(9_000_000)
     assert "promptai models disk" in refusal.value.hint
 
 
-def test_removing_takes_sidecar_and_empty_folder_along(library: Library) -> None:
+def test_remove_deletes_the_sidecar_and_the_empty_folder(library: Library) -> None:
     kept, other = put(library, "people--tiny", "a.gguf"), put(library, "people--tiny", "b.gguf")
 
     library.remove(kept)
@@ -145,7 +145,7 @@ def test_removing_takes_sidecar_and_empty_folder_along(library: Library) -> None
     assert list(library.root.iterdir()) == []
 
 
-def test_a_whole_model_is_verified_and_the_time_noted(library: Library) -> None:
+def test_verify_records_the_time_for_an_intact_model(library: Library) -> None:
     kept = put(library, "people--tiny", "tiny.gguf")
     told = Told()
 
@@ -158,7 +158,7 @@ def test_a_whole_model_is_verified_and_the_time_noted(library: Library) -> None:
 
 
 @pytest.mark.parametrize("content", [CONTENT[:-1] + b"!", CONTENT[:-1], CONTENT + b"!"])
-def test_a_changed_byte_or_length_is_noticed(library: Library, content: bytes) -> None:
+def test_verify_detects_a_changed_byte_or_length(library: Library, content: bytes) -> None:
     kept = put(library, "people--tiny", "tiny.gguf")
     kept.path.write_bytes(content)
 
@@ -167,17 +167,17 @@ def test_a_changed_byte_or_length_is_noticed(library: Library, content: bytes) -
     assert library.models()[0].sidecar == kept.sidecar
 
 
-def test_what_has_no_checksum_cannot_be_verified(library: Library) -> None:
+def test_verify_needs_a_checksum(library: Library) -> None:
     library.root.mkdir()
     (library.root / "own.gguf").write_bytes(CONTENT)
 
-    with pytest.raises(ModelError, match="has no checksum beside it"):
+    with pytest.raises(ModelError, match="has no recorded checksum"):
         library.verify(library.models()[0], Told())
 
 
 @pytest.mark.parametrize("moment", [".json", ".gguf"])
-def test_a_model_is_never_without_its_sidecar(library: Library, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The power may go at any moment: here at the rename that gives one or the other its name."""
+def test_a_model_never_lacks_its_sidecar(library: Library, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Power may fail at any moment: here at the rename of the model or of its sidecar."""
     rename = Path.replace
 
     def power_cut(self: Path, target: Path) -> Path:
@@ -193,7 +193,7 @@ def test_a_model_is_never_without_its_sidecar(library: Library, moment: str, mon
     assert [path.name for path in library.leftovers()] == ["tiny.gguf.abc.part"]
 
 
-def test_a_path_that_exists_wins(library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_path_takes_precedence(library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(library, "people--tiny", "tiny.gguf")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.gguf").write_bytes(b"mine")
@@ -203,19 +203,19 @@ def test_a_path_that_exists_wins(library: Library, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("reference", ["nowhere.gguf", "/nowhere/at/all", "./nowhere", "sub/nowhere"])
-def test_what_looks_like_a_path_stays_one(library: Library, reference: str) -> None:
-    """Whoever opens it says what is wrong with it, as before there was a library."""
+def test_a_missing_path_is_returned_unchanged(library: Library, reference: str) -> None:
+    """The reader that opens it reports the error."""
     assert resolve(reference, library) == Path(reference)
 
 
 @pytest.mark.parametrize("reference", ["tinyllama-1.1b", "hub:people/tiny:Q4_0"])
-def test_a_name_that_is_nowhere_says_how_to_fetch_it(library: Library, reference: str) -> None:
+def test_an_unknown_name_suggests_a_pull(library: Library, reference: str) -> None:
     with pytest.raises(ModelNotFoundError) as refusal:
         resolve(reference, library)
     assert refusal.value.hint == f"promptai models pull {reference}"
 
 
-def test_what_a_disk_refuses_is_one_line(tmp_path: Path) -> None:
+def test_disk_errors_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(LibraryError, match=r"x.part: No space left on device"), disk_errors(tmp_path / "x.part"):
         raise OSError(28, "No space left on device")
 
@@ -223,13 +223,13 @@ def test_what_a_disk_refuses_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("size", "text"),
     [
-        (0, "0 kB"),
-        (999_000, "999 kB"),
-        (1_460_000, "1.5 MB"),
-        (64e6, "64 MB"),
-        (4.1e9, "4.10 GB"),
-        (2e12, "2,000.00 GB"),
+        (0, "0 KiB"),
+        (999_000, "976 KiB"),
+        (1_460_000, "1.4 MiB"),
+        (64e6, "61 MiB"),
+        (4.1e9, "3.82 GiB"),
+        (2e12, "1,862.65 GiB"),
     ],
 )
-def test_sizes_are_decimal_as_on_a_card(size: float, text: str) -> None:
+def test_sizes_are_binary_with_two_or_three_digits(size: float, text: str) -> None:
     assert readable_size(size) == text

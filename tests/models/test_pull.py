@@ -1,4 +1,4 @@
-"""Fetching against a hub that misbehaves, in this process; tests/cli/test_models_pull.py does it across processes."""
+"""Downloads from a misbehaving hub, in this process; tests/cli/test_models_pull.py does the same across processes."""
 
 import fcntl
 import hashlib
@@ -47,7 +47,7 @@ def library(tmp_path: Path) -> Library:
 
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses between tries, which nobody waits for here."""
+    """The pauses between tries, recorded instead of waited for."""
     asked: list[float] = []
     monkeypatch.setattr(time, "sleep", asked.append)
     return asked
@@ -58,11 +58,11 @@ def get(library: Library, name: str = NAME, *, sha256: str | None = None, told: 
 
 
 def names(library: Library) -> list[str]:
-    """Every file below the library."""
+    """The names of all files in the library."""
     return sorted(path.name for path in library.root.rglob("*") if path.is_file())
 
 
-def test_a_model_is_kept_with_where_it_came_from(hub: Hub, library: Library, weights: bytes) -> None:
+def test_stores_a_model_with_its_source(hub: Hub, library: Library, weights: bytes) -> None:
     kept = get(library)
 
     assert kept.path == library.root / "people--tiny-GGUF" / FILE
@@ -84,12 +84,12 @@ def test_a_model_is_kept_with_where_it_came_from(hub: Hub, library: Library, wei
     assert [seen.bytes for seen in hub.bodies()] == [len(weights)]
 
 
-def test_what_is_here_is_not_fetched_again(hub: Hub, library: Library) -> None:
+def test_does_not_download_a_stored_model_again(hub: Hub, library: Library) -> None:
     assert get(library) == get(library)
     assert len(hub.bodies()) == 1
 
 
-def test_a_connection_that_is_cut_is_taken_up_at_once(
+def test_resumes_at_once_after_a_lost_connection(
     hub: Hub, library: Library, weights: bytes, pauses: list[float]
 ) -> None:
     hub.faults = Faults(cut_at=0.3, cut_first=1)
@@ -103,27 +103,29 @@ def test_a_connection_that_is_cut_is_taken_up_at_once(
         (None, cut),
         (f"bytes={cut}-", len(weights) - cut),
     ]
-    assert told.lines == [f"{FILE} of people/tiny-GGUF: the connection was cut; trying again"]
+    assert told.lines == [f"{FILE} in people/tiny-GGUF: connection lost; retrying"]
     assert told.advanced == len(weights)
     assert sum(pauses) < 1
 
 
-def test_a_connection_that_brings_nothing_is_given_up_in_the_end_and_the_part_stays(
+def test_gives_up_when_no_bytes_arrive_and_keeps_the_partial_file(
     hub: Hub, library: Library, weights: bytes, pauses: list[float]
 ) -> None:
-    """Half a minute of patience, longer each time; then a person can say when to go on."""
+    """After half a minute of growing pauses the user decides when to resume."""
     hub.faults = Faults(cut_at=0.5, cut_first=99)
 
-    with pytest.raises(HubUnreachableError, match=r"the connection was cut; 5\d kB of \d+ kB are here") as refusal:
+    with pytest.raises(HubUnreachableError, match=r"connection lost; 5\d KiB of \d+ KiB received") as refusal:
         get(library)
 
-    assert "goes on from there" in refusal.value.hint
+    assert "to resume" in refusal.value.hint
     assert [path.stat().st_size for path in library.leftovers()] == [len(weights) // 2]
     assert pauses[1:] == [1, 3, 7, 15]
     assert library.models() == []
 
 
-def test_the_next_pull_checks_what_is_there_and_asks_for_the_rest(hub: Hub, library: Library, weights: bytes) -> None:
+def test_the_next_pull_checks_the_partial_file_and_requests_the_rest(
+    hub: Hub, library: Library, weights: bytes
+) -> None:
     hub.faults = Faults(cut_at=0.9, cut_first=99)
     with pytest.raises(HubUnreachableError):
         get(library)
@@ -141,8 +143,8 @@ def test_the_next_pull_checks_what_is_there_and_asks_for_the_rest(hub: Hub, libr
     assert told.advanced == len(weights)
 
 
-def test_a_whole_part_only_needs_its_name(hub: Hub, library: Library, weights: bytes) -> None:
-    """The power went between the last byte and the rename."""
+def test_a_complete_partial_file_is_only_renamed(hub: Hub, library: Library, weights: bytes) -> None:
+    """Power failed between the last byte and the rename."""
     part = library.root / "people--tiny-GGUF" / f"{FILE}.{hashlib.sha256(weights).hexdigest()[:12]}.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(weights)
@@ -151,14 +153,14 @@ def test_a_whole_part_only_needs_its_name(hub: Hub, library: Library, weights: b
     assert hub.bodies() == []
 
 
-def test_a_server_without_parts_starts_anew(hub: Hub, library: Library, weights: bytes) -> None:
+def test_a_server_without_range_requests_starts_from_the_beginning(hub: Hub, library: Library, weights: bytes) -> None:
     hub.faults = Faults(cut_at=0.5, cut_first=1, no_ranges=True)
 
     assert get(library).path.read_bytes() == weights
     assert [seen.bytes for seen in hub.bodies()] == [len(weights) // 2, len(weights)]
 
 
-def test_a_part_of_another_version_is_not_continued(hub: Hub, library: Library, weights: bytes) -> None:
+def test_does_not_resume_another_version(hub: Hub, library: Library, weights: bytes) -> None:
     hub.faults = Faults(cut_at=0.5, cut_first=99)
     with pytest.raises(HubUnreachableError):
         get(library)
@@ -170,8 +172,8 @@ def test_a_part_of_another_version_is_not_continued(hub: Hub, library: Library, 
 
 
 @pytest.mark.usefixtures("hub")
-def test_who_waited_for_a_part_that_was_then_deleted_begins_anew(library: Library, weights: bytes) -> None:
-    """Somebody cleaned up, or the other's part was refused: what was locked is no longer what the name means."""
+def test_starts_again_when_the_awaited_partial_file_was_deleted(library: Library, weights: bytes) -> None:
+    """After a cleaning or a rejected checksum, the locked file is no longer the one of that name."""
     part = library.root / "people--tiny-GGUF" / f"{FILE}.{hashlib.sha256(weights).hexdigest()[:12]}.part"
     part.parent.mkdir(parents=True)
     told, download = Told(), resolve_download(parse_reference(NAME))
@@ -184,15 +186,15 @@ def test_who_waited_for_a_part_that_was_then_deleted_begins_anew(library: Librar
             part.unlink()
         kept = waiting.result()
 
-    assert told.lines == ["another process is fetching the same file: waiting for it"]
+    assert told.lines == ["waiting for another process that is downloading the same file"]
     assert kept.path.read_bytes() == weights
     assert names(library) == [FILE, f"{FILE}.json"]
 
 
-def test_a_wrong_checksum_is_refused_and_kept_aside(hub: Hub, library: Library, weights: bytes) -> None:
+def test_sets_a_file_with_a_wrong_checksum_aside(hub: Hub, library: Library, weights: bytes) -> None:
     hub.faults.flip_byte = len(weights) - 1
 
-    with pytest.raises(ModelChecksumError, match="promised was") as refusal:
+    with pytest.raises(ModelChecksumError, match="expected") as refusal:
         get(library)
 
     assert names(library) == [f"{FILE}.wrong-checksum"]
@@ -202,7 +204,7 @@ def test_a_wrong_checksum_is_refused_and_kept_aside(hub: Hub, library: Library, 
 
 
 @pytest.mark.parametrize("shorter_by", [1, -1], ids=["shorter", "longer"])
-def test_a_file_of_another_length_is_refused(hub: Hub, library: Library, weights: bytes, shorter_by: int) -> None:
+def test_rejects_a_file_of_another_length(hub: Hub, library: Library, weights: bytes, shorter_by: int) -> None:
     download = resolve_download(parse_reference(NAME))
     hub.repositories["people/tiny-GGUF"].files[FILE] = weights + b"!"
     hub.redirects[f"/people/tiny-GGUF/resolve/{COMMIT}/{FILE}"] = (
@@ -216,7 +218,7 @@ def test_a_file_of_another_length_is_refused(hub: Hub, library: Library, weights
 
 
 @pytest.mark.parametrize(("token", "status"), [(None, 401), ("hf_other", 403)])
-def test_a_gated_model_names_licence_and_token_and_leaves_nothing(
+def test_a_gated_model_needs_a_licence_and_a_token_and_leaves_no_file(
     hub: Hub, library: Library, token: str | None, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.repositories["people/tiny-GGUF"].gated = True
@@ -233,17 +235,17 @@ def test_a_gated_model_names_licence_and_token_and_leaves_nothing(
     assert get(library).sidecar is not None
 
 
-def test_without_space_nothing_is_written(hub: Hub, tmp_path: Path, weights: bytes) -> None:
+def test_writes_nothing_without_enough_space(hub: Hub, tmp_path: Path, weights: bytes) -> None:
     library = Library(tmp_path / "models", free=lambda _: len(weights))
 
-    with pytest.raises(LibraryError, match=r"has \d+ kB free, 1.0 MB too little for 1.\d MB"):
+    with pytest.raises(LibraryError, match=r"has \d+ KiB free, 1.0 MiB too little for 1.\d MiB"):
         get(library)
 
     assert not library.root.exists()
     assert hub.bodies() == []
 
 
-def test_what_is_here_already_needs_no_space(hub: Hub, tmp_path: Path, weights: bytes) -> None:
+def test_bytes_already_received_need_no_space(hub: Hub, tmp_path: Path, weights: bytes) -> None:
     spare = 1 << 20
     hub.faults = Faults(cut_at=0.5, cut_first=99)
     with pytest.raises(HubUnreachableError):
@@ -254,18 +256,18 @@ def test_what_is_here_already_needs_no_space(hub: Hub, tmp_path: Path, weights: 
 
 
 @pytest.mark.parametrize("name", ["../../evil-Q4_0.gguf", ".bashrc-Q4_0.gguf", "a\\b-Q4_0.gguf", "a\n-Q4_0.gguf"])
-def test_a_name_from_the_hub_cannot_leave_the_library(
+def test_rejects_a_hub_name_that_leaves_the_library(
     hub: Hub, library: Library, tmp_path: Path, weights: bytes, name: str
 ) -> None:
     hub.repositories["people/tiny-GGUF"].files = {name: weights}
 
-    with pytest.raises(ModelError, match="no safe name"):
+    with pytest.raises(ModelError, match="not a safe file name"):
         get(library)
 
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_a_file_that_somebody_put_there_is_ours_if_it_is_the_same(hub: Hub, library: Library, weights: bytes) -> None:
+def test_adopts_an_identical_file_that_the_user_put_there(hub: Hub, library: Library, weights: bytes) -> None:
     path = library.root / "people--tiny-GGUF" / FILE
     path.parent.mkdir(parents=True)
     path.write_bytes(weights)
@@ -275,19 +277,19 @@ def test_a_file_that_somebody_put_there_is_ours_if_it_is_the_same(hub: Hub, libr
     assert hub.bodies() == []
 
 
-def test_another_file_in_its_place_is_left_alone(hub: Hub, library: Library) -> None:
+def test_leaves_a_different_file_in_its_place(hub: Hub, library: Library) -> None:
     path = library.root / "people--tiny-GGUF" / FILE
     path.parent.mkdir(parents=True)
     path.write_bytes(b"my own")
 
-    with pytest.raises(ModelError, match="is in the way"):
+    with pytest.raises(ModelError, match="already exists"):
         get(library)
 
     assert path.read_bytes() == b"my own"
     assert hub.bodies() == []
 
 
-def test_a_newer_version_does_not_replace_what_was_measured(hub: Hub, library: Library, weights: bytes) -> None:
+def test_a_newer_version_does_not_replace_the_stored_one(hub: Hub, library: Library, weights: bytes) -> None:
     get(library)
     hub.repositories["people/tiny-GGUF"].files[FILE] = weights[:-1] + b"!"
     told = Told()
@@ -296,7 +298,7 @@ def test_a_newer_version_does_not_replace_what_was_measured(hub: Hub, library: L
     assert "another version" in told.lines[0]
 
 
-def test_a_damaged_model_is_not_taken_for_whole(hub: Hub, library: Library) -> None:
+def test_rejects_a_damaged_stored_model(hub: Hub, library: Library) -> None:
     os.truncate(get(library).path, 100)
 
     with pytest.raises(ModelChecksumError, match="is damaged"):
@@ -304,16 +306,16 @@ def test_a_damaged_model_is_not_taken_for_whole(hub: Hub, library: Library) -> N
     assert len(hub.bodies()) == 1
 
 
-def test_what_the_source_has_is_kept_although_it_cannot_be_read_here(hub: Hub, library: Library) -> None:
-    """A night's download of a model that is newer than this reader is not thrown away."""
+def test_stores_an_intact_file_that_it_cannot_read(hub: Hub, library: Library) -> None:
+    """A night's download of a model newer than this reader is not discarded."""
     hub.repositories["people/tiny-GGUF"].files[FILE] = b"GGUF" + (99).to_bytes(4, "little") + bytes(100)
     told = Told()
 
     assert get(library, told=told).bytes == 108
-    assert "kept, although it cannot be read here" in told.lines[-1]
+    assert "stored, although PromptAI cannot read it" in told.lines[-1]
 
 
-def test_a_name_of_the_catalogue_finds_what_was_pulled_from_the_hub(hub: Hub, library: Library) -> None:
+def test_a_catalogue_name_finds_a_model_pulled_from_the_hub(hub: Hub, library: Library) -> None:
     get(library)
     reference = msgspec.structs.replace(parse_reference(NAME), catalog="tiny")
 
@@ -323,7 +325,7 @@ def test_a_name_of_the_catalogue_finds_what_was_pulled_from_the_hub(hub: Hub, li
     assert len(hub.bodies()) == 1
 
 
-def test_without_a_connection_what_is_here_is_found(hub: Hub, library: Library, weights: bytes) -> None:
+def test_finds_stored_models_without_a_connection(hub: Hub, library: Library, weights: bytes) -> None:
     hub.plain["own.gguf"] = weights
     kept = get(library)
     own = get(library, f"{hub.url}/plain/own.gguf")

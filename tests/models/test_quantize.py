@@ -40,7 +40,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def half_synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers of random weights, whose rows K-quants would fit."""
+    """Two layers of random weights, with rows suitable for K-quants."""
     return write_synthetic(tmp_path_factory.mktemp("half") / "synthetic.gguf", SMALL, name="small", quant="f16")
 
 
@@ -49,19 +49,19 @@ def half_synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [(float("nan"), "q4_0"), (float("inf"), "q8_0"), (1e6, "f16"), (-1e6, "q4_0"), (1e7, "q8_0")],
     ids=["nan", "inf", "too-large", "too-large-for-a-scale-of-4-bits", "too-large-for-a-scale-of-8-bits"],
 )
-def test_numbers_that_the_type_cannot_hold_are_refused(tmp_path: Path, value: float, kind: str) -> None:
-    """A model that answers nonsense is worse than none."""
+def test_rejects_numbers_that_the_type_cannot_represent(tmp_path: Path, value: float, kind: str) -> None:
+    """A model that generates nonsense is worse than none."""
     source = tmp_path / "source.gguf"
     source.write_bytes(gguf_of([], [tensor("a.weight", (32, 2), TYPE_F32)]) + np.full(64, value, np.float32).tobytes())
 
-    with pytest.raises(ModelError, match=r"holds numbers in 'a\.weight'"):
+    with pytest.raises(ModelError, match=r"'a\.weight' contains numbers"):
         quantize(source, tmp_path / "new.gguf", kind, tool=None, progress=Quiet(), threads=1)
 
     assert [path.name for path in tmp_path.iterdir()] == ["source.gguf"]
 
 
-def test_the_result_says_what_it_was_made_of(half: Path, tmp_path: Path) -> None:
-    """Name, type, SHA-256 and tool; progress adds up to every byte twice, hashed and quantised."""
+def test_the_result_records_its_source(half: Path, tmp_path: Path) -> None:
+    """Name, type, SHA-256 and tool; progress counts every byte twice, hashed and quantised."""
     progress = Quiet()
 
     done = quantize(half, tmp_path / "sub" / "new.gguf", "q4_0", tool=None, progress=progress, threads=1)
@@ -82,8 +82,8 @@ def test_the_result_says_what_it_was_made_of(half: Path, tmp_path: Path) -> None
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["new.gguf"]
 
 
-def test_a_name_that_no_tool_takes_is_made_to_fit() -> None:
-    """llama-quantize takes 127 bytes, and a terminal no escapes."""
+def test_shortens_and_escapes_names_for_the_tool() -> None:
+    """llama-quantize accepts 127 bytes, and a terminal must not see escapes."""
     notes = provenance(Origin("ü" * 100 + "\x1b", "f" * 64), "F16", "x")
 
     assert len(notes["promptai.source.name"].encode()) <= 127
@@ -91,7 +91,7 @@ def test_a_name_that_no_tool_takes_is_made_to_fit() -> None:
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "q8_0"])
-def test_what_is_asked_of_the_disk_is_enough_and_not_twice_as_much(
+def test_the_estimated_size_is_sufficient_and_less_than_twice_the_real_one(
     half: Path, half_synthetic: Path, tmp_path: Path, kind: str
 ) -> None:
     """Before anything is written."""
@@ -121,16 +121,16 @@ def eight_bits(_folder: Path) -> Path:
     ("make", "kind", "words"),
     [
         (split_part, "q4_0", "is part 1 of 2"),
-        (already_quantised, "q4_0", "is quantised already .Q4_0."),
+        (already_quantised, "q4_0", "is already quantised .Q4_0."),
         (eight_bits, "f16", "would be larger and no better"),
         (eight_bits, "q4_k_m", "needs llama.cpp's llama-quantize"),
         (eight_bits, "iq4_xs", "needs llama.cpp's llama-quantize"),
     ],
 )
-def test_what_would_be_spoilt_is_refused_before_anything_is_written(
+def test_rejects_unsuitable_sources_before_writing_anything(
     tmp_path: Path, make: Callable[[Path], Path], kind: str, words: str
 ) -> None:
-    """With what to do instead."""
+    """The hint names an alternative."""
     source = make(tmp_path)
     before = sorted(tmp_path.iterdir())
 
@@ -141,8 +141,8 @@ def test_what_would_be_spoilt_is_refused_before_anything_is_written(
     assert before == sorted(tmp_path.iterdir())
 
 
-def test_a_table_of_integers_is_not_taken_for_quantised_weights(tmp_path: Path) -> None:
-    """DeepSeek V4 has one, of experts by token; llama.cpp leaves it alone."""
+def test_a_table_of_integers_does_not_count_as_quantised(tmp_path: Path) -> None:
+    """DeepSeek V4 has one (experts by token); llama.cpp does not quantise it."""
     source = tmp_path / "source.gguf"
     tensors = [tensor("a.weight", (32, 2), TYPE_F32), tensor("blk.0.ffn_gate_tid2eid.weight", (6, 4), 26, 256)]
     source.write_bytes(gguf_of([], tensors) + bytes(256) + bytes(range(96)))
@@ -153,40 +153,38 @@ def test_a_table_of_integers_is_not_taken_for_quantised_weights(tmp_path: Path) 
     assert bytes(range(96)) in (tmp_path / "new.gguf").read_bytes()
 
 
-def test_a_source_is_not_emptied_because_it_has_the_name_of_an_unfinished_result(half: Path, tmp_path: Path) -> None:
-    """A download that was whole but for its name, say."""
+def test_does_not_truncate_a_source_that_has_the_name_of_a_partial_result(half: Path, tmp_path: Path) -> None:
+    """For example a complete download that was not renamed yet."""
     source = tmp_path / "new.gguf.part"
     shutil.copyfile(half, source)
 
-    with pytest.raises(ModelError, match="would replace its own source"):
+    with pytest.raises(ModelError, match="would overwrite its own source"):
         quantize(source, tmp_path / "new.gguf", "q4_0", tool=None, progress=Quiet(), threads=1)
 
     assert source.read_bytes() == half.read_bytes()
 
 
-def test_a_source_is_not_replaced_by_its_own_result(half: Path, tmp_path: Path) -> None:
-    """Also under another name."""
+def test_does_not_overwrite_the_source(half: Path, tmp_path: Path) -> None:
+    """Nor under another name."""
     source = tmp_path / "source.gguf"
     shutil.copyfile(half, source)
     (tmp_path / "link.gguf").symlink_to(source)
 
-    with pytest.raises(ModelError, match="would replace its own source"):
+    with pytest.raises(ModelError, match="would overwrite its own source"):
         quantize(source, tmp_path / "link.gguf", "q4_0", tool=None, progress=Quiet(), threads=1)
 
 
-def test_a_disk_without_room_is_refused_with_numbers(
-    half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before the hashing, which takes minutes."""
-    usage = namedtuple("usage", "total used free")  # noqa: PYI024  as shutil has it
+def test_rejects_a_full_disk_with_both_figures(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before hashing, which takes minutes."""
+    usage = namedtuple("usage", "total used free")  # noqa: PYI024  like shutil's
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 0, 10**6))
 
-    with pytest.raises(ModelError, match=r"has 1\.0 MB free, new\.gguf needs about"):
+    with pytest.raises(ModelError, match=r"has 977 KiB free, new\.gguf needs about"):
         quantize(half, tmp_path / "new.gguf", "q4_0", tool=None, progress=Quiet(), threads=1)
 
 
-def test_ctrl_c_leaves_what_was_there_before(half: Path, tmp_path: Path) -> None:
-    """In the middle of the weights."""
+def test_ctrl_c_restores_the_previous_state(half: Path, tmp_path: Path) -> None:
+    """Interrupted in the middle of the weights."""
     target = tmp_path / "new.gguf"
     target.write_text("precious")
 
@@ -196,8 +194,8 @@ def test_ctrl_c_leaves_what_was_there_before(half: Path, tmp_path: Path) -> None
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("new.gguf", "precious")]
 
 
-def test_llama_quantize_is_told_what_to_note_and_its_steps_are_progress(half: Path, tmp_path: Path) -> None:
-    """Each line that it prints of a tensor counts as that tensor's bytes."""
+def test_passes_metadata_to_llama_quantize_and_reports_its_progress(half: Path, tmp_path: Path) -> None:
+    """Each line about a tensor counts as that tensor's bytes."""
     steps = ["noise", "[   1/  47] output_norm.weight - [ 192, 1, 1, 1], type = f32, size = 0.001 MiB", "[ 2/ 47] gone"]
     fake, progress, target = FakeTool(half, lines=steps), Quiet(), tmp_path / "new.gguf"
 
@@ -216,15 +214,15 @@ def test_llama_quantize_is_told_what_to_note_and_its_steps_are_progress(half: Pa
     [
         (lambda _: FakeTool(None, lines=["main: out of paper", ""], code=1), "exit code 1: main: out of paper"),
         (lambda _: FakeTool(None, code=-9), "exit code -9: it printed nothing"),
-        (lambda half: FakeTool(half, notes=False), "left out tensors or notes"),
+        (lambda half: FakeTool(half, notes=False), "dropped tensors or metadata"),
         (lambda _: FakeTool(None), "is empty"),
     ],
     ids=["fails", "killed", "without-notes", "writes-nothing"],
 )
-def test_a_tool_that_fails_leaves_nothing(
+def test_a_failing_tool_leaves_no_file(
     half: Path, tmp_path: Path, make: Callable[[Path], FakeTool], words: str
 ) -> None:
-    """And its last words are the reason."""
+    """The error is its last line of output."""
     with pytest.raises(ModelError, match=words):
         quantize(
             half,
@@ -238,8 +236,8 @@ def test_a_tool_that_fails_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_at_once_do_not_write_the_same_file(half: Path, tmp_path: Path) -> None:
-    """The second is told so; the first goes on."""
+def test_two_processes_do_not_write_the_same_file(half: Path, tmp_path: Path) -> None:
+    """The second fails; the first continues."""
     target = tmp_path / "new.gguf"
     refused: list[str] = []
 
@@ -253,14 +251,14 @@ def test_two_at_once_do_not_write_the_same_file(half: Path, tmp_path: Path) -> N
 
     quantize(half, target, "q4_k_m", tool=QuantizeTool(Path("lq"), Second(half)), progress=Quiet(), threads=1)
 
-    assert refused == [f"{target} is being written by another process"]
+    assert refused == [f"another process is writing {target}"]
     assert read_header(target).quantization == "Q8_0"
 
 
-def test_a_result_that_another_process_finishes_in_this_moment_stays_whole(
+def test_does_not_damage_a_result_that_another_process_just_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was opened as half a file is a whole one by the time it is locked."""
+    """The file was partial when opened, and is complete by the time it is locked."""
     target, part = tmp_path / "new.gguf", tmp_path / "new.gguf.part"
 
     def finished_before(_lock: object, _operation: int) -> None:
@@ -269,14 +267,14 @@ def test_a_result_that_another_process_finishes_in_this_moment_stays_whole(
 
     monkeypatch.setattr(fcntl, "flock", finished_before)
 
-    with pytest.raises(ModelError, match="is being written by another process"), atomic_output(target):
-        pytest.fail("it is not ours")
+    with pytest.raises(ModelError, match="another process is writing"), atomic_output(target):
+        pytest.fail("the lock is not ours")
 
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("new.gguf", "whole")]
 
 
-def test_what_the_next_process_begins_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may begin as soon as ours has its name."""
+def test_does_not_delete_the_next_process_s_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next process may start as soon as our file is renamed."""
     replace = Path.replace
 
     def and_the_next_begins(path: Path, target: Path) -> Path:
@@ -299,10 +297,8 @@ def program(path: Path) -> Path:
     return path
 
 
-def test_the_tool_beside_a_named_engine_comes_first_then_what_was_built_then_the_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A build without its engine.json was never finished."""
+def test_searches_beside_the_engine_then_builds_then_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build without engine.json is incomplete."""
     engines, name = tmp_path / "engines", "llama-quantize"
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
     assert find_program(name, engines) is None
@@ -318,12 +314,12 @@ def test_the_tool_beside_a_named_engine_comes_first_then_what_was_built_then_the
     beside = program(tmp_path / "own" / name)
     assert find_program(name, engines, beside=tmp_path / "own" / "llama-server") == beside
     assert find_program(name, engines, beside=tmp_path / "llama-server") == built
-    monkeypatch.chdir(beside.parent)  # a name without a folder would be run from the PATH
+    monkeypatch.chdir(beside.parent)  # a name without a folder would be resolved on the PATH
     assert find_program(name, engines, beside=Path("llama-server")) == beside
 
 
-def test_every_type_is_either_offered_or_llama_quantizes(half: Path) -> None:
-    """And each is checked against the source before anything else."""
+def test_every_type_is_offered_or_needs_llama_quantize(half: Path) -> None:
+    """Each is first checked against the source."""
     assert set(requantize.OFFERED) < TYPES.keys()
     for kind in TYPES:
         check_source(read_header(half), kind)

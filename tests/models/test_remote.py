@@ -13,7 +13,7 @@ MIB = 1024 * 1024
 
 
 class Elsewhere:
-    """A file on another machine that notes what was asked of it."""
+    """A remote file that records the requested ranges."""
 
     def __init__(self, data: bytes, *, file_bytes: int | None = None) -> None:
         self.data = data
@@ -21,13 +21,13 @@ class Elsewhere:
         self.asked: list[tuple[int, int]] = []
 
     def fetch(self, start: int, length: int) -> bytes:
-        """What its server would answer."""
+        """Return a range of the file, as its server would."""
         self.asked.append((start, length))
         return self.data[start : start + length]
 
 
 def large_vocabulary(tokens: int) -> bytes:
-    """A model of 16 MiB whose header takes tokens, scores and merges of this vocabulary."""
+    """A model of 16 MiB with a header of this vocabulary's tokens, scores and merges."""
     return gguf(
         [
             *llama(context_length=8192),
@@ -42,8 +42,8 @@ def large_vocabulary(tokens: int) -> bytes:
 
 
 @pytest.mark.parametrize("data", [RICH, large_vocabulary(300), large_vocabulary(60_000)], ids=["small", "300", "60k"])
-def test_it_reads_the_same_as_from_a_disk(tmp_path: Path, data: bytes) -> None:
-    """Only where it was read differs."""
+def test_equals_a_local_read(tmp_path: Path, data: bytes) -> None:
+    """Only the path differs."""
     path = tmp_path / "model.gguf"
     path.write_bytes(data)
     elsewhere = Elsewhere(data)
@@ -53,8 +53,8 @@ def test_it_reads_the_same_as_from_a_disk(tmp_path: Path, data: bytes) -> None:
     assert msgspec.structs.replace(read_header(path), path="hub:a/b:model.gguf") == header
 
 
-def test_a_small_header_is_one_small_request() -> None:
-    """Of a model of 16 MiB, a quarter of one."""
+def test_a_small_header_takes_one_small_request() -> None:
+    """A quarter of a MiB for a model of 16 MiB."""
     elsewhere = Elsewhere(large_vocabulary(300))
 
     read_remote_header(elsewhere.fetch, elsewhere.file_bytes, "x")
@@ -62,8 +62,8 @@ def test_a_small_header_is_one_small_request() -> None:
     assert elsewhere.asked == [(0, MIB // 4)]
 
 
-def test_a_large_header_is_a_few_growing_requests_and_no_weights() -> None:
-    """Each twice the last, up to 4 MiB, one after the other; beyond the header at most one piece."""
+def test_a_large_header_takes_a_few_growing_requests_and_no_weights() -> None:
+    """Consecutive ranges, each twice the last up to 4 MiB; at most one extends beyond the header."""
     data = large_vocabulary(250_000)
     elsewhere = Elsewhere(data)
 
@@ -77,8 +77,8 @@ def test_a_large_header_is_a_few_growing_requests_and_no_weights() -> None:
     assert sum(lengths) < header.data_offset + 4 * MIB
 
 
-def test_long_lists_of_numbers_are_skipped_unfetched() -> None:
-    """Scores and types of tokens are a tenth of a header."""
+def test_does_not_request_long_arrays_of_numbers() -> None:
+    """Scores and types of tokens take a tenth of a header."""
     numbers = 8 * MIB
     data = gguf([array("x", U8, [bytes(numbers // 4)], claimed=numbers // 4), entry("y", STRING, "z")])
     elsewhere = Elsewhere(data)
@@ -89,8 +89,8 @@ def test_long_lists_of_numbers_are_skipped_unfetched() -> None:
     assert sum(length for _, length in elsewhere.asked) <= MIB // 4 + MIB // 2
 
 
-def test_every_byte_that_comes_is_reported() -> None:
-    """To a progress line."""
+def test_reports_every_byte_received() -> None:
+    """For a progress bar."""
     elsewhere = Elsewhere(large_vocabulary(60_000))
     came: list[int] = []
 
@@ -99,11 +99,11 @@ def test_every_byte_that_comes_is_reported() -> None:
     assert [length for _, length in elsewhere.asked] == came
 
 
-def test_a_file_that_was_cut_when_it_was_uploaded_is_refused_by_its_size() -> None:
-    """The header is whole; nobody has to fetch the rest to find that it is not there."""
+def test_rejects_a_file_truncated_on_upload_by_its_size() -> None:
+    """The header is complete; the missing rest is detected without requesting it."""
     elsewhere = Elsewhere(RICH, file_bytes=len(RICH) - 1)
 
-    with pytest.raises(ModelFormatError, match=r"hub:a/b:c\.gguf is cut short: its tensors end"):
+    with pytest.raises(ModelFormatError, match=r"hub:a/b:c\.gguf is truncated: its tensors end"):
         read_remote_header(elsewhere.fetch, elsewhere.file_bytes, "hub:a/b:c.gguf")
 
 
@@ -112,14 +112,14 @@ def test_a_file_that_was_cut_when_it_was_uploaded_is_refused_by_its_size() -> No
     [
         (b"", 0, "is empty"),
         (b"<!DOCTYPE html><title>Sign in</title>", 37, "not a GGUF"),
-        (RICH[:100], len(RICH), "became shorter while it was read"),
-        (RICH[:100], 100, "cut short inside its header"),
+        (RICH[:100], len(RICH), "shrank while it was read"),
+        (RICH[:100], 100, "truncated inside its header"),
         (b"GGUF" + struct.pack("<IQQ", 3, 2**63, 0), 10**9, "tensors"),
     ],
     ids=["empty", "web-page", "server-stops-short", "cut", "absurd"],
 )
-def test_what_is_no_whole_model_is_refused(data: bytes, size: int, word: str) -> None:
-    """As from a disk, and after two requests at most."""
+def test_rejects_incomplete_models(data: bytes, size: int, word: str) -> None:
+    """As for local files, and after two requests at most."""
     elsewhere = Elsewhere(data, file_bytes=size)
 
     with pytest.raises(ModelFormatError, match=word):
@@ -128,8 +128,8 @@ def test_what_is_no_whole_model_is_refused(data: bytes, size: int, word: str) ->
     assert len(elsewhere.asked) <= 2
 
 
-def test_a_header_without_end_is_given_up_after_64_mib() -> None:
-    """A stranger's file decides how long it is, not how much is fetched."""
+def test_gives_up_on_an_endless_header_after_64_mib() -> None:
+    """An untrusted file does not determine how much is requested."""
     fetched = 0
     strings = struct.pack("<Q", 100_000) + bytes(100_000)
 
@@ -142,21 +142,21 @@ def test_a_header_without_end_is_given_up_after_64_mib() -> None:
         shift = (start - 57) % len(strings)
         return (strings * (length // len(strings) + 2))[shift : shift + length]
 
-    with pytest.raises(ModelFormatError, match="more than 64 MiB"):
+    with pytest.raises(ModelFormatError, match="larger than 64 MiB"):
         read_remote_header(fetch, 10**12, "x")
 
     assert 50 * MIB < fetched < 70 * MIB
 
 
-def test_a_server_that_sends_more_than_asked_changes_nothing() -> None:
-    """Some answer a range with everything."""
+def test_ignores_bytes_beyond_the_requested_range() -> None:
+    """Some servers respond to a range request with the whole file."""
     header = read_remote_header(lambda start, _length: RICH[start:] + b"more", len(RICH), "x")
 
     assert len(header.tensors) == 2
 
 
-def test_the_line_that_breaks_is_named_as_such() -> None:
-    """What the hub's door says passes through."""
+def test_passes_connection_errors_through() -> None:
+    """The error of the hub's client is unchanged."""
 
     def fetch(_start: int, _length: int) -> bytes:
         raise HubUnreachableError("the hub cannot be reached", hint="connect")

@@ -54,13 +54,13 @@ def numbers_of(path: Path, found: Tensor, header: GgufHeader) -> "np.ndarray[tup
         ("w.weight", (256, 1, 1), "F32"),
     ],
 )
-def test_what_is_small_or_delicate_keeps_its_type(name: str, shape: tuple[int, ...], expected: str) -> None:
-    """As llama.cpp has it, but for the output matrix: Q8_0 where that takes Q6_K."""
+def test_small_and_sensitive_tensors_keep_their_type(name: str, shape: tuple[int, ...], expected: str) -> None:
+    """As in llama.cpp, except for the output matrix: Q8_0 instead of Q6_K."""
     assert expected == target_type(Tensor(name, shape, "F32", 0, 0), "q4_0", tied=False)
 
 
-def test_a_tied_embedding_is_an_output_matrix_and_eight_experts_get_more() -> None:
-    """Two more of llama.cpp's rules."""
+def test_tied_embeddings_and_eight_experts_get_better_types() -> None:
+    """Two further rules of llama.cpp."""
     embedding, value = (Tensor(name, (256, 256), "F16", 0, 0) for name in ("token_embd.weight", "blk.0.attn_v.weight"))
 
     assert target_type(embedding, "q4_0", tied=True) == "Q8_0"
@@ -68,11 +68,11 @@ def test_a_tied_embedding_is_an_output_matrix_and_eight_experts_get_more() -> No
 
 
 @pytest.mark.parametrize("kind", ["q4_0", "q8_0"])
-def test_each_tensor_is_what_the_gguf_package_makes_of_it(
+def test_each_tensor_equals_the_gguf_package_s_conversion(
     half: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also when it is converted in many pieces."""
-    monkeypatch.setattr(requantize, "_PIECE_WEIGHTS", 4096)
+    """Also when it is converted in many chunks."""
+    monkeypatch.setattr(requantize, "_CHUNK_WEIGHTS", 4096)
     old = read_header(half)
 
     rewrite(half, old, tmp_path / "new.gguf", kind, NOTES, lambda _: None)
@@ -88,7 +88,7 @@ def test_each_tensor_is_what_the_gguf_package_makes_of_it(
 
 
 def test_the_metadata_is_copied_byte_for_byte(half: Path, tmp_path: Path) -> None:
-    """But for what says of which type the file is; the notes come on top."""
+    """Except for the keys with the file's type; the notes are added."""
     new_path = tmp_path / "new.gguf"
     rewrite(half, read_header(half), new_path, "q4_0", NOTES, lambda _: None)
 
@@ -102,8 +102,8 @@ def test_the_metadata_is_copied_byte_for_byte(half: Path, tmp_path: Path) -> Non
     assert new.key_spans.keys() == old.key_spans.keys() | NOTES.keys()
 
 
-def test_an_alignment_of_its_own_is_kept(tmp_path: Path) -> None:
-    """Tensors begin where the file says that they may."""
+def test_keeps_a_custom_alignment(tmp_path: Path) -> None:
+    """Tensors start at multiples of it."""
     source = tmp_path / "source.gguf"
     tensors = [tensor("a.weight", (32, 2), TYPE_F32), tensor("b.weight", (32, 2), TYPE_F32, 256)]
     whole = gguf_of([entry("general.alignment", U32, 128)], tensors)
@@ -116,11 +116,11 @@ def test_an_alignment_of_its_own_is_kept(tmp_path: Path) -> None:
     assert [found.offset for found in new.tensors] == [0, 128]
 
 
-def test_one_piece_of_a_tensor_is_in_memory_at_a_time(
+def test_holds_one_chunk_of_a_tensor_in_memory(
     half: Path, tmp_path: Path, traced_peak: TracedPeak, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that a board can quantise what it could not load."""
-    monkeypatch.setattr(requantize, "_PIECE_WEIGHTS", 16 * 1024)
+    """A board can quantise a model that it could not load."""
+    monkeypatch.setattr(requantize, "_CHUNK_WEIGHTS", 16 * 1024)
 
     peak = traced_peak()
     rewrite(half, read_header(half), tmp_path / "new.gguf", "q8_0", {}, lambda _: None)
@@ -128,8 +128,8 @@ def test_one_piece_of_a_tensor_is_in_memory_at_a_time(
     assert peak() < half.stat().st_size / 4
 
 
-def test_a_vocabulary_is_copied_without_being_read(tmp_path: Path) -> None:
-    """Bytes that are no text included."""
+def test_copies_a_vocabulary_without_parsing_it(tmp_path: Path) -> None:
+    """Bytes that are not valid text included."""
     vocabulary = array("tokenizer.ggml.tokens", STRING, [text(b"\xff\xfe"), text("b")])
     source = tmp_path / "source.gguf"
     source.write_bytes(gguf_of([*llama(), vocabulary, array("s", F32, [bytes(4)] * 2000)]))

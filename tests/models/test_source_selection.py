@@ -27,32 +27,32 @@ def facts(*files: str) -> RepositoryFacts:
         ("https://huggingface.co/people/tiny/blob/refs%2Fpr%2F1/b/a.gguf", "people/tiny", "b/a.gguf", "refs/pr/1"),
     ],
 )
-def test_a_name_on_the_hub_is_understood(name: str, repository: str, choice: str | None, revision: str | None) -> None:
-    """Also the address that people copy from their browser: the hub knows the checksum, a web server does not."""
+def test_parses_a_hub_name(name: str, repository: str, choice: str | None, revision: str | None) -> None:
+    """Also a URL copied from the browser: the hub provides a checksum, a web server does not."""
     assert parse_reference(name) == ModelReference(name, repository=repository, choice=choice, revision=revision)
 
 
 @pytest.mark.parametrize("name", ["https://example.org/a.gguf", "http://127.0.0.1:8000/a.gguf", "http://[::1]/a.gguf"])
-def test_any_encrypted_address_will_do_and_this_machine_needs_no_encryption(name: str) -> None:
+def test_accepts_https_urls_and_plain_http_on_this_machine(name: str) -> None:
     assert parse_reference(name).url == name
 
 
 @pytest.mark.parametrize(
     "name", ["http://example.org/a.gguf", "ftp://example.org/a.gguf", "file:///etc/passwd", "https://", "http://[bad/a"]
 )
-def test_other_addresses_are_refused(name: str) -> None:
+def test_rejects_other_urls(name: str) -> None:
     with pytest.raises(HubError, match="is not"):
         parse_reference(name)
 
 
 @pytest.mark.parametrize("name", ["people/tiny", "hub:tiny", "hub:a/b/c", "hub:", "../../etc"])
-def test_what_is_no_name_is_refused_with_an_example(name: str) -> None:
+def test_rejects_a_malformed_name_with_an_example(name: str) -> None:
     with pytest.raises(ModelError) as refusal:
         parse_reference(name)
     assert "hub:owner/name" in refusal.value.hint
 
 
-def test_a_name_of_the_catalogue_becomes_its_file() -> None:
+def test_a_catalogue_name_resolves_to_its_file() -> None:
     entry = load_catalog().entries[0]
 
     assert parse_reference(entry.id.upper()) == ModelReference(
@@ -82,11 +82,11 @@ def test_a_name_of_the_catalogue_becomes_its_file() -> None:
         ("TINY.q8_0.gguf", "tiny.Q8_0.gguf"),
     ],
 )
-def test_a_quantisation_or_a_name_means_one_file(choice: str | None, file: str) -> None:
+def test_a_quantisation_or_file_name_selects_one_file(choice: str | None, file: str) -> None:
     assert choose_file(facts(*FILES), choice) == file
 
 
-def test_the_next_default_is_taken_and_then_the_only_one_there_is() -> None:
+def test_falls_back_to_the_next_default_and_then_to_the_only_file() -> None:
     assert choose_file(facts("a-Q4_0.gguf", "a-Q8_0.gguf"), None) == "a-Q4_0.gguf"
     assert choose_file(facts("a-f16.gguf", "README.md"), None) == "a-f16.gguf"
 
@@ -96,13 +96,13 @@ def test_the_next_default_is_taken_and_then_the_only_one_there_is() -> None:
     [
         pytest.param(FILES, "Q4_K", HubNotFoundError, "tiny-Q4_K_M.gguf", id="half-a-name"),
         pytest.param(FILES, "tiny_Q4_0.gguf", HubNotFoundError, "did you mean tiny-Q4_0.gguf", id="misspelt"),
-        pytest.param(("a-Q4_0.gguf", "b-Q4_0.gguf"), "q4_0", HubNotFoundError, "may mean a-Q4_0.gguf, b-", id="two"),
-        pytest.param(("a-Q2_K.gguf", "a-Q8_0.gguf"), None, HubNotFoundError, "may mean a-Q2_K.gguf", id="no-default"),
-        pytest.param(("README.md",), None, HubNotFoundError, "no .gguf file at all", id="no-model"),
-        pytest.param(("a-Q4_0-00001-of-00002.gguf",), "Q4_0", ModelError, "one piece of a model", id="split"),
+        pytest.param(("a-Q4_0.gguf", "b-Q4_0.gguf"), "q4_0", HubNotFoundError, "a-Q4_0.gguf, b-Q4_0", id="two"),
+        pytest.param(("a-Q2_K.gguf", "a-Q8_0.gguf"), None, HubNotFoundError, ": a-Q2_K.gguf", id="no-default"),
+        pytest.param(("README.md",), None, HubNotFoundError, "contains no .gguf files", id="no-model"),
+        pytest.param(("a-Q4_0-00001-of-00002.gguf",), "Q4_0", ModelError, "one part of a split model", id="split"),
     ],
 )
-def test_what_is_not_one_whole_file_is_refused_with_what_is_there(
+def test_rejects_ambiguous_missing_and_split_files_with_the_candidates(
     files: tuple[str, ...], choice: str | None, kind: type[ModelError], words: str
 ) -> None:
     with pytest.raises(kind) as refusal:
@@ -117,7 +117,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield hub
 
 
-def test_an_order_names_the_commit_so_that_a_later_part_is_of_the_same_file(hub: Hub) -> None:
+def test_a_download_is_pinned_to_a_commit(hub: Hub) -> None:
     download = resolve_download(parse_reference("hub:people/tiny-GGUF:q4_0"))
 
     assert download.url == f"{hub.url}/people/tiny-GGUF/resolve/{COMMIT}/sub/tiny-Q4_0.gguf"
@@ -125,13 +125,13 @@ def test_an_order_names_the_commit_so_that_a_later_part_is_of_the_same_file(hub:
     assert (download.sidecar.bytes, download.sidecar.licence, download.sidecar.promised) == (14, "apache-2.0", True)
 
 
-def test_a_checksum_that_a_person_knows_is_compared_before_anything_is_fetched(hub: Hub) -> None:
+def test_compares_a_given_checksum_before_downloading(hub: Hub) -> None:
     with pytest.raises(ModelChecksumError, match="on the hub, not 000000000000"):
         resolve_download(parse_reference("hub:people/tiny-GGUF"), sha256="0" * 64)
     assert hub.bodies() == []
 
 
-def test_a_misspelt_repository_is_told_with_the_near_ones(hub: Hub) -> None:
+def test_suggests_similar_repositories_for_a_misspelt_one(hub: Hub) -> None:
     hub.repositories["people/tinier-GGUF"] = Repository({})
 
     with pytest.raises(HubNotFoundError) as refusal:
@@ -139,15 +139,15 @@ def test_a_misspelt_repository_is_told_with_the_near_ones(hub: Hub) -> None:
     assert "hub:people/tiny-GGUF" in refusal.value.hint
 
 
-def test_a_private_repository_stays_unknown_to_strangers(hub: Hub) -> None:
+def test_a_private_repository_is_not_found_without_a_token(hub: Hub) -> None:
     hub.repositories["people/tiny-GGUF"].private = True
 
     with pytest.raises(HubNotFoundError) as refusal:
         resolve_download(parse_reference("hub:people/other"))
-    assert "a private one needs HF_TOKEN" in refusal.value.hint
+    assert "private repositories need HF_TOKEN" in refusal.value.hint
 
 
-def test_a_web_server_promises_nothing_and_its_secrets_are_not_noted(hub: Hub) -> None:
+def test_a_url_has_no_checksum_and_its_secrets_are_not_recorded(hub: Hub) -> None:
     hub.plain["m.gguf"] = b"GGUF"
     address = hub.url.replace("http://", "http://me:password@")
 

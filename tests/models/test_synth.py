@@ -18,10 +18,10 @@ from promptai.models.tensors import ARCHITECTURES, QUANTS, Quant, plan_tensors, 
 TracedPeak = Callable[[], Callable[[], int]]
 
 TINY = Shape(layers=1, width=32, heads=2, kv_heads=1, ffn=32, vocabulary=258)
-#: Seven matrices of similar size, so that one at a time is a small part of the whole.
+#: Seven matrices of similar size, each a small part of the whole.
 EVEN = Shape(layers=12, width=256, heads=4, kv_heads=4, ffn=256, vocabulary=258)
 
-#: Writes to a disk that is full after 20 kB, and lets no resource leak unnoticed.
+#: Writes to a disk that is full after 20 kB, and makes resource leaks visible.
 FULL_DISK = """
     import gc, resource, sys
     from pathlib import Path
@@ -39,7 +39,7 @@ FULL_DISK = """
 
 
 def files(folder: Path) -> list[str]:
-    """What lies in a folder."""
+    """List a folder."""
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -65,8 +65,8 @@ def files(folder: Path) -> list[str]:
     ],
     ids=lambda change: "-".join(f"{key}-{value}" for key, value in change.items()),
 )
-def test_an_impossible_shape_is_refused(tmp_path: Path, change: dict[str, int]) -> None:
-    """What no engine would load is not written; heads of one number cannot be rotated."""
+def test_rejects_an_impossible_shape(tmp_path: Path, change: dict[str, int]) -> None:
+    """Engines cannot load such models; for example, heads of length one cannot be rotated."""
     shape = Shape(**(msgspec.structs.asdict(TINY) | {"width": 64, "heads": 4, "kv_heads": 2} | change))
 
     with pytest.raises(ModelError, match="cannot be written"):
@@ -76,8 +76,8 @@ def test_an_impossible_shape_is_refused(tmp_path: Path, change: dict[str, int]) 
 
 
 @pytest.mark.parametrize("target", ["occupied/model.gguf", "folder", "/proc/model.gguf"])
-def test_where_nothing_can_be_written_nothing_is_left_behind(tmp_path: Path, target: str) -> None:
-    """A file where the folder should be, a folder where the file should be, a file system without files."""
+def test_leaves_no_file_where_it_cannot_write(tmp_path: Path, target: str) -> None:
+    """A file in the folder's place, a folder in the file's place, a file system that accepts no files."""
     (tmp_path / "occupied").write_text("not a folder")
     (tmp_path / "folder").mkdir()
 
@@ -88,8 +88,8 @@ def test_where_nothing_can_be_written_nothing_is_left_behind(tmp_path: Path, tar
 
 
 @pytest.mark.real
-def test_a_full_disk_leaves_what_was_there_before(tmp_path: Path) -> None:
-    """One sentence, no half a model, no file left open."""
+def test_a_full_disk_leaves_the_previous_state(tmp_path: Path) -> None:
+    """One line of error, no partial model, no file left open."""
     path = tmp_path / "model.gguf"
     path.write_text("precious")
 
@@ -108,8 +108,8 @@ def test_a_full_disk_leaves_what_was_there_before(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
-    """Another seed gives other weights in a file of the same form."""
+def test_the_same_seed_produces_the_same_bytes(tmp_path: Path) -> None:
+    """Another seed produces other weights in a file of the same layout."""
     one, two, other = (
         write_synthetic(tmp_path / folder / "model.gguf", TINY, name="x", seed=seed).read_bytes()
         for folder, seed in (("one", 3), ("two", 3), ("other", 4))
@@ -124,8 +124,8 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_file_holds_what_was_planned(tmp_path: Path, architecture: str, quant: Quant) -> None:
-    """Names, types, places and sizes of every tensor; what stands before them is the header."""
+def test_the_file_matches_the_plan(tmp_path: Path, architecture: str, quant: Quant) -> None:
+    """Names, types, offsets and sizes of all tensors; the rest is the header."""
     shape = msgspec.structs.replace(EVEN, layers=2, architecture=architecture)
     planned = plan_tensors(shape, quant)
 
@@ -139,8 +139,8 @@ def test_the_file_holds_what_was_planned(tmp_path: Path, architecture: str, quan
     assert (header.architecture, header.vocabulary) == (architecture, shape.vocabulary)
 
 
-def test_a_large_vocabulary_speaks_the_bundled_model_s_tokens(tmp_path: Path) -> None:
-    """So that a prompt has as many tokens as it would have, and the same in every synthetic model."""
+def test_a_large_vocabulary_uses_the_bundled_model_s_tokens(tmp_path: Path) -> None:
+    """A prompt has a realistic number of tokens, the same in every synthetic model."""
     shape = msgspec.structs.replace(TINY, vocabulary=5000)
 
     header = read_header(write_synthetic(tmp_path / "model.gguf", shape, name="x"))
@@ -151,18 +151,16 @@ def test_a_large_vocabulary_speaks_the_bundled_model_s_tokens(tmp_path: Path) ->
     assert header.chat_template == bundled.chat_template
 
 
-def test_a_disk_without_room_is_refused_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rejects_a_full_disk_before_writing_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=1000))
 
-    with pytest.raises(ModelError, match=r"it takes 0.00 GB, 0.00 GB are free"):
+    with pytest.raises(ModelError, match=r"it needs 3.1 MiB, 1 KiB are free"):
         write_synthetic(tmp_path / "model.gguf", EVEN, name="x")
 
     assert files(tmp_path) == []
 
 
-def test_progress_tells_every_byte_of_data(tmp_path: Path) -> None:
+def test_progress_covers_every_byte_of_data(tmp_path: Path) -> None:
     told: list[int] = []
 
     write_synthetic(tmp_path / "model.gguf", EVEN, name="x", progress=told.append)
@@ -171,12 +169,12 @@ def test_progress_tells_every_byte_of_data(tmp_path: Path) -> None:
 
 
 def test_the_shape_of_tinyllama_has_its_number_of_weights() -> None:
-    """1,100,048,384, as its card says."""
+    """1,100,048,384 according to its card."""
     assert sum(tensor.weights for tensor in plan_tensors(LLAMA_1B, "f16")) == 1_100_048_384
 
 
-def test_a_piece_at_a_time_is_in_memory(tmp_path: Path, traced_peak: TracedPeak) -> None:
-    """So that a model larger than the memory can be written."""
+def test_holds_one_chunk_in_memory(tmp_path: Path, traced_peak: TracedPeak) -> None:
+    """Can write models larger than the memory."""
     write_synthetic(tmp_path / "warm-up.gguf", TINY, name="x")
 
     peak = traced_peak()

@@ -218,9 +218,7 @@ class HeaderReader:
         count = math.prod(shape)
         # Blocks never cross rows (the first dimension).
         if (shape and shape[0] % block) or max((count, *shape)) > 1 << 44:
-            raise DamagedHeaderError(
-                f"has an impossible shape {tuple(shape)} for tensor {_brief(name)} of type {label}"
-            )
+            raise DamagedHeaderError(f"has an invalid shape {tuple(shape)} for tensor {_brief(name)} of type {label}")
         return Tensor(
             name=name, shape=tuple(shape), quantization=label, offset=offset, size_bytes=count // block * block_bytes
         )

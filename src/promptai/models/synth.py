@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from promptai.errors import ModelError
 from promptai.models.bundled import bundled_model
+from promptai.models.library import readable_size
 from promptai.models.shape import Shape
 from promptai.models.tensors import (
     ALIGNMENT,
@@ -37,7 +38,6 @@ LLAMA_1B = Shape(layers=22, width=2048, heads=32, kv_heads=4, ffn=5632, vocabula
 #: Size of promptai-tiny's vocabulary; models with a smaller one get a byte tokenizer.
 BORROWED_TOKENS = 2048
 _CHUNK_BYTES = 8 * 1024 * 1024
-_GIB = 1 << 30
 _FILE_TYPES = {"q4_0": "MOSTLY_Q4_0", "q4_k_m": "MOSTLY_Q4_K_M", "q8_0": "MOSTLY_Q8_0", "f16": "MOSTLY_F16"}
 
 
@@ -106,7 +106,7 @@ def _check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise ModelError(
-            f"cannot write {path}: it needs {needed / _GIB:.2f} GiB, {free / _GIB:.2f} GiB are free there",
+            f"cannot write {path}: it needs {readable_size(needed)}, {readable_size(free)} are free there",
             hint="free some space or choose another disk with -o",
         )
 
