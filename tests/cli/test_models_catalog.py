@@ -1,4 +1,4 @@
-"""``promptai models check-catalog``: against fakes, and against a hub on loopback through the real library."""
+"""``promptai models check-catalog``, with fakes, and with a hub on loopback through the real library."""
 
 import json
 import threading
@@ -19,7 +19,7 @@ HUB_TROUBLE = 7
 
 
 def facts(entries: tuple[Entry, ...] = ENTRIES) -> dict[str, RepositoryFacts]:
-    """What a hub says that agrees with the catalogue."""
+    """Metadata from a hub that agrees with the catalogue."""
     found = {}
     for entry in entries:
         files: dict[str, int | None] = {name: entry.expected_bytes(quant) for quant, name in entry.files.items()}
@@ -28,7 +28,7 @@ def facts(entries: tuple[Entry, ...] = ENTRIES) -> dict[str, RepositoryFacts]:
     return found
 
 
-def test_each_repository_is_asked_once_and_the_order_is_the_catalogues() -> None:
+def test_requests_each_repository_once_and_keeps_the_catalogues_order() -> None:
     said, asked = facts(), []
 
     def ask(name: str) -> RepositoryFacts:
@@ -42,7 +42,7 @@ def test_each_repository_is_asked_once_and_the_order_is_the_catalogues() -> None
     assert sorted(asked) == sorted(said)
 
 
-def test_eight_questions_are_asked_at_once_and_no_more() -> None:
+def test_sends_at_most_eight_concurrent_requests() -> None:
     said, lock, asking, most = facts(), threading.Lock(), [0], [0]
     together = threading.Barrier(8, timeout=1)
 
@@ -60,13 +60,13 @@ def test_eight_questions_are_asked_at_once_and_no_more() -> None:
     assert most == [8]
 
 
-def test_without_a_connection_it_gives_up_at_the_first_answer() -> None:
+def test_gives_up_when_the_first_request_has_no_connection() -> None:
     asked = []
 
     def ask(name: str) -> RepositoryFacts:
         asked.append(name)
         if len(asked) > 1:
-            threading.Event().wait(0.2)  # the first answer comes in before the others
+            threading.Event().wait(0.2)  # the first response arrives before the others
         raise HubUnreachableError("no connection")
 
     with pytest.raises(HubUnreachableError, match="no connection"):
@@ -74,7 +74,7 @@ def test_without_a_connection_it_gives_up_at_the_first_answer() -> None:
     assert len(asked) <= 16
 
 
-def test_a_repository_that_is_gone_and_one_that_does_not_answer_spoil_only_their_own_entries() -> None:
+def test_a_missing_or_unreachable_repository_only_affects_its_own_entries() -> None:
     said = facts()
     gone, silent = ENTRIES[3].gguf, ENTRIES[5].repository
     first = threading.Event()
@@ -90,14 +90,14 @@ def test_a_repository_that_is_gone_and_one_that_does_not_answer_spoil_only_their
     found = check(ENTRIES, ask, answered=first.set)
 
     assert {checked.id: checked.differences for checked in found if checked.differences} == {
-        ENTRIES[3].id: [f"the hub has no {gone}"],
-        ENTRIES[5].id: ["not answered: the server is busy"],
+        ENTRIES[3].id: [f"the hub has no repository {gone}"],
+        ENTRIES[5].id: ["not checked: the server is busy"],
     }
     assert set(found[3].file_bytes.values()) == {None}
 
 
 class Claimed(bytes):
-    """No bytes that say they are many: a hub tells sizes, and nobody fetches these."""
+    """Empty content that claims a size: the hub only reports sizes here."""
 
     size: int
 
@@ -126,8 +126,8 @@ def run(hub: Hub, home: Path, *arguments: str) -> tuple[int, Any, str]:
 
 
 @pytest.mark.real
-def test_a_hub_that_agrees_leaves_with_0(tmp_path: Path) -> None:
-    """The whole catalogue, as the real library asks it."""
+def test_exits_with_0_when_the_hub_agrees(tmp_path: Path) -> None:
+    """For the whole catalogue, with requests of the real library."""
     with hub_with() as hub:
         hub.repositories = agreeing_hub(ENTRIES)
         code, found, errors = run(hub, tmp_path, "--json")
@@ -139,7 +139,7 @@ def test_a_hub_that_agrees_leaves_with_0(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_what_differs_is_shown_and_leaves_with_1(tmp_path: Path) -> None:
+def test_shows_differences_and_exits_with_1(tmp_path: Path) -> None:
     entry = load_catalog().find("llama-3.2-3b")
     with hub_with() as hub:
         hub.repositories = agreeing_hub((entry,))
@@ -149,13 +149,13 @@ def test_what_differs_is_shown_and_leaves_with_1(tmp_path: Path) -> None:
 
     assert (code, errors) == (1, "")
     assert f"{entry.gguf} has no {entry.files['Q4_0']}" in shown
-    assert "llama3.3, in the catalogue llama3.2" in shown
-    assert "Q4_K_M 2.02 GB" in shown
+    assert "licence llama3.3 on the hub, llama3.2 in the catalogue" in shown
+    assert "Q4_K_M 1.88 GiB" in shown
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("offline", ["1", "0"], ids=["told-to-be-offline", "connection-refused"])
-def test_without_a_hub_there_is_one_line(offline: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("offline", ["1", "0"], ids=["offline", "connection-refused"])
+def test_reports_a_missing_hub_in_one_line(offline: str, tmp_path: Path) -> None:
     with hub_with() as hub:
         environ = hub.environment(tmp_path) | {"HF_HUB_OFFLINE": offline}
 
@@ -168,7 +168,7 @@ def test_without_a_hub_there_is_one_line(offline: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_a_name_that_the_catalogue_lacks_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+def test_rejects_an_unknown_name_before_any_request(tmp_path: Path) -> None:
     with hub_with() as hub:
         code, _, errors = run(hub, tmp_path, "llama-3.2-3bb")
 

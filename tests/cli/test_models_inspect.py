@@ -1,4 +1,4 @@
-"""``promptai models inspect`` as a user meets it, from a disk, a library and a hub."""
+"""``promptai models inspect`` with local files, a library and a hub."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from support_hub import hub_with
 
 MODEL, HUB = 3, 7
 FILE = "tiny-q8_0.gguf"
-#: Clears the screen, then a mark that turns what follows around.
+#: Clears the screen, then a mark that reverses the text direction.
 NASTY = "a\x1b[2Jb\u202ec"
 
 
@@ -28,15 +28,15 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def printed(*arguments: str | Path) -> str:
-    """What it prints, in this process; what it refuses is raised."""
+    """Run the command in this process; returns its output, raises its error."""
     done = CliRunner().invoke(inspect, [str(argument) for argument in arguments])
     if isinstance(done.exception, Exception):
         raise done.exception
     return done.stdout
 
 
-def test_the_bundled_model_by_its_name() -> None:
-    """Everything that a script may ask, as its card says."""
+def test_inspects_the_bundled_model_by_name() -> None:
+    """All facts in JSON, as documented in the model's card."""
     facts = json.loads(printed("promptai-tiny", "--json", "--tensors"))
 
     assert (facts["architecture"], facts["parameters"], facts["quantization"]) == ("llama", 2_238_528, "Q8_0")
@@ -55,8 +55,8 @@ def test_the_bundled_model_by_its_name() -> None:
     assert facts["tensor_bytes"] == sum(one["size_bytes"] for one in facts["tensors"])
 
 
-def test_a_person_reads_a_table(small_model: Path) -> None:
-    """And is told that the weights are random."""
+def test_prints_a_table_for_people(small_model: Path) -> None:
+    """The table mentions that the weights are random."""
     table = printed(small_model, "--tensors")
 
     for words in ("random weights", "KV cache", "tokenizer", "blk.1.ffn_down.weight"):
@@ -64,8 +64,8 @@ def test_a_person_reads_a_table(small_model: Path) -> None:
 
 
 @pytest.mark.real
-def test_a_file_on_the_hub_is_read_without_fetching_it(tmp_path: Path) -> None:
-    """The header comes in a piece of 256 kB, the size from the hub; nothing is kept."""
+def test_inspects_a_file_on_the_hub_without_downloading_it(tmp_path: Path) -> None:
+    """One range of 256 KiB contains the header, the hub reports the size, and nothing is stored."""
     whole = bundled_model().read_bytes()
     with hub_with(edge__tiny_GGUF={FILE: whole}) as hub:
         done = promptai(
@@ -81,10 +81,12 @@ def test_a_file_on_the_hub_is_read_without_fetching_it(tmp_path: Path) -> None:
 
 @pytest.mark.real
 @pytest.mark.parametrize(
-    ("file", "code", "words"), [("cut.gguf", MODEL, "cut short"), ("none.gguf", HUB, "none.gguf of edge/bad")]
+    ("file", "code", "words"), [("cut.gguf", MODEL, "truncated"), ("none.gguf", HUB, "none.gguf in edge/bad")]
 )
-def test_a_bad_file_on_the_hub_is_told_from_a_missing_one(tmp_path: Path, file: str, code: int, words: str) -> None:
-    """A file that was cut when it was uploaded is refused after its header."""
+def test_distinguishes_a_bad_file_on_the_hub_from_a_missing_one(
+    tmp_path: Path, file: str, code: int, words: str
+) -> None:
+    """A file truncated on upload is rejected after reading its header."""
     whole = bundled_model().read_bytes()
     with hub_with(edge__bad={"cut.gguf": whole[:-100]}) as hub:
         done = promptai("models", "inspect", f"hub:edge/bad:{file}", cwd=tmp_path, **hub.environment(tmp_path))
@@ -95,14 +97,14 @@ def test_a_bad_file_on_the_hub_is_told_from_a_missing_one(tmp_path: Path, file: 
 
 
 def split(number: int, tensors: list[bytes], data: int) -> bytes:
-    """One part of two; only the first says what the model is."""
+    """One part of two; only the first has the model's metadata."""
     entries = [entry("split.no", U16, number), entry("split.count", U16, 2)]
     return gguf([*(llama(context_length=512) if number == 0 else []), *entries], tensors, data)
 
 
 @pytest.mark.parametrize("given", ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"])
-def test_a_model_in_two_files_is_one_model(tmp_path: Path, given: str) -> None:
-    """Whichever part is named."""
+def test_combines_a_model_in_two_files(tmp_path: Path, given: str) -> None:
+    """Regardless of which part is given."""
     (tmp_path / "m-00001-of-00002.gguf").write_bytes(split(0, [tensor("a", (64,), TYPE_F32)], 256))
     (tmp_path / "m-00002-of-00002.gguf").write_bytes(split(1, [tensor("b", (32,), TYPE_F32)], 128))
 
@@ -125,14 +127,14 @@ def renamed(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("make", "words"), [(lone, "m-00002-of-00002.gguf does not exist"), (renamed, "is part 2 of 2")]
 )
-def test_a_part_without_the_others_is_no_model(tmp_path: Path, make: Callable[[Path], str], words: str) -> None:
-    """Said before an engine finds out."""
+def test_rejects_a_part_without_the_others(tmp_path: Path, make: Callable[[Path], str], words: str) -> None:
+    """Before an engine fails on it."""
     with pytest.raises(ModelError, match=words):
         printed(make(tmp_path))
 
 
-def test_what_a_stranger_wrote_into_the_file_does_not_reach_the_terminal(tmp_path: Path) -> None:
-    """Escape sequences, marks that turn text around, and the markup of our own tables."""
+def test_escapes_untrusted_texts_for_the_terminal(tmp_path: Path) -> None:
+    """Escape sequences, marks that reverse the text direction, and the markup of our own tables."""
     entries = [
         *llama(),
         entry("general.name", STRING, f"[bold]{NASTY}"),
@@ -153,13 +155,13 @@ def test_what_a_stranger_wrote_into_the_file_does_not_reach_the_terminal(tmp_pat
     assert template == "line 1\na\\x1b[2Jb\\u202ec\n"
 
 
-def test_a_template_that_is_not_there_is_an_error(small_model: Path) -> None:
-    """A script must not take nothing for a template."""
+def test_a_missing_template_is_an_error(small_model: Path) -> None:
+    """A script must not mistake an empty output for a template."""
     with pytest.raises(SettingsError, match="has no chat template"):
         printed(small_model, "--template")
 
 
-def test_a_name_that_nobody_knows_says_so() -> None:
-    """One line, and what to do."""
-    with pytest.raises(ModelError, match="there is no model nobody-1b"):
+def test_reports_an_unknown_name() -> None:
+    """One line, with a hint."""
+    with pytest.raises(ModelError, match="no model named 'nobody-1b'"):
         printed("nobody-1b")

@@ -1,4 +1,4 @@
-"""What is kept: the commands in this process, as each of its own would cost half a second."""
+"""The commands for the library, in this process: separate processes would cost half a second each."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ FILE = "tiny-Q4_0.gguf"
 
 @pytest.fixture
 def hub(tmp_path: Path, small_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub, and a library into which a model was pulled from it."""
+    """A hub, and a library with a model pulled from it."""
     monkeypatch.setenv("PROMPTAI_MODELS", str(tmp_path / "models"))
     monkeypatch.chdir(tmp_path)
     with hub_with(people__tiny={FILE: small_model.read_bytes()}) as hub:
@@ -43,34 +43,34 @@ def refused(result: Result, kind: type[PromptAIError]) -> str:
     return str(result.exception)
 
 
-def test_a_pulled_model_is_shown_with_its_source_and_what_is_free(library: Library) -> None:
+def test_disk_shows_models_with_their_sources_and_the_free_space(library: Library) -> None:
     (library.root / "own.gguf").write_bytes(b"mine")
     (library.root / "people--tiny" / "x.gguf.0123456789ab.part").write_bytes(bytes(5000))
 
     shown = models("disk").output
     facts = msgspec.json.decode(models("disk", "--json").output)
 
-    for words in ("hub:people/tiny:tiny-Q4", "unverified", "left over", "5 kB", "free"):
+    for words in ("hub:people/tiny:tiny-Q4", "unverified", "leftover", "5 KiB", "free"):
         assert words in shown
     assert [Path(model["path"]).name for model in facts["models"]] == ["own.gguf", FILE]
     assert list(facts["leftovers"].values()) == [5000]
     assert facts["free_bytes"] > 0
 
 
-def test_partial_downloads_can_be_cleaned_away(library: Library) -> None:
+def test_disk_can_delete_partial_downloads(library: Library) -> None:
     (library.root / "people--tiny" / "x.gguf.0123456789ab.part").write_bytes(bytes(5000))
 
-    assert "5 kB freed" in models("disk", "--clean-partial").output
+    assert "5 KiB freed" in models("disk", "--clean-partial").output
     assert library.leftovers() == []
     assert len(library.models()) == 1
 
 
-def test_verify_tells_whole_from_damaged_and_leaves_with_1(library: Library) -> None:
+def test_verify_reports_intact_and_damaged_models_and_exits_with_1(library: Library) -> None:
     (library.root / "own.gguf").write_bytes(b"mine")
     whole = models("verify")
     assert whole.exit_code == 0
-    assert f"people--tiny/{FILE}: as it came" in whole.output
-    assert "models/own.gguf: no checksum is known" in whole.output
+    assert f"people--tiny/{FILE}: intact" in whole.output
+    assert "models/own.gguf: no checksum recorded" in whole.output
 
     path = library.root / "people--tiny" / FILE
     path.write_bytes(path.read_bytes()[:-1] + b"!")
@@ -81,19 +81,19 @@ def test_verify_tells_whole_from_damaged_and_leaves_with_1(library: Library) -> 
     assert getattr(damaged.exception, "exit_code", None) == 1
 
 
-def test_nothing_is_removed_unasked(library: Library) -> None:
-    """A script has nobody to ask."""
+def test_remove_needs_yes_without_a_terminal(library: Library) -> None:
+    """A script cannot be asked for confirmation."""
     assert "--yes" in refused(models("remove", FILE), SettingsError)
     assert len(library.models()) == 1
 
     done = models("remove", FILE, FILE, "--yes")
 
-    assert "kB freed" in done.output
+    assert "KiB freed" in done.output
     assert library.models() == []
 
 
-def test_a_person_is_asked_and_may_say_no(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("promptai.cli.models_library._somebody_is_there", lambda: True)
+def test_remove_asks_for_confirmation_on_a_terminal(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("promptai.cli.models_library._is_interactive", lambda: True)
 
     assert f"Delete people--tiny/{FILE}" in models("remove", FILE, answer="n\n").output
     assert len(library.models()) == 1
@@ -102,11 +102,11 @@ def test_a_person_is_asked_and_may_say_no(library: Library, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("verb", ["remove", "verify"])
-def test_what_is_not_kept_is_named(library: Library, verb: str) -> None:
-    assert f"{library.root} holds no nothing" in refused(models(verb, "nothing"), ModelNotFoundError)
+def test_reports_a_name_that_the_library_lacks(library: Library, verb: str) -> None:
+    assert f"no model named 'nothing' in {library.root}" in refused(models(verb, "nothing"), ModelNotFoundError)
 
 
-def test_a_bundle_travels_on_a_stick(library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_carries_a_bundle_on_a_stick(library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = models("export", "tiny-q4_0", tmp_path / "stick")
     assert f"promptai models import {tmp_path / 'stick'}" in done.output
     monkeypatch.setenv("PROMPTAI_MODELS", str(tmp_path / "board"))
@@ -121,26 +121,26 @@ def test_a_bundle_travels_on_a_stick(library: Library, tmp_path: Path, monkeypat
     assert len(library.models()) == 1
 
 
-def test_a_url_says_that_nobody_promises_its_checksum(hub: Hub, small_model: Path) -> None:
+def test_pull_of_a_url_reports_the_missing_checksum(hub: Hub, small_model: Path) -> None:
     hub.plain["own.gguf"] = small_model.read_bytes()
 
     done = models("pull", f"{hub.url}/plain/own.gguf")
 
-    assert "its source gives no checksum" in done.stderr
-    assert "promised by nobody" in done.stdout
+    assert "no checksum from its source" in done.stderr
+    assert "its source gave no checksum" in done.stdout
 
 
 @pytest.mark.parametrize("sha256", ["", "abc", "g" * 64])
-def test_what_is_no_checksum_is_refused(hub: Hub, sha256: str) -> None:
+def test_pull_rejects_an_invalid_checksum(hub: Hub, sha256: str) -> None:
     assert "64 hexadecimal digits" in refused(models("pull", hub.url, "--sha256", sha256), SettingsError)
 
 
-def test_bench_takes_a_kept_model_by_name_and_a_path_or_server_as_it_is(library: Library, tmp_path: Path) -> None:
-    kept = str(library.root / "people--tiny" / FILE)
+def test_bench_resolves_stored_models_and_leaves_paths_and_servers_unchanged(library: Library, tmp_path: Path) -> None:
+    stored = str(library.root / "people--tiny" / FILE)
 
     as_given = ["./nowhere.gguf", f"{tmp_path}/models/../models", "http://pi-3:8080"]
     settings = Settings(models=str(library.root))
 
-    assert _sources(["tiny-q4_0", f"hub:people/tiny:{FILE}", *as_given], settings) == [kept, kept, *as_given]
+    assert _sources(["tiny-q4_0", f"hub:people/tiny:{FILE}", *as_given], settings) == [stored, stored, *as_given]
     with pytest.raises(ModelNotFoundError):
         _sources(["tinier"], settings)

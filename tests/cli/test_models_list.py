@@ -1,4 +1,4 @@
-"""``promptai models list`` and ``synth``, as a person runs them."""
+"""``promptai models list`` and ``promptai models synth``."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.real
 
 
 def listed(tmp_path: Path, *options: str) -> list[dict[str, Any]]:
-    """The list as JSON, with a library and a cache of the test's own."""
+    """The list as JSON, with the test's own library and cache."""
     done = promptai("models", "list", "--json", *options, cwd=tmp_path, **places(tmp_path))
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout)
@@ -31,7 +31,7 @@ def places(tmp_path: Path) -> dict[str, str]:
     return {"PROMPTAI_MODELS": str(tmp_path / "library"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
 
 
-def test_an_unknown_name_is_an_error_with_the_nearest(tmp_path: Path) -> None:
+def test_synth_suggests_the_nearest_names_for_an_unknown_one(tmp_path: Path) -> None:
     done = promptai("models", "synth", "mistrall-7b", cwd=tmp_path)
 
     assert (done.returncode, done.stdout) == (3, "")
@@ -39,7 +39,7 @@ def test_an_unknown_name_is_an_error_with_the_nearest(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_broken_file_in_the_library_is_listed_with_what_is_wrong(tmp_path: Path) -> None:
+def test_lists_a_damaged_file_with_its_problem(tmp_path: Path) -> None:
     folder = tmp_path / "library" / "someone--else"
     folder.mkdir(parents=True)
     (folder / "broken.gguf").write_bytes(b"GGUF")
@@ -47,10 +47,10 @@ def test_a_broken_file_in_the_library_is_listed_with_what_is_wrong(tmp_path: Pat
     (line,) = listed(tmp_path, "--here")
 
     assert (line["here"], line["outlook"]) == (True, None)
-    assert "cut short" in line["problem"]
+    assert "truncated" in line["problem"]
 
 
-def test_without_a_calibration_every_model_of_the_catalogue_has_bounds(tmp_path: Path) -> None:
+def test_lists_bounds_without_a_calibration(tmp_path: Path) -> None:
     lines = listed(tmp_path)
 
     assert [line["name"] for line in lines] == [entry.id for entry in load_catalog().entries]
@@ -60,7 +60,7 @@ def test_without_a_calibration_every_model_of_the_catalogue_has_bounds(tmp_path:
     assert all(line["outlook"]["memory_bytes"] > line["outlook"]["file_bytes"] for line in lines)
 
 
-def test_with_a_calibration_of_this_engine_there_are_forecasts(tmp_path: Path) -> None:
+def test_lists_forecasts_with_a_calibration_of_this_engine(tmp_path: Path) -> None:
     cpu = read_cpu()
     mine = msgspec.structs.replace(CALIBRATION, engine=locate().label, cpu=cpu.model_name, threads=default_threads(cpu))
     save(tmp_path / "cache" / "promptai" / "calibrations", mine)
@@ -72,7 +72,7 @@ def test_with_a_calibration_of_this_engine_there_are_forecasts(tmp_path: Path) -
     assert "forecast for" in table
 
 
-def test_a_file_in_the_library_is_here_and_a_catalogue_of_small_ones_fits(tmp_path: Path) -> None:
+def test_lists_a_stored_file_as_here_and_fitting(tmp_path: Path) -> None:
     folder = tmp_path / "library" / "someone--else"
     folder.mkdir(parents=True)
     (folder / "tiny.gguf").symlink_to(bundled_model())
@@ -83,7 +83,7 @@ def test_a_file_in_the_library_is_here_and_a_catalogue_of_small_ones_fits(tmp_pa
     assert line["outlook"]["fits"] is True
 
 
-def test_a_slice_of_a_catalogue_model_is_written_and_says_what_it_is(tmp_path: Path) -> None:
+def test_synth_writes_a_slice_marked_as_synthetic(tmp_path: Path) -> None:
     done = promptai("models", "synth", "tinyllama-1.1b", "--layers", "1", "--quant", "q4_0", cwd=tmp_path)
 
     assert done.returncode == 0, done.stderr

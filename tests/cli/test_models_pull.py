@@ -1,4 +1,4 @@
-"""``promptai models pull`` as a person lives through it: other processes, a bad line, a disk that is full."""
+"""``promptai models pull`` across processes, on a bad connection and on a full disk."""
 
 import contextlib
 import resource
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.real
 NAME = "hub:people/tiny-GGUF"
 FILE = "tiny-Q4_K_M.gguf"
 MODEL, HUB, INTERRUPTED = 3, 7, 130
-#: Slow enough to be caught in the act, quick enough to wait for.
+#: Slow enough to interrupt, fast enough to wait for.
 SLOW_BYTES_PER_S = 100_000
 
 
@@ -39,7 +39,7 @@ def pull(hub: Hub, home: Path, *arguments: str, **environ: str) -> "subprocess.C
 
 
 def begin(hub: Hub, home: Path, *, models: Path | None = None) -> "subprocess.Popen[str]":
-    """A pull that goes on beside the test."""
+    """Start a pull in the background."""
     environ = hub.environment(home) | ({"PROMPTAI_MODELS": str(models)} if models else {})
     return subprocess.Popen(
         [*PROMPTAI, "models", "pull", NAME],
@@ -61,7 +61,7 @@ def names(home: Path) -> list[str]:
 
 
 def only_error(done: "subprocess.CompletedProcess[str]", code: int) -> str:
-    """The one line of a refusal."""
+    """Return the single line of an error."""
     errors = [line for line in done.stderr.splitlines() if line.startswith("promptai: error:")]
     assert len(errors) == 1, done.stderr
     assert "Traceback" not in done.stderr
@@ -70,31 +70,27 @@ def only_error(done: "subprocess.CompletedProcess[str]", code: int) -> str:
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9])
-def test_a_download_that_is_cut_goes_on_in_the_next_process(
-    tmp_path: Path, hub: Hub, weights: bytes, share: float
-) -> None:
-    """Not one byte comes twice."""
+def test_resumes_a_lost_download_in_the_next_process(tmp_path: Path, hub: Hub, weights: bytes, share: float) -> None:
+    """No byte is transferred twice."""
     hub.faults = Faults(cut_at=share, cut_first=99)
     error = only_error(pull(hub, tmp_path, NAME, "--tries", "1"), HUB)
-    assert "the connection was cut" in error
-    assert "the same command goes on from there" in error
+    assert "connection lost" in error
+    assert "run the same command again to resume" in error
     hub.seen.clear()
     hub.faults = Faults()
 
     done = pull(hub, tmp_path, NAME, "--json")
 
     assert done.returncode == 0, done.stderr
-    kept = msgspec.json.decode(done.stdout)
-    assert Path(kept["path"]).read_bytes() == weights
+    stored = msgspec.json.decode(done.stdout)
+    assert Path(stored["path"]).read_bytes() == weights
     have = int(len(weights) * share)
     assert [(seen.range, seen.bytes) for seen in hub.bodies()] == [(f"bytes={have}-", len(weights) - have)]
     assert names(tmp_path) == [FILE, f"{FILE}.json"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_download_that_was_stopped_goes_on_where_it_was(
-    tmp_path: Path, hub: Hub, weights: bytes, how: signal.Signals
-) -> None:
+def test_resumes_an_interrupted_download(tmp_path: Path, hub: Hub, weights: bytes, how: signal.Signals) -> None:
     hub.faults.bytes_per_s = SLOW_BYTES_PER_S
     process = begin(hub, tmp_path)
     wait_for(lambda: bool(parts(tmp_path / "models")), what="the first bytes")
@@ -102,7 +98,7 @@ def test_a_download_that_was_stopped_goes_on_where_it_was(
     _, stderr = process.communicate(timeout=30)
     if how == signal.SIGINT:
         assert process.returncode == INTERRUPTED
-        assert f"is kept; go on with: promptai models pull {NAME}" in stderr
+        assert f"downloaded; resume with: promptai models pull {NAME}" in stderr
         assert "Traceback" not in stderr
     have = parts(tmp_path / "models")[0].stat().st_size
     hub.seen.clear()
@@ -113,7 +109,7 @@ def test_a_download_that_was_stopped_goes_on_where_it_was(
     assert (tmp_path / "models" / "people--tiny-GGUF" / FILE).read_bytes() == weights
 
 
-def test_two_pulls_at_once_are_one_download(tmp_path: Path, hub: Hub, weights: bytes) -> None:
+def test_two_concurrent_pulls_share_one_download(tmp_path: Path, hub: Hub, weights: bytes) -> None:
     hub.faults.bytes_per_s = SLOW_BYTES_PER_S
     first = begin(hub, tmp_path)
     wait_for(lambda: bool(parts(tmp_path / "models")), what="the first bytes")
@@ -122,24 +118,22 @@ def test_two_pulls_at_once_are_one_download(tmp_path: Path, hub: Hub, weights: b
 
     assert (first.returncode, second.returncode) == (0, 0), ended
     assert [seen.bytes for seen in hub.bodies()] == [len(weights)]
-    assert "another process is fetching the same file: waiting for it" in ended[1][1]
+    assert "waiting for another process that is downloading the same file" in ended[1][1]
     assert ended[0][0] == ended[1][0]
     assert names(tmp_path) == [FILE, f"{FILE}.json"]
 
 
-def test_a_wrong_checksum_is_refused_and_kept_aside(tmp_path: Path, hub: Hub, weights: bytes) -> None:
+def test_sets_a_file_with_a_wrong_checksum_aside(tmp_path: Path, hub: Hub, weights: bytes) -> None:
     hub.faults.flip_byte = len(weights) // 2
 
     error = only_error(pull(hub, tmp_path), MODEL)
 
-    assert "promised was" in error
+    assert "expected" in error
     assert names(tmp_path) == [f"{FILE}.wrong-checksum"]
 
 
 @pytest.mark.parametrize(("token", "status"), [("", 401), ("hf_of_somebody_else", 403)])
-def test_a_gated_model_says_to_accept_the_licence_and_set_a_token(
-    tmp_path: Path, hub: Hub, token: str, status: int
-) -> None:
+def test_a_gated_model_needs_a_licence_and_a_token(tmp_path: Path, hub: Hub, token: str, status: int) -> None:
     hub.repositories["people/tiny-GGUF"].gated = True
 
     error = only_error(pull(hub, tmp_path, HF_TOKEN=token), HUB)
@@ -150,35 +144,35 @@ def test_a_gated_model_says_to_accept_the_licence_and_set_a_token(
     assert names(tmp_path) == []
 
 
-def test_a_misspelt_name_is_told_with_the_near_ones(tmp_path: Path, hub: Hub) -> None:
+def test_suggests_similar_names_for_a_misspelt_one(tmp_path: Path, hub: Hub) -> None:
     assert "hub:people/tiny-GGUF" in only_error(pull(hub, tmp_path, "hub:people/tiny-GUF"), HUB)
 
 
-def test_offline_a_kept_model_is_found_and_another_is_refused_at_once(tmp_path: Path, hub: Hub) -> None:
+def test_offline_finds_a_stored_model_and_rejects_others_at_once(tmp_path: Path, hub: Hub) -> None:
     assert pull(hub, tmp_path).returncode == 0
 
     found = pull(hub, tmp_path, HF_HUB_OFFLINE="1")
     missing = pull(hub, tmp_path, f"{NAME}:Q8_0", HF_ENDPOINT=nobody())
 
     assert (found.returncode, FILE in found.stdout) == (0, True), found.stderr
-    assert "taking what is here" in found.stderr
+    assert "using the stored model" in found.stderr
     assert "no connection" in only_error(missing, HUB)
 
 
-def test_a_disk_that_is_full_is_said_and_the_part_stays(tmp_path: Path, hub: Hub) -> None:
-    """The kernel's file size limit stands in for a full disk: writes fail in the middle."""
+def test_reports_a_full_disk_and_keeps_the_partial_file(tmp_path: Path, hub: Hub) -> None:
+    """The kernel's file size limit simulates a full disk: writes fail in the middle."""
     process = begin(hub, tmp_path)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (30_000, 30_000))
     _, stderr = process.communicate(timeout=60)
     done = subprocess.CompletedProcess(process.args, process.returncode, "", stderr)
 
-    assert "it goes on where it stopped" in only_error(done, MODEL)
+    assert "pull again to resume" in only_error(done, MODEL)
     assert [path.stat().st_size for path in parts(tmp_path / "models")] == [30_000]
 
 
 @contextlib.contextmanager
 def small_disk(path: Path, size: int) -> Iterator[None]:
-    """A real file system of so many bytes, where the tests may mount one."""
+    """A real file system of this size, where the tests may mount one."""
     path.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], check=False, capture_output=True
@@ -191,7 +185,7 @@ def small_disk(path: Path, size: int) -> Iterator[None]:
         subprocess.run(["umount", path], check=True)
 
 
-def test_a_real_disk_that_is_small_or_fills_up(tmp_path: Path, hub: Hub, weights: bytes) -> None:
+def test_handles_a_real_disk_that_is_small_or_fills_up(tmp_path: Path, hub: Hub, weights: bytes) -> None:
     models = tmp_path / "card"
     with small_disk(models, 1 << 20):
         error = only_error(pull(hub, tmp_path, NAME, PROMPTAI_MODELS=str(models)), MODEL)
@@ -204,7 +198,7 @@ def test_a_real_disk_that_is_small_or_fills_up(tmp_path: Path, hub: Hub, weights
         process = begin(hub, tmp_path, models=models)
         wait_for(lambda: bool(parts(models)), what="the first bytes")
         with contextlib.suppress(OSError), (models / "photos").open("wb", buffering=0) as photos:
-            while True:  # until the card is full
+            while True:  # until the disk is full
                 photos.write(bytes(4096))
         _, stderr = process.communicate(timeout=60)
         done = subprocess.CompletedProcess(process.args, process.returncode, "", stderr)
@@ -218,7 +212,7 @@ def test_a_real_disk_that_is_small_or_fills_up(tmp_path: Path, hub: Hub, weights
         assert [seen.bytes for seen in hub.bodies()] == [len(weights) - have]
 
 
-def test_bench_says_how_to_get_a_model_that_is_not_here(tmp_path: Path, workload: Path) -> None:
+def test_bench_suggests_a_pull_for_a_missing_model(tmp_path: Path, workload: Path) -> None:
     done = promptai("bench", "tinier", "--workload", workload, cwd=tmp_path, PROMPTAI_MODELS=str(tmp_path))
 
     assert "promptai models pull tinier" in only_error(done, MODEL)

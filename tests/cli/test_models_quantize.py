@@ -1,4 +1,4 @@
-"""``promptai models quantize`` as a user meets it."""
+"""``promptai models quantize`` on the command line."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def printed(*arguments: str | Path) -> str:
-    """What it prints, in this process; what it refuses is raised."""
+    """Run the command in this process; returns its output, raises its error."""
     done = CliRunner().invoke(quantize_model, [str(argument) for argument in arguments])
     if isinstance(done.exception, Exception):
         raise done.exception
@@ -53,8 +53,8 @@ def tool(tmp_path: Path, *lines: str) -> None:
 
 
 @pytest.mark.real
-def test_a_real_model_becomes_smaller_and_is_compared_with_its_source(half: Path, tmp_path: Path) -> None:
-    """Without anything but what is installed with us."""
+def test_quantises_a_real_model_and_compares_it_with_its_source(half: Path, tmp_path: Path) -> None:
+    """With nothing but our own dependencies installed."""
     done = promptai("models", "quantize", half, "--type", "q8_0", "--threads", "1", "--json", cwd=tmp_path)
 
     facts = json.loads(done.stdout)
@@ -68,8 +68,8 @@ def test_a_real_model_becomes_smaller_and_is_compared_with_its_source(half: Path
     assert [path.name for path in tmp_path.iterdir()] == ["tiny-q8_0.gguf"]
 
 
-def test_random_weights_are_not_compared(tmp_path: Path) -> None:
-    """They agree on nothing that means anything; the result still says that they are random."""
+def test_does_not_compare_random_weights(tmp_path: Path) -> None:
+    """Agreement would mean nothing; the result is still marked as synthetic."""
     shape = Shape(layers=1, width=64, heads=4, kv_heads=2, ffn=128, vocabulary=512)
     write_synthetic(tmp_path / "random.gguf", shape, name="x", quant="f16")
 
@@ -83,13 +83,13 @@ def test_random_weights_are_not_compared(tmp_path: Path) -> None:
     ("arguments", "kind", "words"),
     [
         (("--type", "q4_k_m"), ModelError, "needs llama.cpp's llama-quantize"),
-        (("-o", "here.gguf"), SettingsError, "is there already"),
+        (("-o", "here.gguf"), SettingsError, "already exists"),
     ],
 )
-def test_it_is_refused_before_anything_is_written(
+def test_rejects_bad_options_before_writing_anything(
     half: Path, tmp_path: Path, arguments: tuple[str, ...], kind: type[Exception], words: str
 ) -> None:
-    """And what was there stays."""
+    """Existing files are unchanged."""
     (tmp_path / "here.gguf").write_text("precious")
 
     with pytest.raises(kind, match=words):
@@ -98,27 +98,27 @@ def test_it_is_refused_before_anything_is_written(
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("here.gguf", "precious")]
 
 
-def test_a_folder_that_takes_no_files_is_told_in_one_line(half: Path) -> None:
-    """Not in a traceback."""
+def test_reports_an_unwritable_folder_in_one_line(half: Path) -> None:
+    """Without a traceback."""
     with pytest.raises(LibraryError, match=r"/proc/new\.gguf: "):
         printed(half, "-o", "/proc/new.gguf")
 
 
-def test_a_checkpoint_that_one_stands_in_is_called_what_its_folder_is(
+def test_a_checkpoint_in_the_current_directory_is_named_after_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A dot is no name; the result lies in there."""
+    """A dot is not a name; the result is written there."""
     folder = tmp_path / "edge-1b"
     folder.mkdir()
     (folder / "edge-1b-q4_0.gguf").write_text("precious")
     monkeypatch.chdir(folder)
 
-    with pytest.raises(SettingsError, match=r"^edge-1b-q4_0\.gguf is there already"):
+    with pytest.raises(SettingsError, match=r"^edge-1b-q4_0\.gguf already exists"):
         printed(".")
 
 
-def test_a_result_is_replaced_when_that_is_wanted(half: Path, tmp_path: Path) -> None:
-    """The name without its type, then the new type, is where it goes."""
+def test_force_replaces_a_result(half: Path, tmp_path: Path) -> None:
+    """The default name is the source's without its type, plus the new type."""
     (tmp_path / "tiny-q4_0.gguf").write_text("old")
 
     text = printed(half, "--force", "--no-check")
@@ -133,10 +133,8 @@ def test_a_result_is_replaced_when_that_is_wanted(half: Path, tmp_path: Path) ->
     [ModelTooLargeError("needs 30 GiB"), EngineProtocolError("did not report"), OSError(28, "No space left on device")],
     ids=["memory", "engine", "disk"],
 )
-def test_a_check_that_cannot_be_made_does_not_cost_the_result(
-    half: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    """It is told why."""
+def test_a_failed_comparison_keeps_the_result(half: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """The reason is printed."""
 
     def fail(*_arguments: object, **_named: object) -> None:
         raise error
@@ -147,29 +145,29 @@ def test_a_check_that_cannot_be_made_does_not_cost_the_result(
     assert read_header(Path("tiny-q4_0.gguf")).quantization == "Q4_0"
 
 
-def test_little_agreement_is_doubted_aloud(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A damaged file loads and talks like any other."""
+def test_warns_about_low_agreement(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged file loads and generates like any other."""
     poor = Agreement("engine", 500, 200, 0.4, (0.36, 0.44), 5.0, 50.0, -2.3, (-2.5, -2.1))
     monkeypatch.setattr(models_quantize, "_check", lambda *_: poor)
 
     text = printed(half)
 
     assert "200 of 500, 40.0 % (95 %: 36.0–44.0), by engine" in text
-    assert "perplexity there: 5.00 → 50.0; log-likelihood -2.300 nats a token (95 %: -2.500 to -2.100)" in text
-    assert "doubt" in text
+    assert "perplexity there: 5.00 → 50.0; log-likelihood -2.300 nats per token (95 %: -2.500 to -2.100)" in text
+    assert "warning" in text
 
 
-def test_a_model_that_computes_no_numbers_gets_no_made_up_ones(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its perplexity is infinite; there is no difference to tell."""
+def test_prints_no_invented_figures_for_a_broken_model(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its perplexity is infinite, and there is no difference to report."""
     broken = Agreement("engine", 500, 0, 0.0, (0.0, 0.01), 5.0, math.inf, None, None)
     monkeypatch.setattr(models_quantize, "_check", lambda *_: broken)
 
-    assert "perplexity there: 5.00 → inf; log-likelihood beyond all numbers\n" in printed(half)
+    assert "perplexity there: 5.00 → inf; log-likelihood not a number\n" in printed(half)
 
 
 @pytest.mark.real
-def test_ctrl_c_ends_the_tool_and_leaves_nothing(half: Path, tmp_path: Path) -> None:
-    """Its half a file goes with it."""
+def test_ctrl_c_stops_the_tool_and_leaves_no_file(half: Path, tmp_path: Path) -> None:
+    """Its partial file is deleted."""
     tool(
         tmp_path,
         "for last; do part=$before; before=$kind; kind=$last; done",
@@ -191,8 +189,8 @@ def test_ctrl_c_ends_the_tool_and_leaves_nothing(half: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.real
-def test_the_last_words_of_a_failing_tool_are_the_error(half: Path, tmp_path: Path) -> None:
-    """One line, exit code 3, nothing left."""
+def test_a_failing_tool_s_last_line_is_the_error(half: Path, tmp_path: Path) -> None:
+    """One line, exit code 3, no file left."""
     tool(tmp_path, "echo main: out of paper >&2", "exit 7")
 
     done = promptai("models", "quantize", half, "--type", "q4_k_m", cwd=tmp_path)

@@ -23,8 +23,8 @@ def library(tmp_path: Path, small_model: Path) -> Library:
     return library
 
 
-def bring(path: Path, library: Library, told: Told | None = None) -> list[StoredModel]:
-    return list(import_path(path, library, told or Told()))
+def bring(path: Path, library: Library, progress: Told | None = None) -> list[StoredModel]:
+    return list(import_path(path, library, progress or Told()))
 
 
 def files(folder: Path) -> list[str]:
@@ -32,14 +32,14 @@ def files(folder: Path) -> list[str]:
 
 
 def test_import_copies_a_file_and_records_its_checksum(library: Library, small_model: Path) -> None:
-    kept = library.find("a")
+    stored = library.find("a")
 
-    assert kept is not None
-    assert kept.sidecar is not None
-    assert kept.path == library.root / "imported" / "a.gguf"
-    assert kept.path.read_bytes() == small_model.read_bytes()
-    assert (kept.sidecar.source, kept.sidecar.promised) == ("import", False)
-    library.verify(kept, Told())
+    assert stored is not None
+    assert stored.sidecar is not None
+    assert stored.path == library.root / "imported" / "a.gguf"
+    assert stored.path.read_bytes() == small_model.read_bytes()
+    assert (stored.sidecar.source, stored.sidecar.promised) == ("import", False)
+    library.verify(stored, Told())
 
 
 def test_import_finds_models_on_a_stick_and_continues_after_a_damaged_one(tmp_path: Path, small_model: Path) -> None:
@@ -48,13 +48,13 @@ def test_import_finds_models_on_a_stick_and_continues_after_a_damaged_one(tmp_pa
     shutil.copy(small_model, stick / "deep" / "down" / "good.gguf")
     (stick / "cut.gguf").write_bytes(small_model.read_bytes()[:-1000])
     (stick / "page.gguf").write_text("<html>")
-    library, told = Library(tmp_path / "models"), Told()
+    library, progress = Library(tmp_path / "models"), Told()
 
     with pytest.raises(ModelError, match=r"2 of 3 files in .*stick were rejected"):
-        bring(stick, library, told)
+        bring(stick, library, progress)
 
-    assert [kept.path.name for kept in library.models()] == ["good.gguf"]
-    assert [("cut.gguf" in line, "page.gguf" in line) for line in told.lines] == [(True, False), (False, True)]
+    assert [stored.path.name for stored in library.models()] == ["good.gguf"]
+    assert [("cut.gguf" in line, "page.gguf" in line) for line in progress.lines] == [(True, False), (False, True)]
     assert library.leftovers() == []
 
 
@@ -84,9 +84,9 @@ def test_import_of_a_file_in_the_library_only_adds_a_sidecar(library: Library, s
     own = library.root / "own.gguf"
     shutil.copy(small_model, own)
 
-    kept = bring(own, library)[0]
+    stored = bring(own, library)[0]
 
-    assert (kept.path, kept.sidecar is None) == (own, False)
+    assert (stored.path, stored.sidecar is None) == (own, False)
     assert not (library.root / "imported" / "own.gguf").exists()
 
 
@@ -103,16 +103,16 @@ def test_a_bundle_reproduces_the_library_on_another_board(library: Library, tmp_
     export(library.models(), tmp_path / "stick", Told())
     board = Library(tmp_path / "board")
 
-    kept = bring(tmp_path / "stick", board)
+    stored = bring(tmp_path / "stick", board)
 
-    assert [one.name for one in kept] == ["imported/a.gguf", "imported/b.gguf"]
-    assert board.models() == kept
+    assert [one.name for one in stored] == ["imported/a.gguf", "imported/b.gguf"]
+    assert board.models() == stored
     for here, there in zip(library.models(), board.models(), strict=True):
         assert here.path.read_bytes() == there.path.read_bytes()
         assert here.sidecar is not None
         assert there.sidecar is not None
         assert here.sidecar.sha256 == there.sidecar.sha256
-    assert bring(tmp_path / "stick", board) == kept
+    assert bring(tmp_path / "stick", board) == stored
     assert [one.sidecar is not None for one in Library(tmp_path / "stick").models()] == [
         True,
         True,
@@ -144,13 +144,13 @@ def test_import_rejects_a_damaged_file_of_a_bundle_and_stores_the_others(
         os.truncate(victim, victim.stat().st_size - 1)
     else:
         victim.unlink()
-    board, told = Library(tmp_path / "board"), Told()
+    board, progress = Library(tmp_path / "board"), Told()
 
     with pytest.raises(ModelError, match="1 of 2 files"):
-        bring(stick, board, told)
+        bring(stick, board, progress)
 
     assert files(board.root) == ["imported/b.gguf", "imported/b.gguf.json"]
-    assert "a.gguf" in told.lines[0]
+    assert "a.gguf" in progress.lines[0]
 
 
 def test_export_rejects_a_damaged_model(library: Library, tmp_path: Path) -> None:

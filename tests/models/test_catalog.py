@@ -291,14 +291,14 @@ def test_reports_a_missing_file_with_the_nearest_name() -> None:
     assert differences(entry, answers) == ["somebody/Small-1B-GGUF has no small-q4_0.gguf (nearest: small.Q4_0.gguf)"]
 
 
-@pytest.mark.parametrize(("times", "told"), [(1.025, False), (0.975, False), (1.04, True), (0.96, True)])
-def test_reports_a_size_that_the_shape_does_not_imply(times: float, *, told: bool) -> None:
+@pytest.mark.parametrize(("times", "reported"), [(1.025, False), (0.975, False), (1.04, True), (0.96, True)])
+def test_reports_a_size_that_the_shape_does_not_imply(times: float, *, reported: bool) -> None:
     """The cause may be another vocabulary, an output matrix stored twice, or another model of that name."""
     _, entry, answers = small()
     sizes = {name: round(entry.expected_bytes(quant) * times) for quant, name in entry.files.items()}
     answers[entry.gguf] = changed(answers, entry.gguf, files=sizes)
 
-    assert [("its shape implies" in line) for line in differences(entry, answers)] == [True, True] * told
+    assert [("its shape implies" in line) for line in differences(entry, answers)] == [True, True] * reported
 
 
 def test_an_unknown_size_is_no_difference() -> None:

@@ -44,11 +44,11 @@ def test_the_directory_need_not_exist(library: Library) -> None:
 
 
 def test_a_stored_model_has_only_its_sidecar_beside_it(library: Library) -> None:
-    kept = put(library, "people--tiny", "tiny-Q4_0.gguf")
+    stored = put(library, "people--tiny", "tiny-Q4_0.gguf")
 
-    assert library.models() == [kept]
-    assert sorted(path.name for path in kept.path.parent.iterdir()) == ["tiny-Q4_0.gguf", "tiny-Q4_0.gguf.json"]
-    assert msgspec.json.decode(sidecar_path(kept.path).read_bytes(), type=Sidecar) == kept.sidecar
+    assert library.models() == [stored]
+    assert sorted(path.name for path in stored.path.parent.iterdir()) == ["tiny-Q4_0.gguf", "tiny-Q4_0.gguf.json"]
+    assert msgspec.json.decode(sidecar_path(stored.path).read_bytes(), type=Sidecar) == stored.sidecar
 
 
 @pytest.mark.parametrize(
@@ -59,10 +59,10 @@ def test_a_stored_model_has_only_its_sidecar_beside_it(library: Library) -> None
     ],
 )
 def test_finds_a_model_by_each_of_its_names(library: Library, name: str) -> None:
-    kept = put(library, "people--tiny", "tiny-Q4_0.gguf", catalog="tiny-1b")
+    stored = put(library, "people--tiny", "tiny-Q4_0.gguf", catalog="tiny-1b")
     put(library, "people--other", "other.gguf")
 
-    assert library.find(name) == kept
+    assert library.find(name) == stored
 
 
 def test_rejects_an_ambiguous_name(library: Library) -> None:
@@ -102,16 +102,16 @@ def test_partial_files_are_not_models(library: Library) -> None:
 
 
 def test_clean_deletes_leftovers_except_files_being_written(library: Library) -> None:
-    kept = put(library, "people--tiny", "tiny.gguf")
+    stored = put(library, "people--tiny", "tiny.gguf")
     for name in ("a.gguf.0123456789ab.part", "b.gguf.wrong-checksum"):
-        (kept.path.parent / name).write_bytes(b"12345")
-    with (kept.path.parent / "a.gguf.0123456789ab.part").open("ab") as busy:
+        (stored.path.parent / name).write_bytes(b"12345")
+    with (stored.path.parent / "a.gguf.0123456789ab.part").open("ab") as busy:
         fcntl.flock(busy, fcntl.LOCK_EX)
 
-        assert library.clean() == (5, [kept.path.parent / "a.gguf.0123456789ab.part"])
+        assert library.clean() == (5, [stored.path.parent / "a.gguf.0123456789ab.part"])
 
     assert library.clean() == (5, [])
-    assert library.models() == [kept]
+    assert library.models() == [stored]
 
 
 @pytest.mark.parametrize(
@@ -137,34 +137,34 @@ def test_the_space_check_keeps_some_to_spare(tmp_path: Path) -> None:
 
 
 def test_remove_deletes_the_sidecar_and_the_empty_folder(library: Library) -> None:
-    kept, other = put(library, "people--tiny", "a.gguf"), put(library, "people--tiny", "b.gguf")
+    stored, other = put(library, "people--tiny", "a.gguf"), put(library, "people--tiny", "b.gguf")
 
-    library.remove(kept)
+    library.remove(stored)
     assert library.models() == [other]
     library.remove(other)
     assert list(library.root.iterdir()) == []
 
 
 def test_verify_records_the_time_for_an_intact_model(library: Library) -> None:
-    kept = put(library, "people--tiny", "tiny.gguf")
-    told = Told()
+    stored = put(library, "people--tiny", "tiny.gguf")
+    progress = Told()
 
-    verified = library.verify(kept, told)
+    verified = library.verify(stored, progress)
 
     assert verified.sidecar is not None
     assert verified.sidecar.verified_at > "2026-11-01T00:00:00+00:00"
     assert library.models() == [verified]
-    assert (told.stretches, told.advanced) == ([("checking people--tiny/tiny.gguf", 16, 0)], 16)
+    assert (progress.stretches, progress.advanced) == ([("checking people--tiny/tiny.gguf", 16, 0)], 16)
 
 
 @pytest.mark.parametrize("content", [CONTENT[:-1] + b"!", CONTENT[:-1], CONTENT + b"!"])
 def test_verify_detects_a_changed_byte_or_length(library: Library, content: bytes) -> None:
-    kept = put(library, "people--tiny", "tiny.gguf")
-    kept.path.write_bytes(content)
+    stored = put(library, "people--tiny", "tiny.gguf")
+    stored.path.write_bytes(content)
 
     with pytest.raises(ModelChecksumError, match=r"people--tiny/tiny.gguf is damaged"):
         library.verify(library.models()[0], Told())
-    assert library.models()[0].sidecar == kept.sidecar
+    assert library.models()[0].sidecar == stored.sidecar
 
 
 def test_verify_needs_a_checksum(library: Library) -> None:

@@ -53,8 +53,8 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return asked
 
 
-def get(library: Library, name: str = NAME, *, sha256: str | None = None, told: Told | None = None) -> StoredModel:
-    return fetch(resolve_download(parse_reference(name), sha256=sha256), library, told or Told())
+def get(library: Library, name: str = NAME, *, sha256: str | None = None, progress: Told | None = None) -> StoredModel:
+    return fetch(resolve_download(parse_reference(name), sha256=sha256), library, progress or Told())
 
 
 def names(library: Library) -> list[str]:
@@ -63,12 +63,12 @@ def names(library: Library) -> list[str]:
 
 
 def test_stores_a_model_with_its_source(hub: Hub, library: Library, weights: bytes) -> None:
-    kept = get(library)
+    stored = get(library)
 
-    assert kept.path == library.root / "people--tiny-GGUF" / FILE
-    assert kept.path.read_bytes() == weights
-    assert kept.sidecar is not None
-    assert msgspec.structs.replace(kept.sidecar, fetched_at="", verified_at="") == Sidecar(
+    assert stored.path == library.root / "people--tiny-GGUF" / FILE
+    assert stored.path.read_bytes() == weights
+    assert stored.sidecar is not None
+    assert msgspec.structs.replace(stored.sidecar, fetched_at="", verified_at="") == Sidecar(
         source=f"{NAME}:{FILE}",
         file=FILE,
         bytes=len(weights),
@@ -93,18 +93,18 @@ def test_resumes_at_once_after_a_lost_connection(
     hub: Hub, library: Library, weights: bytes, pauses: list[float]
 ) -> None:
     hub.faults = Faults(cut_at=0.3, cut_first=1)
-    told = Told()
+    progress = Told()
 
-    kept = get(library, told=told)
+    stored = get(library, progress=progress)
 
     cut = int(len(weights) * 0.3)
-    assert kept.path.read_bytes() == weights
+    assert stored.path.read_bytes() == weights
     assert [(seen.range, seen.bytes) for seen in hub.bodies()] == [
         (None, cut),
         (f"bytes={cut}-", len(weights) - cut),
     ]
-    assert told.lines == [f"{FILE} in people/tiny-GGUF: connection lost; retrying"]
-    assert told.advanced == len(weights)
+    assert progress.lines == [f"{FILE} in people/tiny-GGUF: connection lost; retrying"]
+    assert progress.advanced == len(weights)
     assert sum(pauses) < 1
 
 
@@ -131,16 +131,16 @@ def test_the_next_pull_checks_the_partial_file_and_requests_the_rest(
         get(library)
     hub.seen.clear()
     hub.faults = Faults()
-    told = Told()
+    progress = Told()
     download = resolve_download(parse_reference(NAME))
     assert downloaded_share(download, library) == pytest.approx(0.9, abs=0.001)
 
-    fetch(download, library, told)
+    fetch(download, library, progress)
 
     have = int(len(weights) * 0.9)
     assert [(seen.range, seen.bytes) for seen in hub.bodies()] == [(f"bytes={have}-", len(weights) - have)]
-    assert [done for _, _, done in told.stretches] == [0, have]
-    assert told.advanced == len(weights)
+    assert [done for _, _, done in progress.stretches] == [0, have]
+    assert progress.advanced == len(weights)
 
 
 def test_a_complete_partial_file_is_only_renamed(hub: Hub, library: Library, weights: bytes) -> None:
@@ -176,18 +176,18 @@ def test_starts_again_when_the_awaited_partial_file_was_deleted(library: Library
     """After a cleaning or a rejected checksum, the locked file is no longer the one of that name."""
     part = library.root / "people--tiny-GGUF" / f"{FILE}.{hashlib.sha256(weights).hexdigest()[:12]}.part"
     part.parent.mkdir(parents=True)
-    told, download = Told(), resolve_download(parse_reference(NAME))
+    progress, download = Told(), resolve_download(parse_reference(NAME))
     with ThreadPoolExecutor() as beside:
         with part.open("wb") as other:
             fcntl.flock(other, fcntl.LOCK_EX)
-            waiting = beside.submit(fetch, download, library, told)
-            while not told.lines:
+            waiting = beside.submit(fetch, download, library, progress)
+            while not progress.lines:
                 assert not waiting.done()
             part.unlink()
-        kept = waiting.result()
+        stored = waiting.result()
 
-    assert told.lines == ["waiting for another process that is downloading the same file"]
-    assert kept.path.read_bytes() == weights
+    assert progress.lines == ["waiting for another process that is downloading the same file"]
+    assert stored.path.read_bytes() == weights
     assert names(library) == [FILE, f"{FILE}.json"]
 
 
@@ -292,10 +292,10 @@ def test_leaves_a_different_file_in_its_place(hub: Hub, library: Library) -> Non
 def test_a_newer_version_does_not_replace_the_stored_one(hub: Hub, library: Library, weights: bytes) -> None:
     get(library)
     hub.repositories["people/tiny-GGUF"].files[FILE] = weights[:-1] + b"!"
-    told = Told()
+    progress = Told()
 
-    assert get(library, told=told).path.read_bytes() == weights
-    assert "another version" in told.lines[0]
+    assert get(library, progress=progress).path.read_bytes() == weights
+    assert "another version" in progress.lines[0]
 
 
 def test_rejects_a_damaged_stored_model(hub: Hub, library: Library) -> None:
@@ -309,10 +309,10 @@ def test_rejects_a_damaged_stored_model(hub: Hub, library: Library) -> None:
 def test_stores_an_intact_file_that_it_cannot_read(hub: Hub, library: Library) -> None:
     """A night's download of a model newer than this reader is not discarded."""
     hub.repositories["people/tiny-GGUF"].files[FILE] = b"GGUF" + (99).to_bytes(4, "little") + bytes(100)
-    told = Told()
+    progress = Told()
 
-    assert get(library, told=told).bytes == 108
-    assert "stored, although PromptAI cannot read it" in told.lines[-1]
+    assert get(library, progress=progress).bytes == 108
+    assert "stored, although PromptAI cannot read it" in progress.lines[-1]
 
 
 def test_a_catalogue_name_finds_a_model_pulled_from_the_hub(hub: Hub, library: Library) -> None:
@@ -327,11 +327,11 @@ def test_a_catalogue_name_finds_a_model_pulled_from_the_hub(hub: Hub, library: L
 
 def test_finds_stored_models_without_a_connection(hub: Hub, library: Library, weights: bytes) -> None:
     hub.plain["own.gguf"] = weights
-    kept = get(library)
+    stored = get(library)
     own = get(library, f"{hub.url}/plain/own.gguf")
 
-    assert find_stored(parse_reference(NAME), library) == kept
-    assert find_stored(parse_reference(f"{NAME}:q4_k_m"), library) == kept
+    assert find_stored(parse_reference(NAME), library) == stored
+    assert find_stored(parse_reference(f"{NAME}:q4_k_m"), library) == stored
     assert find_stored(parse_reference(f"{NAME}:q8_0"), library) is None
     assert find_stored(parse_reference("hub:people/other"), library) is None
     assert find_stored(parse_reference(f"{hub.url}/plain/own.gguf"), library) == own

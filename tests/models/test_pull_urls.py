@@ -44,11 +44,11 @@ def test_stores_a_url_under_its_server_and_resumes_it(hub: Hub, library: Library
     hub.seen.clear()
     hub.faults = Faults()
 
-    kept = get(library, hub, "own.gguf")
+    stored = get(library, hub, "own.gguf")
 
-    assert kept.path == library.root / "url--127.0.0.1" / "own.gguf"
-    assert kept.sidecar is not None
-    assert (kept.sidecar.sha256, kept.sidecar.promised) == (hashlib.sha256(weights).hexdigest(), False)
+    assert stored.path == library.root / "url--127.0.0.1" / "own.gguf"
+    assert stored.sidecar is not None
+    assert (stored.sidecar.sha256, stored.sidecar.promised) == (hashlib.sha256(weights).hexdigest(), False)
     half = len(weights) // 2
     assert [seen.range for seen in hub.bodies()] == ["bytes=0-0", f"bytes={half}-"]
     assert hub.bodies()[1].bytes == len(weights) - half
@@ -58,15 +58,15 @@ def test_never_resumes_a_url_without_a_version(hub: Hub, library: Library, weigh
     """The second half might be of another file; gives up on a server that always closes the connection."""
     hub.plain["own.gguf"] = weights
     hub.faults = Faults(no_etag=True, cut_at=0.5, cut_first=2)
-    kept = get(library, hub, "own.gguf")
+    stored = get(library, hub, "own.gguf")
 
-    assert kept.path.read_bytes() == weights
+    assert stored.path.read_bytes() == weights
     assert [(seen.range, seen.bytes) for seen in hub.bodies()[1:]] == [
         (None, len(weights) // 2),
         (None, len(weights)),
     ]
 
-    library.remove(kept)
+    library.remove(stored)
     hub.faults.cut_first = 99
     with pytest.raises(HubUnreachableError, match="connection lost"):
         get(library, hub, "own.gguf")
@@ -90,10 +90,10 @@ def test_compares_a_url_with_the_given_checksum(hub: Hub, library: Library, weig
 
     with pytest.raises(ModelChecksumError):
         get(library, hub, "own.gguf", sha256="0" * 64)
-    kept = get(library, hub, "own.gguf", sha256=hashlib.sha256(weights).hexdigest())
+    stored = get(library, hub, "own.gguf", sha256=hashlib.sha256(weights).hexdigest())
 
-    assert kept.sidecar is not None
-    assert kept.sidecar.promised
+    assert stored.sidecar is not None
+    assert stored.sidecar.promised
 
 
 def test_does_not_store_a_web_page(hub: Hub, library: Library) -> None:

@@ -161,11 +161,11 @@ def test_rejects_a_full_disk_before_writing_anything(tmp_path: Path, monkeypatch
 
 
 def test_progress_covers_every_byte_of_data(tmp_path: Path) -> None:
-    told: list[int] = []
+    progress: list[int] = []
 
-    write_synthetic(tmp_path / "model.gguf", EVEN, name="x", progress=told.append)
+    write_synthetic(tmp_path / "model.gguf", EVEN, name="x", progress=progress.append)
 
-    assert sum(told) == sum(tensor.size_bytes for tensor in plan_tensors(EVEN, "q4_0"))
+    assert sum(progress) == sum(tensor.size_bytes for tensor in plan_tensors(EVEN, "q4_0"))
 
 
 def test_the_shape_of_tinyllama_has_its_number_of_weights() -> None:

@@ -1,4 +1,4 @@
-"""``promptai models calibrate``: learn what this machine's engine does, so that models can be forecast."""
+"""``promptai models calibrate``: measure this machine's engine, for forecasts of models."""
 
 import asyncio
 from pathlib import Path
@@ -23,15 +23,19 @@ Example:
   promptai models calibrate && promptai models list
 """
 )
-@click.option("--engine", "engine_path", type=click.Path(path_type=Path), help="A llama-server to use.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the physical cores that are ours]")
+@click.option("--engine", "engine_path", type=click.Path(path_type=Path), help="llama-server to use.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="CPU threads.  [default: physical cores available to this process]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def calibrate(*, engine_path: Path | None, threads: int | None, as_json: bool) -> None:
     """
-    Measure twenty small models of random weights, twice each, and remember what a byte and a token cost here.
+    Measure twenty small models with random weights, twice each, and store the cost per byte and per token.
 
-    Takes about three minutes on a PC and some more on a board, and up to 0.4 GB of disk while it runs.
-    Leave the machine alone meanwhile.
+    Takes about three minutes on a PC and longer on a board, and up to 0.4 GiB of disk while it runs.
+    Do not use the machine for other work meanwhile.
     """
     settings, console = load_settings(), Console(stderr=as_json)
     named = engine_path or (Path(settings.engine.path) if settings.engine.path else None)
@@ -68,13 +72,13 @@ def _print(calibration: Calibration, console: Console) -> None:
         prefill = calibration.prefill_s_per_weight.get(kind)
         table.add_row(
             kind,
-            f"{1 / price / 1e9:.1f}" if price else "too fast to tell",
+            f"{1 / price / 1e9:.1f}" if price else "too fast to measure",
             f"{1 / prefill / 1e9:.1f}" if prefill else "-",
             "yes" if calibration.copied_share.get(kind) else "no",
         )
     console.print(table)
     console.print(
-        f"{calibration.engine}, {calibration.threads} threads, {calibration.cpu}; a layer costs "
-        f"{1e6 * calibration.decode_s_per_layer:.0f} µs a token\nnext:    promptai models list",
+        f"{calibration.engine}, {calibration.threads} threads, {calibration.cpu}; each layer costs "
+        f"{1e6 * calibration.decode_s_per_layer:.0f} µs per token\nnext:    promptai models list",
         highlight=False,
     )

@@ -1,9 +1,9 @@
-"""``promptai models check-catalog``: whether the catalogue still says what the hub says.
+"""``promptai models check-catalog``: compare the catalogue with the hub.
 
-Repositories are renamed, closed and gated without a word, and a catalogue that was
-right in November is wrong in March. So one command asks the hub for every entry and
-says what differs; it changes nothing. Whatever was not seen when an entry was
-written (``unverified``) is settled here.
+Repositories are renamed, closed and gated without notice, and a catalogue that was
+right in November is wrong in March. So this command requests every entry's metadata
+from the hub and lists the differences; it changes nothing. It also settles facts that
+were not seen when an entry was written (``unverified``).
 """
 
 from collections.abc import Callable, Sequence
@@ -19,21 +19,22 @@ from rich.table import Table
 from promptai.errors import HubError, HubUnreachableError
 from promptai.models.catalog import Entry, FourBit, differences, load_catalog
 from promptai.models.hub import RepositoryFacts, repository_facts
+from promptai.models.library import readable_size
 
-#: Polite to a hub, and a whole catalogue takes seconds instead of half a minute.
-_AT_ONCE = 8
+#: Few enough to be polite to the hub; the whole catalogue takes seconds instead of half a minute.
+_CONCURRENT_REQUESTS = 8
 
 FetchFacts = Callable[[str], RepositoryFacts]
 
 
 class EntryCheck(msgspec.Struct, frozen=True):
     """
-    What came out for one entry.
+    The result for one entry.
 
     Attributes:
-        differences: What the hub says otherwise, a line each.
-        file_bytes: Sizes that the hub gives for the entry's files.
-        expected_bytes: Sizes that its shape implies.
+        differences: Differences from the hub, one line each.
+        file_bytes: Sizes of the entry's files on the hub; ``None`` when the hub does not report one.
+        expected_bytes: Sizes implied by the entry's shape.
     """
 
     id: str
@@ -52,12 +53,12 @@ class EntryCheck(msgspec.Struct, frozen=True):
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def check_catalog(context: click.Context, names: tuple[str, ...], *, as_json: bool) -> None:
-    """Ask the hub whether the catalogue's entries (all, or NAMES) still hold; leaves with 1 when something differs."""
+    """Compare the catalogue's entries (all, or NAMES) with the hub; exits with 1 when something differs."""
     catalog = load_catalog()
     entries = [catalog.find(name) for name in names] or list(catalog.entries)
     console = Console(stderr=True)
     with Progress(
-        TextColumn("asking the hub"),
+        TextColumn("requesting from the hub"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -65,7 +66,7 @@ def check_catalog(context: click.Context, names: tuple[str, ...], *, as_json: bo
         disable=not console.is_terminal,
         transient=True,
     ) as progress:
-        task = progress.add_task("asking", total=len(_repositories(entries)))
+        task = progress.add_task("requesting", total=len(_repositories(entries)))
         found = check(entries, repository_facts, answered=lambda: progress.advance(task))
     if as_json:
         click.echo(msgspec.json.encode(found))
@@ -76,32 +77,32 @@ def check_catalog(context: click.Context, names: tuple[str, ...], *, as_json: bo
 
 
 def check(
-    entries: Sequence[Entry], ask: FetchFacts, *, answered: Callable[[], None] = lambda: None
+    entries: Sequence[Entry], fetch: FetchFacts, *, answered: Callable[[], None] = lambda: None
 ) -> list[EntryCheck]:
     """
-    Hold entries against what ``ask`` says of their repositories, several questions at once.
+    Compare entries with the metadata that ``fetch`` returns for their repositories, with concurrent requests.
 
     Raises:
-        HubUnreachableError: The very first answer is that there is no connection.
+        HubUnreachableError: The first request failed for lack of a connection.
     """
 
     def answer(name: str) -> RepositoryFacts | HubError:
         try:
-            return ask(name)
+            return fetch(name)
         except HubError as error:
             return error
 
     answers: dict[str, RepositoryFacts | HubError] = {}
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        asked = {pool.submit(answer, name): name for name in _repositories(entries)}
+    with ThreadPoolExecutor(_CONCURRENT_REQUESTS) as pool:
+        requested = {pool.submit(answer, name): name for name in _repositories(entries)}
         try:
-            for future in as_completed(asked):
-                answers[asked[future]] = said = future.result()
-                if len(answers) == 1 and isinstance(said, HubUnreachableError):
-                    raise said
+            for future in as_completed(requested):
+                answers[requested[future]] = result = future.result()
+                if len(answers) == 1 and isinstance(result, HubUnreachableError):
+                    raise result
                 answered()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not wait for the rest of the queue
+            pool.shutdown(wait=False, cancel_futures=True)  # on Ctrl-C, do not wait for the queued requests
             raise
     return [_checked(entry, answers) for entry in entries]
 
@@ -111,8 +112,8 @@ def _repositories(entries: Sequence[Entry]) -> list[str]:
 
 
 def _checked(entry: Entry, answers: dict[str, RepositoryFacts | HubError]) -> EntryCheck:
-    said = answers[entry.gguf]
-    sizes = {} if isinstance(said, HubError) else said.files
+    answer = answers[entry.gguf]
+    sizes = {} if isinstance(answer, HubError) else answer.files
     return EntryCheck(
         id=entry.id,
         repository=entry.repository,
@@ -124,12 +125,12 @@ def _checked(entry: Entry, answers: dict[str, RepositoryFacts | HubError]) -> En
 
 
 def _table(found: Sequence[EntryCheck]) -> Table:
-    table = Table("model", "files", "what differs")
+    table = Table("model", "files", "differences")
     for checked in found:
         files = [f"{quant} {_size(size)}" for quant, size in checked.file_bytes.items()]
-        table.add_row(checked.id, "\n".join(files), "\n".join(map(escape, checked.differences)) or "[green]nothing[/]")
+        table.add_row(checked.id, "\n".join(files), "\n".join(map(escape, checked.differences)) or "[green]none[/]")
     return table
 
 
 def _size(size: int | None) -> str:
-    return "?" if size is None else f"{size / 1e9:.2f} GB"
+    return "?" if size is None else readable_size(size)

@@ -1,7 +1,7 @@
-"""``promptai models inspect``: what a model is, from its header alone, wherever it lies.
+"""``promptai models inspect``: show a model's header, for local and remote files.
 
-What a file says of itself is a stranger's text: before it is shown, control
-characters are replaced and markup is not interpreted.
+The file's texts are untrusted: control characters are escaped before display, and markup
+is not interpreted.
 """
 
 import functools
@@ -30,7 +30,7 @@ _SPECIAL = re.compile(r"tokenizer\.ggml\.(\w+)_token_id")
 
 
 class TypeShare(msgspec.Struct, frozen=True):
-    """How much of a model has one type."""
+    """The share of a model's tensors that have one type."""
 
     type: str
     tensors: int
@@ -43,15 +43,15 @@ class TypeShare(msgspec.Struct, frozen=True):
 Examples:
   promptai models inspect yi-coder-1.5b.gguf
   promptai models inspect promptai-tiny --tensors
-  promptai models inspect hub:OWNER/NAME:FILE.gguf     fetches the header, not the model
+  promptai models inspect hub:OWNER/NAME:FILE.gguf     downloads the header only
 """
 )
 @click.argument("model", metavar="PATH|NAME|hub:OWNER/NAME:FILE.gguf")
-@click.option("--tensors", is_flag=True, help="List the tensors too.")
-@click.option("--template", is_flag=True, help="Print the chat template and nothing else.")
+@click.option("--tensors", is_flag=True, help="Also list the tensors.")
+@click.option("--template", is_flag=True, help="Print only the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(model: str, *, tensors: bool, template: bool, as_json: bool) -> None:
-    """Say what a model is, from its header, and whether its file is whole."""
+    """Show a model's header, and check that its file is complete."""
     header = _header(model, Console(stderr=True))
     if template:
         if header.chat_template is None:
@@ -71,7 +71,7 @@ def inspect(model: str, *, tensors: bool, template: bool, as_json: bool) -> None
 
 
 def describe(header: GgufHeader) -> dict[str, Any]:
-    """Everything that ``--json`` prints; what a file does not say is ``None``."""
+    """Return the output of ``--json``; ``None`` for facts that the file does not declare."""
     return {
         "name": header.name,
         "path": header.path,
@@ -101,36 +101,36 @@ def describe(header: GgufHeader) -> dict[str, Any]:
 
 
 def mix(header: GgufHeader) -> list[TypeShare]:
-    """How much of the model has which type, the most bytes first."""
+    """Return the share of each tensor type, in decreasing order of bytes."""
     counts: Counter[str] = Counter()
-    held: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
     for tensor in header.tensors:
         counts[tensor.quantization] += 1
-        held[tensor.quantization] += tensor.size_bytes
-    whole = held.total() or 1
-    return [TypeShare(kind, counts[kind], size, size / whole) for kind, size in held.most_common()]
+        sizes[tensor.quantization] += tensor.size_bytes
+    total = sizes.total() or 1
+    return [TypeShare(kind, counts[kind], size, size / total) for kind, size in sizes.most_common()]
 
 
 def special_tokens(header: GgufHeader) -> dict[str, int]:
-    """Ids of the begin, end and other special tokens, by the name that the file gives them."""
+    """Return the ids of special tokens (begin, end and others), by their names in the file."""
     found = ((_SPECIAL.fullmatch(key), value) for key, value in header.metadata.items())
     return {match[1]: value for match, value in found if match is not None and isinstance(value, int)}
 
 
 def made_from(header: GgufHeader) -> dict[str, Any]:
-    """What ``promptai models quantize`` noted: the source's name, type and SHA-256, and the tool."""
+    """Return the provenance recorded by ``promptai models quantize``: the source's name, type and SHA-256; the tool."""
     keys = ("source.name", "source.quantization", "source.sha256", "quantized_by")
     found = {key.replace("source.", ""): header.metadata.get(f"promptai.{key}") for key in keys}
     return {key: value for key, value in found.items() if value is not None}
 
 
 def harmless(text: str, *, keep: str = "") -> str:
-    """A stranger's text for a terminal: what does not print is written as an escape sequence."""
+    """Escape non-printable characters in an untrusted text."""
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def _header(model: str, console: Console) -> GgufHeader:
-    """The header of whatever a person means; a model in several files is joined."""
+    """Read the header of a local, stored, bundled or remote model; combines the parts of a split model."""
     library = Library(models_directory(load_settings()))
     match = _HUB.fullmatch(model)
     if match is not None and library.find(model) is None:
@@ -142,18 +142,22 @@ def _header(model: str, console: Console) -> GgufHeader:
     split = headers[0].split
     if split is not None and split[1] != len(headers):
         raise ModelFormatError(
-            f"model {model} is part {split[0] + 1} of {split[1]}, but its name does not say so",
-            hint=f"give all parts the names that they were published with: …-00001-of-{split[1]:05}.gguf",
+            f"model {model} is part {split[0] + 1} of {split[1]}, but is not named accordingly",
+            hint=f"restore the published names of all parts: …-00001-of-{split[1]:05}.gguf",
         )
     return join_parts(headers)
 
 
 def _remote_headers(repository: str, file: str, console: Console) -> list[GgufHeader]:
-    # Imported here: the hub's client takes half a second, which a file on this disk need not pay.
+    # Imported here: the hub's client takes half a second, which local files do not need.
     from promptai.models.hub import file_size, read_range  # noqa: PLC0415
 
     progress = Progress(
-        TextColumn("reading the header"), DownloadColumn(), TimeElapsedColumn(), console=console, transient=True
+        TextColumn("reading the header"),
+        DownloadColumn(binary_units=True),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
     )
     progress.disable = not console.is_terminal
     folder, slash, name = file.rpartition("/")
@@ -175,12 +179,12 @@ def _table(header: GgufHeader) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _rows(header):
-        table.add_row(name, Text(harmless(value or "not said")))
+        table.add_row(name, Text(harmless(value or "unknown")))
     return table
 
 
 def _rows(header: GgufHeader) -> Iterator[tuple[str, str | None]]:
-    """What a person wants to know, in that order."""
+    """Yield the table's rows, the most useful first."""
     yield "name", header.name
     yield "file", f"{header.path}, {fmt.quantity(header.file_bytes, 'bytes')}"
     if header.split is not None:
@@ -192,11 +196,11 @@ def _rows(header: GgufHeader) -> Iterator[tuple[str, str | None]]:
         tensors = f"{share.tensors:,} tensor{'s' * (share.tensors != 1)}"
         yield share.type, f"{100 * share.share:.1f} % of the bytes, {tensors}, {fmt.quantity(share.bytes, 'bytes')}"
     context = header.context_length
-    window = f", some layers look back {header.sliding_window:,}" if header.sliding_window else ""
+    window = f", some layers attend to {header.sliding_window:,} only" if header.sliding_window else ""
     yield "context", f"{context:,} tokens{window}" if context else None
     per_token = header.kv_bytes_per_token()
     whole = f", {fmt.quantity(per_token * context, 'bytes')} for the whole context" if per_token and context else ""
-    yield "KV cache, f16", f"{per_token:,} bytes a token{whole}" if per_token else None
+    yield "KV cache, f16", f"{per_token:,} bytes per token{whole}" if per_token else None
     yield "tokenizer", _tokenizer(header)
     template = header.chat_template
     yield (
@@ -204,7 +208,7 @@ def _rows(header: GgufHeader) -> Iterator[tuple[str, str | None]]:
         "no (engines fall back to ChatML)" if template is None else f"yes, {len(template):,} characters (--template)",
     )
     if isinstance(header.metadata.get("general.license"), str):
-        yield "licence, it says", str(header.metadata["general.license"])
+        yield "licence (declared in the file)", str(header.metadata["general.license"])
     for key, value in made_from(header).items():
         yield {"quantized_by": "quantised by"}.get(key, f"source, {key}"), str(value)
     yield "synthetic", "yes: random weights, for speed and memory, never for accuracy" if header.synthetic else "no"

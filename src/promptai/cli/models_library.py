@@ -1,4 +1,4 @@
-"""``promptai models import | export | remove | verify | disk``: what is kept on this machine."""
+"""``promptai models import | export | remove | verify | disk``: manage the library of downloaded models."""
 
 import sys
 from pathlib import Path
@@ -27,61 +27,62 @@ from promptai.settings import load_settings, models_directory
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 def import_(path: Path) -> None:
     """
-    Keep a model file, every .gguf in a directory, or a bundle.
+    Add a model file, every .gguf file in a directory, or a bundle to the library.
 
-    A bundle (promptai models export) is compared with its manifest file by file.
+    Each file of a bundle (promptai models export) is compared with the bundle's manifest.
     """
     library = _library()
     with Transfer() as progress:
-        for kept in bundle.import_path(path, library, progress):
-            click.echo(f"{kept.path}: {readable_size(kept.bytes)}")
+        for model in bundle.import_path(path, library, progress):
+            click.echo(f"{model.path}: {readable_size(model.bytes)}")
 
 
 @click.command(epilog="\b\nExample:\n  promptai models export tinyllama-1.1b yi-coder-1.5b /media/usb")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
 def export(names: tuple[str, ...], directory: Path) -> None:
-    """Copy models and a manifest with their checksums into DIRECTORY, for boards without a link."""
+    """Copy models, and a manifest with their checksums, into DIRECTORY, for boards without a network."""
     library = _library()
     models = [_find(library, name) for name in names]
     with Transfer() as progress:
         bundle.export(models, directory, progress)
-    click.echo(f"{directory}: {len(models)} models; there: promptai models import {directory}")
+    click.echo(f"{directory}: {len(models)} models; on the board: promptai models import {directory}")
 
 
 @click.command(epilog="\b\nExample:\n  promptai models remove tinyllama-1.1b")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 def remove(names: tuple[str, ...], *, yes: bool) -> None:
-    """Delete models that are kept."""
+    """Delete models from the library."""
     library = _library()
-    models = {kept.path: kept for kept in (_find(library, name) for name in names)}
-    freed = sum(kept.bytes for kept in models.values())
+    models = {model.path: model for model in (_find(library, name) for name in names)}
+    freed = sum(model.bytes for model in models.values())
     if not yes:
-        if not _somebody_is_there():
-            raise SettingsError("there is nobody to ask whether to delete that", hint="give --yes")
-        listed = ", ".join(kept.name for kept in models.values())
+        if not _is_interactive():
+            raise SettingsError("cannot ask for confirmation without a terminal", hint="use --yes")
+        listed = ", ".join(model.name for model in models.values())
         click.confirm(f"Delete {listed} ({readable_size(freed)})?", abort=True, err=True)
-    for kept in models.values():
-        library.remove(kept)
-    click.echo(f"{readable_size(freed)} freed, {readable_size(library.free_bytes())} are free now")
+    for model in models.values():
+        library.remove(model)
+    click.echo(f"{readable_size(freed)} freed, {readable_size(library.free_bytes())} free now")
 
 
 @click.command(epilog="\b\nExamples:\n  promptai models verify\n  promptai models verify tinyllama-1.1b")
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 def verify(names: tuple[str, ...]) -> None:
-    """Compare the bytes of models with the checksums they came with; all of them without NAME."""
+    """Compare models (all, or those named) with their checksums."""
     library = _library()
     models = [_find(library, name) for name in names] or library.models()
     damaged = 0
     with Transfer() as progress:
-        for kept in models:
-            if kept.sidecar is None:
-                click.echo(f"{kept.name}: no checksum is known (promptai models import {kept.path} notes one)")
+        for model in models:
+            if model.sidecar is None:
+                click.echo(f"{model.name}: no checksum recorded (promptai models import {model.path} records one)")
                 continue
             try:
-                library.verify(kept, progress)
-                click.echo(f"{kept.name}: as it came" + ("" if kept.sidecar.promised else ", promised by nobody"))
+                library.verify(model, progress)
+                unconfirmed = "" if model.sidecar.promised else " since it was stored (its source gave no checksum)"
+                click.echo(f"{model.name}: intact{unconfirmed}")
             except ModelChecksumError as error:
                 damaged += 1
                 click.echo(str(error))
@@ -90,16 +91,16 @@ def verify(names: tuple[str, ...]) -> None:
 
 
 @click.command(epilog="\b\nExamples:\n  promptai models disk\n  promptai models disk --clean-partial")
-@click.option("--clean-partial", is_flag=True, help="Delete partial downloads and files that were refused.")
+@click.option("--clean-partial", is_flag=True, help="Delete partial downloads and rejected files.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def disk(*, clean_partial: bool, as_json: bool) -> None:
-    """Show what is kept, what takes how much, and what is free."""
+    """Show the stored models, their sizes and sources, and the free space."""
     library = _library()
     if clean_partial:
         freed, busy = library.clean()
         click.echo(f"{readable_size(freed)} freed", err=True)
         for path in busy:
-            click.echo(f"{path.name} is being written right now and stays", err=True)
+            click.echo(f"skipped {path.name}: another process is writing it", err=True)
     models, leftovers = library.models(), library.leftovers()
     if as_json:
         facts = {
@@ -111,11 +112,11 @@ def disk(*, clean_partial: bool, as_json: bool) -> None:
         click.echo(msgspec.json.encode(facts, enc_hook=str))
         return
     table = Table("model", "size", "source", "last verified")
-    for kept in models:
-        table.add_row(kept.name, readable_size(kept.bytes), *_source(kept))
+    for model in models:
+        table.add_row(model.name, readable_size(model.bytes), *_source(model))
     for path in leftovers:
-        table.add_row(f"{path.parent.name}/{path.name}", readable_size(path.stat().st_size), "left over", "")
-    total = sum(kept.bytes for kept in models) + sum(path.stat().st_size for path in leftovers)
+        table.add_row(f"{path.parent.name}/{path.name}", readable_size(path.stat().st_size), "leftover", "")
+    total = sum(model.bytes for model in models) + sum(path.stat().st_size for path in leftovers)
     console = Console(highlight=False)
     if table.row_count:
         console.print(table)
@@ -124,7 +125,7 @@ def disk(*, clean_partial: bool, as_json: bool) -> None:
     )
 
 
-def _somebody_is_there() -> bool:
+def _is_interactive() -> bool:
     return sys.stdin.isatty()
 
 
@@ -133,13 +134,13 @@ def _library() -> Library:
 
 
 def _find(library: Library, name: str) -> StoredModel:
-    kept = library.find(name)
-    if kept is None:
-        raise ModelNotFoundError(f"{library.root} holds no {name}", hint="promptai models disk shows what is there")
-    return kept
+    model = library.find(name)
+    if model is None:
+        raise ModelNotFoundError(f"no model named '{name}' in {library.root}", hint="promptai models disk lists them")
+    return model
 
 
-def _source(kept: StoredModel) -> tuple[str, str]:
-    if kept.sidecar is None:
-        return "unverified: not from here", "never"
-    return kept.sidecar.source, kept.sidecar.verified_at
+def _source(model: StoredModel) -> tuple[str, str]:
+    if model.sidecar is None:
+        return "unknown (unverified)", "never"
+    return model.sidecar.source, model.sidecar.verified_at

@@ -1,4 +1,4 @@
-"""``promptai models list``: what is here, what fits this machine, and what each would do."""
+"""``promptai models list``: local and catalogued models, whether they fit this machine, and their expected speed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,18 +26,20 @@ from promptai.models.tensors import Quant
 from promptai.report import format as fmt
 from promptai.settings import Settings, cache_directory, load_settings, models_directory
 
+_GIB = 1024**3
 _CONTEXT = 4096
 _DEPTH = 512
 
 
 class ModelRow(msgspec.Struct, frozen=True):
     """
-    One model of the list.
+    One model in the list.
 
     Attributes:
-        here: The file is on this machine.
-        paper: The model of the paper that it stands for, if any.
-        problem: Why a file that is here cannot be used.
+        here: Whether the file is on this machine.
+        paper: The paper's model that it stands for; ``None`` for others.
+        outlook: ``None`` for a file that cannot be used.
+        problem: Why a local file cannot be used; ``None`` when it can.
     """
 
     name: str
@@ -52,24 +54,24 @@ class ModelRow(msgspec.Struct, frozen=True):
     "list",
     epilog="""\b
 Examples:
-  promptai models list                  everything, with what it would do here
-  promptai models list --fits --json    what this machine has memory for
+  promptai models list                  all models, with their expected speed here
+  promptai models list --fits --json    models that fit this machine's memory
 """,
 )
-@click.option("--fits", is_flag=True, help="Only what fits the memory that is free now.")
-@click.option("--here", "only_here", is_flag=True, help="Only what is on this machine.")
+@click.option("--fits", is_flag=True, help="Only models that fit the memory available now.")
+@click.option("--here", "only_here", is_flag=True, help="Only models on this machine.")
 @click.option("--context", type=click.IntRange(min=64), default=_CONTEXT, show_default=True, help="Tokens of KV cache.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_models(*, fits: bool, only_here: bool, context: int, as_json: bool) -> None:
     """
-    List models: those on this machine, and those of the catalogue.
+    List the models on this machine and in the catalogue.
 
     Rates are forecasts once this machine's engine is calibrated (promptai models calibrate);
-    before that they are what memory bandwidth, read at that moment, would allow.
+    before that they are upper bounds from the memory bandwidth, measured on each call.
     """
     settings = load_settings()
     here = _here(settings)
-    lines = [*_kept(settings, here, context), *(() if only_here else _catalogued(settings, here, context))]
+    lines = [*_stored(settings, here, context), *(() if only_here else _catalogued(settings, here, context))]
     if fits:
         lines = [line for line in lines if line.outlook is not None and line.outlook.fits]
     if as_json:
@@ -97,13 +99,13 @@ def _here(settings: Settings) -> Here:
     )
 
 
-def _kept(settings: Settings, here: Here, context: int) -> Iterator[ModelRow]:
+def _stored(settings: Settings, here: Here, context: int) -> Iterator[ModelRow]:
     catalog = {entry.id: entry for entry in load_catalog().entries}
-    for kept in Library(models_directory(settings)).models():
-        entry = catalog.get(kept.sidecar.catalog or "") if kept.sidecar is not None else None
-        name = entry.id if entry is not None else kept.name
+    for model in Library(models_directory(settings)).models():
+        entry = catalog.get(model.sidecar.catalog or "") if model.sidecar is not None else None
+        name = entry.id if entry is not None else model.name
         try:
-            header = read_header(kept.path)
+            header = read_header(model.path)
         except ModelError as error:
             yield ModelRow(name, "", here=True, paper=None, outlook=None, problem=error.message)
             continue
@@ -112,9 +114,9 @@ def _kept(settings: Settings, here: Here, context: int) -> Iterator[ModelRow]:
 
 
 def _catalogued(settings: Settings, here: Here, context: int) -> Iterator[ModelRow]:
-    kept = {k.sidecar.catalog for k in Library(models_directory(settings)).models() if k.sidecar is not None}
+    stored = {k.sidecar.catalog for k in Library(models_directory(settings)).models() if k.sidecar is not None}
     for entry in load_catalog().entries:
-        if entry.id in kept:
+        if entry.id in stored:
             continue
         quant: Literal["Q4_K_M", "Q4_0"] = "Q4_K_M" if "Q4_K_M" in entry.files else "Q4_0"
         seen = outlook(_work(entry, quant), here, context=context, depth=min(_DEPTH, context))
@@ -127,8 +129,8 @@ def _work(entry: Entry, quant: Literal["Q4_K_M", "Q4_0"]) -> Work:
 
 
 def _table(lines: list[ModelRow], here: Here) -> Table:
-    """One line a model, within 80 columns."""
-    least, most = ("", "") if here.calibration else (">", "<")
+    """Build a table with one line per model, within 80 columns."""
+    at_least, at_most = ("", "") if here.calibration else (">", "<")
     table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("", "model", "weights", "paper", "file", "memory", "fits", "prefill", "decode"):
         right = name in ("file", "memory", "prefill", "decode")
@@ -143,29 +145,29 @@ def _table(lines: list[ModelRow], here: Here) -> Table:
             escape(line.name),
             line.quantization,
             line.paper or "",
-            f"{seen.file_bytes / 1e9:.2f}",
-            "?" if seen.memory_bytes is None else f"{least}{seen.memory_bytes / 1e9:.2f}",
+            f"{seen.file_bytes / _GIB:.2f}",
+            "?" if seen.memory_bytes is None else f"{at_least}{seen.memory_bytes / _GIB:.2f}",
             {True: "[green]yes[/]", False: "[red]no[/]", None: "?"}[seen.fits],
             fmt.number(seen.prefill_tps),
-            "–" if seen.decode_tps is None else most + fmt.number(seen.decode_tps),
+            "–" if seen.decode_tps is None else at_most + fmt.number(seen.decode_tps),
         )
     return table
 
 
 def _explain(lines: list[ModelRow], here: Here, context: int, console: Console) -> None:
     console.print(
-        f"• is on this machine; file and memory in GB ({context} tokens of context; "
-        f"{here.available_bytes / 1e9:.1f} GB are free), prefill and decode in tokens/s",
+        f"• on this machine; file and memory in GiB ({context} tokens of context; "
+        f"{here.available_bytes / _GIB:.1f} GiB available); prefill and decode in tokens/s",
         highlight=False,
         soft_wrap=True,
     )
     unknown = sorted({kind for line in lines if line.outlook for kind in line.outlook.unknown})
     if unknown:
-        console.print(f"no rate for what the calibration does not know: {', '.join(unknown)}", highlight=False)
+        console.print(f"no rates for types missing from the calibration: {', '.join(unknown)}", highlight=False)
     if here.calibration is None:
         console.print(
-            f"decode is what {here.read_bytes_per_s / 1e9:.1f} GB/s, as memory was read just now, would allow; engines "
-            "stay below it on an idle machine; for a forecast: promptai models calibrate",
+            f"decode is the upper bound at a memory bandwidth of {here.read_bytes_per_s / 1e9:.1f} GB/s, measured just "
+            "now; engines stay below it on an idle machine; for forecasts: promptai models calibrate",
             highlight=False,
             soft_wrap=True,
         )

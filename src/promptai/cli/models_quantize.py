@@ -1,4 +1,4 @@
-"""``promptai models quantize``: a smaller model of a larger one, and what that cost."""
+"""``promptai models quantize``: quantise a model, and compare the result with its source."""
 
 import asyncio
 import contextlib
@@ -32,18 +32,19 @@ from promptai.models.quantize import TYPES, Origin, QuantizeResult, QuantizeTool
 from promptai.report import format as fmt
 from promptai.settings import cache_directory, load_settings, models_directory
 
-#: How people mark the type in the name of a source.
+#: Common suffixes for the type in a source's name.
 _TYPE_IN_NAME = re.compile(r"[-._](f16|fp16|bf16|f32|fp32|q8_0)$", re.IGNORECASE)
 _CHECK_CONTEXT = 2048
 
 
 class QuantizeJob(msgspec.Struct, frozen=True):
     """
-    What the user wants, and what there is to do it with.
+    The user's options, and the tools and directories for the job.
 
     Attributes:
-        engine: A llama-server that the settings name.
-        scratch: A folder for logs and other things that go at the end.
+        engine: The llama-server configured in the settings; ``None`` when not set.
+        engines: Directory of the engines built by ``promptai engine build``.
+        scratch: Temporary folder for logs.
     """
 
     source: Path
@@ -57,7 +58,7 @@ class QuantizeJob(msgspec.Struct, frozen=True):
 
     @property
     def run(self) -> ToolRunner:
-        """Runs a program, its output in a log."""
+        """Run programs with their output in a log."""
         return functools.partial(run_logged, log=self.scratch / "tool.log")
 
 
@@ -76,18 +77,22 @@ Examples:
     type=click.Choice(list(TYPES), case_sensitive=False),
     default="q4_0",
     show_default=True,
-    help="q4_0, q8_0 and f16 need nothing else; the others llama-quantize (promptai engine build).",
+    help="q4_0, q8_0 and f16 work without llama-quantize; the others need it (promptai engine build).",
 )
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="The result.  [default: NAME-TYPE.gguf here]",
+    help="File to write.  [default: NAME-TYPE.gguf in the current directory]",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the physical cores that are ours]")
-@click.option("--check/--no-check", default=True, help="Compare what source and result say.")
-@click.option("--force", is_flag=True, help="Replace a result that is there already.")
-@click.option("--trust-code", is_flag=True, help="Let a checkpoint's own Python run while it is converted.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="CPU threads.  [default: physical cores available to this process]",
+)
+@click.option("--check/--no-check", default=True, help="Compare the predictions of source and result.")
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
+@click.option("--trust-code", is_flag=True, help="Allow a checkpoint's own Python code to run during the conversion.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def quantize_model(
     *,
@@ -101,17 +106,17 @@ def quantize_model(
     as_json: bool,
 ) -> None:
     """
-    Make a smaller model of a 16- or 8-bit one, and say what that cost.
+    Quantise a 16- or 8-bit model, and measure the loss.
 
-    The result notes its source's name, type and SHA-256. It appears only when it is whole. Then both read the
-    same text, and it is counted how often they choose the same next token.
+    The result records its source's name, type and SHA-256, and appears only once it is complete. Then both models
+    read the same text, and the command counts how often they predict the same next token.
     """
     console = Console(stderr=True, highlight=False)
     settings = load_settings()
     path = bundled_model() if source == NAME else resolve(source, Library(models_directory(settings)))
     target = output or Path(f"{_TYPE_IN_NAME.sub('', path.absolute().name.removesuffix('.gguf'))}-{kind}.gguf")
     if target.exists() and not force:
-        raise SettingsError(f"{target} is there already", hint="give another name with -o, or --force")
+        raise SettingsError(f"{target} already exists", hint="choose another name with -o, or use --force")
     folder = next(parent for parent in target.absolute().parents if parent.is_dir())
     with disk_errors(target):
         made = tempfile.TemporaryDirectory(prefix=".promptai-", dir=folder)
@@ -143,7 +148,7 @@ def quantize_model(
 
 @contextlib.contextmanager
 def _opened(job: QuantizeJob, progress: Transfer) -> Iterator[tuple[Path, Origin | None]]:
-    """The GGUF to quantise; of a checkpoint one that is converted first, and goes again."""
+    """Yield the GGUF to quantise; converts a checkpoint to a temporary GGUF first."""
     if not job.source.is_dir():
         yield job.source, None
         return
@@ -157,14 +162,14 @@ def _opened(job: QuantizeJob, progress: Transfer) -> Iterator[tuple[Path, Origin
 
 
 def _check(done: QuantizeResult, job: QuantizeJob, console: Console) -> Agreement | str:
-    """What quantising cost, or why that is not known: the result is good without, so that nothing here is an error."""
+    """Measure the loss, or return why that failed: the result is valid without it, so no failure is an error."""
     if done.source.synthetic:
-        return "the weights are random: they agree on nothing that means anything"
+        return "the weights are random, so agreement would mean nothing"
     try:
         check_fits(done.source, _CHECK_CONTEXT, read_memory().available_for_new_process())
         program = find_program("llama-perplexity", job.engines, beside=job.engine)
         if program is not None:
-            with console.status("llama-perplexity loads the source") as status:
+            with console.status("llama-perplexity is loading the source") as status:
                 return ask_perplexity(
                     program,
                     Path(done.source.path),
@@ -172,7 +177,7 @@ def _check(done: QuantizeResult, job: QuantizeJob, console: Console) -> Agreemen
                     threads=job.threads,
                     folder=job.scratch,
                     progress=lambda what, left_s: status.update(
-                        f"llama-perplexity reads the {what}, about {duration(left_s)} in all"
+                        f"llama-perplexity is reading the {what}, about {duration(left_s)} in total"
                     ),
                 )
         return _check_with_engine(done, job, console)
@@ -194,7 +199,7 @@ def _check_with_engine(done: QuantizeResult, job: QuantizeJob, console: Console)
     passages = texts()
 
     def positions(header: GgufHeader, what: str) -> list[Position | None]:
-        task = progress.add_task(f"asking the {what}", total=len(passages) * POSITIONS_PER_TEXT)
+        task = progress.add_task(f"comparing: {what}", total=len(passages) * POSITIONS_PER_TEXT)
         return asyncio.run(
             score(
                 Path(header.path),
@@ -236,7 +241,7 @@ def _print_sizes(done: QuantizeResult, console: Console) -> None:
     console.print(
         f"[bold]{escape(harmless(done.result.path))}[/]: {fmt.quantity(new, 'bytes')}, {100 * new / old:.1f} % of "
         f"{fmt.quantity(old, 'bytes')} ({done.source.quantization})\n"
-        f"  of its bytes: {shares}\n"
+        f"  types by bytes: {shares}\n"
         f"  made by {escape(harmless(done.by))} from SHA-256 {done.source_sha256}",
         soft_wrap=True,
     )
@@ -254,7 +259,7 @@ def _print_agreement(found: Agreement | str, console: Console) -> None:
     )
     reach = found.difference_ci95
     interval = f" (95 %: {reach[0]:+.3f} to {reach[1]:+.3f})" if reach is not None else ""
-    change = f"{found.difference:+.3f} nats a token{interval}" if found.difference is not None else "beyond all numbers"
+    change = f"{found.difference:+.3f} nats per token{interval}" if found.difference is not None else "not a number"
     console.print(
         f"  perplexity there: {fmt.number(found.source_perplexity)} → {fmt.number(found.result_perplexity)}; "
         f"log-likelihood {change}",
@@ -262,6 +267,7 @@ def _print_agreement(found: Agreement | str, console: Console) -> None:
     )
     if found.doubtful:
         console.print(
-            "[yellow]doubt[/]  that is less than a good 2-bit model keeps: a larger --type, or is the source damaged?",
+            "[yellow]warning[/]  a good 2-bit model agrees more often: use a larger --type, or check the source for "
+            "damage",
             soft_wrap=True,
         )
