@@ -72,7 +72,7 @@ def not_gguf(path: Path, _whole: bytes) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "words"),
-    [(empty, "empty"), (truncated, "cut short"), (truncated_in_its_header, "cut short"), (not_gguf, "not a GGUF")],
+    [(empty, "empty"), (truncated, "truncated"), (truncated_in_its_header, "truncated"), (not_gguf, "not a GGUF")],
 )
 def test_a_damaged_model_is_named_with_its_damage(
     damage: Callable[[Path, bytes], None], words: str, small_model: Path, tmp_path: Path

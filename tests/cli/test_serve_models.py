@@ -102,7 +102,7 @@ def test_files_that_no_folder_tells_apart_are_refused(tmp_path: Path, small_mode
 
 
 def test_a_name_too_long_for_a_file_is_one_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFoundError, match="there is no model xxx"):
+    with pytest.raises(ModelNotFoundError, match="no model named 'xxx"):
         choose(settings(tmp_path, "x" * 300), lambda _: None)
 
 
@@ -140,7 +140,7 @@ def test_what_cannot_be_served_is_left_out_of_the_library_and_refused_by_name(
 @pytest.mark.parametrize(
     ("wanted", "error", "word"),
     [
-        (("absent",), ModelNotFoundError, "there is no model absent"),
+        (("absent",), ModelNotFoundError, "no model named 'absent'"),
         (("http://a:1",), SettingsError, "http://a:1 is a server, not a model"),
         (("http://user:secret@a:1",), SettingsError, "^a:1 is a server, not a model"),
         (("promptai-tiny", "promptai-tiny"), SettingsError, "promptai-tiny.gguf is to be served twice"),
