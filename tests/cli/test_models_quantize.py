@@ -162,7 +162,7 @@ def test_prints_no_invented_figures_for_a_broken_model(half: Path, monkeypatch: 
     broken = Agreement("engine", 500, 0, 0.0, (0.0, 0.01), 5.0, math.inf, None, None)
     monkeypatch.setattr(models_quantize, "_check", lambda *_: broken)
 
-    assert "perplexity there: 5.00 → inf; log-likelihood not a number\n" in printed(half)
+    assert "perplexity there: 5.00 → inf; log-likelihood not finite\n" in printed(half)
 
 
 @pytest.mark.real

@@ -259,7 +259,7 @@ def _print_agreement(found: Agreement | str, console: Console) -> None:
     )
     reach = found.difference_ci95
     interval = f" (95 %: {reach[0]:+.3f} to {reach[1]:+.3f})" if reach is not None else ""
-    change = f"{found.difference:+.3f} nats per token{interval}" if found.difference is not None else "not a number"
+    change = f"{found.difference:+.3f} nats per token{interval}" if found.difference is not None else "not finite"
     console.print(
         f"  perplexity there: {fmt.number(found.source_perplexity)} → {fmt.number(found.result_perplexity)}; "
         f"log-likelihood {change}",
