@@ -1,7 +1,7 @@
 """One attempt of a request on one leased slot: send it, or resume its answer, and relay the events.
 
-An attempt fails with an ``EngineError`` and leaves behind, in ``AnswerState``, all that the client has received. Whether
-another attempt follows is decided in ``failover.request``.
+A failed attempt raises an ``EngineError`` and leaves in ``AnswerState`` all that the client has received.
+``failover.request`` decides whether another attempt follows.
 """
 
 from collections.abc import AsyncGenerator, Callable, Sequence
