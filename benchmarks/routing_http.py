@@ -103,8 +103,8 @@ async def _ask(client: EngineClient, messages: list[Message], max_tokens: int) -
 
 async def _notes(engine: str) -> list[Sent]:
     async with EngineClient(engine) as client:
-        status, data = await client._exchange("GET", "/simulated/sent")  # noqa: SLF001  no API of a real engine
-    return msgspec.json.decode(data, type=list[Sent]) if status == 200 else []
+        reply = await client.get("/simulated/sent")
+    return msgspec.json.decode(reply.body, type=list[Sent]) if reply.status == 200 else []
 
 
 @contextlib.asynccontextmanager
@@ -194,10 +194,9 @@ async def _until_it_lists(
     async with EngineClient(url, api_key=key) as client:
         while time.monotonic() < limit and process.returncode is None:
             with contextlib.suppress(EngineError):
-                if "simulated" in await client.models():
-                    _, data = await client._exchange("GET", "/api/fleet") if fleet else (0, b"")  # noqa: SLF001
-                    if data.count(b'"ready"') >= fleet:
-                        return
+                ready = "simulated" in await client.models()
+                if ready and (not fleet or (await client.get("/api/fleet")).body.count(b'"ready"') >= fleet):
+                    return
             await asyncio.sleep(0.3)
     last = log.read_text(errors="replace").strip().splitlines()[-3:]
     raise PromptAIError(f"{log.stem} did not start: {' / '.join(last)}", hint="its log is gone with the run")

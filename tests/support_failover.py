@@ -16,9 +16,10 @@ import msgspec
 
 from promptai.engine.client import EngineClient
 from promptai.engine.flags import EngineFlags
+from promptai.engine.http_upstream import HttpUpstream
 from promptai.engine.launch import RunningEngine, free_port
 from promptai.engine.locate import locate
-from promptai.engine.upstream import HttpUpstream, Piece, is_done
+from promptai.engine.upstream import Piece, is_done
 from promptai.errors import EngineError
 from promptai.fleet.registry import Registry
 from promptai.fleet.replica import Rates, Snapshot, State
@@ -200,7 +201,7 @@ async def ask(url: str, body: dict[str, Any], strike: Callable[[Heard], None] = 
     def beside(found: Any) -> None:
         heard.replica = found.get("x-promptai-replica", heard.replica)
 
-    async with EngineClient(url, beside=beside) as client:
+    async with EngineClient(url, on_status=beside) as client:
         try:
             async with contextlib.aclosing(client.stream_chat(body)) as arrivals:
                 async for arrival in arrivals:

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import msgspec
 
+from promptai.engine.http_upstream import HttpUpstream
 from promptai.engine.simulated import SimulatedEngine
 from promptai.engine.simulation import SimulationConfig
-from promptai.engine.upstream import HttpUpstream
 from promptai.fleet.local import LocalSource
 from promptai.fleet.registry import Registry
 from promptai.fleet.replica import Rates, Replica, State

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from promptai.engine.flags import EngineFlags
+from promptai.engine.http_upstream import HttpUpstream
 from promptai.engine.launch import RunningEngine, free_port
 from promptai.engine.locate import locate
-from promptai.engine.upstream import HttpUpstream
 from promptai.fleet.registry import Registry
 from promptai.fleet.static import StaticSource, Target
 from promptai.models.bundled import bundled_model

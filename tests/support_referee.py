@@ -11,10 +11,10 @@ import msgspec
 from promptai.bench.workload import load_bundled
 from promptai.engine.client import EngineClient
 from promptai.engine.flags import EngineFlags
+from promptai.engine.http_upstream import HttpUpstream
 from promptai.engine.launch import RunningEngine, free_port
 from promptai.engine.locate import locate
 from promptai.engine.scoring import force_token
-from promptai.engine.upstream import HttpUpstream
 from promptai.models.bundled import bundled_model
 from support_failover import HANG_S, MAX_TOKENS, Boards, Heard, Joint, Recorder, all_ready, ask, chat, front
 

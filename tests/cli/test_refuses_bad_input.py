@@ -169,7 +169,7 @@ def test_a_taken_port_is_named(small_model: Path, workload: Path, tmp_path: Path
 def test_nobody_at_a_url_is_said_in_one_line(workload: Path, tmp_path: Path) -> None:
     done = promptai("bench", "http://127.0.0.1:9", "--workload", workload, cwd=tmp_path)
 
-    assert_refused(done, ENGINE, "no connection to http://127.0.0.1:9")
+    assert_refused(done, ENGINE, "no connection to http://127.0.0.1:9: Connection refused")
     assert_nothing_left(tmp_path)
 
 

@@ -23,7 +23,7 @@ from support_engine import (
 
 def test_an_answer_that_does_not_end_is_broken_off() -> None:
     """A server that ignores max_tokens would be measured until somebody looks."""
-    with pytest.raises(EngineProtocolError, match=r"went on after \d+ chunks.* of at most 5 tokens"):
+    with pytest.raises(EngineProtocolError, match=r"sent \d+ chunks of an answer limited to 5 tokens"):
         against(repeating(HELLO, chunked(content("x") * 50)), use=lambda client: chat(client, {"max_tokens": 5}))
 
 
@@ -65,7 +65,7 @@ def test_a_refusal_that_does_not_end_is_a_refusal(
     reply: bytes | Answer, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its status is known; of its reason what has come by then."""
-    monkeypatch.setattr("promptai.engine.client._QUICK_S", 0.1)
+    monkeypatch.setattr("promptai.engine.connection._REASON_S", 0.1)
 
     with pytest.raises(EngineRefusedError, match=words) as caught:
         against(reply)
@@ -82,7 +82,7 @@ def test_of_a_refusal_s_reason_the_beginning_is_read() -> None:
 @pytest.mark.parametrize("size", [1000, 1001])
 def test_an_answer_larger_than_any_honest_one_is_not_read(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would fill the memory of the board that it is to be measured on."""
-    monkeypatch.setattr("promptai.engine.client._MAX_BODY_BYTES", 1000)
+    monkeypatch.setattr("promptai.engine.connection._MAX_BODY_BYTES", 1000)
     reply = answer("200 OK", b"x" * size, "text/plain")
 
     if size > 1000:

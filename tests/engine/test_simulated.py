@@ -59,7 +59,7 @@ async def idle(client: EngineClient) -> bool:
     [
         (Fault(kind="refuse"), EngineRefusedError, "HTTP 503: refused"),
         (Fault(kind="stall", after_tokens=3), EngineDiedError, "silent"),
-        (Fault(kind="cut", after_tokens=3), EngineDiedError, "no connection"),
+        (Fault(kind="cut", after_tokens=3), EngineDiedError, "broke off in the middle"),
         (Fault(kind="malformed", after_tokens=3), EngineProtocolError, "malformed chunk"),
         (Fault(kind="error", after_tokens=3), EngineRefusedError, "broke off with an error: failed"),
     ],
@@ -91,7 +91,7 @@ def test_a_death_takes_the_process() -> None:
         async def play() -> None:
             async with EngineClient(found[0]) as client:
                 assert await client.healthy()
-                with pytest.raises(EngineDiedError, match="no connection"):
+                with pytest.raises(EngineDiedError, match="broke off in the middle"):
                     await talk(client)
 
         asyncio.run(play())

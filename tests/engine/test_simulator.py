@@ -163,7 +163,7 @@ def test_a_stream_that_is_none_is_told_from_one() -> None:
         against(too_long)
     assert (caught.value.status, caught.value.kind) == (400, "exceed_context_size_error")
     assert msgspec.json.decode(caught.value.body)["error"]["n_prompt_tokens"] == 9000
-    with pytest.raises(EngineProtocolError, match="answered at once"):
+    with pytest.raises(EngineProtocolError, match="a stream was requested"):
         against(at_once)
 
 

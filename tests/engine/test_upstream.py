@@ -9,11 +9,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from promptai.engine.http_upstream import HttpUpstream
 from promptai.engine.simulated import Fault, SimulatedEngine
 from promptai.engine.simulated_upstream import SimulatedUpstream
 from promptai.engine.simulation import SimulationConfig
 from promptai.engine.simulator import Simulator
-from promptai.engine.upstream import HttpUpstream, Piece, Upstream
+from promptai.engine.upstream import Piece, Upstream
 from promptai.errors import EngineDiedError, EngineError, EngineProtocolError, EngineRefusedError
 from promptai.wire.sse import MAX_EVENT_BYTES, SseEvent
 from support_engine import (
@@ -85,7 +86,7 @@ def events(pieces: list[Piece]) -> list[SseEvent]:
         pytest.param(
             STREAM_HEAD + chunked(b"data: " + bytes(MAX_EVENT_BYTES)), EngineProtocolError, "more than", id="endless"
         ),
-        pytest.param(answer("200 OK", b'{"choices": []}'), EngineProtocolError, "answered at once", id="no-stream"),
+        pytest.param(answer("200 OK", b'{"choices": []}'), EngineProtocolError, "stream was requested", id="no-stream"),
         pytest.param(answer("503 Busy", REFUSAL), EngineRefusedError, "HTTP 503: Loading model", id="refusal"),
         pytest.param(answer("200 OK", REFUSAL), EngineRefusedError, "HTTP 200: Loading model", id="disguised"),
         pytest.param(answer("502 Bad", b"<html>"), EngineRefusedError, "HTTP 502: <html>", id="no-envelope"),
@@ -131,7 +132,7 @@ def test_when_a_refusal_wants_to_be_asked_again_is_told_if_it_is_a_number_of_sec
 )
 def test_a_refusal_that_does_not_end_is_a_refusal(reply: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its status is known."""
-    monkeypatch.setattr("promptai.engine.upstream._REASON_S", 0.1)
+    monkeypatch.setattr("promptai.engine.connection._REASON_S", 0.1)
 
     with pytest.raises(EngineRefusedError, match="HTTP 500"):
         against(reply)
@@ -170,8 +171,12 @@ def test_where_nobody_listens_there_is_no_connection(url: str, way: str) -> None
 @pytest.mark.parametrize(
     ("reply", "error", "words"),
     [
-        (silent_after(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"), EngineDiedError, "silent for 0.2 s"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", EngineDiedError, "no connection"),
+        (
+            silent_after(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"),
+            EngineDiedError,
+            "not answer within 0.2 s",
+        ),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", EngineDiedError, "broke off in the middle"),
         (answer("200 OK", b"x" * 1001), EngineProtocolError, "more than 1000 bytes"),
     ],
     ids=["silence", "cut", "huge"],
@@ -180,7 +185,7 @@ def test_a_whole_answer_that_does_not_come_is_named(
     reply: bytes | Answer, error: type[EngineError], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would keep somebody waiting, or fill the memory."""
-    monkeypatch.setattr("promptai.engine.upstream._MAX_BODY_BYTES", 1000)
+    monkeypatch.setattr("promptai.engine.connection._MAX_BODY_BYTES", 1000)
 
     with pytest.raises(error, match=words):
         against(reply, use=lambda upstream, url: upstream.ask(url, CHAT, b"{}", limit_s=0.2))

@@ -10,7 +10,9 @@ import aiohttp
 import pytest
 from aiohttp.client_reqrep import ConnectionKey
 
-from promptai.engine.upstream import HttpUpstream, Piece, _reason
+from promptai.engine.connection import _reason
+from promptai.engine.http_upstream import HttpUpstream
+from promptai.engine.upstream import Piece
 from promptai.errors import EngineDiedError
 from support_engine import END, HELLO, STREAM_HEAD, Answer, chunked, raw_server, silent_after
 from support_simulator import CHAT, text
@@ -48,7 +50,7 @@ def test_comments_keep_a_stream_alive_and_are_handed_on() -> None:
 
 def test_how_long_to_wait_is_asked_again_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patient with a prompt, less so between tokens: a stall is noticed by what holds now, not when it began."""
-    monkeypatch.setattr("promptai.engine.upstream._LOOK_S", 0.02)
+    monkeypatch.setattr("promptai.engine.connection._LOOK_S", 0.02)
     patience = [5.0]
 
     async def use(upstream: HttpUpstream, url: str) -> None:
@@ -64,7 +66,7 @@ def test_a_head_may_come_late_where_more_has_to_be_computed_than_when_it_was_ask
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A long prompt of somebody else came right behind ours, and its batch is computed first."""
-    monkeypatch.setattr("promptai.engine.upstream._LOOK_S", 0.02)
+    monkeypatch.setattr("promptai.engine.connection._LOOK_S", 0.02)
     patience = [0.15]
 
     async def use(upstream: HttpUpstream, url: str) -> str:
@@ -79,7 +81,7 @@ def test_a_head_may_come_late_where_more_has_to_be_computed_than_when_it_was_ask
 
 
 def test_what_a_slow_reader_takes_is_not_the_engines_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("promptai.engine.upstream._LOOK_S", 0.02)
+    monkeypatch.setattr("promptai.engine.connection._LOOK_S", 0.02)
 
     async def use(upstream: HttpUpstream, url: str) -> int:
         count = 0

@@ -10,9 +10,9 @@ import pytest
 
 from promptai.engine.client import EngineClient
 from promptai.engine.flags import EngineFlags
+from promptai.engine.http_upstream import HttpUpstream
 from promptai.engine.launch import port_taken
 from promptai.engine.locate import EngineBinary
-from promptai.engine.upstream import HttpUpstream
 from promptai.errors import EngineStartError
 from promptai.fleet.launcher import EngineLauncher, LaunchedEngine
 from promptai.fleet.local import LocalModel, LocalSource

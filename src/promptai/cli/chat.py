@@ -84,7 +84,7 @@ class Talk:
         body = {"model": self.model, "messages": [*self._system, *asked]}
         try:
             async with (
-                EngineClient(self._url, api_key=self._api_key, headers=self._headers, beside=beside) as client,
+                EngineClient(self._url, api_key=self._api_key, headers=self._headers, on_status=beside) as client,
                 contextlib.aclosing(client.stream_chat(body)) as arrivals,
             ):
                 async for arrival in arrivals:

@@ -31,8 +31,8 @@ from promptai.cli.serve_fleet import (
 )
 from promptai.cli.serve_models import Machine, choose, describe, flags_for, look_around
 from promptai.cli.serve_show import Loading
+from promptai.engine.http_upstream import HttpUpstream
 from promptai.engine.simulated import SimulatedEngine
-from promptai.engine.upstream import HttpUpstream
 from promptai.errors import PromptAIError
 from promptai.fleet.launcher import EngineLauncher
 from promptai.fleet.local import LocalModel, LocalSource

@@ -1,49 +1,42 @@
-"""An asynchronous client of the llama-server API; the only HTTP client of engines.
+"""An asynchronous client of the llama-server API, for measuring and for tools.
 
-It stamps every streamed chunk with the monotonic clock the moment its bytes
-arrive, before anything is parsed, because what a person feels is measured here.
-It works against any OpenAI-compatible server; what only llama-server has
-(``timings``, ``/props``, ``/tokenize``) is ``None`` or raises ``EngineRefusedError``
-elsewhere.
+It stamps every streamed chunk with the monotonic clock as soon as its bytes arrive, before anything is parsed,
+because the latency that a person experiences is measured here. It works with any OpenAI-compatible server; what only
+llama-server provides (``timings``, ``/props``, ``/tokenize``) is ``None`` or raises ``EngineRefusedError`` elsewhere.
 
-It never retries: a retry would hide what happened from a measurement, and in
-the gateway the router decides. aiohttp's exceptions end here.
-
-Nothing that a server does keeps it for ever or fills its memory. Silence is
-counted between pieces of an answer: keep-alive comments and half lines are
-silence too. An answer ends, by force, at a multiple of its ``max_tokens`` in
-chunks. Bodies, lines and events have a largest size.
+A server can keep the client busy without answering: keep-alive comments and half lines count as silence, and an
+answer is cut off at a multiple of its ``max_tokens`` in chunks. ``engine.connection`` holds the other limits.
 """
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
-import aiohttp
 import msgspec
 
-from promptai.errors import EngineDiedError, EngineProtocolError, EngineRefusedError
+from promptai.engine.connection import EngineSession
+from promptai.engine.upstream import Reply, refused
+from promptai.errors import EngineProtocolError, EngineRefusedError
 from promptai.wire.llamaserver import Completion, Props, Slot, Tokens
 from promptai.wire.malformed import MALFORMED
 from promptai.wire.openai import CompletionChunk, ErrorBody, ModelList, error_in
-from promptai.wire.sse import SseEvent, SseParser
+from promptai.wire.sse import SseEvent
 
 T = TypeVar("T")
 
-#: Longest silence inside an answer. A slow board may prefill for many minutes without a word.
+#: Longest silence inside an answer. A slow board may prefill for many minutes without sending anything.
 SILENCE_S = 1800.0
 _QUICK_S = 30.0
-#: The largest honest body: the probabilities of a vocabulary of 256k tokens take about 30 MB.
-_MAX_BODY_BYTES = 64 * 1024 * 1024
-_MAX_REASON_BYTES = 64 * 1024
-#: A chunk may hold several tokens, never the other way round; but some servers do not count what was
-#: thought, and roles, progress and accounts come in chunks of their own.
-_CHUNKS_PER_TOKEN, _CHUNKS_BESIDE = 4, 256
+#: A chunk may hold several tokens, but not the reverse. Some servers do not count reasoning tokens, though, and roles,
+#: progress and usage come in chunks of their own.
+_CHUNKS_PER_TOKEN, _EXTRA_CHUNKS = 4, 256
 _DONE = "[DONE]"
-#: What a PromptAI gateway adds to an answer: headers, and events that tell its stage.
-_OURS, _STATUS = "x-promptai-", "promptai.status"
+#: Additions of a PromptAI gateway to a response: headers with this prefix, and events of this name.
+_GATEWAY_HEADER, _STATUS_EVENT = "x-promptai-", "promptai.status"
+_SILENT_HINT = "raise --timeout if the prompt is long and the board slow"
+
+OnStatus = Callable[[Mapping[str, Any]], None]
 
 
 class Arrival(msgspec.Struct, frozen=True):
@@ -55,15 +48,15 @@ class Arrival(msgspec.Struct, frozen=True):
 
 class EngineClient:
     """
-    Talks to one server; an async context manager.
+    A client of one server; an async context manager.
 
     Args:
-        base_url: Scheme, host and port, without ``/v1``.
-        api_key: Sent as a bearer token when given.
-        silence_s: Longest wait for the next bytes of an answer.
-        headers: Further ones of every request.
-        beside: Told what a PromptAI gateway says beside an answer: of its way in the head, by the
-            names of the headers, and of its stage in events (``x-promptai-status: 1`` asks for them).
+        base_url: Scheme, host and port; a trailing ``/v1`` is ignored.
+        api_key: Sent as a bearer token; ``None``: none is sent.
+        silence_s: The longest wait for the next chunk of an answer.
+        headers: Sent with every request.
+        on_status: Receives what a PromptAI gateway reports besides the answer: its ``x-promptai-*`` response headers,
+            and the fields of its status events (requested with the header ``x-promptai-status: 1``).
     """
 
     def __init__(
@@ -73,64 +66,57 @@ class EngineClient:
         api_key: str | None = None,
         silence_s: float = SILENCE_S,
         headers: Mapping[str, str] | None = None,
-        beside: Callable[[Mapping[str, Any]], None] = lambda _: None,
+        on_status: OnStatus = lambda _: None,
     ) -> None:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
-        self._headers = {**(headers or {}), **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
-        self._beside = beside
+        key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._session = EngineSession({**(headers or {}), **key})
+        self._on_status = on_status
         self._silence_s = silence_s
-        self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        # No limit on connections: concurrency is the caller's decision, and a
-        # hidden queue in the client would be measured as the server's.
-        # No kept-alive connections: llama-server closes them after a stream, and a
-        # request that meets the closing one fails (seen with b11549 on a busy board).
-        # A fresh connection costs 0.1 ms on loopback.
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
-            headers=self._headers,
-        )
+        await self._session.__aenter__()
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
-        if self._session is not None:
-            await self._session.close()
+        await self._session.__aexit__()
 
     async def healthy(self) -> bool:
         """
-        Whether it can answer; False while it loads its model.
+        Whether the server can answer; False while it loads its model.
 
         Raises:
-            EngineDiedError: Nobody listens there.
+            EngineDiedError: No server listens there.
         """
-        status, _ = await self._exchange("GET", "/health")
-        return status == 200
+        return (await self.get("/health")).status == 200
 
     async def props(self) -> Props:
         """
         ``GET /props``.
 
         Raises:
-            EngineRefusedError: The server is no llama-server: it has no such address, or answers there with
-                something that says nothing of a llama-server (LM Studio: HTTP 200 and an error).
+            EngineRefusedError: The server is not a llama-server: it has no such path, or returns something else there
+                (LM Studio: HTTP 200 and an error).
         """
         props = await self._get("/props", Props)
         if (props.build_info, props.model_path, props.default_generation_settings.n_ctx) == (None, None, None):
-            raise EngineRefusedError(f"{self.base_url} is no llama-server", status=200, kind=None)
+            raise EngineRefusedError(f"{self.base_url} is not a llama-server", status=200, kind=None)
         return props
 
+    async def get(self, path: str) -> Reply:
+        """``GET`` any path, whatever the status."""
+        return await self._exchange("GET", path)
+
     async def slots(self) -> list[Slot]:
-        """``GET /slots``: what each slot is doing."""
+        """``GET /slots``: the state of each slot."""
         return await self._get("/slots", list[Slot])
 
     async def models(self) -> list[str]:
-        """Names that the server answers to."""
+        """``GET /v1/models``: the names of the models."""
         return [entry.id for entry in (await self._get("/v1/models", ModelList)).data or ()]
 
     async def vocabulary(self) -> int | None:
-        """Tokens of the loaded model's vocabulary; ``None`` where the server does not tell."""
+        """Size of the loaded model's vocabulary in tokens; ``None``: not reported."""
         metas = [entry.meta for entry in (await self._get("/v1/models", ModelList)).data or ()]
         return metas[0].n_vocab if metas and metas[0] is not None else None
 
@@ -139,7 +125,7 @@ class EngineClient:
         return (await self._ok("GET", "/metrics")).decode("utf-8", "replace")
 
     async def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
-        """Token ids of ``text``; special tokens in it are read as such."""
+        """Return the token ids of ``text``; special tokens written in it are recognised."""
         body = {"content": text, "add_special": add_special, "parse_special": True}
         return (await self._post("/tokenize", body, Tokens)).tokens
 
@@ -149,50 +135,40 @@ class EngineClient:
 
     async def stream_chat(self, body: dict[str, Any]) -> AsyncGenerator[Arrival, None]:
         """
-        ``POST /v1/chat/completions`` with streaming: the chunks as they arrive.
+        ``POST /v1/chat/completions`` with streaming, and yield the chunks as they arrive, up to ``[DONE]``.
 
-        Keep-alive comments are skipped. Ends after ``[DONE]``. Whoever may leave early
-        wraps it in ``contextlib.aclosing``: closing it is what frees the engine's slot.
+        Keep-alive comments are skipped. A caller that may stop early wraps the generator in ``contextlib.aclosing``:
+        closing it frees the engine's slot.
 
         Raises:
-            EngineRefusedError: An error instead of, or in the middle of, the answer.
+            EngineRefusedError: An error in place of the answer or in the middle of it.
             EngineDiedError: The connection failed or fell silent.
-            EngineProtocolError: Something that is not the protocol, an end without ``[DONE]`` or without
-                a word, or no end.
+            EngineProtocolError: The response breaks the protocol, ends without ``[DONE]`` or without an answer, or
+                does not end.
         """
         payload = msgspec.json.encode({**body, "stream": True, "stream_options": {"include_usage": True}})
-        answer = _Answer(self.base_url, body.get("max_tokens"), self._beside)
-        silent_at = time.monotonic() + self._silence_s
-        try:
-            async with asyncio.timeout(self._silence_s):
-                response = await self._open().post(
-                    f"{self.base_url}/v1/chat/completions", data=payload, headers={"Content-Type": "application/json"}
-                )
-            async with response:
-                if response.status != 200:
-                    raise self._refused(response.status, await _reason(response))
-                self._beside(_ours(response.headers))
-                while not answer.done:
-                    async with asyncio.timeout(silent_at - time.monotonic()):
-                        data = await response.content.readany()
-                        now = time.monotonic()
-                    if not data:
-                        raise EngineProtocolError(f"{self.base_url} ended its answer without [DONE]")
-                    for chunk in answer.take(data):
-                        silent_at = now + self._silence_s
-                        yield Arrival(now, chunk)
-        except aiohttp.ConnectionTimeoutError as error:
-            raise self._lost(error) from None
-        except TimeoutError:
-            when = "in the middle of an answer" if answer.chunks else "before it began to answer"
-            raise EngineDiedError(
-                f"{self.base_url} was silent for {self._silence_s:g} s {when}",
-                hint="give --timeout more seconds if the prompt is long and the board slow",
-            ) from None
-        except (aiohttp.ClientError, OSError) as error:
-            raise self._lost(error) from None
-        except ValueError as error:
-            raise EngineProtocolError(f"{self.base_url} sent a broken event stream: {error}") from None
+        reader = _AnswerReader(self.base_url, body.get("max_tokens"), self._on_status)
+        loop = asyncio.get_running_loop()
+        silent_since = loop.time()
+        async with self._session.stream(
+            self.base_url,
+            "/v1/chat/completions",
+            payload,
+            silence_s=lambda: self._silence_s,
+            headers={"Content-Type": "application/json"},
+            hint=_SILENT_HINT,
+        ) as stream:
+            if stream.status != 200:
+                raise refused(self.base_url, stream.status, await stream.reason())
+            self._on_status(_gateway_headers(stream.headers))
+            while not reader.done:
+                data = await stream.read(silent_since)
+                now = time.monotonic()
+                if not data:
+                    raise EngineProtocolError(f"{self.base_url} ended its answer without [DONE]")
+                for chunk in reader.take(stream.parse(data)):
+                    stream.begun, silent_since = True, loop.time()
+                    yield Arrival(now, chunk)
 
     async def _get(self, path: str, kind: type[T]) -> T:
         return self._decode(path, await self._ok("GET", path), kind)
@@ -205,84 +181,63 @@ class EngineClient:
             return msgspec.json.decode(data, type=kind)
         except MALFORMED as error:
             if error_in(data) is not None:
-                raise self._refused(200, data) from None
-            raise EngineProtocolError(f"{self.base_url}{path} answered something else than expected: {error}") from None
+                raise refused(self.base_url, 200, data) from None
+            raise EngineProtocolError(f"{self.base_url}{path} returned an unexpected body: {error}") from None
 
     async def _ok(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
-        status, data = await self._exchange(method, path, body)
-        if status != 200:
-            raise self._refused(status, data)
-        return data
+        reply = await self._exchange(method, path, body)
+        if reply.status != 200:
+            raise refused(self.base_url, reply.status, reply.body)
+        return reply.body
 
-    async def _exchange(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
-        # A quick answer is expected of everything but inference.
-        timeout = aiohttp.ClientTimeout(total=self._silence_s if path == "/completion" else _QUICK_S)
-        try:
-            async with self._open().request(method, f"{self.base_url}{path}", json=body, timeout=timeout) as response:
-                data = bytearray()
-                await _read(response, data, _MAX_BODY_BYTES + 1)
-                if len(data) > _MAX_BODY_BYTES:
-                    raise EngineProtocolError(f"{self.base_url}{path} answered more than {_MAX_BODY_BYTES} bytes")
-                return response.status, bytes(data)
-        except TimeoutError:
-            raise EngineDiedError(f"{self.base_url}{path} did not answer in time") from None
-        except (aiohttp.ClientError, OSError) as error:
-            raise self._lost(error) from None
-
-    def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            raise RuntimeError("EngineClient is used outside its async with block")
-        return self._session
-
-    def _refused(self, status: int, data: bytes) -> EngineRefusedError:
-        error = error_in(data) or ErrorBody(data[:200].decode("utf-8", "replace").strip())
-        return EngineRefusedError(
-            f"{self.base_url} answered HTTP {status}: {error.message[:300]}", status=status, kind=error.type
+    async def _exchange(self, method: str, path: str, body: dict[str, Any] | None = None) -> Reply:
+        """Send a request; everything but inference must answer quickly."""
+        return await self._session.exchange(
+            method,
+            self.base_url,
+            path,
+            None if body is None else msgspec.json.encode(body),
+            limit_s=self._silence_s if path == "/completion" else _QUICK_S,
+            headers=None if body is None else {"Content-Type": "application/json"},
         )
 
-    def _lost(self, error: Exception) -> EngineDiedError:
-        reason = str(error) or type(error).__name__
-        return EngineDiedError(f"no connection to {self.base_url}: {reason}", hint="is it still running there?")
 
-
-class _Answer:
+class _AnswerReader:
     """
-    What has come of one streamed answer.
+    Reads the events of one streamed answer.
 
     Attributes:
-        chunks: How many of them.
-        done: Whether ``[DONE]`` has come.
+        done: Whether ``[DONE]`` has arrived.
     """
 
-    def __init__(self, url: str, max_tokens: int | None, beside: Callable[[Mapping[str, Any]], None]) -> None:
-        self.chunks = 0
-        self._beside = beside
+    def __init__(self, url: str, max_tokens: int | None, on_status: OnStatus) -> None:
         self.done = False
         self._url = url
         self._max_tokens = max_tokens if max_tokens is not None and max_tokens > 0 else None
-        self._parser = SseParser()
-        self._said = False
+        self._on_status = on_status
+        self._chunks = 0
+        self._answered = False
 
-    def take(self, data: bytes) -> Iterator[CompletionChunk]:
-        """The chunks that these bytes complete; raises where they are none, or one too many."""
-        for event in self._parser.feed(data):
+    def take(self, events: list[SseEvent]) -> Iterator[CompletionChunk]:
+        """Yield the chunks in ``events``; raises at the first that is malformed, an error, or one too many."""
+        for event in events:
             if event.data == _DONE:
-                if not self._said:
-                    raise EngineProtocolError(f"{self._url} ended its answer without a word")
+                if not self._answered:
+                    raise EngineProtocolError(f"{self._url} ended its answer without any text")
                 self.done = True
                 return
             if event.comment:
                 continue
-            if event.event == _STATUS:
-                self._beside(_object(event.data))
+            if event.event == _STATUS_EVENT:
+                self._on_status(_object(event.data))
                 continue
             chunk = self._chunk(event)
-            self.chunks += 1
-            self._said = self._said or bool(chunk.content or chunk.thought or any(chunk.finish_reasons))
-            if self._max_tokens and self.chunks > self._max_tokens * _CHUNKS_PER_TOKEN + _CHUNKS_BESIDE:
+            self._chunks += 1
+            self._answered = self._answered or bool(chunk.content or chunk.thought or any(chunk.finish_reasons))
+            if self._max_tokens and self._chunks > self._max_tokens * _CHUNKS_PER_TOKEN + _EXTRA_CHUNKS:
                 raise EngineProtocolError(
-                    f"{self._url} went on after {self.chunks} chunks of an answer of at most {self._max_tokens} tokens",
-                    hint="does it know max_tokens?",
+                    f"{self._url} sent {self._chunks} chunks of an answer limited to {self._max_tokens} tokens",
+                    hint="check that the server supports max_tokens",
                 )
             yield chunk
 
@@ -298,17 +253,15 @@ class _Answer:
         return chunk
 
     def _broken_off(self, data: str) -> EngineRefusedError:
-        """An error in the middle of an answer, in whichever form."""
         error = error_in(data) or ErrorBody(data)
         return EngineRefusedError(
             f"{self._url} broke off with an error: {error.message[:300]}", status=None, kind=error.type
         )
 
 
-def _ours(headers: Mapping[str, str]) -> dict[str, str]:
-    """What a gateway tells in the head of an answer."""
-    told = {name.lower(): text for name, text in headers.items()}
-    return {name: text for name, text in told.items() if name.startswith(_OURS)}
+def _gateway_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    lower = {name.lower(): value for name, value in headers.items()}
+    return {name: value for name, value in lower.items() if name.startswith(_GATEWAY_HEADER)}
 
 
 def _object(data: str) -> dict[str, Any]:
@@ -316,18 +269,3 @@ def _object(data: str) -> dict[str, Any]:
         return msgspec.json.decode(data, type=dict[str, Any])
     except MALFORMED:
         return {}
-
-
-async def _read(response: aiohttp.ClientResponse, data: bytearray, most: int) -> None:
-    """Put a body into ``data``, up to so many bytes."""
-    while len(data) < most and (piece := await response.content.read(most - len(data))):
-        data += piece
-
-
-async def _reason(response: aiohttp.ClientResponse) -> bytes:
-    """Why it refused, as far as it says so in a short time: its status is known, and that it refused."""
-    data = bytearray()
-    with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
-        async with asyncio.timeout(_QUICK_S):
-            await _read(response, data, _MAX_REASON_BYTES)
-    return bytes(data)

@@ -20,9 +20,9 @@ from typing import Self
 
 from promptai.device.process import ProcessTree
 from promptai.engine.flags import EngineFlags
+from promptai.engine.http_upstream import HttpUpstream
 from promptai.engine.launch import RunningEngine, free_port
 from promptai.engine.locate import EngineBinary
-from promptai.engine.upstream import HttpUpstream
 from promptai.errors import EngineDiedError, EngineError
 from promptai.fleet.local import LocalModel
 
