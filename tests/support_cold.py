@@ -5,7 +5,6 @@ import contextlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Self
 
-from promptai.engine.simulated_upstream import SimulatedUpstream
 from promptai.engine.simulation import SimulationConfig
 from promptai.engine.simulator import Simulator
 from promptai.fleet.local import LocalModel, LocalSource
@@ -17,6 +16,7 @@ from promptai.router.estimate.rates import RateBook
 from promptai.router.schedule.dispatcher import Dispatcher, QueueLimits
 from promptai.router.schedule.fleet_state import FleetState
 from support_fleet import GB, FakeLauncher, beside
+from support_simulated_upstream import SimulatedUpstream
 
 
 class Cold:

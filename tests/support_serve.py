@@ -7,7 +7,6 @@ from typing import Any
 
 import msgspec
 
-from promptai.engine.simulated_upstream import SimulatedUpstream
 from promptai.engine.simulation import SimulationConfig
 from promptai.engine.simulator import Simulator
 from promptai.fleet.registry import Registry
@@ -19,6 +18,7 @@ from promptai.router.estimate.policy import STRATEGIES
 from promptai.router.estimate.rates import RateBook
 from promptai.router.schedule.dispatcher import Dispatcher, QueueLimits
 from promptai.router.schedule.fleet_state import FleetState
+from support_simulated_upstream import SimulatedUpstream
 
 
 class World:

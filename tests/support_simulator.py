@@ -5,12 +5,12 @@ from typing import Any
 
 import msgspec
 
-from promptai.engine.simulated_upstream import SimulatedUpstream
 from promptai.engine.simulation import SimulationConfig
 from promptai.engine.simulator import Fault, Simulator
 from promptai.engine.upstream import Piece, Upstream
 from promptai.wire.sse import SseEvent
 from support_clock import run_virtually
+from support_simulated_upstream import SimulatedUpstream
 
 #: 100 prompt tokens a second, then a token each tenth of a second.
 CONFIG = SimulationConfig(prefill_tps=100.0, decode_tps=10.0, slots=2, batch=40)

@@ -5,7 +5,7 @@ import os
 import tarfile
 from pathlib import Path
 
-from promptai.engine.built import PROGRAMS
+from promptai.engine.build_recipe import PROGRAMS
 
 COMMIT = "0c1e57098bba43ac29e6e3b677cdceebdd22334f"
 VERSION = "9.9.9"
@@ -123,5 +123,5 @@ def record(environ: dict[str, str]) -> list[str]:
 
 
 def objects(environ: dict[str, str]) -> list[int]:
-    """Numbers of the objects that were compiled, in order."""
+    """Numbers of the objects that were compiled, in recipe."""
     return [int(line.split()[1]) for line in record(environ) if line.startswith("object")]

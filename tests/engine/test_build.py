@@ -13,7 +13,7 @@ import pytest
 
 from promptai.engine import source
 from promptai.engine.build import build
-from promptai.engine.built import PROGRAMS, Order, read_built
+from promptai.engine.build_recipe import PROGRAMS, BuildRecipe, read_built
 from promptai.engine.locate import find_engines
 from promptai.errors import EngineError
 from support_cli import alive, wait_for
@@ -39,15 +39,15 @@ def engines(tmp_path: Path) -> Path:
     return tmp_path / "cache" / "engines"
 
 
-def start(order: Order, engines: Path) -> "subprocess.Popen[bytes]":
+def start(recipe: BuildRecipe, engines: Path) -> "subprocess.Popen[bytes]":
     """Build in another process, which can be killed."""
     code = (
         "import sys, msgspec; from pathlib import Path; from promptai.engine.build import build; "
-        "from promptai.engine.built import Order\n"
+        "from promptai.engine.build_recipe import BuildRecipe\n"
         "class W:\n  step = lambda *a: None\n  share = step\n  tick = step\n"
-        "build(msgspec.json.decode(sys.argv[1], type=Order, dec_hook=lambda t, v: t(v)), Path(sys.argv[2]), W())"
+        "build(msgspec.json.decode(sys.argv[1], type=BuildRecipe, dec_hook=lambda t, v: t(v)), Path(sys.argv[2]), W())"
     )
-    words = msgspec.json.encode(order, enc_hook=str).decode()
+    words = msgspec.json.encode(recipe, enc_hook=str).decode()
     return subprocess.Popen([sys.executable, "-c", code, words, str(engines)], stderr=subprocess.DEVNULL)
 
 
@@ -59,7 +59,7 @@ def start(order: Order, engines: Path) -> "subprocess.Popen[bytes]":
 def test_an_archive_that_is_not_what_it_should_be_is_refused(archive: Path, engines: Path) -> None:
     """Nothing of it is unpacked."""
     with pytest.raises(EngineError, match=f"has the SHA-256 .* expected is {'0' * 64}"):
-        build(Order(archive=archive, sha256="0" * 64), engines, Watched())
+        build(BuildRecipe(archive=archive, sha256="0" * 64), engines, Watched())
 
     assert not engines.exists()
 
@@ -71,14 +71,14 @@ def test_the_pinned_release_is_checked_also_when_the_user_brings_it(tmp_path: Pa
     brought = write_archive(tmp_path / f"llama_cpp_python-{source.PINNED}.tar.gz")
 
     with pytest.raises(EngineError, match=source.RELEASES[source.PINNED].sha256):
-        build(Order(archive=brought), engines, Watched())
+        build(BuildRecipe(archive=brought), engines, Watched())
 
 
 @pytest.mark.real
 @pytest.mark.usefixtures("environ")
 def test_a_release_without_a_known_checksum_is_not_fetched(engines: Path) -> None:
     with pytest.raises(EngineError, match=r"SHA-256 of llama-cpp-python 1\.2\.3 is not known") as caught:
-        build(Order(version="1.2.3"), engines, Watched())
+        build(BuildRecipe(version="1.2.3"), engines, Watched())
 
     assert "--sha256" in caught.value.hint
     assert not engines.exists()
@@ -91,7 +91,7 @@ def test_missing_tools_are_named_with_the_line_that_installs_them(
     monkeypatch.delenv("CXX", raising=False)
 
     with pytest.raises(EngineError, match="without cmake and a C\\+\\+ compiler and make") as caught:
-        build(Order(archive=archive), engines, Watched())
+        build(BuildRecipe(archive=archive), engines, Watched())
 
     assert "apt-get install cmake g++ make" in caught.value.hint
     assert not engines.exists()
@@ -104,7 +104,7 @@ def test_an_old_cmake_is_refused_with_its_version(
     monkeypatch.setenv("STANDIN_CMAKE", "3.13.4")
 
     with pytest.raises(EngineError, match=r"cmake 3\.13 is too old, 3\.14 is needed"):
-        build(Order(archive=archive), engines, Watched())
+        build(BuildRecipe(archive=archive), engines, Watched())
 
     assert record(environ) == []
 
@@ -115,7 +115,7 @@ def test_a_full_disk_leaves_nothing(archive: Path, engines: Path, monkeypatch: p
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**12, 10**12, 5))
 
     with pytest.raises(EngineError, match="0 MB are free"):
-        build(Order(archive=archive), engines, Watched())
+        build(BuildRecipe(archive=archive), engines, Watched())
 
     assert not engines.exists()
 
@@ -129,7 +129,7 @@ def test_a_build_leaves_programs_converter_and_a_description(
 ) -> None:
     watched = Watched()
 
-    built = build(Order(archive=archive, jobs=3), engines, watched)
+    built = build(BuildRecipe(archive=archive, jobs=3), engines, watched)
 
     folder = engines / NAME
     assert sorted(path.name for path in folder.iterdir()) == ["bin", "build.log", "engine.json", "src"]
@@ -151,10 +151,10 @@ def test_a_build_leaves_programs_converter_and_a_description(
 
 @pytest.mark.real
 def test_what_is_built_is_not_built_again_unless_asked(archive: Path, engines: Path, environ: dict[str, str]) -> None:
-    first = build(Order(archive=archive), engines, Watched())
-    second = build(Order(archive=archive), engines, Watched())
+    first = build(BuildRecipe(archive=archive), engines, Watched())
+    second = build(BuildRecipe(archive=archive), engines, Watched())
     count = len(objects(environ))
-    build(Order(archive=archive, again=True), engines, Watched())
+    build(BuildRecipe(archive=archive, again=True), engines, Watched())
 
     assert first == second
     assert [count, len(objects(environ))] == [OBJECTS, 2 * OBJECTS]
@@ -162,7 +162,7 @@ def test_what_is_built_is_not_built_again_unless_asked(archive: Path, engines: P
 
 @pytest.mark.real
 def test_a_portable_build_stands_beside_the_native_one(archive: Path, engines: Path, environ: dict[str, str]) -> None:
-    build(Order(archive=archive, portable=True, keep=True), engines, Watched())
+    build(BuildRecipe(archive=archive, portable=True, keep=True), engines, Watched())
 
     assert "-DGGML_NATIVE=OFF" in record(environ)[0]
     assert (engines / NAME.replace("native", "portable") / "build" / "tree").is_dir()
@@ -175,12 +175,12 @@ def test_a_compiler_that_fails_is_quoted_and_what_it_did_is_kept(
     """The next call begins with what failed."""
     monkeypatch.setenv("STANDIN_FAIL_AT", "5")
     with pytest.raises(EngineError, match=r"the compiler failed: x\.cpp:3:1: error: expected") as caught:
-        build(Order(archive=archive), engines, Watched())
+        build(BuildRecipe(archive=archive), engines, Watched())
     assert str(engines / NAME / "build.log") in caught.value.hint
     assert not (engines / NAME / "bin").exists()
     monkeypatch.setenv("STANDIN_FAIL_AT", "")
 
-    build(Order(archive=archive), engines, Watched())
+    build(BuildRecipe(archive=archive), engines, Watched())
 
     assert objects(environ) == [1, 2, 3, 4, 5, 5, 6, 7, 8]
 
@@ -202,7 +202,7 @@ def test_a_full_disk_and_a_full_memory_are_recognised(
     monkeypatch.setenv("STANDIN_ERROR", says)
 
     with pytest.raises(EngineError) as caught:
-        build(Order(archive=archive), engines, Watched())
+        build(BuildRecipe(archive=archive), engines, Watched())
 
     assert hint in caught.value.hint
 
@@ -215,7 +215,7 @@ def test_a_server_that_does_not_start_is_not_installed(
         monkeypatch.setenv(name, value)
 
     with pytest.raises(EngineError, match="does not start: illegal instruction"):
-        build(Order(archive=archive), engines, Watched())
+        build(BuildRecipe(archive=archive), engines, Watched())
 
     assert not (engines / NAME / "bin").exists()
 
@@ -228,7 +228,7 @@ def stopped_at(
 ) -> "subprocess.Popen[bytes]":
     """A build in another process that has come to an object that never ends."""
     monkeypatch.setenv("STANDIN_STOP_AT", str(number))
-    process = start(Order(archive=archive), engines)
+    process = start(BuildRecipe(archive=archive), engines)
     wait_for(Path(environ["STANDIN_RECORD"] + ".stopped").exists, what=f"object {number}")
     monkeypatch.setenv("STANDIN_STOP_AT", "")
     return process
@@ -252,7 +252,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(
         (engines / NAME / "build" / "tree" / "objects" / "5.o").unlink()  # as make does at Ctrl-C
     watched = Watched()
 
-    build(Order(archive=archive), engines, watched)
+    build(BuildRecipe(archive=archive), engines, watched)
 
     assert objects(environ) == [1, 2, 3, 4, 5, 5, 6, 7, 8]
     assert len([line for line in record(environ) if line.startswith("configure")]) == 1
@@ -281,12 +281,12 @@ def test_another_compiler_setting_starts_over(
     """Objects of two kinds in one program are worse than a build from the beginning."""
     monkeypatch.setenv("STANDIN_FAIL_AT", "4")
     with pytest.raises(EngineError):
-        build(Order(archive=archive), engines, Watched())
+        build(BuildRecipe(archive=archive), engines, Watched())
     monkeypatch.setenv("STANDIN_FAIL_AT", "")
     recipe = engines / NAME / "build" / "recipe.json"
     recipe.write_text(json.dumps(json.loads(recipe.read_text()) | {"cpu_features": ["ANOTHER"]}))
 
-    build(Order(archive=archive), engines, Watched())
+    build(BuildRecipe(archive=archive), engines, Watched())
 
     assert [1, 2, 3, 4, *range(1, OBJECTS + 1)] == objects(environ)
 
@@ -301,7 +301,7 @@ def test_a_second_build_is_refused_while_the_first_works(archive: Path, engines:
         lock.flush()
 
         with pytest.raises(EngineError, match=f"process {os.getpid()} is building an engine already"):
-            build(Order(archive=archive), engines, Watched())
+            build(BuildRecipe(archive=archive), engines, Watched())
 
 
 @pytest.mark.real
@@ -318,6 +318,6 @@ def test_compilers_that_outlive_their_build_are_waited_for(archive: Path, engine
     threading.Timer(0.5, lock.close).start()
     watched = Watched()
 
-    build(Order(archive=archive), engines, watched)
+    build(BuildRecipe(archive=archive), engines, watched)
 
     assert watched.steps[0].startswith("waiting for the compilers")

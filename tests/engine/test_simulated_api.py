@@ -6,8 +6,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from promptai.engine.simulated_upstream import SimulatedUpstream
 from promptai.engine.upstream import Piece
+from support_simulated_upstream import SimulatedUpstream
 from support_simulator import (
     CHAT,
     CONFIG,

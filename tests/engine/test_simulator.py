@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from promptai.engine.simulated_upstream import SimulatedUpstream
 from promptai.engine.simulator import Fault
 from promptai.engine.upstream import Piece
 from promptai.errors import EngineDiedError, EngineError, EngineProtocolError, EngineRefusedError
+from support_simulated_upstream import SimulatedUpstream
 from support_simulator import (
     CHAT,
     CONFIG,

@@ -8,7 +8,7 @@ import pytest
 
 from promptai.engine import source
 from promptai.engine.build import build
-from promptai.engine.built import Order
+from promptai.engine.build_recipe import BuildRecipe
 from promptai.errors import EngineError
 from support_toolchain import (
     COMMIT,
@@ -133,17 +133,17 @@ def test_only_what_a_build_needs_is_unpacked(tmp_path: Path, top: str, commit: s
 
 
 @pytest.mark.parametrize(
-    ("order", "name"),
+    ("recipe", "name"),
     [
-        (Order(), f"llama-cpp-python-{source.PINNED}-native"),
-        (Order(portable=True), f"llama-cpp-python-{source.PINNED}-portable"),
-        (Order(archive=Path("/d/llama_cpp_python-0.4.0.tar.gz")), "llama-cpp-python-0.4.0-native"),
-        (Order(archive=Path("/d/llama.cpp-b1234.tar.gz")), "llama.cpp-b1234-native"),
-        (Order(archive=Path("my source (new).tgz")), "my-source-new-native"),
+        (BuildRecipe(), f"llama-cpp-python-{source.PINNED}-native"),
+        (BuildRecipe(portable=True), f"llama-cpp-python-{source.PINNED}-portable"),
+        (BuildRecipe(archive=Path("/d/llama_cpp_python-0.4.0.tar.gz")), "llama-cpp-python-0.4.0-native"),
+        (BuildRecipe(archive=Path("/d/llama.cpp-b1234.tar.gz")), "llama.cpp-b1234-native"),
+        (BuildRecipe(archive=Path("my source (new).tgz")), "my-source-new-native"),
     ],
 )
-def test_an_engine_is_named_after_its_source(order: Order, name: str) -> None:
-    assert name == order.name
+def test_an_engine_is_named_after_its_source(recipe: BuildRecipe, name: str) -> None:
+    assert name == recipe.name
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_another_file_under_the_right_name_is_not_fetched(mirror: Path, engines: Path) -> None:
     """Pip compares before it looks inside."""
     with pytest.raises(EngineError, match="pip could not fetch llama-cpp-python"):
-        build(Order(version=VERSION, sha256="0" * 64), engines, Watched())
+        build(BuildRecipe(version=VERSION, sha256="0" * 64), engines, Watched())
 
     assert not list(engines.rglob(mirror.name))
 
@@ -173,7 +173,7 @@ def test_a_release_comes_through_the_users_own_pip_configuration(
     """And nothing but the one file: no build system is installed, and none of the archive's code is run."""
     sha256 = hashlib.sha256(mirror.read_bytes()).hexdigest()
 
-    built = build(Order(version=VERSION, sha256=sha256), engines, Watched())
+    built = build(BuildRecipe(version=VERSION, sha256=sha256), engines, Watched())
 
     assert (built.name, built.archive_sha256, built.commit) == (NAME, sha256, COMMIT)
     assert len(objects(environ)) == OBJECTS

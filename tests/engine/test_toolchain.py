@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from promptai.engine.built import PROGRAMS
-from promptai.engine.logged import failure_lines, run_logged
+from promptai.engine.build_recipe import PROGRAMS
+from promptai.engine.command_log import failure_lines, run_logged
 from promptai.engine.toolchain import CompileProgress, check_disk, choose_jobs, missing_tools
 from promptai.errors import EngineError
 

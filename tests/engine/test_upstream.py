@@ -11,7 +11,6 @@ import pytest
 
 from promptai.engine.http_upstream import HttpUpstream
 from promptai.engine.simulated import Fault, SimulatedEngine
-from promptai.engine.simulated_upstream import SimulatedUpstream
 from promptai.engine.simulation import SimulationConfig
 from promptai.engine.simulator import Simulator
 from promptai.engine.upstream import Piece, Upstream
@@ -31,6 +30,7 @@ from support_engine import (
     silent_after,
     until,
 )
+from support_simulated_upstream import SimulatedUpstream
 from support_simulator import CHAT, NATIVE, TALK, TEXT, chunks, ends, listen_into, open_stream, text
 
 FAST = SimulationConfig(prefill_tps=1e6, decode_tps=1e5)

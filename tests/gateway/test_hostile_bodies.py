@@ -9,7 +9,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from promptai.engine.simulated_upstream import SimulatedUpstream
 from promptai.engine.upstream import refused
 from promptai.fleet.replica import Replica
 from promptai.gateway.app import GatewayLimits
@@ -17,6 +16,7 @@ from promptai.gateway.openapi import document
 from promptai.router.estimate.breaker import BreakerState
 from support_hostile import ODD, SECRET, WORD, answers, connections, error_of, sound
 from support_serve import World
+from support_simulated_upstream import SimulatedUpstream
 from support_site import CHAT, EMBED, FAST, SLOW, TEXT, Door, asking, one, visit
 
 HEADERS = {"Authorization": f"Bearer {SECRET}"}

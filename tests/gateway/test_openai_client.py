@@ -11,7 +11,6 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from promptai.engine.simulated_upstream import SimulatedUpstream
 from promptai.fleet.replica import State
 from promptai.gateway.admission import AdmissionRules
 from promptai.gateway.auth import Guard
@@ -21,6 +20,7 @@ from promptai.gateway.streaming import Heartbeat
 from promptai.router.schedule.dispatcher import QueueLimits
 from promptai.router.selection import Alias, ModelNames
 from support_serve import World
+from support_simulated_upstream import SimulatedUpstream
 from support_site import FAST, SLOW, Threaded, one, threaded
 
 TALK: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Is cell 12 up?"}]

@@ -28,10 +28,10 @@ import msgspec
 
 from promptai.bench.workload import load_bundled
 from promptai.engine.client import EngineClient
+from promptai.engine.command_log import failure_lines, run_logged
 from promptai.engine.flags import EngineFlags
 from promptai.engine.launch import RunningEngine, free_port
 from promptai.engine.locate import EngineBinary
-from promptai.engine.logged import failure_lines, run_logged
 from promptai.engine.scoring import force_token
 from promptai.errors import EngineProtocolError
 

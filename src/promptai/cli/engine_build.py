@@ -10,7 +10,7 @@ from promptai.cli.engine_progress import StepProgress
 from promptai.device.cpu import read_cpu
 from promptai.device.memory import read_memory
 from promptai.engine.build import build
-from promptai.engine.built import BuiltEngine, Order, read_built
+from promptai.engine.build_recipe import BuildRecipe, BuiltEngine, read_built
 from promptai.engine.source import PINNED
 from promptai.engine.toolchain import choose_jobs
 from promptai.settings import cache_directory
@@ -57,7 +57,7 @@ def build_engine(
     """
     console = Console(stderr=as_json)
     cpu = read_cpu()
-    order = Order(
+    recipe = BuildRecipe(
         version=release,
         archive=archive,
         sha256=sha256.lower() if sha256 else None,
@@ -67,13 +67,13 @@ def build_engine(
         keep=keep_build,
     )
     engines = cache_directory() / "engines"
-    there = read_built(engines / order.name) is not None and not again
+    there = read_built(engines / recipe.name) is not None and not again
     with StepProgress(console) as progress:
-        built = build(order, engines, progress)
+        built = build(recipe, engines, progress)
     if as_json:
         click.echo(msgspec.json.encode(built))
         return
-    _tell(console, built, engines / order.name, there=there)
+    _tell(console, built, engines / recipe.name, there=there)
 
 
 def _tell(console: Console, built: BuiltEngine, folder: Path, *, there: bool) -> None:

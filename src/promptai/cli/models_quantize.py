@@ -21,8 +21,8 @@ from promptai.cli.progress import duration
 from promptai.cli.transfer import Transfer
 from promptai.device.cpu import default_threads, read_cpu
 from promptai.device.memory import read_memory
+from promptai.engine.command_log import run_logged
 from promptai.engine.locate import locate
-from promptai.engine.logged import run_logged
 from promptai.errors import PromptAIError, SettingsError
 from promptai.models.bundled import NAME, bundled_model
 from promptai.models.convert import converted_checkpoint, find_converter, origin_of, read_checkpoint

@@ -35,9 +35,9 @@ import msgspec
 
 from promptai.device.cpu import CpuFacts, read_cpu
 from promptai.engine import source
-from promptai.engine.built import PROGRAMS, BuiltEngine, Order, read_built
+from promptai.engine.build_recipe import PROGRAMS, BuildRecipe, BuiltEngine, read_built
+from promptai.engine.command_log import failure_lines, run_logged
 from promptai.engine.locate import EngineBinary, output_of, probe
-from promptai.engine.logged import failure_lines, run_logged
 from promptai.engine.toolchain import CompileProgress, check_disk, check_tools, ninja_or_make
 from promptai.errors import EngineError
 
@@ -54,7 +54,7 @@ _FLAGS = (
 )
 
 
-class Watch(Protocol):
+class BuildProgress(Protocol):
     """Whoever shows how far a build is."""
 
     def step(self, text: str) -> None:
@@ -67,7 +67,7 @@ class Watch(Protocol):
         """Time passes."""
 
 
-class _Recipe(msgspec.Struct, frozen=True):
+class _ObjectKey(msgspec.Struct, frozen=True):
     """All that the objects depend on: with another one they are worthless."""
 
     sha256: str
@@ -76,36 +76,36 @@ class _Recipe(msgspec.Struct, frozen=True):
     cpu_features: tuple[str, ...]
 
 
-def build(order: Order, engines: Path, watch: Watch) -> BuiltEngine:
+def build(recipe: BuildRecipe, engines: Path, watch: BuildProgress) -> BuiltEngine:
     """
     Build an engine below ``engines``, or go on with a build that was interrupted.
 
     Raises:
         EngineError: A tool, memory on the disk or the source is missing, or the compiler failed.
     """
-    folder = engines / order.name
+    folder = engines / recipe.name
     whole = read_built(folder)
-    if whole is not None and not order.again:
+    if whole is not None and not recipe.again:
         return whole
     check_tools()
-    if order.archive is None and order.expected_sha256 is None:
+    if recipe.archive is None and recipe.expected_sha256 is None:
         raise EngineError(
-            f"the SHA-256 of llama-cpp-python {order.version} is not known here",
+            f"the SHA-256 of llama-cpp-python {recipe.version} is not known here",
             hint=f"give it with --sha256, or build {source.PINNED}, which is pinned",
         )
-    sha256 = order.expected_sha256
-    if order.archive is not None:
-        sha256 = source.verify(order.archive, sha256)
+    sha256 = recipe.expected_sha256
+    if recipe.archive is not None:
+        sha256 = source.verify(recipe.archive, sha256)
     if not (folder / "build" / "stamps" / "fetched").exists():
-        check_disk(engines, max(source.FETCH_BYTES if order.archive is None else 0, _COMPILE_BYTES))
+        check_disk(engines, max(source.FETCH_BYTES if recipe.archive is None else 0, _COMPILE_BYTES))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(engines, watch) as lock:
-            return _Site(order, folder, watch, lock).build(sha256 or "")
+            return _Site(recipe, folder, watch, lock).build(sha256 or "")
     except OSError as error:
         reason = error.strerror or str(error)
         raise EngineError(
-            f"engine {order.name} cannot be built: {error.filename or folder}: {reason}",
+            f"engine {recipe.name} cannot be built: {error.filename or folder}: {reason}",
             hint="mend that and run the same command again: it goes on where it stopped",
         ) from None
 
@@ -113,8 +113,8 @@ def build(order: Order, engines: Path, watch: Watch) -> BuiltEngine:
 class _Site:
     """One build and its folders."""
 
-    def __init__(self, order: Order, folder: Path, watch: Watch, lock: int) -> None:
-        self.order = order
+    def __init__(self, recipe: BuildRecipe, folder: Path, watch: BuildProgress, lock: int) -> None:
+        self.recipe = recipe
         self.folder = folder
         self.watch = watch
         self.lock = lock
@@ -126,30 +126,30 @@ class _Site:
         self.arguments = (
             *ninja_or_make(),
             *(f"-D{flag}" for flag in _FLAGS),
-            f"-DGGML_NATIVE={'OFF' if order.portable else 'ON'}",
+            f"-DGGML_NATIVE={'OFF' if recipe.portable else 'ON'}",
         )
 
     def build(self, sha256: str) -> BuiltEngine:
         """Do what has not been done."""
-        self._begin(_Recipe(sha256, self.arguments, platform.machine(), self.cpu.features))
-        archive = self.order.archive or self.site / f"llama_cpp_python-{self.order.version}.tar.gz"
-        take = "fetch the source" if self.order.archive is None else f"take {self.order.archive.name}"
+        self._begin(_ObjectKey(sha256, self.arguments, platform.machine(), self.cpu.features))
+        archive = self.recipe.archive or self.site / f"llama_cpp_python-{self.recipe.version}.tar.gz"
+        take = "fetch the source" if self.recipe.archive is None else f"take {self.recipe.archive.name}"
         self._step("fetched", f"1/5 {take}", self._fetch)
         self._step("unpacked", "2/5 unpack it", functools.partial(self._unpack, archive))
         self._step("configured", "3/5 configure", self._configure)
-        self._step("built", f"4/5 compile ({self.order.jobs} at once)", self._compile)
+        self._step("built", f"4/5 compile ({self.recipe.jobs} at once)", self._compile)
         self.watch.step("5/5 install")
         built = self._install(sha256)
-        if self.order.keep:
+        if self.recipe.keep:
             self._stamp("installed").touch()
         else:
             shutil.rmtree(self.site)
         return built
 
-    def _begin(self, recipe: _Recipe) -> None:
+    def _begin(self, key: _ObjectKey) -> None:
         """Throw away what another recipe, or a build that was finished and kept, has left."""
         written = self.site / "recipe.json"
-        data = msgspec.json.encode(recipe)
+        data = msgspec.json.encode(key)
         if self._stamp("installed").exists() or not written.exists() or written.read_bytes() != data:
             shutil.rmtree(self.site, ignore_errors=True)
             (self.site / "stamps").mkdir(parents=True)
@@ -170,14 +170,16 @@ class _Site:
         part.replace(stamp)
 
     def _fetch(self) -> str:
-        if self.order.archive is None:
-            sha256 = self.order.expected_sha256 or ""
-            source.fetch(self.order.version, sha256, self.site, log=self.log, share=self._share, keep_open=(self.lock,))
+        if self.recipe.archive is None:
+            sha256 = self.recipe.expected_sha256 or ""
+            source.fetch(
+                self.recipe.version, sha256, self.site, log=self.log, share=self._share, keep_open=(self.lock,)
+            )
         return ""
 
     def _unpack(self, archive: Path) -> str:
         commit = source.unpack(archive, self.source, self._share)
-        if self.order.archive is None:
+        if self.recipe.archive is None:
             archive.unlink()
         return commit or ""
 
@@ -199,7 +201,7 @@ class _Site:
         progress = CompileProgress(PROGRAMS)
         try:
             self._run(
-                *("cmake", "--build", str(self.tree), "--parallel", str(self.order.jobs), "--target", *PROGRAMS),
+                *("cmake", "--build", str(self.tree), "--parallel", str(self.recipe.jobs), "--target", *PROGRAMS),
                 seen=lambda line: self._share(progress.see(line), ""),
             )
         finally:  # not after kill -9 or a power cut: then the marker stays
@@ -249,8 +251,8 @@ class _Site:
             re.search(r"^built with (.+)$", says, re.MULTILINE),
         )
         return BuiltEngine(
-            name=self.order.name,
-            release=self.order.release,
+            name=self.recipe.name,
+            release=self.recipe.release,
             archive_sha256=archive_sha256,
             commit=self._commit(),
             version=version[1] if version else None,
@@ -268,7 +270,7 @@ class _Site:
 
 
 @contextlib.contextmanager
-def _locked(engines: Path, watch: Watch) -> Iterator[int]:
+def _locked(engines: Path, watch: BuildProgress) -> Iterator[int]:
     """Hold the one lock of all builds; the compilers inherit it, so it is taken while any of them works."""
     with (engines / "build.lock").open("a+") as file:
         deadline = time.monotonic() + _WAIT_FOR_COMPILERS_S

@@ -85,7 +85,7 @@ class EngineBinary(msgspec.Struct, frozen=True):
         return flags.to_argv(self.command)
 
 
-class Output(NamedTuple):
+class CommandOutput(NamedTuple):
     """What a command printed, and its exit code; ``None``: it had to be ended, or could not be run."""
 
     text: str
@@ -221,13 +221,13 @@ def probe(source: str, path: Path) -> EngineBinary:
     features, trouble = parse_features(said.text), None
     switches: tuple[str, ...] = ()
     if features is None:
-        trouble = explain_probe(said)
+        trouble = probe_failure(said)
     if trouble is None:
         switches = newer_switches(output_of([str(path), "--help"]).text)
     return EngineBinary(source, (str(path), *switches), parse_build(said.text), features, trouble)
 
 
-def explain_probe(said: Output) -> str | None:
+def probe_failure(said: CommandOutput) -> str | None:
     """Why an engine that did not even name its features does not start; ``None`` when it merely says nothing."""
     lines = [line.strip() for line in said.text.splitlines() if line.strip()]
     words = lines[-1][:200] if lines else "it said nothing"
@@ -253,11 +253,11 @@ def _wheel() -> EngineBinary | None:
     features = parse_features(said.text)
     trouble = None
     if features is None and said.code != 0:
-        trouble = explain_probe(said) or (said.text.strip().splitlines() or ["it said nothing"])[-1][:200]
+        trouble = probe_failure(said) or (said.text.strip().splitlines() or ["it said nothing"])[-1][:200]
     return EngineBinary("embedded", command, release, features, trouble)
 
 
-def output_of(command: list[str]) -> Output:
+def output_of(command: list[str]) -> CommandOutput:
     """Run a command that prints and ends; what it leaves running when it does not is ended with it."""
     try:
         process = subprocess.Popen(  # noqa: S603  the user's own engine
@@ -268,11 +268,11 @@ def output_of(command: list[str]) -> Output:
             start_new_session=True,  # a wrapper script's llama-server is in its group too
         )
     except OSError as error:
-        return Output("", None, f"it cannot be run: {error.strerror}")
+        return CommandOutput("", None, f"it cannot be run: {error.strerror}")
     with process:
         try:
             said, complained = process.communicate(timeout=_PROBE_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            return Output("", None, f"it did not end within {_PROBE_TIMEOUT_S:.0f} s of its start")
-    return Output((said + complained).decode("utf-8", "replace"), process.returncode)
+            return CommandOutput("", None, f"it did not end within {_PROBE_TIMEOUT_S:.0f} s of its start")
+    return CommandOutput((said + complained).decode("utf-8", "replace"), process.returncode)

@@ -11,18 +11,18 @@ from typing import TypeVar
 
 import msgspec
 
-from promptai.engine.simulated_forms import (
+from promptai.engine.simulated_formats import (
     ChatBody,
-    ChatForm,
+    ChatFormat,
     ContentBody,
     EmbeddingsBody,
-    Form,
     NativeBody,
-    NativeForm,
-    Progress,
+    NativeFormat,
+    PrefillProgress,
+    ResponseFormat,
     TemplateBody,
     TextBody,
-    TextForm,
+    TextFormat,
     embedding,
     event,
 )
@@ -88,32 +88,32 @@ class SimulatedApi:
         request, sent = self._simulator.accept(
             tokenize(render(body.messages)), most, use_cache=body.cache_prompt, id_slot=body.id_slot
         )
-        form = ChatForm(len(self._simulator.sent), self._config.model, body)
+        layout = ChatFormat(len(self._simulator.sent), self._config.model, body)
         if body.stream:
-            return self._stream(form, request, sent, fault, progress=body.return_progress)
-        return await self._whole(form, request, sent, fault)
+            return self._stream(layout, request, sent, fault, progress=body.return_progress)
+        return await self._whole(layout, request, sent, fault)
 
     async def _text(self, data: bytes) -> Reply | Stream:
         body = _read(data, TextBody)
-        return await self._continued(body, body.max_tokens, lambda n: TextForm(n, self._config.model))
+        return await self._continued(body, body.max_tokens, lambda n: TextFormat(n, self._config.model))
 
     async def _native(self, data: bytes) -> Reply | Stream:
         body = _read(data, NativeBody)
-        form = NativeForm(self._config.model, return_tokens=body.return_tokens)
-        return await self._continued(body, body.n_predict, lambda _n: form)
+        layout = NativeFormat(self._config.model, return_tokens=body.return_tokens)
+        return await self._continued(body, body.n_predict, lambda _n: layout)
 
     async def _continued(
-        self, body: TextBody | NativeBody, most: int | None, form_of: Callable[[int], Form]
+        self, body: TextBody | NativeBody, most: int | None, make_format: Callable[[int], ResponseFormat]
     ) -> Reply | Stream:
         fault = self._simulator.next_fault()
         prompt = tokenize(body.prompt) if isinstance(body.prompt, str) else body.prompt
         request, sent = self._simulator.accept(prompt, most, use_cache=body.cache_prompt, id_slot=body.id_slot)
-        form = form_of(len(self._simulator.sent))
+        layout = make_format(len(self._simulator.sent))
         if body.stream:
-            return self._stream(form, request, sent, fault, progress=body.return_progress)
-        return await self._whole(form, request, sent, fault)
+            return self._stream(layout, request, sent, fault, progress=body.return_progress)
+        return await self._whole(layout, request, sent, fault)
 
-    async def _whole(self, form: Form, request: Request, sent: Sent, fault: Fault | None) -> Reply:
+    async def _whole(self, layout: ResponseFormat, request: Request, sent: Sent, fault: Fault | None) -> Reply:
         texts: list[str] = []
         items = self._simulator.generate(request)
         async with contextlib.aclosing(items):
@@ -128,33 +128,35 @@ class SimulatedApi:
                     if fault.kind == "malformed":
                         return Reply(200, b'{"choices": [{"message"', "application/json")
                 texts.append(item.text)
-        return _reply(form.whole(request, "".join(texts)))
+        return _reply(layout.whole(request, "".join(texts)))
 
-    async def _stream(self, form: Form, request: Request, sent: Sent, fault: Fault | None, *, progress: bool) -> Stream:
+    async def _stream(
+        self, layout: ResponseFormat, request: Request, sent: Sent, fault: Fault | None, *, progress: bool
+    ) -> Stream:
         loop, number, opened = asyncio.get_running_loop(), 0, False
         items = self._simulator.generate(request)
         async with contextlib.aclosing(items):
             async for item in items:
-                if isinstance(item, Progress):
+                if isinstance(item, PrefillProgress):
                     if progress:
-                        yield event(form.progress(request, item))
+                        yield event(layout.progress(request, item))
                     elif not opened:
                         # As llama-server: with the slot come the headers.
                         yield b""
                     opened = True
                     continue
                 sent.cached_tokens = request.cached
-                if number == 0 and (begin := form.begin()) is not None:
+                if number == 0 and (begin := layout.begin()) is not None:
                     yield event(begin)
                 if fault and number == fault.after_tokens and (data := await self._simulator.strike(fault)):
                     yield data
                 number += 1
-                yield event(form.token(request, item, number))
+                yield event(layout.token(request, item, number))
                 sent.t_chunks.append(loop.time())
-        for body in form.end(request):
+        for body in layout.end(request):
             yield event(body)
-        if form.done:
-            yield form.done
+        if layout.done:
+            yield layout.done
 
     def _health(self) -> object:
         self._simulator.demand_ready()

@@ -72,7 +72,7 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
                 raise ValueError(f"{name} must be above 0")
 
 
-class Spoken(Protocol):
+class ChatMessage(Protocol):
     """A message of a conversation, in whichever form."""
 
     @property
@@ -147,7 +147,7 @@ class Emission(NamedTuple):
     token: int
 
 
-class Slot:
+class SimulatedSlot:
     """
     One slot.
 
@@ -179,7 +179,7 @@ class Scheduler:
 
     def __init__(self, config: SimulationConfig) -> None:
         self.config = config
-        self.slots = [Slot() for _ in range(config.slots)]
+        self.slots = [SimulatedSlot() for _ in range(config.slots)]
         self.queue: deque[Request] = deque()
         self.kept: deque[list[int]] = deque()
         self.started: list[Request] = []
@@ -261,7 +261,7 @@ class Scheduler:
             self.started.append(request)
         self.queue.extendleft(reversed(passed))
 
-    def _recall(self, slot: Slot, prompt: list[int]) -> None:
+    def _recall(self, slot: SimulatedSlot, prompt: list[int]) -> None:
         """Swap a slot's conversation for a kept one that the prompt has more in common with."""
         if not self.config.host_cache:
             return
@@ -279,7 +279,7 @@ class Scheduler:
         while sum(map(len, self.kept)) > self.config.host_cache:
             self.kept.popleft()
 
-    def _release(self, slot: Slot) -> None:
+    def _release(self, slot: SimulatedSlot) -> None:
         if slot.request is not None:
             slot.cache = slot.request.prompt[: slot.request.prefilled] + slot.request.generated
             slot.request = None
@@ -287,7 +287,7 @@ class Scheduler:
             self._releases += 1
 
 
-def _chosen(free: Sequence[Slot], prompt: list[int]) -> tuple[Slot, bool]:
+def _chosen(free: Sequence[SimulatedSlot], prompt: list[int]) -> tuple[SimulatedSlot, bool]:
     """
     As llama-server: the slot that begins most alike, by more than a tenth of the prompt; else the one left first.
 
@@ -330,7 +330,7 @@ def tokenize(text: str) -> list[int]:
     return [piece_id(piece) for piece in _PIECE.findall(text)]
 
 
-def render(conversation: Iterable[Spoken]) -> str:
+def render(conversation: Iterable[ChatMessage]) -> str:
     """The prompt of a conversation; a trailing assistant message is left open, to be continued."""
     messages = list(conversation)
     parts = [f"<|{message.role}|>{message.content}<|end|>" for message in messages]

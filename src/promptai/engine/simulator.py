@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 import msgspec
 
-from promptai.engine.simulated_forms import Progress, event
+from promptai.engine.simulated_formats import PrefillProgress, event
 from promptai.engine.simulation import Emission, Request, Scheduler, SimulationConfig
 
 
@@ -87,7 +87,7 @@ class Simulator:
         self.sent: list[Sent] = []
         self.fault = fault
         self.scheduler = Scheduler(config)
-        self._outboxes: dict[Request, asyncio.Queue[Progress | Emission | None]] = {}
+        self._outboxes: dict[Request, asyncio.Queue[PrefillProgress | Emission | None]] = {}
         self._wake = asyncio.Event()
         self._killed = asyncio.Event()
         self._compute: asyncio.Task[None] | None = None
@@ -174,9 +174,9 @@ class Simulator:
         self.sent.append(sent)
         return Request(prompt, max_tokens=max(1, wanted), use_cache=use_cache, id_slot=id_slot), sent
 
-    async def generate(self, request: Request) -> AsyncGenerator[Progress | Emission, None]:
+    async def generate(self, request: Request) -> AsyncGenerator[PrefillProgress | Emission, None]:
         """
-        Progress and tokens of one request as they are computed; closing it frees the slot.
+        PrefillProgress and tokens of one request as they are computed; closing it frees the slot.
 
         The first progress comes when it gets a slot.
 
@@ -246,16 +246,16 @@ class Simulator:
                 clock = loop.time()
             duration, emissions = scheduler.step(clock)
             for request in scheduler.started:
-                self._tell(request, Progress(len(request.prompt), request.cached, request.cached, 0))
+                self._tell(request, PrefillProgress(len(request.prompt), request.cached, request.cached, 0))
             clock += duration
             await asyncio.sleep(max(0.0, clock - loop.time()))
             for request in scheduler.prompted:
                 elapsed_ms = round((clock - (request.t_start or 0.0)) * 1000)
-                self._tell(request, Progress(len(request.prompt), request.cached, request.prefilled, elapsed_ms))
+                self._tell(request, PrefillProgress(len(request.prompt), request.cached, request.prefilled, elapsed_ms))
             for emission in emissions:
                 self._tell(emission.request, emission)
 
-    def _tell(self, request: Request, item: Progress | Emission) -> None:
+    def _tell(self, request: Request, item: PrefillProgress | Emission) -> None:
         if request in self._outboxes:
             self._outboxes[request].put_nowait(item)
 

@@ -26,7 +26,7 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 
-from promptai.engine.logged import failure_lines, run_logged
+from promptai.engine.command_log import failure_lines, run_logged
 from promptai.errors import EngineError
 
 #: Told a share of 0 to 1, and what there is to say about it.

@@ -18,7 +18,7 @@ from promptai.wire.malformed import MALFORMED
 PROGRAMS = ("llama-server", "llama-bench", "llama-quantize", "llama-perplexity")
 
 
-class Order(msgspec.Struct, frozen=True, kw_only=True):
+class BuildRecipe(msgspec.Struct, frozen=True, kw_only=True):
     """
     What is to be built.
 

@@ -17,18 +17,18 @@ _DIMENSIONS = 8
 _DONE = b"data: [DONE]\n\n"
 
 
-class Part(msgspec.Struct):
+class ContentPart(msgspec.Struct):
     """A piece of a message; only text is understood."""
 
     text: str
     type: str = "text"
 
 
-class Turn(msgspec.Struct):
+class ChatTurn(msgspec.Struct):
     """One message of a request, in any of OpenAI's forms."""
 
     role: str
-    said: str | list[Part] | None = msgspec.field(default=None, name="content")
+    said: str | list[ContentPart] | None = msgspec.field(default=None, name="content")
 
     @property
     def content(self) -> str:
@@ -52,13 +52,13 @@ class _Common(msgspec.Struct, kw_only=True):
 class TemplateBody(msgspec.Struct):
     """``POST /apply-template``."""
 
-    messages: list[Turn]
+    messages: list[ChatTurn]
 
 
 class ChatBody(_Common, kw_only=True):
     """``POST /v1/chat/completions``."""
 
-    messages: list[Turn]
+    messages: list[ChatTurn]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     stream_options: StreamOptions | None = None
@@ -93,7 +93,7 @@ class EmbeddingsBody(msgspec.Struct):
     input: str | list[str | int | list[int]]
 
 
-class Progress(msgspec.Struct, frozen=True):
+class PrefillProgress(msgspec.Struct, frozen=True):
     """How far the prompt of a request is."""
 
     total: int
@@ -102,7 +102,7 @@ class Progress(msgspec.Struct, frozen=True):
     time_ms: int
 
 
-class Form(Protocol):
+class ResponseFormat(Protocol):
     """
     How an answer is written down.
 
@@ -115,7 +115,7 @@ class Form(Protocol):
     def begin(self) -> dict[str, Any] | None:
         """What comes before the first token."""
 
-    def progress(self, request: Request, progress: Progress) -> dict[str, Any]:
+    def progress(self, request: Request, progress: PrefillProgress) -> dict[str, Any]:
         """A part of the prompt has been computed."""
 
     def token(self, request: Request, emission: Emission, number: int) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Form(Protocol):
         """All of it at once."""
 
 
-class ChatForm:
+class ChatFormat:
     """OpenAI's chat completions, with llama-server's additions."""
 
     done = _DONE
@@ -142,7 +142,7 @@ class ChatForm:
         """The role."""
         return self._chunk({"role": "assistant", "content": None})
 
-    def progress(self, request: Request, progress: Progress) -> dict[str, Any]:  # noqa: ARG002  others need it
+    def progress(self, request: Request, progress: PrefillProgress) -> dict[str, Any]:  # noqa: ARG002  others need it
         """The role, again and again."""
         return {**self.begin(), "prompt_progress": msgspec.to_builtins(progress)}
 
@@ -177,7 +177,7 @@ class ChatForm:
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
 
 
-class TextForm:
+class TextFormat:
     """OpenAI's text completions."""
 
     done = _DONE
@@ -188,7 +188,7 @@ class TextForm:
     def begin(self) -> None:
         """Nothing."""
 
-    def progress(self, request: Request, progress: Progress) -> dict[str, Any]:  # noqa: ARG002  others need it
+    def progress(self, request: Request, progress: PrefillProgress) -> dict[str, Any]:  # noqa: ARG002  others need it
         """A chunk without text."""
         return {**self._chunk(""), "prompt_progress": msgspec.to_builtins(progress)}
 
@@ -209,7 +209,7 @@ class TextForm:
         return {**self._head, "choices": [choice]}
 
 
-class NativeForm:
+class NativeFormat:
     """llama-server's own ``/completion``."""
 
     done = b""
@@ -221,7 +221,7 @@ class NativeForm:
     def begin(self) -> None:
         """Nothing."""
 
-    def progress(self, request: Request, progress: Progress) -> dict[str, Any]:
+    def progress(self, request: Request, progress: PrefillProgress) -> dict[str, Any]:
         """A chunk without text, with a token that is none."""
         return {**_native(request, "", [0], 0), "prompt_progress": msgspec.to_builtins(progress)}
 
