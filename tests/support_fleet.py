@@ -69,7 +69,7 @@ class FakeUpstream:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         return Reply(status, raw, "application/json")
 
-    async def ask(self, url: str, path: str, body: bytes, *, limit_s: float) -> Reply:
+    async def post(self, url: str, path: str, body: bytes, *, limit_s: float) -> Reply:
         """Never."""
         raise AssertionError(f"{url}{path} was asked to work: {body!r} {limit_s}")
 

@@ -212,5 +212,5 @@ class Referee:
         return told.top_logprobs[0].logprob - told.logprob
 
     async def _quick(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        reply = await self._upstream.ask(self._engine.base_url, path, msgspec.json.encode(body), limit_s=HANG_S)
+        reply = await self._upstream.post(self._engine.base_url, path, msgspec.json.encode(body), limit_s=HANG_S)
         return msgspec.json.decode(reply.body, type=dict[str, Any])

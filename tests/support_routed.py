@@ -85,9 +85,9 @@ class Snip:
         """See ``Upstream``."""
         return await self._inner.get(url, path, limit_s=limit_s)
 
-    async def ask(self, url: str, path: str, body: bytes, *, limit_s: float) -> Reply:
+    async def post(self, url: str, path: str, body: bytes, *, limit_s: float) -> Reply:
         """See ``Upstream``."""
-        return await self._inner.ask(url, path, body, limit_s=limit_s)
+        return await self._inner.post(url, path, body, limit_s=limit_s)
 
     async def stream(
         self,

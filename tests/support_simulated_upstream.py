@@ -56,7 +56,7 @@ class SimulatedUpstream:
         """See ``Upstream``."""
         return await self._whole("GET", url, path, b"", limit_s)
 
-    async def ask(self, url: str, path: str, body: bytes, *, limit_s: float) -> Reply:
+    async def post(self, url: str, path: str, body: bytes, *, limit_s: float) -> Reply:
         """See ``Upstream``."""
         return await self._whole("POST", url, path, body, limit_s)
 

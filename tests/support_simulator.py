@@ -58,7 +58,7 @@ async def listen_into(found: list[Piece], stream: AsyncGenerator[Piece, None]) -
 
 async def ask(upstream: Upstream, path: str = CHAT, url: str = A, **body: Any) -> Any:
     """One answer at once."""
-    reply = await upstream.ask(url, path, msgspec.json.encode(body), limit_s=1e6)
+    reply = await upstream.post(url, path, msgspec.json.encode(body), limit_s=1e6)
     assert reply.status == 200, reply.body
     return msgspec.json.decode(reply.body)
 

@@ -76,7 +76,7 @@ def test_an_answer_at_once_has_the_same_faults(kind: Any, found: int | str) -> N
     """As far as it can."""
 
     async def play(upstream: SimulatedUpstream) -> int:
-        return (await upstream.ask(A, CHAT, msgspec.json.encode({"messages": TALK}), limit_s=1e6)).status
+        return (await upstream.post(A, CHAT, msgspec.json.encode({"messages": TALK}), limit_s=1e6)).status
 
     fault = Fault(kind=kind, after_tokens=1)
     if isinstance(found, int):
@@ -173,7 +173,7 @@ def test_an_answer_that_takes_too_long_is_given_up_and_frees_its_slot(limit_s: f
 
     async def play(upstream: SimulatedUpstream) -> bool:
         with pytest.raises(EngineDiedError, match="silent"):
-            await upstream.ask(A, CHAT, msgspec.json.encode({"messages": TALK}), limit_s=limit_s)
+            await upstream.post(A, CHAT, msgspec.json.encode({"messages": TALK}), limit_s=limit_s)
         return upstream.engines[A].scheduler.idle
 
     assert against(play)

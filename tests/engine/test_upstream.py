@@ -120,7 +120,7 @@ def test_when_a_refusal_wants_to_be_asked_again_is_told_if_it_is_a_number_of_sec
 
     with pytest.raises(EngineRefusedError) as caught:
         against(refusal)
-    reply = against(refusal, use=lambda upstream, url: upstream.ask(url, CHAT, b"{}", limit_s=5))
+    reply = against(refusal, use=lambda upstream, url: upstream.post(url, CHAT, b"{}", limit_s=5))
 
     assert caught.value.retry_after_s == reply.retry_after_s == seconds
 
@@ -150,7 +150,7 @@ def test_a_board_that_cannot_be_reached_is_named_once_and_by_its_url_alone() -> 
     assert asyncio.run(play()) == "no connection to http://127.0.0.1:1: Connection refused"
 
 
-@pytest.mark.parametrize("way", ["stream", "ask", "get"])
+@pytest.mark.parametrize("way", ["stream", "post", "get"])
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://", "nonsense"])
 def test_where_nobody_listens_there_is_no_connection(url: str, way: str) -> None:
     """Nor where there is no address."""
@@ -159,8 +159,8 @@ def test_where_nobody_listens_there_is_no_connection(url: str, way: str) -> None
         async with HttpUpstream() as upstream:
             if way == "stream":
                 await stream(upstream, url)
-            elif way == "ask":
-                await upstream.ask(url, CHAT, b"{}", limit_s=1.0)
+            elif way == "post":
+                await upstream.post(url, CHAT, b"{}", limit_s=1.0)
             else:
                 await upstream.get(url, "/health", limit_s=1.0)
 
@@ -188,10 +188,10 @@ def test_a_whole_answer_that_does_not_come_is_named(
     monkeypatch.setattr("promptai.engine.connection._MAX_BODY_BYTES", 1000)
 
     with pytest.raises(error, match=words):
-        against(reply, use=lambda upstream, url: upstream.ask(url, CHAT, b"{}", limit_s=0.2))
+        against(reply, use=lambda upstream, url: upstream.post(url, CHAT, b"{}", limit_s=0.2))
 
 
-@pytest.mark.parametrize("way", ["stream", "ask"])
+@pytest.mark.parametrize("way", ["stream", "post"])
 def test_nobody_is_sent_elsewhere_by_an_engine(way: str) -> None:
     """A board that was taken over would have prompts sent wherever it likes."""
 
@@ -203,7 +203,7 @@ def test_nobody_is_sent_elsewhere_by_an_engine(way: str) -> None:
                     with pytest.raises(EngineRefusedError, match="HTTP 307"):
                         await stream(upstream, server.url)
                 else:
-                    assert (await upstream.ask(server.url, CHAT, b"{}", limit_s=1.0)).status == 307
+                    assert (await upstream.post(server.url, CHAT, b"{}", limit_s=1.0)).status == 307
             return other.requests
 
     assert asyncio.run(play()) == []
@@ -344,9 +344,9 @@ def test_any_status_of_a_whole_answer_is_an_answer() -> None:
     async def use(upstream: HttpUpstream, url: str) -> list[Any]:
         return [
             await upstream.get(url, "/v1/nothing", limit_s=5.0),
-            await upstream.ask(url, CHAT, b"{nope", limit_s=5.0),
+            await upstream.post(url, CHAT, b"{nope", limit_s=5.0),
             await upstream.get(url, "/health", limit_s=5.0),
-            await upstream.ask(url, CHAT, msgspec.json.encode({"messages": TALK, "max_tokens": 2}), limit_s=5.0),
+            await upstream.post(url, CHAT, msgspec.json.encode({"messages": TALK, "max_tokens": 2}), limit_s=5.0),
         ]
 
     missing, broken, healthy, answered = with_engine(use)

@@ -89,7 +89,7 @@ def test_an_engine_answers_its_gateway_and_nobody_else(tmp_path: Path) -> None:
             statuses = []
             for known in (keys, {}, {engine.base_url: "wrong"}):
                 async with HttpUpstream(known) as upstream:
-                    answer = await upstream.ask(engine.base_url, "/v1/chat/completions", body, limit_s=10.0)
+                    answer = await upstream.post(engine.base_url, "/v1/chat/completions", body, limit_s=10.0)
                     statuses.append(answer.status)
             assert keys[engine.base_url] not in " ".join(Path(f"/proc/{engine.pid}/cmdline").read_text().split("\0"))
             return statuses
@@ -111,7 +111,7 @@ def test_the_log_of_an_engine_that_runs_for_months_does_not_fill_its_card(
             begun = log.stat().st_size
             assert await engine.death() is None
             assert log.with_suffix(".log.old").stat().st_size == begun
-            await upstream.ask(engine.base_url, "/completion", b'{"prompt": "up?", "n_predict": 1}', limit_s=10.0)
+            await upstream.post(engine.base_url, "/completion", b'{"prompt": "up?", "n_predict": 1}', limit_s=10.0)
             written = log.read_bytes()
             assert engine.pid is not None
             os.kill(engine.pid, signal.SIGKILL)

@@ -212,6 +212,6 @@ class OnePiece:
     def __init__(self, status: int, usage: dict[str, int] | None) -> None:
         self._reply = Reply(status, msgspec.json.encode({"choices": [], "usage": usage}), "application/json")
 
-    async def ask(self, *_args: Any, **_settings: Any) -> Reply:
+    async def post(self, *_args: Any, **_settings: Any) -> Reply:
         """Whatever it is asked."""
         return self._reply

@@ -143,7 +143,7 @@ def test_an_embedding_that_nobody_waits_for_is_given_up() -> None:
                 stalled.set()
                 await asyncio.sleep(3600)
 
-            found.door.gateway.admission.upstream.ask = never  # type: ignore[method-assign,assignment]
+            found.door.gateway.admission.upstream.post = never  # type: ignore[method-assign,assignment]
             async with asyncio.timeout(10):
                 task = asyncio.create_task(found.door.chat("/v1/embeddings"))
                 await stalled.wait()

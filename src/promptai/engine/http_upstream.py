@@ -38,7 +38,7 @@ class HttpUpstream:
         headers = self._headers(url, accept=_JSON)
         return await self._session.exchange("GET", url, path, limit_s=limit_s, headers=headers)
 
-    async def ask(self, url: str, path: str, body: bytes, *, limit_s: float) -> Reply:
+    async def post(self, url: str, path: str, body: bytes, *, limit_s: float) -> Reply:
         """See ``Upstream``."""
         headers = self._headers(url, accept=_JSON)
         return await self._session.exchange("POST", url, path, body, limit_s=limit_s, headers=headers)

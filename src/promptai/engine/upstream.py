@@ -59,7 +59,7 @@ class Upstream(Protocol):
             EngineProtocolError: The body is larger than any legitimate one.
         """
 
-    async def ask(self, url: str, path: str, body: bytes, *, limit_s: float) -> Reply:
+    async def post(self, url: str, path: str, body: bytes, *, limit_s: float) -> Reply:
         """
         ``POST`` JSON and return the whole response.
 

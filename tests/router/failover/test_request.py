@@ -363,13 +363,13 @@ def test_an_embedding_is_not_waited_for_as_if_it_generated() -> None:
 
     async def play() -> None:
         async with world(config=msgspec.structs.replace(PACE, context=8192), known_rates=False).running() as running:
-            ask = running.upstream.ask
+            ask = running.upstream.post
 
             async def noted(url: str, path: str, body: bytes, *, limit_s: float) -> Reply:
                 limits.append(limit_s)
                 return await ask(url, path, body, limit_s=limit_s)
 
-            running.upstream.ask = noted  # type: ignore[method-assign]
+            running.upstream.post = noted  # type: ignore[method-assign]
             await accept(running, {"input": "Is cell 12 up?", "stream": False}, "/v1/embeddings").routed.response()
 
     run_virtually(play())

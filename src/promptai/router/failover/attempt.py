@@ -123,7 +123,7 @@ class Attempt:
         """
         lease, request = self._lease, self._client_request
         limit_s = self._response_limit_s(max_tokens)
-        reply = await self._upstream.ask(lease.replica.url, request.path, self._body(), limit_s=limit_s)
+        reply = await self._upstream.post(lease.replica.url, request.path, self._body(), limit_s=limit_s)
         if reply.status >= 500 or reply.status == 429:
             raise refusal(lease.replica.id, reply)
         response = read_response(reply)
@@ -200,7 +200,7 @@ class Attempt:
         # These requests wait for the engine's current computation: its loop takes them between two batches.
         limit_s = self._fleet_state.silence_limit_s(self._lease, _QUICK_S)
         replica = self._lease.replica
-        reply = await self._upstream.ask(replica.url, path, msgspec.json.encode(body), limit_s=limit_s)
+        reply = await self._upstream.post(replica.url, path, msgspec.json.encode(body), limit_s=limit_s)
         if reply.status != 200:
             raise refusal(replica.id, reply)
         try:
