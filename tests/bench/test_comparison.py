@@ -52,7 +52,7 @@ def test_an_engine_that_does_not_get_through_is_left_out_with_its_reason(tmp_pat
 
     assert [engine.name for engine in outcome.comparison.engines] == ["a", "b"]
     assert list(outcome.failed) == ["broken"]
-    assert "does not know --cache-ram" in outcome.failed["broken"]
+    assert "does not support --cache-ram" in outcome.failed["broken"]
 
 
 @pytest.mark.real

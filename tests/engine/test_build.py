@@ -58,7 +58,7 @@ def start(recipe: BuildRecipe, engines: Path) -> "subprocess.Popen[bytes]":
 @pytest.mark.usefixtures("environ")
 def test_an_archive_that_is_not_what_it_should_be_is_refused(archive: Path, engines: Path) -> None:
     """Nothing of it is unpacked."""
-    with pytest.raises(EngineError, match=f"has the SHA-256 .* expected is {'0' * 64}"):
+    with pytest.raises(EngineError, match=f"has SHA-256 .* instead of {'0' * 64}"):
         build(BuildRecipe(archive=archive, sha256="0" * 64), engines, Watched())
 
     assert not engines.exists()
@@ -77,7 +77,7 @@ def test_the_pinned_release_is_checked_also_when_the_user_brings_it(tmp_path: Pa
 @pytest.mark.real
 @pytest.mark.usefixtures("environ")
 def test_a_release_without_a_known_checksum_is_not_fetched(engines: Path) -> None:
-    with pytest.raises(EngineError, match=r"SHA-256 of llama-cpp-python 1\.2\.3 is not known") as caught:
+    with pytest.raises(EngineError, match=r"SHA-256 of llama-cpp-python 1\.2\.3 is unknown") as caught:
         build(BuildRecipe(version="1.2.3"), engines, Watched())
 
     assert "--sha256" in caught.value.hint
@@ -103,7 +103,7 @@ def test_an_old_cmake_is_refused_with_its_version(
 ) -> None:
     monkeypatch.setenv("STANDIN_CMAKE", "3.13.4")
 
-    with pytest.raises(EngineError, match=r"cmake 3\.13 is too old, 3\.14 is needed"):
+    with pytest.raises(EngineError, match=r"cmake 3\.13 is too old; 3\.14 or newer is required"):
         build(BuildRecipe(archive=archive), engines, Watched())
 
     assert record(environ) == []
@@ -114,7 +114,7 @@ def test_an_old_cmake_is_refused_with_its_version(
 def test_a_full_disk_leaves_nothing(archive: Path, engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**12, 10**12, 5))
 
-    with pytest.raises(EngineError, match="0 MB are free"):
+    with pytest.raises(EngineError, match="0 MiB are free"):
         build(BuildRecipe(archive=archive), engines, Watched())
 
     assert not engines.exists()
@@ -189,7 +189,7 @@ def test_a_compiler_that_fails_is_quoted_and_what_it_did_is_kept(
 @pytest.mark.parametrize(
     ("says", "hint"),
     [
-        ("fatal error: error writing to x.o: No space left on device", "make room"),
+        ("fatal error: error writing to x.o: No space left on device", "free disk space"),
         ("fatal error: Killed signal terminated program cc1plus", "--jobs 1"),
     ],
     ids=["disk", "memory"],
@@ -300,7 +300,7 @@ def test_a_second_build_is_refused_while_the_first_works(archive: Path, engines:
         lock.write(str(os.getpid()))
         lock.flush()
 
-        with pytest.raises(EngineError, match=f"process {os.getpid()} is building an engine already"):
+        with pytest.raises(EngineError, match=f"process {os.getpid()} is already building an engine"):
             build(BuildRecipe(archive=archive), engines, Watched())
 
 

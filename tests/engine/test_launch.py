@@ -46,7 +46,7 @@ def model(tmp_path: Path) -> Path:
         pytest.param(
             EXIT_NO_WHEEL,
             "cannot import xllamacpp: No module named 'xllamacpp'\n",
-            "the embedded engine cannot be imported: cannot import xllamacpp: No module named 'xllamacpp'",
+            "cannot import the embedded engine: cannot import xllamacpp: No module named 'xllamacpp'",
             "install promptai again",
             id="no-wheel",
         ),
@@ -61,7 +61,7 @@ def model(tmp_path: Path) -> Path:
         pytest.param(
             1,
             "error: invalid argument: --cache-ram\n",
-            "this llama-server does not know --cache-ram",
+            "this llama-server does not support --cache-ram",
             "newer",
             id="argument",
         ),
@@ -106,7 +106,7 @@ def model(tmp_path: Path) -> Path:
         pytest.param(
             1,
             "E llama_model_load: error loading model: unknown model architecture: 'wooly'\n",
-            "this engine does not know the architecture wooly",
+            "this engine does not support the architecture wooly",
             "newer engine",
             id="architecture",
         ),
@@ -121,15 +121,17 @@ def model(tmp_path: Path) -> Path:
         pytest.param(
             -signal.SIGSEGV,
             "one\n\n last one \n \n",
-            "killed by signal 11 (SIGSEGV); its last words: last one",
+            "killed by signal 11 (SIGSEGV); last line of its log: last one",
             "another engine",
             id="crash",
         ),
         pytest.param(-signal.SIGABRT, ASSERTED, "GGML_ASSERT(ggml_can_mul_mat(k, q)) failed", "another", id="assert"),
-        pytest.param(-99, "", "killed by signal 99 (unknown); its last words: none", "another engine", id="odd-signal"),
+        pytest.param(
+            -99, "", "killed by signal 99 (unknown); last line of its log: none", "another engine", id="odd-signal"
+        ),
         pytest.param(-35, "", "killed by signal 35 (", "another engine", id="real-time-signal"),
-        pytest.param(3, "boom\n", "exit code 3; its last words: boom", "promptai doctor", id="unknown"),
-        pytest.param(0, "", "exit code 0; its last words: none", "promptai doctor", id="wordless"),
+        pytest.param(3, "boom\n", "exit code 3; last line of its log: boom", "promptai doctor", id="unknown"),
+        pytest.param(0, "", "exit code 0; last line of its log: none", "promptai doctor", id="wordless"),
     ],
 )
 def test_every_end_is_one_sentence_and_what_to_do(code: int, log: str, reason: str, hint: str) -> None:
@@ -173,7 +175,9 @@ def test_an_engine_that_dies_while_loading_is_explained_by_its_own_log(model: Pa
     engine = engine_of(script("fake", "echo 'some words' >&2", "echo boom", "exit 3"), model)
     engine.log.write_text("E gguf_init_from_reader: invalid magic characters: 'XXXX'\n")
 
-    with pytest.raises(EngineStartError, match=rf"could not load {model.name}: exit code 3; its last words: boom"):
+    with pytest.raises(
+        EngineStartError, match=rf"could not load {model.name}: exit code 3; last line of its log: boom"
+    ):
         asyncio.run(start_and_stop(engine))
 
     assert "invalid magic" in engine.log.read_text()
@@ -186,7 +190,7 @@ def test_an_engine_that_cannot_run_says_which_one(model: Path, script: Script, m
     """It was there when it was located, and has gone since."""
     path = model.parent / "gone" if mode is None else script("gone", mode=mode)
 
-    with pytest.raises(EngineStartError, match=f"^the engine could not load yi.gguf: {path.name} cannot be run"):
+    with pytest.raises(EngineStartError, match=f"^the engine could not load yi.gguf: cannot run {path.name}"):
         asyncio.run(start_and_stop(engine_of(path, model)))
 
 
@@ -195,7 +199,7 @@ def test_a_log_that_cannot_be_written_is_an_error_of_the_start(model: Path) -> N
     engine = engine_of(Path("/bin/true"), model)
     engine.log = model.parent / "gone" / "engine.log"
 
-    with pytest.raises(EngineStartError, match=r"could not be started: .*No such file"):
+    with pytest.raises(EngineStartError, match=r"cannot start the engine: No such file"):
         asyncio.run(start_and_stop(engine))
 
 
@@ -219,7 +223,7 @@ def test_an_engine_that_never_answers_is_given_up_and_ended(
     monkeypatch.setattr("promptai.engine.launch._START_BASE_S", 0.2)
     engine = engine_of(script("fake", "echo still reading", "exec sleep 60"), model)
 
-    with pytest.raises(EngineStartError, match=r"did not answer within .* its last words: still reading"):
+    with pytest.raises(EngineStartError, match=r"did not answer within .* last line of its log: still reading"):
         asyncio.run(start_and_stop(engine))
 
     assert not alive(engine.pid)
@@ -317,7 +321,7 @@ def test_a_process_that_cannot_be_killed_keeps_nobody_from_ending(
             asyncio.run(start_and_stop(engine))
 
     assert alive(engine.pid)
-    assert f"process {engine.pid} of yi cannot be ended" in caplog.text
+    assert f"cannot end process {engine.pid} of yi" in caplog.text
     engine.stop()
     assert not alive(engine.pid)
 

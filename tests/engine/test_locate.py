@@ -330,7 +330,7 @@ def test_the_engine_that_was_measured_to_be_faster_is_used_while_both_are_what_t
     os.utime(new)
 
     assert [str(new), str(old), str(new)] == [e.command[0] for e in (before, after, locate(cache=cache))]
-    assert after.reason == "first in the comparison"
+    assert after.reason == "fastest in the comparison"
 
 
 @pytest.mark.real

@@ -108,7 +108,7 @@ def test_a_damaged_archive_leaves_nothing(
 def test_an_archive_of_something_else_is_refused(tmp_path: Path) -> None:
     archive = write_archive(tmp_path / "other.tar.gz", {"numpy-2.0/setup.py": ""})
 
-    with pytest.raises(EngineError, match="holds no llama"):
+    with pytest.raises(EngineError, match="does not contain llama"):
         source.unpack(archive, tmp_path / "source", lambda _share, _text: None)
 
 

@@ -1,1 +1,1 @@
-"""One llama-server: finding, starting, asking, imitating it."""
+"""llama-server: finding, building, starting, requesting and simulating it."""

@@ -1,20 +1,18 @@
 """Build llama-server and its companions for exactly this processor.
 
-A wheel for every CPU leaves out the instructions that make a board usable, and a
-build by hand is six commands that go wrong in six places. This is one: fetch the
-pinned source, unpack, configure, compile, install; and because it takes a quarter of
-an hour on a board, whatever ends it (Ctrl-C, ``kill -9``, a power cut, a full disk)
-costs only what was being compiled. Each finished step leaves a stamp, and the next
-call begins behind the last one.
+A wheel for every CPU omits the instructions that make a board usable, and a build by hand is six commands that fail in
+six ways. ``build`` fetches the pinned source, unpacks, configures, compiles and installs. That takes a quarter of an
+hour on a board, so an interruption (Ctrl-C, ``kill -9``, a power cut, a full disk) costs only the files being compiled:
+each finished step leaves a stamp, and the next call resumes after the last one.
 
     engines/NAME/bin/         llama-server, llama-bench, llama-quantize, llama-perplexity;
                               appears whole or not at all
     engines/NAME/src/         the converter and the licences
-    engines/NAME/engine.json  what it was made of and for (``BuiltEngine``)
-    engines/NAME/build.log    all that pip, cmake and the compiler said
-    engines/NAME/build/       only while it is not finished
+    engines/NAME/engine.json  sources, flags and processor (``BuiltEngine``)
+    engines/NAME/build.log    the output of pip, cmake and the compiler
+    engines/NAME/build/       exists only until the build is finished
 
-One build at a time; nothing is installed outside of the folder; nothing runs as root.
+One build runs at a time. Nothing is installed outside of the folder, and nothing runs as root.
 """
 
 import contextlib
@@ -41,34 +39,35 @@ from promptai.engine.locate import EngineBinary, output_of, probe
 from promptai.engine.toolchain import CompileProgress, check_disk, check_tools, ninja_or_make
 from promptai.errors import EngineError
 
-#: Source, objects and the installed programs at their peak, after the archive has gone.
+#: Peak size of source, objects and installed programs, after the archive has been deleted.
 _COMPILE_BYTES = 300_000_000
-# ext4 writes within 30 s what a program has written: after a power cut the youngest objects may be empty.
+# ext4 may write data out 30 s later: after a power cut the newest object files may be empty.
 _UNTRUSTED_S = 60.0
 _WAIT_FOR_COMPILERS_S = 600.0
+_RESUME = "run the same command again: it resumes where it stopped"
 _FLAGS = (
     *("CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=OFF", "GGML_CCACHE=OFF"),
     *("LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF", "LLAMA_BUILD_APP=OFF"),
-    # Its page would be fetched while building; and it serves loopback, without TLS and downloads.
+    # The web page would be fetched while building; the server listens on loopback, without TLS and downloads.
     *("LLAMA_BUILD_UI=OFF", "LLAMA_USE_PREBUILT_UI=OFF", "LLAMA_CURL=OFF", "LLAMA_OPENSSL=OFF"),
 )
 
 
 class BuildProgress(Protocol):
-    """Whoever shows how far a build is."""
+    """Receives the progress of a build."""
 
     def step(self, text: str) -> None:
-        """Another step begins."""
+        """Begin the next step."""
 
     def share(self, share: float, detail: str) -> None:
-        """0 to 1 of the step is done."""
+        """Report the finished share of the step, 0 to 1."""
 
     def tick(self) -> None:
-        """Time passes."""
+        """Report that time has passed; called about twice a second."""
 
 
 class _ObjectKey(msgspec.Struct, frozen=True):
-    """All that the objects depend on: with another one they are worthless."""
+    """Everything that the object files depend on; they are discarded when it changes."""
 
     sha256: str
     arguments: tuple[str, ...]
@@ -78,10 +77,10 @@ class _ObjectKey(msgspec.Struct, frozen=True):
 
 def build(recipe: BuildRecipe, engines: Path, watch: BuildProgress) -> BuiltEngine:
     """
-    Build an engine below ``engines``, or go on with a build that was interrupted.
+    Build an engine below ``engines``, or resume a build that was interrupted.
 
     Raises:
-        EngineError: A tool, memory on the disk or the source is missing, or the compiler failed.
+        EngineError: A tool, disk space or the source is missing, or the compiler failed.
     """
     folder = engines / recipe.name
     whole = read_built(folder)
@@ -90,7 +89,7 @@ def build(recipe: BuildRecipe, engines: Path, watch: BuildProgress) -> BuiltEngi
     check_tools()
     if recipe.archive is None and recipe.expected_sha256 is None:
         raise EngineError(
-            f"the SHA-256 of llama-cpp-python {recipe.version} is not known here",
+            f"the SHA-256 of llama-cpp-python {recipe.version} is unknown",
             hint=f"give it with --sha256, or build {source.PINNED}, which is pinned",
         )
     sha256 = recipe.expected_sha256
@@ -105,13 +104,13 @@ def build(recipe: BuildRecipe, engines: Path, watch: BuildProgress) -> BuiltEngi
     except OSError as error:
         reason = error.strerror or str(error)
         raise EngineError(
-            f"engine {recipe.name} cannot be built: {error.filename or folder}: {reason}",
-            hint="mend that and run the same command again: it goes on where it stopped",
+            f"cannot build the engine {recipe.name}: {error.filename or folder}: {reason}",
+            hint=f"fix that, then {_RESUME}",
         ) from None
 
 
 class _Site:
-    """One build and its folders."""
+    """One build in its folders."""
 
     def __init__(self, recipe: BuildRecipe, folder: Path, watch: BuildProgress, lock: int) -> None:
         self.recipe = recipe
@@ -130,14 +129,14 @@ class _Site:
         )
 
     def build(self, sha256: str) -> BuiltEngine:
-        """Do what has not been done."""
+        """Run the steps that have no stamp yet."""
         self._begin(_ObjectKey(sha256, self.arguments, platform.machine(), self.cpu.features))
         archive = self.recipe.archive or self.site / f"llama_cpp_python-{self.recipe.version}.tar.gz"
-        take = "fetch the source" if self.recipe.archive is None else f"take {self.recipe.archive.name}"
+        take = "fetch the source" if self.recipe.archive is None else f"use {self.recipe.archive.name}"
         self._step("fetched", f"1/5 {take}", self._fetch)
-        self._step("unpacked", "2/5 unpack it", functools.partial(self._unpack, archive))
+        self._step("unpacked", "2/5 unpack", functools.partial(self._unpack, archive))
         self._step("configured", "3/5 configure", self._configure)
-        self._step("built", f"4/5 compile ({self.recipe.jobs} at once)", self._compile)
+        self._step("built", f"4/5 compile ({self.recipe.jobs} in parallel)", self._compile)
         self.watch.step("5/5 install")
         built = self._install(sha256)
         if self.recipe.keep:
@@ -147,7 +146,7 @@ class _Site:
         return built
 
     def _begin(self, key: _ObjectKey) -> None:
-        """Throw away what another recipe, or a build that was finished and kept, has left."""
+        """Discard the remains of a build with another key, or of one that was finished and kept."""
         written = self.site / "recipe.json"
         data = msgspec.json.encode(key)
         if self._stamp("installed").exists() or not written.exists() or written.read_bytes() != data:
@@ -159,7 +158,7 @@ class _Site:
         return self.site / "stamps" / name
 
     def _step(self, name: str, text: str, act: Callable[[], str]) -> None:
-        """Do a step that has not been done; its stamp holds what it returns."""
+        """Run a step that has no stamp; the stamp stores the step's result."""
         stamp = self._stamp(name)
         if stamp.exists():
             return
@@ -187,7 +186,7 @@ class _Site:
         return self._stamp("unpacked").read_text() or None
 
     def _configure(self) -> str:
-        # Without these llama.cpp asks git, and gets the commit of whatever repository the cache lies in.
+        # Without these llama.cpp runs git, and gets the commit of any repository that contains the cache.
         commit = (self._commit() or "unknown")[:7]
         facts = ("-DLLAMA_BUILD_NUMBER=0", f"-DLLAMA_BUILD_COMMIT={commit}")
         self._run("cmake", "-S", str(self.source), "-B", str(self.tree), *self.arguments, *facts)
@@ -204,7 +203,7 @@ class _Site:
                 *("cmake", "--build", str(self.tree), "--parallel", str(self.recipe.jobs), "--target", *PROGRAMS),
                 seen=lambda line: self._share(progress.see(line), ""),
             )
-        finally:  # not after kill -9 or a power cut: then the marker stays
+        finally:  # after kill -9 or a power cut the marker stays
             working.unlink()
         return ""
 
@@ -215,7 +214,7 @@ class _Site:
             log=self.log,
             seen=seen,
             tick=self.watch.tick,
-            environ={"MAKEFLAGS": ""},  # an outer make's would reach the inner one
+            environ={"MAKEFLAGS": ""},  # those of an outer make would reach the inner one
             keep_open=(self.lock,),
         )
         if code != 0:
@@ -231,24 +230,22 @@ class _Site:
             shutil.copy2(self.tree / "bin" / program, part / program)
         tried = probe("built", part / "llama-server")
         if tried.trouble is not None:
-            raise EngineError(
-                f"the llama-server that was built does not start: {tried.trouble}", hint=f"see {self.log}"
-            )
+            raise EngineError(f"the new llama-server does not start: {tried.trouble}", hint=f"see {self.log}")
         built = self._describe(tried, part, archive_sha256)
         source.keep_converter(self.source, self.folder / "src")
         described = self.folder / "engine.json.part"
         described.write_bytes(msgspec.json.format(msgspec.json.encode(built), indent=2) + b"\n")
-        os.sync()  # names and bytes of all of it, before it counts as whole
+        os.sync()  # names and contents of every file, before the engine counts as built
         described.replace(self.folder / "engine.json")
         shutil.rmtree(final, ignore_errors=True)
         part.replace(final)
         return built
 
     def _describe(self, tried: EngineBinary, programs: Path, archive_sha256: str) -> BuiltEngine:
-        says = output_of([str(programs / "llama-server"), "--version"]).text
+        report = output_of([str(programs / "llama-server"), "--version"]).text
         version, compiler = (
-            re.search(r"^version: (.+)$", says, re.MULTILINE),
-            re.search(r"^built with (.+)$", says, re.MULTILINE),
+            re.search(r"^version: (.+)$", report, re.MULTILINE),
+            re.search(r"^built with (.+)$", report, re.MULTILINE),
         )
         return BuiltEngine(
             name=self.recipe.name,
@@ -271,7 +268,7 @@ class _Site:
 
 @contextlib.contextmanager
 def _locked(engines: Path, watch: BuildProgress) -> Iterator[int]:
-    """Hold the one lock of all builds; the compilers inherit it, so it is taken while any of them works."""
+    """Hold the lock of all builds; the compilers inherit it, so it stays held while any of them runs."""
     with (engines / "build.lock").open("a+") as file:
         deadline = time.monotonic() + _WAIT_FOR_COMPILERS_S
         waiting = False
@@ -283,9 +280,9 @@ def _locked(engines: Path, watch: BuildProgress) -> Iterator[int]:
                 file.seek(0)
                 owner = file.read().strip()
             if (owner.isdigit() and Path("/proc", owner).exists()) or time.monotonic() > deadline:
-                raise EngineError(f"process {owner} is building an engine already", hint="wait for it, or end it")
+                raise EngineError(f"process {owner} is already building an engine", hint="wait for it, or end it")
             if not waiting:
-                watch.step("waiting for the compilers of an interrupted build to end")
+                watch.step("waiting for the compilers of an interrupted build")
                 waiting = True
             watch.tick()
             time.sleep(0.2)
@@ -296,7 +293,7 @@ def _locked(engines: Path, watch: BuildProgress) -> Iterator[int]:
 
 
 def _distrust_youngest(tree: Path) -> None:
-    """Remove what was being written when the machine stopped, or might not have reached the disk yet."""
+    """Remove files that were being written when the machine stopped, or may not have reached the disk."""
     products = [path for path in tree.rglob("*") if path.suffix in (".o", ".a") or path.parent.name == "bin"]
     times = {path: path.stat().st_mtime for path in products if path.is_file()}
     newest = max(times.values(), default=0.0)
@@ -307,12 +304,12 @@ def _distrust_youngest(tree: Path) -> None:
 
 def _failed(log: str, path: Path, *, compiling: bool) -> EngineError:
     lines = failure_lines(log)
-    reason = " | ".join(lines) or "it said nothing"
-    hint = f"the whole log: {path}; mend it and run the same command again, which goes on where it stopped"
+    reason = " | ".join(lines) or "no output"
+    hint = f"see {path}; fix the cause, then {_RESUME}"
     if "No space left on device" in reason:
-        hint = "make room and run the same command again: it goes on where it stopped"
+        hint = f"free disk space, then {_RESUME}"
     elif re.search(r"\bKilled\b", reason):
-        hint = "memory was full: run it again with --jobs 1, or close other programs; it goes on where it stopped"
+        hint = f"memory was full: close other programs or add --jobs 1, then {_RESUME}"
     return EngineError(f"{'the compiler' if compiling else 'cmake'} failed: {reason}", hint=hint)
 
 

@@ -1,9 +1,8 @@
-"""What is to be built, and what was: the words in which both are written down.
+"""The recipe of a build, and the record of a built engine.
 
-An engine that was built last winter is a file without a memory: from which source, with
-which flags, for which processor? A model that the board next door serves at half the
-speed is a question for that memory. So each built engine has an ``engine.json``, and it
-counts as built only when that is there beside all of its programs.
+A binary does not show from which source, with which flags and for which processor it was built, and that is the first
+question when one board serves a model at half the speed of another. So each built engine has an ``engine.json``. An
+engine counts as built only when that file and all of its programs exist.
 """
 
 import re
@@ -14,22 +13,22 @@ import msgspec
 from promptai.engine import source
 from promptai.wire.malformed import MALFORMED
 
-#: What is built, the first one with the libraries that the others share.
+#: The programs that are built; the first brings the libraries that the others share.
 PROGRAMS = ("llama-server", "llama-bench", "llama-quantize", "llama-perplexity")
 
 
 class BuildRecipe(msgspec.Struct, frozen=True, kw_only=True):
     """
-    What is to be built.
+    A build to run.
 
     Attributes:
-        version: Of the source package; ignored with ``archive``.
-        archive: A file to build from instead of fetching one.
-        sha256: What the archive must be; absent: as pinned, or whatever the user's own file is.
-        portable: For any processor of this kind instead of this one.
-        jobs: Compilers at once.
-        again: Build also what is there already.
-        keep: Leave the build tree.
+        version: Version of the source package; ignored with ``archive``.
+        archive: A local file to build from; ``None``: fetch the source package.
+        sha256: Expected SHA-256 of the archive; ``None``: the pinned one, and any for a local file without a pin.
+        portable: Build for every processor of this architecture instead of this one.
+        jobs: Number of parallel compilers.
+        again: Build even when the engine exists already.
+        keep: Keep the build tree.
     """
 
     version: str = source.PINNED
@@ -42,7 +41,7 @@ class BuildRecipe(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def release(self) -> str:
-        """The source by name: ``llama-cpp-python-0.3.36``."""
+        """Name of the source, for example ``llama-cpp-python-0.3.36``."""
         version = self.version if self.archive is None else source.release_of(self.archive)
         if version is not None:
             return f"llama-cpp-python-{version}"
@@ -51,12 +50,12 @@ class BuildRecipe(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """The engine's name, and its folder's."""
+        """Name of the engine and of its folder."""
         return f"{self.release}-{'portable' if self.portable else 'native'}"
 
     @property
     def expected_sha256(self) -> str | None:
-        """What the archive must be: the user's word, else ours."""
+        """Expected SHA-256 of the archive: the user's, else the pinned one; ``None``: unknown."""
         version = self.version if self.archive is None else source.release_of(self.archive)
         pinned = source.RELEASES.get(version) if version is not None else None
         return self.sha256 or (pinned.sha256 if pinned is not None else None)
@@ -64,16 +63,16 @@ class BuildRecipe(msgspec.Struct, frozen=True, kw_only=True):
 
 class BuiltEngine(msgspec.Struct, frozen=True, kw_only=True):
     """
-    ``engine.json``: what an engine was made of and for.
+    ``engine.json``: the sources, flags and processor of a built engine.
 
     Attributes:
-        archive_sha256: Of the source.
-        commit: Of llama.cpp; ``None`` when the archive did not tell.
-        version, compiler: The server's own words.
-        flags: Given to cmake.
-        features: SIMD features that it uses, in llama.cpp's names; ``None`` when it does not say.
+        archive_sha256: SHA-256 of the source archive.
+        commit: Commit of llama.cpp; ``None``: not recorded in the archive.
+        version, compiler: As the server reports them; ``None``: not reported.
+        flags: Arguments of cmake.
+        features: SIMD features that the engine uses, in llama.cpp's names; ``None``: not reported.
         cpu, cpu_features: The processor that it was built on.
-        sha256: Of each program.
+        sha256: SHA-256 of each program.
     """
 
     name: str
@@ -91,7 +90,7 @@ class BuiltEngine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_built(folder: Path) -> BuiltEngine | None:
-    """What ``engine.json`` says of a finished engine; ``None`` when it is not finished."""
+    """Read ``engine.json`` of a finished engine; ``None`` when the engine is incomplete or the file damaged."""
     if not all((folder / "bin" / program).is_file() for program in PROGRAMS):
         return None
     try:

@@ -1,13 +1,11 @@
-"""Which of a machine's engines is used: what was chosen, else what was measured, else a fixed order.
+"""Decide which engine of this machine is used: the chosen one, else the fastest measured, else a fixed order.
 
-Two builds of one program can differ by a factor of two, and which is faster on a
-board is known only after measuring both there. So ``promptai engine compare`` leaves
-its result here, and it counts until something that it rests on changes: the engine's
-file or the processor. A person's word (``promptai engine use``) beats it, and a named
-engine beats both.
+Two builds of one program can differ by a factor of two, and only a measurement on the board shows which is faster.
+So ``promptai engine compare`` stores its result here. It is valid until an engine's file or the processor changes. The
+user's choice (``promptai engine use``) takes precedence over it, and a named engine over both.
 
-The decisions are functions of plain values. Both files are written as a whole, in the
-cache; a damaged one counts as none, for it can be made again.
+The decisions are functions of plain values. Both files lie in the cache and are replaced as a whole; a damaged file is
+ignored, because it can be made again.
 """
 
 import contextlib
@@ -37,8 +35,8 @@ class MeasuredEngine(msgspec.Struct, frozen=True):
     One engine of a comparison.
 
     Attributes:
-        fingerprint: Of its file, to know it again.
-        rounds: In the order in which they were played: the same place in two engines' lists is the same round.
+        fingerprint: Identifies the engine's file.
+        rounds: In the order of measurement: the same index in two engines' lists is the same round.
     """
 
     name: str
@@ -49,12 +47,12 @@ class MeasuredEngine(msgspec.Struct, frozen=True):
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     """
-    What ``promptai engine compare`` found.
+    The result of ``promptai engine compare``.
 
     Attributes:
         created: UTC, ISO 8601.
-        cpu: The processor that it was measured on, by ``processor_key``.
-        engines: The fastest first; those that noise does not tell apart in the fixed order.
+        cpu: ``processor_key`` of the processor.
+        engines: Fastest first; engines whose difference is within the noise keep the fixed order.
     """
 
     created: str
@@ -68,11 +66,11 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
 class Candidate(NamedTuple):
     """
-    An engine that was found, as far as choosing needs it.
+    An engine that can be chosen.
 
     Attributes:
         named: Whether the settings, the environment or an option name it.
-        works: Whether it started when it was looked at.
+        works: Whether it started when it was probed.
     """
 
     name: str
@@ -82,7 +80,7 @@ class Candidate(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where an engine stands: its number in what was found, and why it stands there."""
+    """An engine's place in the order: its index among the candidates, and the reason."""
 
     number: int
     reason: str
@@ -94,15 +92,15 @@ class _Choice(msgspec.Struct, frozen=True):
 
 def arrange(found: Sequence[Candidate], *, chosen: str | None, comparison: Comparison | None, cpu: str) -> list[Place]:
     """
-    Put engines in the order in which they are used. Pure.
+    Return the engines in the order in which they are used. Pure.
 
-    Named, then chosen, then the others in the order of ``found``, in which those that were compared with
-    each other take each other's places; what does not start comes last, a named one excepted.
+    Named engines come first, then the chosen one, then the others in the order of ``found``, in which engines that were
+    compared with each other swap places by speed. Engines that do not start come last, unless they are named.
 
     Args:
-        found: In the fixed order: named, built (the newest first), on PATH, embedded.
-        chosen: The name that ``promptai engine use`` wrote.
-        cpu: This machine's ``processor_key``.
+        found: In the fixed order: named, built (newest first), on PATH, embedded.
+        chosen: The name that ``promptai engine use`` stored; ``None``: no choice.
+        cpu: ``processor_key`` of this machine.
     """
     named = [i for i, engine in enumerate(found) if engine.named]
     works = [i for i, engine in enumerate(found) if engine.works and not engine.named]
@@ -122,9 +120,9 @@ def arrange(found: Sequence[Candidate], *, chosen: str | None, comparison: Compa
 
 def still_valid(comparison: Comparison | None, cpu: str, found: Sequence[Candidate]) -> list[str]:
     """
-    Names of the compared engines that are still what was measured, the fastest first. Pure.
+    Return the names of the compared engines that have not changed since, fastest first. Pure.
 
-    None of them on another processor, and none when only one is left: it was compared with nothing.
+    Empty on another processor, and when only one engine is left, because there is nothing to compare it with.
     """
     if comparison is None or comparison.cpu != cpu:
         return []
@@ -134,18 +132,18 @@ def still_valid(comparison: Comparison | None, cpu: str, found: Sequence[Candida
 
 
 def processor_key(model_name: str, features: Sequence[str]) -> str:
-    """What a processor is for a comparison: its name and what it can do."""
+    """Identify a processor for comparisons, by name and features."""
     return " ".join((model_name, *features))
 
 
 def read_choice(engines: Path) -> str | None:
-    """The engine that was chosen; ``None`` when the choice is left to us."""
+    """Return the name of the chosen engine; ``None``: no choice."""
     choice = _read(engines / _CHOICE, _Choice)
     return choice.engine if choice is not None else None
 
 
 def write_choice(engines: Path, name: str | None) -> None:
-    """Remember a choice; ``None`` forgets it. Raises OSError."""
+    """Store the choice; ``None`` removes it. Raises ``OSError``."""
     if name is None:
         (engines / _CHOICE).unlink(missing_ok=True)
     else:
@@ -153,19 +151,19 @@ def write_choice(engines: Path, name: str | None) -> None:
 
 
 def read_comparison(engines: Path) -> Comparison | None:
-    """The last comparison on this machine; ``None`` when there was none."""
+    """Return the last comparison on this machine; ``None``: there is none."""
     return _read(engines / _COMPARISON, Comparison)
 
 
 def write_comparison(engines: Path, comparison: Comparison) -> None:
-    """Keep a comparison. Raises OSError."""
+    """Store a comparison. Raises ``OSError``."""
     _write(engines / _COMPARISON, msgspec.json.format(msgspec.json.encode(comparison), indent=2) + b"\n")
 
 
 def _rank(name: str, ranked: Sequence[str]) -> str:
     if name not in ranked:
-        return "by the usual order"
-    return "first in the comparison" if name == ranked[0] else "behind in the comparison"
+        return "default order"
+    return "fastest in the comparison" if name == ranked[0] else "slower in the comparison"
 
 
 def _read(path: Path, kind: type[T]) -> T | None:

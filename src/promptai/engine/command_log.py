@@ -1,12 +1,11 @@
-"""Run a command that takes minutes: its output into a log, line by line to whoever watches.
+"""Run a command that takes minutes, log its output, and pass on each line.
 
-Compilers and downloads say how far they are only in their output, and when they
-fail the reason is in there too. Ctrl-C must end all that a command started, not
-the command alone, and leave it the time to remove what it has half written (make
-deletes the object file it was at). After our own ``kill -9`` nobody reads the pipe
-any more, and the first line that the command prints ends it.
+The output of compilers and downloads is the only source of their progress, and of the reason when they fail. Ctrl-C
+must end the command with every process that it started, and give it time to remove half-written files (make deletes
+the object file it was writing). If this process is killed with SIGKILL, the pipe breaks, and the next line that the
+command prints ends it.
 
-``failure_lines`` finds the reason in a log. It does not know what the command does.
+``failure_lines`` finds the reason in a log, without knowing what the command does.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ from pathlib import Path
 
 _LOOK_EVERY_S = 0.5
 _END_S = 10.0
-#: What a build says when it fails; "errors generated" and the like only count what was said before.
+#: Marks of a failed build's reason; lines like "errors generated" only count earlier ones and do not match.
 _REASON = re.compile(
     r"(?:\b(?:fatal )?error:|\bERROR:|^CMake Error|No space left on device|Killed signal|\bKilled$|undefined reference)"
 )
@@ -39,14 +38,14 @@ def run_logged(
     Run a command to its end.
 
     Args:
-        log: Its output is appended there.
-        seen: Told every line.
+        log: The file that the output is appended to.
+        seen: Called with each line.
         tick: Called about twice a second, and after every piece of output.
-        environ: On top of this process's environment.
-        keep_open: File descriptors that it, and whatever it starts, inherits: a lock stays taken while they run.
+        environ: Added to this process's environment.
+        keep_open: File descriptors that the command and its children inherit, so that a lock stays held while any runs.
 
     Returns:
-        Its exit code; 127 when it cannot be run.
+        The exit code; 127 when the command cannot be run.
     """
     with log.open("ab") as sink:
         sink.write(f"$ {' '.join(command)}\n".encode(errors="replace"))
@@ -66,7 +65,7 @@ def run_logged(
         try:
             for piece in _output(process, tick):
                 sink.write(piece)
-                sink.flush()  # it is followed, and read after kill -9
+                sink.flush()  # users follow the log, and read it after kill -9
                 for line in piece.decode("utf-8", "replace").splitlines():
                     seen(line)
             return process.wait()
@@ -76,14 +75,14 @@ def run_logged(
 
 
 def failure_lines(log: str, most: int = 4) -> list[str]:
-    """The lines of a log that say why it failed, the last of them; its last lines when none does."""
+    """Return the last ``most`` lines of a log that name a reason, or its last lines when none does."""
     lines = [line.strip()[:300] for line in log.splitlines() if line.strip()]
-    telling = list(dict.fromkeys(line for line in lines if _REASON.search(line)))
-    return (telling or lines)[-most:]
+    reasons = list(dict.fromkeys(line for line in lines if _REASON.search(line)))
+    return (reasons or lines)[-most:]
 
 
 def _output(process: "subprocess.Popen[bytes]", tick: Callable[[], None]) -> Iterator[bytes]:
-    """Whole lines as they come, until the command and all that it started have closed the pipe."""
+    """Yield whole lines as they arrive, until the command and its children have closed the pipe."""
     pipe = process.stdout
     assert pipe is not None  # noqa: S101  asked for above
     rest = b""
@@ -103,7 +102,7 @@ def _output(process: "subprocess.Popen[bytes]", tick: Callable[[], None]) -> Ite
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End the command with all that it started: politely, then not."""
+    """End the command and its children with SIGINT, then with SIGKILL."""
     for number in (signal.SIGINT, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)

@@ -1,8 +1,7 @@
-"""The embedded llama.cpp in a process of its own: ``python -m promptai.engine.embedded FLAGS_JSON``.
+"""Run the embedded llama.cpp in its own process: ``python -m promptai.engine.embedded FLAGS_JSON``.
 
-The ``xllamacpp`` wheel is llama-server as a Python extension. A bad model or a
-full memory ends the process that holds it, so that process is never ours: the
-parent sees an exit code and a log, as with a native engine. The only module
+The ``xllamacpp`` wheel is llama-server as a Python extension. A bad model or full memory kills the process that loads
+it, so it never runs in the parent, which sees an exit code and a log, as with a native engine. This is the only module
 that imports ``xllamacpp``.
 """
 
@@ -18,14 +17,14 @@ import msgspec
 
 from promptai.engine.flags import EngineFlags
 
-#: Exit code when the wheel cannot be imported; its reason is the last line of the log.
+#: Exit code when the wheel cannot be imported; the last line of the log is the reason.
 EXIT_NO_WHEEL = 97
 
 
 def main() -> None:
-    """Serve one model until SIGTERM; with ``--probe`` only say what the wheel was built for."""
+    """Serve one model until SIGTERM; with ``--probe`` only print the wheel's SIMD features."""
     try:
-        import xllamacpp  # noqa: PLC0415  half a hundred MB that only this process may hold
+        import xllamacpp  # noqa: PLC0415  some 50 MB that only this process should load
     except ImportError as error:
         sys.stderr.write(f"cannot import xllamacpp: {error}\n")
         sys.exit(EXIT_NO_WHEEL)
@@ -37,8 +36,8 @@ def main() -> None:
     try:
         server = xllamacpp.Server(_parameters(xllamacpp, flags))
     except RuntimeError as error:
-        # llama.cpp logs from a thread of its own, and the reason is what it logs last: without
-        # this, 7 of 48 damaged models on a busy machine ended without one.
+        # llama.cpp logs in its own thread, and the reason comes last: without this pause, 7 of 48 damaged models on a
+        # busy machine ended without a reason.
         time.sleep(0.5)
         sys.stderr.write(f"{error}\n")
         sys.stderr.flush()
@@ -50,12 +49,12 @@ def main() -> None:
 
 
 def _leave_on(signum: signal.Signals, leave: Callable[[], None]) -> None:
-    """Replace the wheel's own handler, which waits for streams that nobody reads any more."""
+    """Replace the wheel's own handler, which waits for streams that have lost their client."""
     signal.signal(signum, lambda _number, _frame: leave())
 
 
 def _parameters(xllamacpp: Any, flags: EngineFlags) -> Any:
-    """The wheel's parameters for ``flags``; names follow llama.cpp's ``common_params``."""
+    """Return the wheel's parameters for ``flags``; names follow llama.cpp's ``common_params``."""
     p = xllamacpp.CommonParams()
     p.model.path = flags.model
     p.model_alias = {flags.alias}
@@ -73,10 +72,10 @@ def _parameters(xllamacpp: Any, flags: EngineFlags) -> Any:
     p.cache_ram_mib = flags.cache_ram_mib
     modes = xllamacpp.llama_load_mode
     p.load_mode = modes.LLAMA_LOAD_MODE_MMAP if flags.mmap else modes.LLAMA_LOAD_MODE_NONE
-    p.fit_params = False  # it would change context and slots behind our back
+    p.fit_params = False  # would change context and slots
     p.endpoint_metrics = True
     p.endpoint_slots = True
-    if key := os.environ.get("LLAMA_API_KEY"):  # which llama-server reads by itself
+    if key := os.environ.get("LLAMA_API_KEY"):  # the native llama-server reads it itself
         p.api_keys = [key]
     p.ui = False
     p.offline = True

@@ -1,15 +1,12 @@
-"""Every flag that an engine is started with, explicit and recorded.
+"""The flags that an engine is started with, explicit and recorded.
 
-llama-server's defaults are made for a workstation: 8 GiB of prompt cache, four
-slots, the model's whole context. On a board they decide whether it swaps, and a
-measurement that does not name them cannot be repeated. So no flag that matters
-is left to a default: this value goes into the command line, and the same value
-into the run's manifest.
+llama-server's defaults suit a workstation: 8 GiB of prompt cache, four slots, the model's whole context. On a board
+they decide whether it swaps, and a measurement that does not name them cannot be repeated. So no flag that matters is
+left to its default: one ``EngineFlags`` value makes the command line and is stored in the run's manifest.
 
-Builds come and go with their options: ``--fit`` (2026) changes context and slots
-behind our back unless told not to, and a build of 2024 ends at its mere mention;
-``--no-mmap`` has gone the other way. So ``newer_switches`` reads in a build's own
-help what it must be told beyond the flags that all ages understand.
+Options differ between builds. ``--fit`` (2026) changes context and slots unless it is switched off, and a build of 2024
+exits when it is given; ``--no-mmap`` was removed. So ``newer_switches`` reads a build's ``--help`` for the switches it
+needs in addition to the flags that every build accepts.
 """
 
 import re
@@ -18,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-#: What a build is told if its help names the option: the same for every model.
+#: Switches for builds whose help names the option; the same for every model.
 _NEWER = (
     ("--fit", ("--fit", "off")),
     ("--no-context-shift", ("--no-context-shift",)),
@@ -26,31 +23,30 @@ _NEWER = (
 )
 
 
-#: Of a KV cache, by its type; q8_0 holds 32 numbers and an f16 scale in 34 bytes.
+#: Bytes per number of the KV cache, by type; q8_0 stores 32 numbers and an f16 scale in 34 bytes.
 BYTES_PER_VALUE = {"f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
 
 
 def newer_switches(help_text: str) -> tuple[str, ...]:
-    """The switches that this build needs and that others would not know, from what its ``--help`` prints."""
+    """Return the switches that this build needs and other builds reject, from the text of its ``--help``."""
     known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", help_text))
     return tuple(word for option, words in _NEWER if option in known for word in words)
 
 
 class EngineFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """
-    What one engine is started with.
+    The flags of one engine.
 
     Attributes:
         port: TCP port on 127.0.0.1.
-        threads: CPU threads for decode and prefill alike.
-        context: Tokens of context of *all* slots together, as llama-server counts.
-        slots: Conversations that can be in progress at once.
-        batch: Most prompt tokens of one logical step; ``ubatch`` of one computation.
-            Smaller than llama-server's 2048 so that a board's buffers stay small
-            and decoding streams wait less for somebody else's prompt.
+        threads: CPU threads for prefill and decode.
+        context: Tokens of context of *all* slots together, as llama-server counts them.
+        slots: Number of requests in progress at once.
+        batch, ubatch: Maximum prompt tokens of one logical step, and of one computation. Smaller than llama-server's
+            2048: a board's buffers stay small, and decoding streams wait less for another request's prompt.
         cache_type_k, cache_type_v: Type of the KV cache's numbers.
-        cache_ram_mib: Prompt cache beside the KV cache; 0 turns it off (llama-server: 8192).
-        mmap: Map the file instead of reading it, so that weights are page cache.
+        cache_ram_mib: Size of the prompt cache in MiB; 0 disables it (llama-server's default: 8192).
+        mmap: Map the model file instead of reading it, so that the weights are page cache.
     """
 
     model: str
@@ -67,17 +63,17 @@ class EngineFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def alias(self) -> str:
-        """The model's name in the API: the file's stem, never its path."""
+        """Name of the model in the API: the file's stem, never its path."""
         return Path(self.model).stem
 
     def to_argv(self, command: Sequence[str] = ()) -> list[str]:
         """
-        The command line of a native ``llama-server``.
+        Return the command line of a native ``llama-server``.
 
-        ``--no-webui`` is the older spelling of ``--no-ui`` and is understood by both ages.
+        ``--no-webui`` is the older spelling of ``--no-ui``; builds of 2024 and 2026 accept it.
 
         Args:
-            command: The program and what ``newer_switches`` says of it.
+            command: The program and its ``newer_switches``.
         """
         words = list(command)
         if not self.mmap and "--load-mode" in words:

@@ -1,16 +1,14 @@
 """Run a program that must not outlive its parent: ``python -m promptai.engine.guard PROGRAM ARG …``.
 
-A bench that is killed with SIGKILL cannot stop its engine, and an orphaned
-engine keeps gigabytes and a port on a board that has neither to spare. The
-kernel can: PR_SET_PDEATHSIG survives ``execve`` (prctl(2)), so this process
-asks for SIGKILL at its parent's death and then becomes the program.
+A benchmark that is killed with SIGKILL cannot stop its engine, and an orphaned engine keeps gigabytes and a port on a
+board that has neither to spare. The kernel can stop it: PR_SET_PDEATHSIG survives ``execve`` (prctl(2)), so this
+process requests SIGKILL for the death of its parent and then becomes the program.
 
 A ``preexec_fn`` would do the same but is unsafe in a parent with threads.
 
-The promise is the program's own and its children do not inherit it. A wrapper
-script around an engine should therefore end in ``exec llama-server "$@"``: without
-``exec`` the engine is a child of the script, and outlives a parent that was killed
-with SIGKILL. (A parent that can still say so, ``engine.launch``, ends the whole group.)
+Children of the program do not inherit the signal. A wrapper script around an engine should therefore end in
+``exec llama-server "$@"``: without ``exec`` the engine is a child of the script, and outlives a parent that was killed
+with SIGKILL. (A parent that is still running, ``engine.launch``, ends the whole process group.)
 """
 
 import ctypes

@@ -1,15 +1,13 @@
-"""Find a llama-server on this machine and learn what it is.
+"""Find the llama-servers on this machine and identify them.
 
-There may be several: one named in the settings, those that ``promptai engine
-build`` made, ``llama-server`` on PATH, and the embedded wheel, which is always
-there. ``engine.choice`` puts them in order. A build for every CPU leaves speed on
-the table (the wheel's aarch64 build has no dot-product instructions, and a
-Raspberry Pi 5 lives by them), so each engine also tells which SIMD features it
-uses, and ``missing_features`` says what the CPU has beyond that.
+There may be several: one named in the settings, those that ``promptai engine build`` made, ``llama-server`` on PATH,
+and the embedded wheel, which is always installed. ``engine.choice`` orders them. A build for every CPU is slower than
+it could be (the wheel's aarch64 build has no dot-product instructions, on which a Raspberry Pi 5 depends), so each
+engine lists the SIMD features it uses, and ``missing_features`` lists those that only the CPU has.
 
-Finding runs each engine for a moment without a model, and so finds those that do
-not start: a missing library, a build for another processor. They stay in the list,
-with the reason, and are not used. Nothing is downloaded or built.
+Each engine runs for a moment without a model. That also finds engines that do not start, because of a missing library
+or a build for another processor; they stay in the list with the reason and are not used. Nothing is downloaded or
+built.
 """
 
 import importlib.util
@@ -38,21 +36,22 @@ _SPEED_FEATURES = frozenset(
     )
 )
 _PROBE_TIMEOUT_S = 20.0
-#: What a shell and the dynamic linker leave with when a program cannot be run.
+#: Exit codes of a shell and of the dynamic linker when a program cannot be run.
 _NOT_RUN = (126, 127)
+_NO_OUTPUT = "no output"
 
 
 class EngineBinary(msgspec.Struct, frozen=True):
     """
-    One llama-server that could be started.
+    One llama-server on this machine.
 
     Attributes:
         source: ``settings``, ``built``, ``PATH`` or ``embedded``.
-        command: What to run, before the flags; for a native one also what only newer builds must be told.
-        build: Its own words for its version; ``None`` when it does not say.
-        features: SIMD features it was built with, in llama.cpp's names; ``None`` when it does not say.
+        command: The command line before the flags; includes the switches that only newer builds need.
+        build: The version that the engine reports; ``None``: not reported.
+        features: SIMD features it was built with, in llama.cpp's names; ``None``: not reported.
         trouble: Why it does not start; ``None`` when it does.
-        reason: Why it stands where it stands among the others.
+        reason: Why it has its place in the order.
     """
 
     source: str
@@ -64,29 +63,35 @@ class EngineBinary(msgspec.Struct, frozen=True):
 
     @property
     def embedded(self) -> bool:
-        """True for the wheel, which takes its flags as JSON."""
+        """Whether it is the wheel, which takes its flags as JSON."""
         return self.source == "embedded"
 
     @property
     def name(self) -> str:
-        """What ``promptai engine use`` calls it: a built one's folder, else its source."""
+        """Name for ``promptai engine use``: the folder of a built engine, else the source."""
         return Path(self.command[0]).parents[1].name if self.source == "built" else self.source
 
     @property
     def label(self) -> str:
-        """Short, for tables."""
+        """Short description for tables."""
         does = f", does not start: {self.trouble}" if self.trouble is not None else ""
         return f"{'xllamacpp wheel' if self.embedded else 'llama-server'} {self.build or 'of unknown build'}{does}"
 
     def arguments(self, flags: EngineFlags) -> list[str]:
-        """The whole command line for ``flags``."""
+        """Return the whole command line for ``flags``."""
         if self.embedded:
             return [*self.command, msgspec.json.encode(flags).decode()]
         return flags.to_argv(self.command)
 
 
 class CommandOutput(NamedTuple):
-    """What a command printed, and its exit code; ``None``: it had to be ended, or could not be run."""
+    """
+    The output of a command.
+
+    Attributes:
+        code: The exit code; ``None``: the command was killed after the time limit, or could not be run.
+        error: Why it has no exit code.
+    """
 
     text: str
     code: int | None
@@ -94,7 +99,7 @@ class CommandOutput(NamedTuple):
 
 
 def fingerprint_of(engine: EngineBinary) -> str | None:
-    """What tells this engine from another one in its place: path, size and time of its file."""
+    """Identify the engine's file by path, build, size and time; ``None`` when there is no file."""
     path = Path(engine.command[0])
     if engine.embedded:
         spec = importlib.util.find_spec("xllamacpp")
@@ -110,16 +115,16 @@ def fingerprint_of(engine: EngineBinary) -> str | None:
 
 def wrong_processor(engine: EngineBinary, cpu_features: tuple[str, ...]) -> str | None:
     """
-    Why an engine that was built on another processor cannot be used here; ``None`` when it can.
+    Return why an engine that was built on another processor cannot be used here; ``None`` when it can.
 
-    It may start and end only in the middle of an answer, at the first instruction that is not there.
+    Such an engine may start, and crash in the middle of an answer at the first missing instruction.
     """
     beyond = sorted((set(engine.features or ()) & _SPEED_FEATURES) - set(cpu_features))
     return f"built for another processor: it uses {', '.join(beyond)}" if beyond else None
 
 
 def missing_features(engine: EngineBinary, cpu_features: tuple[str, ...]) -> list[str]:
-    """SIMD features that the CPU has and the engine does not use; empty when unknown."""
+    """Return the SIMD features that the CPU has and the engine does not use; empty when unknown."""
     if engine.features is None:
         return []
     return sorted((set(cpu_features) & _SPEED_FEATURES) - set(engine.features))
@@ -127,20 +132,20 @@ def missing_features(engine: EngineBinary, cpu_features: tuple[str, ...]) -> lis
 
 def find_engines(named: Path | None = None, *, cache: Path | None = None) -> list[EngineBinary]:
     """
-    Every engine of this machine, best first; those that do not start are last.
+    Return every engine of this machine, best first; those that do not start come last.
 
     Args:
-        named: A ``llama-server`` named in the settings; first in any case.
-        cache: Where ``promptai engine build`` keeps its engines, one folder each, and what was chosen.
+        named: A ``llama-server`` named in the settings; always first.
+        cache: The folder of built engines, of the choice and of the last comparison; ``None``: there is none.
 
     Raises:
-        EngineNotFoundError: The named engine is not an executable file, or there is none at all.
+        EngineNotFoundError: The named engine is not an executable file, or there is no engine.
     """
     cpu = read_cpu()
     found = _found(named, cache, cpu)
     if not found:
         raise EngineNotFoundError(
-            "there is no llama-server on this machine and the xllamacpp wheel is not installed",
+            "no llama-server on this machine, and the xllamacpp wheel is not installed",
             hint="pip install xllamacpp, or name a llama-server with --engine",
         )
     places = arrange(
@@ -154,10 +159,10 @@ def find_engines(named: Path | None = None, *, cache: Path | None = None) -> lis
 
 def locate(named: Path | None = None, *, cache: Path | None = None) -> EngineBinary:
     """
-    The engine to use; arguments and errors as in ``find_engines``.
+    Return the engine to use; arguments and further errors as in ``find_engines``.
 
     Raises:
-        EngineStartError: It does not start: the named one, or all of them.
+        EngineStartError: The named engine, or every engine, does not start.
     """
     engine = find_engines(named, cache=cache)[0]
     if engine.trouble is not None:
@@ -172,13 +177,13 @@ def locate(named: Path | None = None, *, cache: Path | None = None) -> EngineBin
 
 
 def _found(named: Path | None, cache: Path | None, cpu: CpuFacts) -> list[EngineBinary]:
-    """All of them in the usual order: named, built (the newest first: names do not sort), on PATH, embedded."""
+    """Return all engines in the default order: named, built (newest first, names do not sort), on PATH, embedded."""
     found: list[EngineBinary] = []
     if named is not None:
         if not (named.is_file() and os.access(named, os.X_OK)):
             raise EngineNotFoundError(
                 f"engine {named} is not an executable file",
-                hint="give the path of a llama-server, or leave it out",
+                hint="give the path of a llama-server, or leave the option out",
             )
         found.append(probe("settings", named.resolve()))
     built = list(cache.glob("*/bin/llama-server")) if cache is not None else []
@@ -196,7 +201,7 @@ def _found(named: Path | None, cache: Path | None, cpu: CpuFacts) -> list[Engine
 
 
 def parse_features(log: str) -> tuple[str, ...] | None:
-    """The features named ``X = 1`` in llama.cpp's ``system_info`` line; ``None`` without such a line."""
+    """Return the features marked ``X = 1`` in llama.cpp's ``system_info`` line; ``None`` without such a line."""
     for line in log.splitlines():
         if "system_info" in line:
             return tuple(re.findall(r"\b([A-Z][A-Z0-9_]*) = 1\b", line))
@@ -205,40 +210,40 @@ def parse_features(log: str) -> tuple[str, ...] | None:
 
 def parse_build(log: str) -> str | None:
     """
-    The build as ``NUMBER (COMMIT)``; ``None`` when the log does not name one.
+    Return the build as ``bNUMBER (COMMIT)``; ``None`` when the log does not name one.
 
-    Understands ``build: 4321 (abc) with`` of 2024 and ``build 1 (abc) with`` of 2026.
+    Reads ``build: 4321 (abc) with`` of 2024 and ``build 1 (abc) with`` of 2026.
     """
     match = re.search(r"\bbuild:? (\d+) \(([^)\s]+)\)", log)
     return f"b{match[1]} ({match[2]})" if match else None
 
 
 def probe(source: str, path: Path) -> EngineBinary:
-    """Run a native llama-server for a moment, to learn what it is and whether it starts."""
-    # At this verbosity every build since 2024 prints its features before it
-    # looks for the model; that there is none ends it at once.
-    said = output_of([str(path), "--verbosity", "4", "--offline", "--model", "/dev/null/none"])
-    features, trouble = parse_features(said.text), None
+    """Run a native llama-server for a moment to identify it and to see whether it starts."""
+    # At this verbosity every build since 2024 prints its features before it looks for the model, and ends at once
+    # because there is none.
+    output = output_of([str(path), "--verbosity", "4", "--offline", "--model", "/dev/null/none"])
+    features, trouble = parse_features(output.text), None
     switches: tuple[str, ...] = ()
     if features is None:
-        trouble = probe_failure(said)
+        trouble = probe_failure(output)
     if trouble is None:
         switches = newer_switches(output_of([str(path), "--help"]).text)
-    return EngineBinary(source, (str(path), *switches), parse_build(said.text), features, trouble)
+    return EngineBinary(source, (str(path), *switches), parse_build(output.text), features, trouble)
 
 
-def probe_failure(said: CommandOutput) -> str | None:
-    """Why an engine that did not even name its features does not start; ``None`` when it merely says nothing."""
-    lines = [line.strip() for line in said.text.splitlines() if line.strip()]
-    words = lines[-1][:200] if lines else "it said nothing"
-    if said.error is not None:
-        return said.error
-    if said.code is not None and said.code < 0:
-        if -said.code == signal.SIGILL:
+def probe_failure(output: CommandOutput) -> str | None:
+    """Return why an engine that did not report its features does not start; ``None`` when it may start."""
+    lines = [line.strip() for line in output.text.splitlines() if line.strip()]
+    last_line = lines[-1][:200] if lines else _NO_OUTPUT
+    if output.error is not None:
+        return output.error
+    if output.code is not None and output.code < 0:
+        if -output.code == signal.SIGILL:
             return "illegal instruction: it was built for another processor"
-        return f"killed by signal {-said.code}: {words}"
-    if said.code in _NOT_RUN:
-        return words
+        return f"killed by signal {-output.code}: {last_line}"
+    if output.code in _NOT_RUN:
+        return last_line
     return None
 
 
@@ -247,18 +252,18 @@ def _wheel() -> EngineBinary | None:
         release = version("xllamacpp")
     except PackageNotFoundError:
         return None
-    # A file called signal.py in the user's folder must not become the engine's standard library.
+    # -P: a file called signal.py in the user's folder must not replace the standard library's module.
     command = (sys.executable, "-P", "-m", "promptai.engine.embedded")
-    said = output_of([*command, "--probe"])
-    features = parse_features(said.text)
+    output = output_of([*command, "--probe"])
+    features = parse_features(output.text)
     trouble = None
-    if features is None and said.code != 0:
-        trouble = probe_failure(said) or (said.text.strip().splitlines() or ["it said nothing"])[-1][:200]
+    if features is None and output.code != 0:
+        trouble = probe_failure(output) or (output.text.strip().splitlines() or [_NO_OUTPUT])[-1][:200]
     return EngineBinary("embedded", command, release, features, trouble)
 
 
 def output_of(command: list[str]) -> CommandOutput:
-    """Run a command that prints and ends; what it leaves running when it does not is ended with it."""
+    """Run a command with a time limit, and kill its whole process group when that has passed."""
     try:
         process = subprocess.Popen(  # noqa: S603  the user's own engine
             command,
@@ -268,11 +273,11 @@ def output_of(command: list[str]) -> CommandOutput:
             start_new_session=True,  # a wrapper script's llama-server is in its group too
         )
     except OSError as error:
-        return CommandOutput("", None, f"it cannot be run: {error.strerror}")
+        return CommandOutput("", None, f"cannot be run: {error.strerror}")
     with process:
         try:
-            said, complained = process.communicate(timeout=_PROBE_TIMEOUT_S)
+            printed, errors = process.communicate(timeout=_PROBE_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            return CommandOutput("", None, f"it did not end within {_PROBE_TIMEOUT_S:.0f} s of its start")
-    return CommandOutput((said + complained).decode("utf-8", "replace"), process.returncode)
+            return CommandOutput("", None, f"still running {_PROBE_TIMEOUT_S:.0f} s after its start")
+    return CommandOutput((printed + errors).decode("utf-8", "replace"), process.returncode)

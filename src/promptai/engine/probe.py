@@ -1,8 +1,7 @@
-"""Run a model for a few seconds and read off what it costs: seconds a token, bytes of memory.
+"""Run a model for a few seconds and measure its cost: seconds per token, bytes of memory.
 
-A forecast is only as good as what it was calibrated with, so the same engine, flags and
-client as in a benchmark are used, on prompts of random tokens of known number, and the
-median of a few tries counts; ``probe_depths`` says why its least does.
+A forecast is only as good as its calibration, so a probe uses the same engine, flags and client as a benchmark. Prompts
+are random tokens of known number. ``probe`` takes the median of a few tries, ``probe_depths`` the minimum.
 """
 
 from collections.abc import Sequence
@@ -26,11 +25,12 @@ _FIRST_TOKEN, _LAST_TOKEN = 300, 1999
 
 class Probed(msgspec.Struct, frozen=True, kw_only=True):
     """
-    What one engine with one model did.
+    The measured cost of one engine with one model.
 
     Attributes:
-        decode_s: Seconds a token, median of the tries; ``prefill_s`` of a prompt token.
-        loaded, peak: Its memory when it was loaded, and after the prompts.
+        decode_s: Seconds per generated token, median of the tries.
+        prefill_s: Seconds per prompt token, median of the tries.
+        loaded, peak: Memory after loading, and after the prompts.
     """
 
     decode_s: float
@@ -49,13 +49,14 @@ async def probe(
     tries: int,
 ) -> Probed:
     """
-    Start an engine, time it, stop it.
+    Start an engine, measure it, and stop it.
 
     Args:
-        prompt_tokens: Tokens before the answer.
+        prompt_tokens: Length of each prompt.
+        answer_tokens: Length of each answer.
 
     Raises:
-        EngineError: It cannot be started, died, or tells no timings.
+        EngineError: The engine cannot be started, died, or does not report timings.
     """
     generator = Random(0)  # noqa: S311  the same prompts every time
     async with RunningEngine(binary, flags, log=log) as engine, EngineClient(engine.base_url) as client:
@@ -79,19 +80,19 @@ async def probe_depths(
     binary: EngineBinary, flags: EngineFlags, *, log: Path, depths: Sequence[int], answer_tokens: int, tries: int
 ) -> dict[int, float]:
     """
-    Start an engine, time its decoding at several depths, stop it.
+    Start an engine, measure its decoding at several depths, and stop it.
 
-    Each depth goes on from the one before, whose tokens the engine still has, so that the tries cost next to nothing.
-    The least of the tries counts: whatever else runs only ever adds, and these are for differences between depths.
+    Each depth extends the previous one, whose tokens are still in the KV cache, so further tries cost almost nothing.
+    The minimum of the tries counts: other programs only ever add time, and the differences between depths are small.
 
     Args:
-        depths: Tokens before the answer, rising.
+        depths: Tokens before the answer, ascending.
 
     Returns:
-        Seconds a token by depth.
+        Seconds per generated token, by depth.
 
     Raises:
-        EngineError: It cannot be started, died, or tells no timings.
+        EngineError: The engine cannot be started, died, or does not report timings.
     """
     generator = Random(0)  # noqa: S311  the same prompts every time
     prompt = [generator.randint(_FIRST_TOKEN, _LAST_TOKEN) for _ in range(max(depths))]
@@ -117,12 +118,12 @@ async def _ask(client: EngineClient, prompt: list[int], answer_tokens: int, *, c
     body = {"n_predict": answer_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": cached}
     timings = (await client.complete({"prompt": prompt, **body})).timings
     if timings is None or timings.predicted_n < 2 or not timings.prompt_n:
-        raise EngineProtocolError(f"{client.base_url} does not tell its timings", hint="use another llama-server")
+        raise EngineProtocolError(f"{client.base_url} does not report timings", hint="use another llama-server")
     return timings
 
 
 def _memory(tree: ProcessTree, engine: RunningEngine) -> ProcessMemory:
     reading = tree.read()
     if reading is None:
-        raise engine.death() or EngineProtocolError(f"{engine.base_url} cannot be watched")
+        raise engine.death() or EngineProtocolError(f"cannot read the memory of the engine at {engine.base_url}")
     return reading.memory

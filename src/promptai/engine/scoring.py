@@ -1,11 +1,9 @@
-"""Exact log-likelihoods of given text, over llama-server's HTTP API.
+"""Exact log-likelihoods of a given text, over llama-server's HTTP API.
 
-llama-server refuses ``echo``, which is why likelihood tasks of common harnesses
-fail against it. But ``n_probs`` reports the *raw* log-probability of the token
-that was sampled, and ``logit_bias`` decides which one that is: so each token of the
-continuation is forced in turn and its probability read off. Against a full
-softmax this agreed to 1e-6 for every token tried (b11434, b11549). With the
-prompt cache on, each further token costs one decode step.
+llama-server rejects ``echo``, so the likelihood tasks of common harnesses fail against it. But ``n_probs`` reports the
+*raw* log-probability of the sampled token, and ``logit_bias`` decides which token is sampled. So each token of the
+continuation is forced in turn and its probability read. This agreed with a full softmax to 1e-6 for every token tried
+(b11434, b11549). With the prompt cache on, each further token costs one decode step.
 """
 
 from collections.abc import Sequence
@@ -14,7 +12,7 @@ from promptai.engine.client import EngineClient
 from promptai.errors import EngineProtocolError, EngineRefusedError
 from promptai.wire.llamaserver import TokenProbability
 
-#: Larger than any real logit: the forced token wins whatever the model thinks.
+#: Larger than any real logit, so the forced token always wins.
 _FORCE = 1000.0
 
 
@@ -22,14 +20,14 @@ async def continuation_logprobs(
     client: EngineClient, context: Sequence[int], continuation: Sequence[int]
 ) -> list[float]:
     """
-    Natural-log probability of each token of ``continuation`` after ``context``.
+    Return the natural-log probability of each token of ``continuation`` after ``context``.
 
     Args:
-        context: Token ids that stand before; at least one (the begin token, say).
+        context: Token ids before the continuation; at least one, for example the begin token.
         continuation: Token ids to score.
 
     Raises:
-        ValueError: ``context`` is empty: there is nothing to condition on.
+        ValueError: ``context`` is empty.
         EngineError: The engine failed, or does not report probabilities.
     """
     if not context:
@@ -46,10 +44,10 @@ async def continuation_logprobs(
 
 async def _from_all(client: EngineClient, prompt: list[int], target: int) -> float:
     """
-    Read the probability from the whole vocabulary's, while another token is forced.
+    Force another token, and read the probability of ``target`` from those of the whole vocabulary.
 
-    llama-server reports nothing for a token that ends inside a UTF-8 character: it
-    waits for the rest. Exact but slow, and needed for few tokens.
+    llama-server reports nothing for a token that ends inside a UTF-8 character, because it waits for the rest. This way
+    is exact but slow, and needed for few tokens.
     """
     try:
         letter = (await client.tokenize("a"))[-1]
@@ -64,8 +62,8 @@ async def _from_all(client: EngineClient, prompt: list[int], target: int) -> flo
 
 def _unable(client: EngineClient) -> EngineProtocolError:
     return EngineProtocolError(
-        f"{client.base_url} did not report the probability of the token that was forced",
-        hint="scoring needs a llama-server that knows n_probs and logit_bias",
+        f"{client.base_url} did not report the probability of the forced token",
+        hint="scoring needs a llama-server that supports n_probs and logit_bias",
     )
 
 
@@ -73,11 +71,11 @@ async def force_token(
     client: EngineClient, prompt: Sequence[int], forced: int, *, n_probs: int = 1
 ) -> TokenProbability | None:
     """
-    Let one token follow ``prompt``, whatever the model thinks, and read off what it thinks.
+    Force one token after ``prompt``, and return the model's own probabilities for that position.
 
     Returns:
-        The forced token's raw probability, and beside it the ``n_probs`` likeliest ones; ``None`` in the
-        middle of a character, where llama-server reports nothing.
+        The raw probability of the forced token with the ``n_probs`` likeliest ones; ``None`` in the middle of a UTF-8
+        character, where llama-server reports nothing.
     """
     answer = await client.complete(
         {

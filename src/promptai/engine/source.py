@@ -1,16 +1,13 @@
-"""The source of llama.cpp, from where every board that installs Python packages can get it.
+"""Fetch and unpack the source of llama.cpp, through pip.
 
-A board that may reach a package mirror often reaches nothing else, so the source
-comes through pip, with the user's own mirrors, proxies and certificates: the source
-package of ``llama-cpp-python`` carries the whole of llama.cpp. Its version and its
-SHA-256 stand here, and pip refuses anything else before it looks inside.
+A board that can reach a package mirror often reaches nothing else. So the source comes through pip, with the user's
+own mirrors, proxies and certificates: the source package of ``llama-cpp-python`` contains all of llama.cpp. Its version
+and SHA-256 are pinned here, and pip refuses any other file before opening it.
 
-Nothing of the archive is run to fetch it. pip wants a package's metadata even where
-it only downloads, and would install and run its build system for that; so it is given
-one of ours that answers from the two facts that are known (``_BACKEND``).
+Fetching runs no code of the archive. pip needs a package's metadata even for a download, and would install and run the
+package's build system to get it; instead it gets a build backend of ours, which knows name and version (``_BACKEND``).
 
-Only what a build needs is unpacked: no models, tests or pictures, no link or path that
-leads out of the folder.
+Only the parts that a build needs are unpacked: no models, tests or images, and no link or path out of the folder.
 """
 
 import contextlib
@@ -29,29 +26,29 @@ import msgspec
 from promptai.engine.command_log import failure_lines, run_logged
 from promptai.errors import EngineError
 
-#: Told a share of 0 to 1, and what there is to say about it.
+#: Called with the finished share, 0 to 1, and a detail for the user.
 Share = Callable[[float, str], None]
 
 
 class Release(msgspec.Struct, frozen=True):
-    """A source package as it was looked at: its SHA-256 and its size."""
+    """The SHA-256 and size of a source package that was reviewed."""
 
     sha256: str
     archive_bytes: int
 
 
-#: The release that is built unless another is asked for.
+#: The release that is built by default.
 PINNED = "0.3.36"
 RELEASES = {
     PINNED: Release("832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e", 76_589_250),
 }
-#: What the archive itself, the copy that pip makes, and all that pip unpacks of it take at their peak.
+#: Peak size of the archive, pip's copy of it, and the files that pip unpacks.
 FETCH_BYTES = 400_000_000
 
 _PACKAGE = "llama-cpp-python"
-#: Parts of llama.cpp that are large and that neither its build nor its converter reads.
+#: Large parts of llama.cpp that neither its build nor its converter reads.
 _UNNEEDED = ("models", "docs", "media", "benches", "examples", "tests", "pocs", "ci", ".github", ".git")
-#: What is kept beside a finished engine: the converter, and the licences.
+#: Kept with a finished engine: the converter and the licences.
 CONVERTER = ("conversion", "gguf-py", "requirements", "licenses", "LICENSE")
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _BACKEND = """\
@@ -71,10 +68,10 @@ def fetch(version: str, sha256: str, folder: Path, *, log: Path, share: Share, k
     Download a release's source package into ``folder``.
 
     Args:
-        share: Told how much of it is here.
+        share: Called with the downloaded share.
 
     Raises:
-        EngineError: pip could not get it, or it is not what it should be.
+        EngineError: pip could not fetch it, or its SHA-256 is wrong.
     """
     scratch = folder / "pip"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -88,17 +85,17 @@ def fetch(version: str, sha256: str, folder: Path, *, log: Path, share: Share, k
 
     def look() -> None:
         here = 0
-        with contextlib.suppress(FileNotFoundError):  # pip removes its folders while we look
+        with contextlib.suppress(FileNotFoundError):  # pip may remove its folders meanwhile
             here = max((path.stat().st_size for path in scratch.glob("pip-*/*.tar.gz")), default=0)
         if expected and here:
-            share(min(1.0, here / expected), f"{here / 1e6:.0f} of {expected / 1e6:.0f} MB")
+            share(min(1.0, here / expected), f"{here / 2**20:.0f} of {expected / 2**20:.0f} MiB")
 
     command = [
         *(sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "--no-cache-dir"),
         *("--disable-pip-version-check", "--progress-bar", "off", "--no-binary", _PACKAGE),
         *("--dest", str(scratch / "got"), "--requirement", str(wanted)),
     ]
-    # Its scratch folder is ours, on the disk that was found large enough: /tmp is memory on many boards.
+    # pip's temporary folder is on the disk whose space was checked: /tmp is memory on many boards.
     environ = {"PYTHONPATH": str(backend.parent), "TMPDIR": str(scratch)}
     code = run_logged(command, log=log, seen=lambda _: None, tick=look, environ=environ, keep_open=keep_open)
     got = list((scratch / "got").glob("*.tar.gz"))
@@ -112,45 +109,45 @@ def fetch(version: str, sha256: str, folder: Path, *, log: Path, share: Share, k
 
 def verify(archive: Path, sha256: str | None) -> str:
     """
-    Give an archive's SHA-256.
+    Return the SHA-256 of an archive.
 
     Raises:
-        EngineError: It cannot be read, or its SHA-256 is not ``sha256``.
+        EngineError: The archive cannot be read, or its SHA-256 is not ``sha256``.
     """
     try:
         with archive.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise EngineError(f"archive {archive} cannot be read: {error.strerror}", hint="check the path") from None
+        raise EngineError(f"cannot read archive {archive}: {error.strerror}", hint="check the path") from None
     if sha256 is not None and found != sha256:
         raise EngineError(
-            f"archive {archive} has the SHA-256 {found}, expected is {sha256}",
-            hint="it is another release or was damaged or altered on its way: fetch it again, do not use it",
+            f"archive {archive} has SHA-256 {found} instead of {sha256}",
+            hint="do not use it: it is another release, or was damaged or altered on the way; fetch it again",
         )
     return found
 
 
 def release_of(archive: Path) -> str | None:
-    """The version that an archive's name says it is; ``None`` for any other source of llama.cpp."""
+    """Return the llama-cpp-python version in an archive's name; ``None`` for other sources of llama.cpp."""
     match = re.fullmatch(r"llama_cpp_python-([0-9][0-9A-Za-z.]*)\.tar\.gz", archive.name)
     return match[1] if match else None
 
 
 def unpack(archive: Path, folder: Path, share: Share) -> str | None:
     """
-    Unpack llama.cpp out of an archive into ``folder``, which appears only when whole.
+    Unpack llama.cpp from an archive into ``folder``, which appears only when it is complete.
 
     Args:
         archive: A source package of llama-cpp-python, or an archive of llama.cpp itself.
 
     Returns:
-        The commit of llama.cpp, when the archive tells.
+        The commit of llama.cpp; ``None``: not recorded in the archive.
 
     Raises:
-        EngineError: It is damaged, or holds no llama.cpp.
+        EngineError: The archive is damaged, or does not contain llama.cpp.
     """
     if not hasattr(tarfile, "data_filter"):
-        raise EngineError("this Python cannot unpack safely", hint="Python 3.11.4 or newer can")
+        raise EngineError("this Python cannot unpack archives safely", hint="use Python 3.11.4 or newer")
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -168,20 +165,20 @@ def unpack(archive: Path, folder: Path, share: Share) -> str | None:
     except (tarfile.TarError, zlib.error, EOFError, KeyError, ValueError) as error:
         raise EngineError(f"archive {archive} is damaged: {error}", hint="fetch it again") from None
     except OSError as error:
-        # zlib's and lzma's complaints about damaged data come as OSError without a number.
+        # zlib and lzma report damaged data as an OSError without a number.
         reason = error.strerror or f"it is damaged: {error}"
-        raise EngineError(f"archive {archive} cannot be unpacked: {reason}", hint="see the free disk space") from None
+        raise EngineError(f"cannot unpack archive {archive}: {reason}", hint="check the free disk space") from None
     if not (part / "tools" / "server" / "CMakeLists.txt").is_file():
         raise EngineError(
-            f"archive {archive} holds no llama.cpp with a server",
-            hint=f"give the source package of {_PACKAGE} or an archive of llama.cpp itself",
+            f"archive {archive} does not contain llama.cpp with its server",
+            hint=f"use the source package of {_PACKAGE} or an archive of llama.cpp",
         )
     part.replace(folder)
     return commit
 
 
 def keep_converter(source: Path, folder: Path) -> None:
-    """Copy the converter and the licences into ``folder``, which appears only when whole."""
+    """Copy the converter and the licences into ``folder``, which appears only when it is complete."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -195,7 +192,7 @@ def keep_converter(source: Path, folder: Path) -> None:
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str | None]]:
-    """What is unpacked, with its path inside llama.cpp; ``None`` beside the file that names the commit."""
+    """Yield the members to unpack with their path inside llama.cpp; ``None`` for the file that names the commit."""
     for member in tar:
         top, *rest = PurePosixPath(member.name).parts or ("",)
         if top.startswith("llama_cpp_python-"):
@@ -216,12 +213,12 @@ def _commit(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str | None:
 
 def _unfetched(version: str, log: Path) -> EngineError:
     reasons = failure_lines(log.read_text(errors="replace"))
-    reason = reasons[-1] if reasons else "it said nothing"
+    reason = reasons[-1] if reasons else "no output"
     if "No module named pip" in reason:
         return EngineError(
-            "this Python has no pip to fetch the source with", hint="python -m ensurepip, or give --from"
+            "cannot fetch the source: this Python has no pip", hint="run python -m ensurepip, or use --from"
         )
     return EngineError(
         f"pip could not fetch {_PACKAGE} {version}: {reason}",
-        hint=f"see {log}; without a network, bring the file here and give --from",
+        hint=f"see {log}; without a network, copy the file here and use --from",
     )

@@ -1,1 +1,1 @@
-"""Protocols as types: what goes over the wire, without the wire."""
+"""Protocols as types, without I/O."""

@@ -1,8 +1,7 @@
-"""What llama-server adds to OpenAI's API, and its own endpoints.
+"""llama-server's additions to OpenAI's API, and its own endpoints.
 
-Field names are llama-server's. Every field has a default, because names come
-and go between builds (``build_info`` moved, ``timings`` grew); what a build does
-not send is ``None``, never 0. Seen in builds b11434 and b11549.
+Field names are llama-server's. They come and go between builds (``build_info`` moved, ``timings`` grew), so nearly
+every field has a default, and a count that a build does not send is ``None``, never 0. Seen in b11434 and b11549.
 """
 
 from typing import Any
@@ -12,15 +11,15 @@ import msgspec
 
 class Timings(msgspec.Struct, frozen=True):
     """
-    The engine's own account of one request; the truth for prefill and decode.
+    The engine's own timings of one request; ground truth for prefill and decode.
 
     Attributes:
-        cache_n: Prompt tokens taken from the KV cache.
-        prompt_n: Prompt tokens computed (without those of the cache).
+        cache_n: Prompt tokens taken from the KV cache; ``None``: not reported.
+        prompt_n: Prompt tokens computed, without those from the cache.
         prompt_ms: Milliseconds spent on them.
         predicted_n: Tokens generated.
-        predicted_ms: Milliseconds from the first to the last of them: the first
-            token belongs to prefill, so the rate is (predicted_n - 1) / predicted_ms.
+        predicted_ms: Milliseconds from the first generated token to the last. The first token belongs to prefill, so
+            the rate is (predicted_n - 1) / predicted_ms.
     """
 
     prompt_n: int
@@ -31,7 +30,7 @@ class Timings(msgspec.Struct, frozen=True):
 
 
 class PromptProgress(msgspec.Struct, frozen=True):
-    """How far prefill has come (``return_progress``): tokens and milliseconds."""
+    """Progress of prefill (``return_progress``), in tokens and milliseconds."""
 
     total: int
     processed: int
@@ -40,13 +39,13 @@ class PromptProgress(msgspec.Struct, frozen=True):
 
 
 class GenerationSettings(msgspec.Struct, frozen=True):
-    """The part of ``default_generation_settings`` that is read: tokens of context of one slot."""
+    """``default_generation_settings``, reduced to the context of one slot in tokens."""
 
     n_ctx: int | None = None
 
 
 class Props(msgspec.Struct, frozen=True):
-    """``GET /props``: what the server runs."""
+    """``GET /props``: the server's model and configuration."""
 
     total_slots: int = 1
     default_generation_settings: GenerationSettings = GenerationSettings()
@@ -58,7 +57,7 @@ class Props(msgspec.Struct, frozen=True):
 
 
 class Slot(msgspec.Struct, frozen=True):
-    """One line of ``GET /slots``."""
+    """One entry of ``GET /slots``."""
 
     id: int
     is_processing: bool = False
@@ -72,7 +71,7 @@ class Tokens(msgspec.Struct, frozen=True):
 
 
 class TokenProbability(msgspec.Struct, frozen=True):
-    """One generated token with its raw log-probability (natural logarithm), and the likeliest others."""
+    """One generated token with its raw log-probability (natural logarithm), and the likeliest alternatives."""
 
     id: int
     logprob: float
@@ -80,7 +79,7 @@ class TokenProbability(msgspec.Struct, frozen=True):
 
 
 class Completion(msgspec.Struct, frozen=True):
-    """``POST /completion`` without streaming, as far as scoring needs it."""
+    """``POST /completion`` without streaming, reduced to what scoring reads."""
 
     content: str = ""
     completion_probabilities: list[TokenProbability] = []

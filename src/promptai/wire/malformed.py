@@ -1,8 +1,7 @@
-"""What decoding bytes from outside can raise, in one tuple.
+"""The exceptions that decoding untrusted bytes can raise, in one tuple.
 
-msgspec reports wrong JSON and wrong types as ``MsgspecError``, but bytes that are
-not UTF-8 as ``UnicodeDecodeError`` and nesting without end as ``RecursionError``.
-Whoever decodes what strangers wrote catches all three.
+msgspec reports invalid JSON and wrong types as ``MsgspecError``, but bytes that are not UTF-8 as
+``UnicodeDecodeError`` and endless nesting as ``RecursionError``. Code that decodes untrusted bytes catches all three.
 """
 
 import msgspec

@@ -1,21 +1,19 @@
-r"""Server-sent events from bytes, as they come.
+r"""Parse server-sent events from bytes as they arrive.
 
-Network chunks end anywhere: in the middle of a line, between ``\r`` and ``\n``,
-inside a UTF-8 character. A measuring client must neither lose an event to that
-nor wait for one that is already whole. This parser takes bytes and gives back
-every event that they complete; it never waits, decodes only whole lines, and
-does no I/O.
+Network chunks end anywhere: in the middle of a line, between ``\r`` and ``\n``, inside a UTF-8 character. A measuring
+client must not lose an event because of that, nor wait for more bytes when an event is complete. The parser takes
+bytes and returns every event that they complete. It decodes only whole lines, and does no I/O.
 
-Follows the WHATWG HTML standard, section 9.2 (server-sent events), for the
-fields that llama-server and OpenAI-compatible servers use: ``data``, ``event``
-and comments. ``id`` and ``retry`` are ignored: a chat is never reconnected.
+Follows the WHATWG HTML standard, section 9.2 (server-sent events), for the fields that llama-server and
+OpenAI-compatible servers use: ``data``, ``event`` and comments. ``id`` and ``retry`` are ignored: a chat is never
+reconnected.
 """
 
 from codecs import BOM_UTF8
 
 import msgspec
 
-#: An event larger than this is not a chat's but an attack or a bug.
+#: An event larger than this is an attack or a bug.
 MAX_EVENT_BYTES = 16 * 1024 * 1024
 
 
@@ -35,10 +33,10 @@ class SseEvent(msgspec.Struct, frozen=True):
 
 
 class SseParser:
-    """Turns a stream of byte chunks into events; one parser a response."""
+    """Turns the bytes of one response into events."""
 
     def __init__(self) -> None:
-        # In pieces: a line that grows by joining would cost the square of its length.
+        # A list of pieces: growing a line by concatenation would cost the square of its length.
         self._rest: list[bytes] = []
         self._rest_bytes = 0
         self._data: list[str] = []
@@ -49,14 +47,14 @@ class SseParser:
 
     def feed(self, chunk: bytes) -> list[SseEvent]:
         """
-        Take the next bytes; give back the events that they complete.
+        Take the next bytes and return the events that they complete.
 
         Raises:
             ValueError: An event exceeds ``MAX_EVENT_BYTES`` or is not UTF-8.
         """
         if not chunk:
             return []
-        # A carriage return ends a line at once; a line feed that still follows belongs to it.
+        # A carriage return ends a line at once; a line feed right after it belongs to the same line end.
         if self._after_cr and chunk.startswith(b"\n"):
             chunk = chunk[1:]
         self._after_cr = chunk.endswith(b"\r")
@@ -97,7 +95,7 @@ class SseParser:
             _bound(self._data_bytes)
             self._data.append(value)
             if field == "error":
-                # Not in the standard: llama-server until 2025 sent its errors so.
+                # Not in the standard: llama-server sent its errors like this until 2025.
                 self._event = "error"
         return None
 
