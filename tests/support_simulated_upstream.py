@@ -1,7 +1,7 @@
-"""Pretended engines in the gateway's own process: no sockets, so that a test can run on virtual time.
+"""Simulated engines in the gateway's own process, without sockets, for tests on virtual time.
 
-What comes and what goes wrong is what ``engine.simulated`` does over HTTP. Only the network
-itself is missing: it neither takes time nor splits anything.
+Responses and faults are those of ``engine.simulated`` over HTTP. Only the network is missing: it takes no time and
+splits nothing.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from typing import Self
 
 from promptai.engine.simulated_api import SimulatedApi, Stream
 from promptai.engine.simulator import BrokenOff, Simulator
-from promptai.engine.upstream import Piece, Reply, broken_off, is_done, no_stream, refused, up_to_end
+from promptai.engine.upstream import Piece, Reply, broken_off, is_done, no_connection, no_stream, refused, up_to_end
 from promptai.errors import EngineDiedError
 from promptai.wire.sse import SseEvent, SseParser
 
@@ -21,10 +21,10 @@ class SimulatedUpstream:
     An ``Upstream`` of simulators; an async context manager that runs them inside its block.
 
     Args:
-        engines: What answers at each URL. One that was started before stays the caller's.
+        engines: The engine at each URL. An engine that is running already is not stopped at the end.
 
     Attributes:
-        engines: The same; an engine that is put there later begins with ``revive``.
+        engines: The same; an engine that is added later starts with ``revive``.
     """
 
     def __init__(self, engines: Mapping[str, Simulator]) -> None:
@@ -32,21 +32,21 @@ class SimulatedUpstream:
         self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        """Start all of them."""
+        """Start the engines."""
         for url in self.engines:
             self.revive(url)
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
-        """End those that it started."""
+        """End the engines that it started."""
         await self._stack.aclose()
 
     def kill(self, url: str) -> None:
-        """End that engine: its streams break off, and nobody answers there any more."""
+        """End that engine: its streams break off, and its URL refuses connections."""
         self.engines[url].kill()
 
     def revive(self, url: str) -> None:
-        """Start that engine again, with empty slots; nothing happens where it runs."""
+        """Start that engine again, with empty slots; does nothing when it is running."""
         simulator = self.engines[url]
         if not simulator.running:
             simulator.start()
@@ -99,7 +99,7 @@ class SimulatedUpstream:
     def _api(self, url: str) -> SimulatedApi:
         simulator = self.engines.get(url)
         if simulator is None or not simulator.running:
-            raise EngineDiedError(f"no connection to {url}: nobody listens there")
+            raise no_connection(url, "Connection refused")
         return SimulatedApi(simulator)
 
     @contextlib.contextmanager

@@ -123,5 +123,5 @@ def record(environ: dict[str, str]) -> list[str]:
 
 
 def objects(environ: dict[str, str]) -> list[int]:
-    """Numbers of the objects that were compiled, in recipe."""
+    """Numbers of the objects that were compiled, in order."""
     return [int(line.split()[1]) for line in record(environ) if line.startswith("object")]

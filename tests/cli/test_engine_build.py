@@ -92,7 +92,7 @@ def test_a_built_engine_is_used_until_another_is_chosen(tmp_path: Path, environ:
     auto = run(tmp_path, environ, "use", "auto")
 
     assert json.loads(built.stdout)["features"] == ["SSE3", "LLAMAFILE"]
-    assert "is there already" in again.stdout
+    assert "exists already" in again.stdout
     assert len(objects(environ)) == OBJECTS
     assert "used from now on: embedded" in chosen.stdout
     assert f"used from now on: {NAME}" in auto.stdout
@@ -106,7 +106,7 @@ def test_a_choice_that_has_gone_is_told_and_passed_over(tmp_path: Path, environ:
 
     done = run(tmp_path, environ, "list")
 
-    assert "mine, which was chosen, is not here any more" in done.stdout
+    assert "the chosen engine mine no longer exists" in done.stdout
     assert "embedded" in done.stdout
 
 
@@ -126,7 +126,7 @@ def test_one_engine_alone_is_told_how_to_get_another(tmp_path: Path, environ: di
     done = run(tmp_path, environ, "compare")
 
     assert done.returncode == 0
-    assert "there is one engine here, xllamacpp wheel" in done.stdout
+    assert "nothing to compare: the only engine is xllamacpp wheel" in done.stdout
     assert "promptai engine build" in done.stdout
 
 

@@ -103,7 +103,7 @@ def test_an_old_cmake_is_refused_with_its_version(
 ) -> None:
     monkeypatch.setenv("STANDIN_CMAKE", "3.13.4")
 
-    with pytest.raises(EngineError, match=r"cmake 3\.13 is too old; 3\.14 or newer is required"):
+    with pytest.raises(EngineError, match=r"cmake 3\.13 is too old; 3\.14 or newer is needed"):
         build(BuildRecipe(archive=archive), engines, Watched())
 
     assert record(environ) == []

@@ -121,17 +121,15 @@ def model(tmp_path: Path) -> Path:
         pytest.param(
             -signal.SIGSEGV,
             "one\n\n last one \n \n",
-            "killed by signal 11 (SIGSEGV); last line of its log: last one",
+            "killed by signal 11 (SIGSEGV); last log line: last one",
             "another engine",
             id="crash",
         ),
         pytest.param(-signal.SIGABRT, ASSERTED, "GGML_ASSERT(ggml_can_mul_mat(k, q)) failed", "another", id="assert"),
-        pytest.param(
-            -99, "", "killed by signal 99 (unknown); last line of its log: none", "another engine", id="odd-signal"
-        ),
+        pytest.param(-99, "", "killed by signal 99 (unknown); last log line: none", "another engine", id="odd-signal"),
         pytest.param(-35, "", "killed by signal 35 (", "another engine", id="real-time-signal"),
-        pytest.param(3, "boom\n", "exit code 3; last line of its log: boom", "promptai doctor", id="unknown"),
-        pytest.param(0, "", "exit code 0; last line of its log: none", "promptai doctor", id="wordless"),
+        pytest.param(3, "boom\n", "exit code 3; last log line: boom", "promptai doctor", id="unknown"),
+        pytest.param(0, "", "exit code 0; last log line: none", "promptai doctor", id="wordless"),
     ],
 )
 def test_every_end_is_one_sentence_and_what_to_do(code: int, log: str, reason: str, hint: str) -> None:
@@ -175,9 +173,7 @@ def test_an_engine_that_dies_while_loading_is_explained_by_its_own_log(model: Pa
     engine = engine_of(script("fake", "echo 'some words' >&2", "echo boom", "exit 3"), model)
     engine.log.write_text("E gguf_init_from_reader: invalid magic characters: 'XXXX'\n")
 
-    with pytest.raises(
-        EngineStartError, match=rf"could not load {model.name}: exit code 3; last line of its log: boom"
-    ):
+    with pytest.raises(EngineStartError, match=rf"could not load {model.name}: exit code 3; last log line: boom"):
         asyncio.run(start_and_stop(engine))
 
     assert "invalid magic" in engine.log.read_text()
@@ -209,7 +205,7 @@ def test_a_model_that_has_gone_is_an_error_of_the_start(model: Path, script: Scr
     engine = engine_of(script("fake", "exec sleep 60"), model)
     model.unlink()
 
-    with pytest.raises(EngineStartError, match=f"model {model.name} cannot be read"):
+    with pytest.raises(EngineStartError, match=f"cannot read the model {model.name}"):
         asyncio.run(start_and_stop(engine))
 
     assert engine.pid is None
@@ -223,7 +219,7 @@ def test_an_engine_that_never_answers_is_given_up_and_ended(
     monkeypatch.setattr("promptai.engine.launch._START_BASE_S", 0.2)
     engine = engine_of(script("fake", "echo still reading", "exec sleep 60"), model)
 
-    with pytest.raises(EngineStartError, match=r"did not answer within .* last line of its log: still reading"):
+    with pytest.raises(EngineStartError, match=r"did not answer within .* last log line: still reading"):
         asyncio.run(start_and_stop(engine))
 
     assert not alive(engine.pid)

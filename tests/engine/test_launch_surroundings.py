@@ -114,7 +114,7 @@ def test_a_script_in_python_finds_what_lies_beside_it(model: Path, script: Scrip
     wrapper = model.with_name("wrapper.py")
     wrapper.write_text("import beside, sys; sys.exit(beside.WORD)")
 
-    with pytest.raises(EngineStartError, match="last line of its log: found"):
+    with pytest.raises(EngineStartError, match="last log line: found"):
         asyncio.run(start_and_stop(engine_of(script("fake", f"exec {sys.executable} {wrapper}"), model)))
 
 

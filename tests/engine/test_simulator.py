@@ -59,7 +59,7 @@ def test_each_fault_hits_each_kind_of_stream(path: str, fault: Fault, kind: type
 
 @pytest.mark.parametrize(
     ("kind", "last"),
-    [("malformed", '{"choices": [{"delta"'), ("error", '"message":"failed, as it was told to"')],
+    [("malformed", '{"choices": [{"delta"'), ("error", '"message":"failed, as configured"')],
 )
 def test_what_is_wrong_in_a_stream_is_handed_on(kind: Any, last: str) -> None:
     """Whoever relays it decides what it means."""

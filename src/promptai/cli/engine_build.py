@@ -25,19 +25,21 @@ Examples:
   promptai engine build --jobs 1                                 where memory is short
 """,
 )
-@click.option("--release", default=PINNED, show_default=True, help="Of the source package llama-cpp-python.")
+@click.option("--release", default=PINNED, show_default=True, help="Version of the source package llama-cpp-python.")
 @click.option(
     "--from",
     "archive",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Build from this archive: of llama-cpp-python, or of llama.cpp itself.",
+    help="Build from a local archive of llama-cpp-python or of llama.cpp itself.",
 )
-@click.option("--sha256", help="What the archive must be.  [default: as pinned, for the pinned release]")
-@click.option("--portable", is_flag=True, help="For any processor of this kind, not for this one alone.")
-@click.option("--jobs", type=click.IntRange(min=1), help="Compilers at once.  [default: as CPUs and memory allow]")
-@click.option("--again", is_flag=True, help="Also when it is there already.")
-@click.option("--keep-build", is_flag=True, help="Leave source and objects (about 0.2 GB).")
-@click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON.")
+@click.option("--sha256", help="Expected SHA-256 of the archive.  [default: the pinned one]")
+@click.option("--portable", is_flag=True, help="Build for every processor of this architecture, not only for this one.")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="Number of parallel compilers.  [default: as CPUs and memory allow]"
+)
+@click.option("--again", is_flag=True, help="Build even if the engine exists already.")
+@click.option("--keep-build", is_flag=True, help="Keep source and object files (about 0.2 GiB).")
+@click.option("--json", "as_json", is_flag=True, help="Print the built engine as JSON.")
 def build_engine(
     *,
     release: str,
@@ -52,8 +54,8 @@ def build_engine(
     """
     Build llama-server and its companions for this processor.
 
-    Takes minutes on a PC and up to half an hour on a board, and needs cmake and a C++ compiler. Whatever
-    ends it, the same command goes on where it stopped.
+    Takes minutes on a PC and up to half an hour on a board, and needs cmake and a C++ compiler. After an
+    interruption, the same command resumes where it stopped.
     """
     console = Console(stderr=as_json)
     cpu = read_cpu()
@@ -67,20 +69,20 @@ def build_engine(
         keep=keep_build,
     )
     engines = cache_directory() / "engines"
-    there = read_built(engines / recipe.name) is not None and not again
+    existed = read_built(engines / recipe.name) is not None and not again
     with StepProgress(console) as progress:
         built = build(recipe, engines, progress)
     if as_json:
         click.echo(msgspec.json.encode(built))
         return
-    _tell(console, built, engines / recipe.name, there=there)
+    _show(console, built, engines / recipe.name, existed=existed)
 
 
-def _tell(console: Console, built: BuiltEngine, folder: Path, *, there: bool) -> None:
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+def _show(console: Console, built: BuiltEngine, folder: Path, *, existed: bool) -> None:
+    def line(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    say(f"{built.name} {'is there already (--again builds it anew)' if there else 'is built'}: {folder / 'bin'}")
-    say(f"llama.cpp {built.version or 'of unknown version'}, compiler {built.compiler or 'unknown'}")
-    say(f"it uses {' '.join(built.features) if built.features else 'no SIMD feature that it names'}")
-    say("next: promptai engine compare  measures it against the others; promptai engine list  says which is used")
+    line(f"{built.name} {'exists already (rebuild it with --again)' if existed else 'is built'}: {folder / 'bin'}")
+    line(f"llama.cpp {built.version or 'of unknown version'}, compiler {built.compiler or 'unknown'}")
+    line(f"SIMD features: {' '.join(built.features) if built.features else 'not reported'}")
+    line("next: promptai engine compare measures it against the others; promptai engine list shows which is used")

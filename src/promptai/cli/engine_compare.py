@@ -39,17 +39,18 @@ Examples:
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
-    help="A GGUF file.  [default: random weights in TinyLlama's shape, 0.6 GB, kept in the cache]",
+    help="A GGUF file.  [default: random weights in the shape of TinyLlama, 0.6 GiB, kept in the cache]",
 )
 @click.option("--prompt-tokens", type=click.IntRange(16, 100_000), default=256, show_default=True)
-@click.option("--tokens", type=click.IntRange(8, 100_000), default=64, show_default=True, help="Of an answer.")
-@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds.")
+@click.option("--tokens", type=click.IntRange(8, 100_000), default=64, show_default=True, help="Length of an answer.")
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Number of rounds.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compare_engines(*, model: Path | None, prompt_tokens: int, tokens: int, repeats: int, as_json: bool) -> None:
     """
-    Measure the engines of this machine side by side; the faster one is used from then on.
+    Measure the engines of this machine side by side; the fastest is used from then on.
 
-    They take turns, each loaded anew and warmed up. With fewer than five rounds nothing is kept.
+    Engines take turns; each is reloaded and warmed up in every round. With fewer than five rounds the result
+    is not kept.
     """
     console = Console(stderr=as_json)
     engines = cache_directory() / "engines"
@@ -60,8 +61,8 @@ def compare_engines(*, model: Path | None, prompt_tokens: int, tokens: int, repe
         if as_json:
             click.echo(msgspec.json.encode({"comparison": None, "ratios": {}, "failed": {}, "kept": False}))
         for engine in found:
-            _say(console, f"there is one engine here, {engine.label} ({engine.name}): nothing to compare it with")
-        _say(console, "promptai engine build  builds one for this processor")
+            _print(console, f"nothing to compare: the only engine is {engine.label} ({engine.name})")
+        _print(console, "promptai engine build makes one for this processor")
         return
     with StepProgress(console) as progress:
         path = model or _synthetic(progress)
@@ -92,7 +93,7 @@ def compare_engines(*, model: Path | None, prompt_tokens: int, tokens: int, repe
 
 
 def different(found: Sequence[EngineBinary]) -> list[EngineBinary]:
-    """Each file once: what is on PATH is often a link to what is named or was built."""
+    """Return each engine file once: the engine on PATH is often a link to the named or a built one."""
     by_file = {Path(e.command[0]).resolve() if not e.embedded else Path(e.name): e for e in reversed(found)}
     return [engine for engine in found if engine in by_file.values()]
 
@@ -106,7 +107,7 @@ def _synthetic(progress: StepProgress) -> Path:
         def wrote(size: int) -> None:
             nonlocal done
             done += size
-            progress.share(min(1.0, done / total), f"{done / 1e6:.0f} MB")
+            progress.share(min(1.0, done / total), f"{done / 2**20:.0f} MiB")
 
         write_synthetic(path, LLAMA_1B, name=_SYNTHETIC, progress=wrote)
     return path
@@ -116,16 +117,18 @@ def _keep(engines: Path, outcome: Outcome) -> None:
     try:
         write_comparison(engines, outcome.comparison)
     except OSError as error:
-        raise EngineError(f"the comparison cannot be kept in {engines}: {error.strerror}", hint="make room") from None
+        raise EngineError(
+            f"cannot store the comparison in {engines}: {error.strerror}", hint="free disk space"
+        ) from None
 
 
 def _base(measured: Sequence[MeasuredEngine]) -> MeasuredEngine | None:
-    """What the others are compared with: the wheel, which everybody has; else the last."""
+    """Return the engine that the others are compared with: the wheel, which every installation has; else the last."""
     return next((engine for engine in measured if engine.name == "embedded"), measured[-1] if measured else None)
 
 
 def _ratios(measured: Sequence[MeasuredEngine]) -> dict[str, dict[str, Metric]]:
-    """Each engine's rates over those of the base, by the engine's name."""
+    """Return each engine's rates divided by those of the base, by the engine's name."""
     base = _base(measured)
     if base is None:
         return {}
@@ -151,22 +154,22 @@ def _show(
         cells = (_times(ratios[engine.name][rate]) for engine in comparison.engines)
         table.add_row(f"{text} / {base_name}", *cells)
     console.print(table)
-    _say(
+    _print(
         console,
         f"{comparison.model}, {comparison.prompt_tokens} prompt and {comparison.generated_tokens} generated tokens, "
-        f"{comparison.threads} threads; median (least to most) of n = {rounds} rounds; ratios of the same rounds, "
-        "in brackets their 95 % interval",
+        f"{comparison.threads} threads; median (minimum to maximum) of n = {rounds} rounds; ratios of the same "
+        "rounds, with 95 % intervals in brackets",
     )
     for name, reason in outcome.failed.items():
-        _say(console, f"{name} did not get through: {reason}")
+        _print(console, f"{name} failed: {reason}")
     if not kept:
-        _say(console, f"not kept: that takes two engines and at least {MIN_FOR_INTERVAL} rounds")
+        _print(console, f"not kept: a comparison needs two engines and at least {MIN_FOR_INTERVAL} rounds")
     elif not first_is_faster(comparison):
-        _say(
+        _print(
             console,
-            "the first two are not told apart; more rounds (--repeats 15) on a machine that does nothing else may",
+            "no clear difference between the first two; try more rounds (--repeats 15) on an otherwise idle machine",
         )
-    _say(console, f"used from now on: {used.name} ({used.reason}); another: promptai engine use NAME")
+    _print(console, f"used from now on: {used.name} ({used.reason}); choose another with promptai engine use NAME")
 
 
 def _times(found: Metric) -> str:
@@ -178,5 +181,5 @@ def _spread(values: Sequence[float]) -> str:
     return f"{fmt.number(statistics.median(values))} ({fmt.number(min(values))} to {fmt.number(max(values))})"
 
 
-def _say(console: Console, line: str) -> None:
+def _print(console: Console, line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from promptai.settings import cache_directory, load_settings
 @click.command("list", epilog="\b\nExample:\n  promptai engine list")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_engines(*, as_json: bool) -> None:
-    """List the llama-servers of this machine, the one that is used first."""
+    """List the llama-servers of this machine, the one in use first."""
     settings = load_settings()
     named = Path(settings.engine.path) if settings.engine.path else None
     engines = cache_directory() / "engines"
@@ -25,7 +25,7 @@ def list_engines(*, as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.encode([{"name": binary.name, **msgspec.to_builtins(binary)} for binary in found]))
         return
-    table = Table(*(Column(name, overflow="fold") for name in ("name", "build", "why here", "CPU has more")))
+    table = Table(*(Column(name, overflow="fold") for name in ("name", "build", "reason", "unused CPU features")))
     for binary in found:
         table.add_row(
             binary.name,
@@ -41,4 +41,6 @@ def list_engines(*, as_json: bool) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     chosen = read_choice(engines)
     if chosen is not None and chosen not in {binary.name for binary in found}:
-        console.print(f"{chosen}, which was chosen, is not here any more: promptai engine use auto", markup=False)
+        console.print(
+            f"the chosen engine {chosen} no longer exists (reset the choice: promptai engine use auto)", markup=False
+        )

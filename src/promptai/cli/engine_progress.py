@@ -1,8 +1,7 @@
-"""Progress of minutes in which little is printed: a bar with the time left, or plain lines in a log.
+"""Progress of long steps: a bar with the time left in a terminal, plain lines in a log.
 
-A build that says nothing for ten minutes is taken for dead and ended. In a terminal
-there is a bar; elsewhere (a log, a service) one plain line every quarter of a minute,
-so that the log of a night has tens of lines and not thousands.
+Users kill a build that prints nothing for ten minutes. A terminal shows a bar; elsewhere (a log, a service) there is
+one plain line every 15 s, so the log of a night has tens of lines and not thousands.
 """
 
 import time
@@ -15,14 +14,14 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from promptai.cli.progress import duration
 
-SAY_EVERY_S = 15.0
-#: The first moments of a step that goes on with an old one are not typical: they only look at what is there.
+PRINT_EVERY_S = 15.0
+#: The first moments of a resumed step are not typical: it only checks existing files.
 _SETTLED_S = 2.0
 
 
 class StepProgress:
     """
-    Shows one step after the other; a context manager.
+    Shows the steps of a task; a context manager.
 
     Args:
         clock: Monotonic seconds.
@@ -34,7 +33,7 @@ class StepProgress:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.percentage:>3.0f} %"),
             TextColumn("{task.fields[detail]}"),
             TextColumn("{task.fields[left]}"),
             console=console,
@@ -44,28 +43,28 @@ class StepProgress:
         self._task = self._progress.add_task("", total=1.0, detail="", left="")
         self._text, self._detail = "", ""
         self._share = 0.0
-        self._began = self._said = clock()
+        self._began = self._printed = clock()
         self._from: tuple[float, float] | None = None
 
     def __enter__(self) -> Self:
-        """Begin to draw."""
+        """Show the bar."""
         self._progress.start()
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        """Leave the terminal as it was."""
+        """Remove the bar."""
         self._progress.stop()
 
     def step(self, text: str) -> None:
-        """Another step begins."""
+        """Begin the next step."""
         self._text, self._detail, self._share, self._from = text, "", 0.0, None
         self._began = self._clock()
-        self._say(text)
+        self._print(text)
         self._draw()
         self._progress.refresh()
 
     def share(self, share: float, detail: str) -> None:
-        """0 to 1 of the step is done."""
+        """Report the finished share of the step, 0 to 1."""
         self._share, self._detail = share, detail
         now = self._clock()
         if self._from is None and now - self._began >= _SETTLED_S:
@@ -73,14 +72,14 @@ class StepProgress:
         self.tick()
 
     def tick(self) -> None:
-        """Time passes: draw anew, or say a line when it is time for one."""
-        if not self._console.is_terminal and self._clock() - self._said >= SAY_EVERY_S and self._share > 0:
-            words = (self._text, f"{self._share:.0%}", self._detail, self._left())
-            self._say(", ".join(word for word in words if word))
+        """Redraw the bar, or print a line when one is due."""
+        if not self._console.is_terminal and self._clock() - self._printed >= PRINT_EVERY_S and self._share > 0:
+            words = (self._text, f"{100 * self._share:.0f} %", self._detail, self._left())
+            self._print(", ".join(word for word in words if word))
         self._draw()
 
     def _left(self) -> str:
-        """How long the rest of the step takes at its pace so far."""
+        """Return the time left at the step's pace so far; empty when unknown."""
         if self._from is None or self._share <= self._from[1]:
             return ""
         elapsed, done = self._clock() - self._from[0], self._share - self._from[1]
@@ -91,7 +90,7 @@ class StepProgress:
             self._task, description=escape(self._text), completed=self._share, detail=self._detail, left=self._left()
         )
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         if not self._console.is_terminal:
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-        self._said = self._clock()
+        self._printed = self._clock()

@@ -1,4 +1,4 @@
-"""``promptai engine simulate``: a pretended llama-server, for tests and for "what if"."""
+"""``promptai engine simulate``: a simulated llama-server, for tests and for planning."""
 
 import asyncio
 
@@ -19,33 +19,40 @@ Examples:
   promptai engine simulate --fault cut --after-tokens 20
 """
 )
-@click.option("--prefill-tps", type=_RATE, default=60.0, show_default=True, help="Prompt tokens a second.")
-@click.option("--decode-tps", type=_RATE, default=10.0, show_default=True, help="Tokens a second of one stream.")
-@click.option("--slots", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--context", type=click.IntRange(min=16), default=8192, show_default=True, help="Tokens of a slot.")
+@click.option("--prefill-tps", type=_RATE, default=60.0, show_default=True, help="Prompt tokens per second.")
+@click.option("--decode-tps", type=_RATE, default=10.0, show_default=True, help="Tokens per second of a single stream.")
+@click.option("--slots", type=click.IntRange(min=1), default=1, show_default=True, help="Number of slots.")
 @click.option(
-    "--batch", type=click.IntRange(min=1), default=512, show_default=True, help="Most prompt tokens of a step."
+    "--context", type=click.IntRange(min=16), default=8192, show_default=True, help="Context of one slot in tokens."
+)
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=512, show_default=True, help="Maximum prompt tokens of one step."
 )
 @click.option(
     "--answer-tokens",
     type=click.IntRange(min=1),
-    help="Mean length of an answer.  [default: the request's cap]",
+    help="Mean length of an answer.  [default: the request's limit]",
 )
 @click.option(
     "--host-cache",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Tokens of conversations that are kept when they leave their slot.",
+    help="Size of the prompt cache in tokens.",
 )
-@click.option("--model", default="simulated", show_default=True, help="The name it answers to.")
-@click.option("--load-s", type=float, default=0.0, show_default=True, help="Seconds of pretended loading.")
-@click.option("--time-scale", type=_RATE, default=1.0, show_default=True, help="10: ten times as fast.")
-@click.option("--fault", "kind", type=click.Choice(["refuse", "stall", "cut", "malformed", "error", "die"]))
+@click.option("--model", default="simulated", show_default=True, help="Model name.")
+@click.option("--load-s", type=float, default=0.0, show_default=True, help="Simulated loading time in seconds.")
+@click.option("--time-scale", type=_RATE, default=1.0, show_default=True, help="Speed-up; 10 is ten times as fast.")
+@click.option(
+    "--fault",
+    "kind",
+    type=click.Choice(["refuse", "stall", "cut", "malformed", "error", "die"]),
+    help="Fault to inject.",
+)
 @click.option("--after-tokens", type=click.IntRange(min=0), default=0, help="Tokens sent before the fault.")
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="0 takes a free one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="TCP port; 0 uses a free one.")
 def simulate(*, kind: str | None, after_tokens: int, port: int, **fields: object) -> None:
-    """Run a pretended llama-server with chosen rates, until Ctrl-C."""
+    """Run a simulated llama-server with chosen rates, until Ctrl-C."""
     config = msgspec.convert(fields, SimulationConfig)
     fault = msgspec.convert({"kind": kind, "after_tokens": after_tokens}, Fault) if kind else None
     asyncio.run(_simulate(config, fault, port))
@@ -54,7 +61,7 @@ def simulate(*, kind: str | None, after_tokens: int, port: int, **fields: object
 async def _simulate(config: SimulationConfig, fault: Fault | None, port: int) -> None:
     try:
         async with SimulatedEngine(config, port=port, fault=fault) as simulated:
-            click.echo(f"simulated engine on {simulated.base_url}, Ctrl-C to end")
+            click.echo(f"simulated engine on {simulated.base_url}, stop with Ctrl-C")
             await asyncio.Event().wait()
     except OSError as error:
         raise EngineStartError(

@@ -1,4 +1,4 @@
-"""``promptai engine use``: choose the engine, or leave the choice to us again."""
+"""``promptai engine use``: choose the engine, or leave the choice to promptai."""
 
 import difflib
 
@@ -22,17 +22,17 @@ Examples:
 @click.argument("name")
 def use_engine(*, name: str) -> None:
     """
-    Use the engine NAME of promptai engine list from now on; auto leaves the choice to promptai.
+    Use the engine NAME from promptai engine list from now on; auto leaves the choice to promptai.
 
-    An engine that is named with --engine, PROMPTAI_ENGINE or in promptai.toml is still used before it.
+    An engine named with --engine, PROMPTAI_ENGINE or in promptai.toml still takes precedence.
     """
     engines = cache_directory() / "engines"
     found = {engine.name: engine for engine in find_engines(cache=engines)}
     if name != "auto" and name not in found:
         near = difflib.get_close_matches(name, [*found, "auto"], n=1, cutoff=0.3)
         raise EngineNotFoundError(
-            f"there is no engine {name} on this machine",
-            hint=f"did you mean {near[0]}?" if near else f"there are: {', '.join(found)}",
+            f"no engine named '{name}' on this machine",
+            hint=f"did you mean {near[0]}?" if near else f"available: {', '.join(found)}",
         )
     trouble = found[name].trouble if name != "auto" else None
     if trouble is not None:
@@ -40,8 +40,8 @@ def use_engine(*, name: str) -> None:
     try:
         write_choice(engines, None if name == "auto" else name)
     except OSError as error:
-        raise EngineError(f"the choice cannot be kept in {engines}: {error.strerror}", hint="make room") from None
+        raise EngineError(f"cannot store the choice in {engines}: {error.strerror}", hint="free disk space") from None
     used = find_engines(cache=engines)[0]
     click.echo(f"used from now on: {used.name}, {used.label} ({used.reason})")
     if load_settings().engine.path:
-        click.echo("but the settings or PROMPTAI_ENGINE name another, which is used before it", err=True)
+        click.echo("note: the engine named in promptai.toml or PROMPTAI_ENGINE takes precedence", err=True)

@@ -208,7 +208,7 @@ class RunningEngine:
                         return
                 await asyncio.sleep(_POLL_S)
         raise EngineStartError(
-            f"the engine did not answer within {allowed:.0f} s of its start; last line of its log: "
+            f"the engine did not answer within {allowed:.0f} s of its start; last log line: "
             f"{_last_line(self._log_tail())}",
             hint="check whether the disk is very slow, or the model is on a network share",
         )
@@ -293,10 +293,10 @@ def explain_exit(code: int, log: str) -> tuple[str, str]:
         )
     if code < 0:
         return (
-            f"killed by signal {-code} ({_signal_name(-code)}); last line of its log: {_last_line(log)}",
+            f"killed by signal {-code} ({_signal_name(-code)}); last log line: {_last_line(log)}",
             _CRASH_HINT,
         )
-    return f"exit code {code}; last line of its log: {_last_line(log)}", "see promptai doctor"
+    return f"exit code {code}; last log line: {_last_line(log)}", "see promptai doctor"
 
 
 _CRASH_HINT = "if it happens again, try another engine: promptai engine list"

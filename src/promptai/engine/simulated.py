@@ -1,14 +1,13 @@
-"""A llama-server lookalike on a real socket, with chosen speed and chosen faults.
+"""A simulated llama-server on a real socket, with configured speed and faults.
 
-Ground truth for the harness (``promptai doctor --selftest``), four boards on a
-laptop, and every failure that a real engine only has on bad days: it refuses,
-stalls, is cut off, sends broken lines, dies. Speaks the part of the HTTP API
-that PromptAI uses. It also notes when it *really* sent each chunk, so that a
-client is compared with what happened and not only with what was intended.
+It is the ground truth for the harness (``promptai doctor --selftest``), stands for four boards on a laptop, and shows
+every failure that a real engine has only on bad days: it refuses, stalls, is cut off, sends broken lines, dies. It
+implements the part of the HTTP API that PromptAI uses, and records when it *really* sent each chunk, so a client is
+compared with what happened and not only with what was intended.
 
 ``GET /simulated/sent`` gives these notes, ``POST /simulated/fault`` arms or clears a fault.
-The arithmetic is in ``engine.simulation``, time in ``engine.simulator``, what is said in
-``engine.simulated_api``; here are sockets.
+Scheduling is in ``engine.simulation``, time in ``engine.simulator``, the API in ``engine.simulated_api``; this module
+adds sockets.
 """
 
 import contextlib
@@ -29,7 +28,7 @@ _MAX_BODY_BYTES = 16 * 1024 * 1024
 
 class SimulatedEngine:
     """
-    One pretended engine; an async context manager that listens inside its block.
+    One simulated engine; an async context manager that listens inside its block.
 
     Args:
         config: Its speed and size.
@@ -45,19 +44,19 @@ class SimulatedEngine:
 
     @property
     def base_url(self) -> str:
-        """Where it listens."""
+        """The URL on which it listens."""
         return f"http://127.0.0.1:{self._port}"
 
     @property
     def sent(self) -> list[Sent]:
-        """Notes of every request that was accepted."""
+        """A record of every accepted request."""
         return self.simulator.sent
 
     async def __aenter__(self) -> Self:
-        """Listen; raises ``OSError`` when the port is taken."""
+        """Start to listen; raises ``OSError`` when the port is taken."""
         app = web.Application(client_max_size=_MAX_BODY_BYTES)
         app.router.add_route("*", "/{path:.*}", self._answer)
-        # Cancellation tells a handler that its client has gone: the slot must come free.
+        # Cancellation stops the handler when its client has disconnected, which frees the slot.
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)
@@ -85,7 +84,6 @@ class SimulatedEngine:
 
 
 async def _relay(http: web.Request, stream: Stream) -> web.StreamResponse:
-    """Write what comes, as it comes."""
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     async with contextlib.aclosing(stream):
         async for data in stream:

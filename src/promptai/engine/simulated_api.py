@@ -1,7 +1,6 @@
-"""What the pretended engine answers to each path, whoever asks: llama-server's API in bytes.
+"""llama-server's API for a simulated engine, without sockets or URLs.
 
-Neither sockets nor URLs: a transport hands in a path and a body, and gets a whole answer, or
-the bytes of a stream as they come.
+A transport passes in a path and a body, and gets a whole response or the bytes of a stream as they are generated.
 """
 
 import asyncio
@@ -33,12 +32,12 @@ from promptai.wire.malformed import MALFORMED
 
 T = TypeVar("T")
 
-#: The bytes of a stream; empty ones stand for the headers, which go out before there is anything to say.
+#: The bytes of a stream; empty bytes stand for the headers, which are sent before the first event.
 Stream = AsyncGenerator[bytes, None]
 
 
 class SimulatedApi:
-    """The API of one simulator."""
+    """The API of one simulated engine."""
 
     def __init__(self, simulator: Simulator) -> None:
         self._simulator = simulator
@@ -65,10 +64,10 @@ class SimulatedApi:
 
     async def answer(self, method: str, path: str, data: bytes = b"") -> Reply | Stream:
         """
-        The answer to one request; a stream must be closed.
+        Answer one request; the caller must close a stream.
 
         Raises:
-            BrokenOff: The connection is to end without one.
+            BrokenOff: The connection must end without a response.
         """
         try:
             if method == "GET" and path in self._gets:
@@ -141,7 +140,7 @@ class SimulatedApi:
                     if progress:
                         yield event(layout.progress(request, item))
                     elif not opened:
-                        # As llama-server: with the slot come the headers.
+                        # Like llama-server: the headers are sent when the request gets its slot.
                         yield b""
                     opened = True
                     continue

@@ -1,9 +1,8 @@
-"""What the pretended engine reads and says: requests and the three forms of an answer.
+"""The simulated engine's requests, and the three formats of its responses.
 
-The forms are those that llama-server b11549 was seen to send, their oddities included:
-a chat's progress chunks look like its first chunk, those of ``/completion`` claim a token 0
-that nobody generated, and a native stream ends without ``[DONE]``. Values only: neither time
-nor sockets.
+The formats are those observed from llama-server b11549, with their oddities: a chat's progress chunks look like its
+first chunk, those of ``/completion`` contain a token 0 that was never generated, and a native stream ends without
+``[DONE]``. Values only: no time and no sockets.
 """
 
 import zlib
@@ -18,26 +17,26 @@ _DONE = b"data: [DONE]\n\n"
 
 
 class ContentPart(msgspec.Struct):
-    """A piece of a message; only text is understood."""
+    """One part of a message; only text is read."""
 
     text: str
     type: str = "text"
 
 
 class ChatTurn(msgspec.Struct):
-    """One message of a request, in any of OpenAI's forms."""
+    """One message of a request, in any of OpenAI's formats."""
 
     role: str
-    said: str | list[ContentPart] | None = msgspec.field(default=None, name="content")
+    parts: str | list[ContentPart] | None = msgspec.field(default=None, name="content")
 
     @property
     def content(self) -> str:
-        """Its text: parts are joined by line feeds, as llama-server does it."""
-        return "\n".join(part.text for part in self.said) if isinstance(self.said, list) else self.said or ""
+        """The text; parts are joined by line feeds, like llama-server does."""
+        return "\n".join(part.text for part in self.parts) if isinstance(self.parts, list) else self.parts or ""
 
 
 class StreamOptions(msgspec.Struct):
-    """What a chat's stream is to end with."""
+    """``stream_options`` of a chat."""
 
     include_usage: bool = False
 
@@ -82,7 +81,7 @@ class NativeBody(_Common, kw_only=True):
 
 
 class ContentBody(msgspec.Struct):
-    """``POST /tokenize``; there are no special tokens to add."""
+    """``POST /tokenize``; the vocabulary has no special tokens to add."""
 
     content: str
 
@@ -94,7 +93,7 @@ class EmbeddingsBody(msgspec.Struct):
 
 
 class PrefillProgress(msgspec.Struct, frozen=True):
-    """How far the prompt of a request is."""
+    """Progress of a request's prefill, in tokens and milliseconds."""
 
     total: int
     cache: int
@@ -104,28 +103,28 @@ class PrefillProgress(msgspec.Struct, frozen=True):
 
 class ResponseFormat(Protocol):
     """
-    How an answer is written down.
+    The chunks and the response of one API.
 
     Attributes:
-        done: What stands at the end of a stream.
+        done: The bytes that end a stream.
     """
 
     done: bytes
 
     def begin(self) -> dict[str, Any] | None:
-        """What comes before the first token."""
+        """Return the chunk before the first token; ``None``: there is none."""
 
     def progress(self, request: Request, progress: PrefillProgress) -> dict[str, Any]:
-        """A part of the prompt has been computed."""
+        """Return the chunk for a computed part of the prompt."""
 
     def token(self, request: Request, emission: Emission, number: int) -> dict[str, Any]:
-        """A token; ``number`` counts from 1."""
+        """Return the chunk for a token; ``number`` counts from 1."""
 
     def end(self, request: Request) -> list[dict[str, Any]]:
-        """What comes after the last token."""
+        """Return the chunks after the last token."""
 
     def whole(self, request: Request, text: str) -> dict[str, Any]:
-        """All of it at once."""
+        """Return the response in one piece."""
 
 
 class ChatFormat:
@@ -139,15 +138,15 @@ class ChatFormat:
         self._logprobs = body.logprobs is True and body.top_logprobs != 0
 
     def begin(self) -> dict[str, Any]:
-        """The role."""
+        """Return the chunk with the role."""
         return self._chunk({"role": "assistant", "content": None})
 
-    def progress(self, request: Request, progress: PrefillProgress) -> dict[str, Any]:  # noqa: ARG002  others need it
-        """The role, again and again."""
+    def progress(self, request: Request, progress: PrefillProgress) -> dict[str, Any]:  # noqa: ARG002  part of the protocol
+        """Repeat the chunk with the role, with the progress."""
         return {**self.begin(), "prompt_progress": msgspec.to_builtins(progress)}
 
     def token(self, request: Request, emission: Emission, number: int) -> dict[str, Any]:  # noqa: ARG002  see above
-        """One delta; with its id where probabilities are wanted."""
+        """Return one delta, with the token's id when ``logprobs`` was requested."""
         chunk = self._chunk({"content": emission.text})
         if self._logprobs:
             token = {
@@ -160,17 +159,17 @@ class ChatFormat:
         return chunk
 
     def end(self, request: Request) -> list[dict[str, Any]]:
-        """Why it ended; the account stands there, or in a chunk of its own beside usage."""
+        """Return the finish reason; timings are in its chunk, or in a separate chunk with the usage."""
         last = self._chunk({}, request.finish_reason)
         if not self._usage:
             return [{**last, "timings": msgspec.to_builtins(request.timings)}]
-        return [last, {**last, "choices": [], **_account(request)}]
+        return [last, {**last, "choices": [], **_usage_and_timings(request)}]
 
     def whole(self, request: Request, text: str) -> dict[str, Any]:
-        """One message."""
+        """Return one message."""
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": message, "finish_reason": request.finish_reason}
-        return {**self._head, "object": "chat.completion", "choices": [choice], **_account(request)}
+        return {**self._head, "object": "chat.completion", "choices": [choice], **_usage_and_timings(request)}
 
     def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
@@ -186,23 +185,23 @@ class TextFormat:
         self._head = {"id": f"sim-{number}", "object": "text_completion", "created": 0, "model": model}
 
     def begin(self) -> None:
-        """Nothing."""
+        """Return nothing: there is no such chunk."""
 
-    def progress(self, request: Request, progress: PrefillProgress) -> dict[str, Any]:  # noqa: ARG002  others need it
-        """A chunk without text."""
+    def progress(self, request: Request, progress: PrefillProgress) -> dict[str, Any]:  # noqa: ARG002  part of the protocol
+        """Return a chunk without text."""
         return {**self._chunk(""), "prompt_progress": msgspec.to_builtins(progress)}
 
     def token(self, request: Request, emission: Emission, number: int) -> dict[str, Any]:  # noqa: ARG002  see above
-        """One piece of text."""
+        """Return one piece of text."""
         return self._chunk(emission.text)
 
     def end(self, request: Request) -> list[dict[str, Any]]:
-        """Why it ended, and the account."""
-        return [{**self._chunk("", request.finish_reason), **_account(request)}]
+        """Return the finish reason with usage and timings."""
+        return [{**self._chunk("", request.finish_reason), **_usage_and_timings(request)}]
 
     def whole(self, request: Request, text: str) -> dict[str, Any]:
-        """One text."""
-        return {**self._chunk(text, request.finish_reason), **_account(request)}
+        """Return one text."""
+        return {**self._chunk(text, request.finish_reason), **_usage_and_timings(request)}
 
     def _chunk(self, text: str, finish_reason: str | None = None) -> dict[str, Any]:
         choice = {"text": text, "index": 0, "logprobs": None, "finish_reason": finish_reason}
@@ -219,22 +218,22 @@ class NativeFormat:
         self._return_tokens = return_tokens
 
     def begin(self) -> None:
-        """Nothing."""
+        """Return nothing: there is no such chunk."""
 
     def progress(self, request: Request, progress: PrefillProgress) -> dict[str, Any]:
-        """A chunk without text, with a token that is none."""
+        """Return a chunk without text, with a token 0 that was never generated."""
         return {**_native(request, "", [0], 0), "prompt_progress": msgspec.to_builtins(progress)}
 
     def token(self, request: Request, emission: Emission, number: int) -> dict[str, Any]:
-        """A token with its id, asked for or not."""
+        """Return a token with its id, requested or not."""
         return _native(request, emission.text, [emission.token], number)
 
     def end(self, request: Request) -> list[dict[str, Any]]:
-        """The account."""
+        """Return the chunk with the timings."""
         return [self._last(request, "", [])]
 
     def whole(self, request: Request, text: str) -> dict[str, Any]:
-        """Text and account; ids where they are asked for."""
+        """Return text and timings, and token ids when ``return_tokens`` was requested."""
         return self._last(request, text, request.generated if self._return_tokens else [])
 
     def _last(self, request: Request, text: str, tokens: list[int]) -> dict[str, Any]:
@@ -263,7 +262,7 @@ def _native(request: Request, text: str, tokens: list[int], predicted: int) -> d
     }
 
 
-def _account(request: Request) -> dict[str, Any]:
+def _usage_and_timings(request: Request) -> dict[str, Any]:
     timings = request.timings
     return {
         "usage": {
@@ -277,7 +276,7 @@ def _account(request: Request) -> dict[str, Any]:
 
 
 def embedding(tokens: list[int]) -> list[float]:
-    """A small vector of length 1 that depends on these tokens alone."""
+    """Return a small vector of length 1 that depends on these tokens alone."""
     data = b"".join((token % 2**64).to_bytes(8, "big") for token in tokens)
     numbers = [zlib.crc32(data, number + 1) / 2**31 - 1 for number in range(_DIMENSIONS)]
     length = sum(number * number for number in numbers) ** 0.5 or 1.0
@@ -285,5 +284,5 @@ def embedding(tokens: list[int]) -> list[float]:
 
 
 def event(body: dict[str, Any]) -> bytes:
-    """One server-sent event."""
+    """Encode one server-sent event."""
     return b"data: " + msgspec.json.encode(body) + b"\n\n"

@@ -1,18 +1,15 @@
-"""The arithmetic of a pretended engine: who computes when, and what comes out.
+"""The scheduling and output of a simulated engine.
 
-A harness that measures engines has to be measured itself, and a router needs
-four boards where there is one laptop. Both want an engine whose speed is known
-because it was chosen. This is one: continuous batching as in llama-server (each
-step computes some prompt tokens and one token for every decoding stream), whose
-steps take exactly as long as the configured rates say.
+A harness that measures engines must be measured itself, and testing a router takes four boards where there is one
+laptop. Both need an engine of known speed. This one does continuous batching like llama-server (each step computes some
+prompt tokens, and one token for every decoding stream), and its steps take exactly the time that the configured rates
+imply.
 
     queued --a slot is free--> prefill --prompt computed--> decode --end--> gone
                                   (first token)     (one token a step)
 
-Pure: no clock, no sockets, no randomness. ``engine.simulator`` gives it time and
-``engine.simulated`` a network. The text is a chain of hashes of all that stands before it, so
-that it is the same in every process, and the same when it is continued from
-any point.
+Pure: no clock, no sockets, no randomness. ``engine.simulator`` adds time and ``engine.simulated`` a network. Each token
+is a hash of all tokens before it: the text is the same in every process, and when it is continued from any point.
 """
 
 import re
@@ -25,7 +22,7 @@ import msgspec
 
 from promptai.wire.llamaserver import Timings
 
-#: At most six characters, with the white space before them; template marks are one token each.
+#: Up to six characters with the white space before them; a template mark is one token.
 _PIECE = re.compile(r"<\|[a-z]+\|>|\s?[^\s<]{1,6}|\s|<")
 _SIMILARITY = 0.1
 _WORDS = (
@@ -37,21 +34,21 @@ _WORDS = (
 
 class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """
-    What to pretend.
+    The speed and size of a simulated engine.
 
     Attributes:
-        prefill_tps: Prompt tokens a second, shared by all slots.
-        decode_tps: Tokens a second of a stream that is alone.
-        slots: Streams at once; further requests wait in order of arrival.
-        decode_slowdown: What each further stream adds to a decode step, as a share
-            of the step of one. 0: batching is free; 1: it gains nothing.
-        batch: Most prompt tokens of one step, so that decoding streams are not held up longer.
+        prefill_tps: Prompt tokens per second, shared by all slots.
+        decode_tps: Tokens per second of a single stream.
+        slots: Requests in progress at once; further requests wait in order of arrival.
+        decode_slowdown: Time that each further stream adds to a decode step, as a share of a single stream's step.
+            0: batching is free; 1: it gains nothing.
+        batch: Maximum prompt tokens of one step, which bounds the delay of decoding streams.
         context: Tokens of context of one slot.
-        answer_tokens: Mean length of an answer; ``None``: it goes on to ``max_tokens``.
-        host_cache: Tokens of conversations that are kept when they leave their slot (``--cache-ram``).
-        load_s: Seconds after the start during which it says that it is loading.
-        time_scale: 10 makes everything ten times as fast, rates and loading alike.
-        model: The name it answers to.
+        answer_tokens: Mean length of an answer; ``None``: answers end at ``max_tokens``.
+        host_cache: Size of the prompt cache in tokens (``--cache-ram``).
+        load_s: Seconds after the start during which it reports that it is loading.
+        time_scale: 10 makes everything ten times as fast, rates and loading.
+        model: The model name that it reports.
     """
 
     prefill_tps: float = 60.0
@@ -69,29 +66,29 @@ class SimulationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     def __post_init__(self) -> None:
         for name in ("prefill_tps", "decode_tps", "slots", "batch", "context", "time_scale"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0")
+                raise ValueError(f"{name} must be greater than 0")
 
 
 class ChatMessage(Protocol):
-    """A message of a conversation, in whichever form."""
+    """A message of a conversation."""
 
     @property
     def role(self) -> str:
-        """Who speaks."""
+        """``system``, ``user`` or ``assistant``."""
 
     @property
     def content(self) -> str:
-        """What is said."""
+        """The text."""
 
 
 class Request:
     """
-    One prompt on its way.
+    A request inside the simulated engine.
 
     Attributes:
-        max_tokens: Bounds its answer.
-        id_slot: The slot that it waits for; the first that is free where there is none of that number.
-        slot: The one that it got.
+        max_tokens: Maximum length of the answer.
+        id_slot: The slot that it waits for; any free slot when there is none of that number.
+        slot: The slot that it got; -1: none yet.
     """
 
     def __init__(self, prompt: list[int], *, max_tokens: int, use_cache: bool, id_slot: int = -1) -> None:
@@ -111,7 +108,7 @@ class Request:
 
     @property
     def timings(self) -> Timings:
-        """The account that llama-server would give, from the simulated clock."""
+        """The timings that llama-server would report, from the simulated clock."""
         start, first, last = self.t_start or 0.0, self.t_first or 0.0, self.t_last or 0.0
         return Timings(
             cache_n=self.cached,
@@ -122,7 +119,7 @@ class Request:
         )
 
     def emit(self, now: float, answer_tokens: int | None) -> str:
-        """Generate the next token at ``now``; decide whether it was the last."""
+        """Generate the next token at ``now``, and decide whether it is the last."""
         if self.t_first is None:
             self.t_first = now
             self._state = fold(0, self.prompt)
@@ -139,7 +136,7 @@ class Request:
 
 
 class Emission(NamedTuple):
-    """A token that a step produced, and whether it ends the answer."""
+    """A token that a step generated; ``last`` when it ends the answer."""
 
     request: Request
     text: str
@@ -152,9 +149,9 @@ class SimulatedSlot:
     One slot.
 
     Attributes:
-        cache: What its KV cache holds.
-        request: Whom it serves.
-        left: The how-manieth it was to be left, of all; -1: it was never taken.
+        cache: The tokens in its KV cache.
+        request: The request that it serves; ``None``: it is free.
+        left: Serial number of its last release among those of all slots; -1: never used.
     """
 
     def __init__(self) -> None:
@@ -163,18 +160,18 @@ class SimulatedSlot:
         self.left = -1
 
     def shared_prefix(self, prompt: list[int]) -> int:
-        """Tokens at the start of ``prompt`` that the cache holds already."""
+        """Return how many tokens at the start of ``prompt`` are in the cache."""
         return shared_prefix(self.cache, prompt)
 
 
 class Scheduler:
     """
-    Continuous batching over slots; ``step`` is the whole of it.
+    Continuous batching over slots.
 
     Attributes:
         started: Requests that got a slot at the beginning of the last step.
-        kept: Conversations that left their slot, the one that was there first first.
-        prompted: Requests of whose prompts the last step computed a part.
+        kept: The prompt cache: conversations that left their slot, oldest first.
+        prompted: Requests whose prompt was partly computed by the last step.
     """
 
     def __init__(self, config: SimulationConfig) -> None:
@@ -196,7 +193,7 @@ class Scheduler:
         self.queue.append(request)
 
     def drop(self, request: Request) -> None:
-        """Forget a request whose caller has gone; its slot is free from the next step on."""
+        """Remove a request whose client has disconnected; its slot is free from the next step on."""
         if request in self.queue:
             self.queue.remove(request)
         for slot in self.slots:
@@ -208,7 +205,7 @@ class Scheduler:
         Compute one batch that starts at ``now`` (seconds).
 
         Returns:
-            The seconds it takes, and the tokens that are there when it is done.
+            The duration in seconds, and the tokens that are generated at its end.
         """
         self._assign(now)
         busy = [slot.request for slot in self.slots if slot.request is not None]
@@ -249,9 +246,9 @@ class Scheduler:
                 continue
             slot, swaps = _chosen(open_to_it, request.prompt)
             free.remove(slot)
-            if swaps and open_to_it is free:  # nothing is swapped in a slot that was asked for by its number
+            if swaps and open_to_it is free:  # a slot requested by its number keeps its cache
                 self._recall(slot, request.prompt)
-            # As llama-server: the last prompt token is always computed, for its logits.
+            # Like llama-server: the last prompt token is always computed, for its logits.
             limit = max(0, len(request.prompt) - 1)
             request.cached = min(slot.shared_prefix(request.prompt), limit) if request.use_cache else 0
             request.prefilled = request.cached
@@ -262,10 +259,10 @@ class Scheduler:
         self.queue.extendleft(reversed(passed))
 
     def _recall(self, slot: SimulatedSlot, prompt: list[int]) -> None:
-        """Swap a slot's conversation for a kept one that the prompt has more in common with."""
+        """Swap the slot's conversation for a kept one that shares a longer prefix with the prompt."""
         if not self.config.host_cache:
             return
-        # As llama-server: one of which less than a quarter would stay is not taken, for the rest of it would be gone.
+        # Like llama-server: a conversation is not restored when less than a quarter of it would be used.
         likely = [kept for kept in self.kept if shared_prefix(kept, prompt) >= len(kept) / 4]
         best = max(likely, key=lambda kept: shared_prefix(kept, prompt), default=[])
         left = slot.cache
@@ -273,7 +270,7 @@ class Scheduler:
             self.kept.remove(best)
             slot.cache = best
         elif slot.shared_prefix(prompt) == len(left):
-            return  # it goes on with what is there
+            return  # the prompt continues the slot's conversation
         if left:
             self.kept.append(left)
         while sum(map(len, self.kept)) > self.config.host_cache:
@@ -289,12 +286,12 @@ class Scheduler:
 
 def _chosen(free: Sequence[SimulatedSlot], prompt: list[int]) -> tuple[SimulatedSlot, bool]:
     """
-    As llama-server: the slot that begins most alike, by more than a tenth of the prompt; else the one left first.
+    Choose a slot like llama-server: the one with the longest shared prefix, if that is more than a tenth of the prompt.
 
-    A template's words are a tenth of a short question.
+    Otherwise it is the one released first. (A template's own words are a tenth of a short question.)
 
     Returns:
-        The slot, and whether the prompt cache is looked into: not where half of what the slot holds would stay.
+        The slot, and whether to search the prompt cache: not when at least half of the slot's tokens would stay.
     """
     alike = max(free, key=lambda slot: slot.shared_prefix(prompt))
     shared = alike.shared_prefix(prompt)
@@ -304,7 +301,7 @@ def _chosen(free: Sequence[SimulatedSlot], prompt: list[int]) -> tuple[Simulated
 
 
 def shared_prefix(held: list[int], wanted: list[int]) -> int:
-    """Tokens that both begin with."""
+    """Return the length of the common prefix in tokens."""
     shared = 0
     for one, other in zip(held, wanted, strict=False):
         if one != other:
@@ -314,24 +311,24 @@ def shared_prefix(held: list[int], wanted: list[int]) -> int:
 
 
 def fold(state: int, tokens: list[int]) -> int:
-    """A running hash of tokens: folding a list in two parts gives the same as in one."""
+    """Update a running hash of tokens; folding a list in two parts gives the same result as in one."""
     for token in tokens:
         state = (state * 1_000_003 ^ token) & 0xFFFFFFFF
     return state
 
 
 def piece_id(piece: str) -> int:
-    """The id of one piece of text; equal in every process."""
+    """Return the id of one piece of text; the same in every process."""
     return zlib.crc32(piece.encode()) & 0x7FFFFFFF
 
 
 def tokenize(text: str) -> list[int]:
-    """Ids of the pieces of ``text``: about four characters each, as with real vocabularies."""
+    """Return the token ids of ``text``: about four characters each, like real vocabularies."""
     return [piece_id(piece) for piece in _PIECE.findall(text)]
 
 
 def render(conversation: Iterable[ChatMessage]) -> str:
-    """The prompt of a conversation; a trailing assistant message is left open, to be continued."""
+    """Return the prompt of a conversation; a trailing assistant message is left open, to be continued."""
     messages = list(conversation)
     parts = [f"<|{message.role}|>{message.content}<|end|>" for message in messages]
     if messages and messages[-1].role == "assistant":

@@ -1,8 +1,7 @@
-"""The pretended engine in time, without sockets: it computes, goes wrong, and takes notes.
+"""A simulated engine in time, without sockets: it computes, injects faults, and records what it sent.
 
-Runs the scheduler on the event loop's clock, so that on virtual time an hour of a board passes
-at once. ``engine.simulated`` puts it behind a socket, ``engine.simulated_upstream`` into the
-gateway's own process; both say the same, because ``engine.simulated_api`` says it for both.
+The scheduler runs on the event loop's clock, so on virtual time an hour of a board passes at once. ``engine.simulated``
+puts it behind a socket, and tests put it into the gateway's own process; both answer through ``engine.simulated_api``.
 """
 
 import asyncio
@@ -18,15 +17,14 @@ from promptai.engine.simulation import Emission, Request, Scheduler, SimulationC
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """
-    What goes wrong.
+    A fault to inject.
 
     Attributes:
-        kind: ``refuse`` (HTTP 503), ``stall`` (silence for ``stall_s``), ``cut`` (connection
-            reset), ``malformed`` (a line that is no JSON), ``error`` (an error event),
-            ``die`` (the process ends as if killed).
-        after_tokens: Tokens sent before it happens; ``refuse`` needs none.
-        times: Requests that it hits before the engine is well again; ``None``: all.
-        skip: Requests that are spared first.
+        kind: ``refuse`` (HTTP 503), ``stall`` (silence for ``stall_s``), ``cut`` (connection reset), ``malformed``
+            (a line that is not JSON), ``error`` (an error event), ``die`` (the process ends as if killed).
+        after_tokens: Tokens sent before the fault; ignored by ``refuse``.
+        times: Number of requests that it affects; ``None``: all.
+        skip: Number of requests that are served before the first affected one.
     """
 
     kind: Literal["refuse", "stall", "cut", "malformed", "error", "die"]
@@ -38,10 +36,10 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 class Sent(msgspec.Struct):
     """
-    What really happened to one request, on the loop's clock, which is the monotonic one.
+    The ground truth of one request, in seconds on the loop's clock, which is the monotonic one.
 
     Attributes:
-        t_received: When its body had been read.
+        t_received: When the body had been read.
         t_chunks: When each content chunk was written to the socket.
     """
 
@@ -51,8 +49,8 @@ class Sent(msgspec.Struct):
     t_chunks: list[float]
 
 
-class Rejected(Exception):  # noqa: N818  becomes an HTTP answer
-    """A request that is answered with an error."""
+class Rejected(Exception):  # noqa: N818  becomes an HTTP response
+    """The request is answered with an error."""
 
     def __init__(self, status: int, kind: str, message: str, **extra: int) -> None:
         super().__init__(message)
@@ -65,7 +63,7 @@ class BrokenOff(Exception):  # noqa: N818  becomes a broken connection
     The connection ends in the middle of an answer.
 
     Attributes:
-        dies: Whether it is meant to take the engine with it.
+        dies: Whether the engine ends with it.
     """
 
     def __init__(self, *, dies: bool) -> None:
@@ -75,11 +73,11 @@ class BrokenOff(Exception):  # noqa: N818  becomes a broken connection
 
 class Simulator:
     """
-    One pretended engine; an async context manager that computes inside its block.
+    One simulated engine; an async context manager that computes inside its block.
 
     Attributes:
-        fault: What goes wrong from now on; setting it counts requests anew.
-        sent: Notes of every request that was accepted.
+        fault: The fault to inject from now on; setting it restarts the count of requests.
+        sent: A record of every accepted request.
     """
 
     def __init__(self, config: SimulationConfig, *, fault: Fault | None = None) -> None:
@@ -95,7 +93,7 @@ class Simulator:
 
     @property
     def fault(self) -> Fault | None:
-        """What goes wrong."""
+        """The fault to inject; ``None``: none."""
         return self._fault
 
     @fault.setter
@@ -109,19 +107,19 @@ class Simulator:
         return self._compute is not None
 
     async def __aenter__(self) -> Self:
-        """Start it."""
+        """Start the engine."""
         self.start()
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
-        """End it."""
+        """End the engine."""
         compute = self._compute
         self.kill()
         if compute is not None:
             await asyncio.wait([compute])
 
     def start(self) -> None:
-        """Begin to load, with empty slots; nothing happens where it runs already."""
+        """Begin to load, with empty slots; does nothing when the engine is running."""
         if self._compute is not None:
             return
         self.scheduler = Scheduler(self.config)
@@ -130,7 +128,7 @@ class Simulator:
         self._compute = asyncio.create_task(self._run())
 
     def kill(self) -> None:
-        """End at once: whoever listens is cut off, and what the slots remembered is lost."""
+        """End at once: open streams break off, and the slots' caches are lost."""
         if self._compute is not None:
             self._compute.cancel()
             self._compute = None
@@ -140,7 +138,7 @@ class Simulator:
 
     def demand_ready(self) -> None:
         """
-        Nothing, once it has loaded.
+        Check that the engine has loaded.
 
         Raises:
             Rejected: It is still loading.
@@ -152,10 +150,10 @@ class Simulator:
         self, prompt: list[int], max_tokens: int | None, *, use_cache: bool, id_slot: int = -1
     ) -> tuple[Request, Sent]:
         """
-        A request with its note.
+        Accept a request, and return it with its record.
 
         Raises:
-            Rejected: It is loading, or the prompt leaves no room for an answer.
+            Rejected: The engine is loading, or the prompt leaves no room for an answer.
         """
         self.demand_ready()
         room = self.config.context - len(prompt)
@@ -176,9 +174,9 @@ class Simulator:
 
     async def generate(self, request: Request) -> AsyncGenerator[PrefillProgress | Emission, None]:
         """
-        PrefillProgress and tokens of one request as they are computed; closing it frees the slot.
+        Yield progress and tokens of one request as they are computed; closing the generator frees the slot.
 
-        The first progress comes when it gets a slot.
+        The first progress is yielded when the request gets a slot.
 
         Raises:
             BrokenOff: The engine was killed.
@@ -187,8 +185,7 @@ class Simulator:
         self.scheduler.add(request)
         self._wake.set()
         try:
-            # The scheduler decides a step before its time has passed, so the end
-            # is what the emission says, not what the request says by now.
+            # The scheduler computes a step before its time has passed, so ``request.finish_reason`` is set too early.
             last = False
             while not last:
                 item = await outbox.get()
@@ -202,10 +199,10 @@ class Simulator:
 
     def next_fault(self) -> Fault | None:
         """
-        The fault that hits the request that is starting now, if any.
+        Return the fault for the request that is starting now; ``None``: none.
 
         Raises:
-            Rejected: It is told to refuse this one.
+            Rejected: The fault is to refuse this request.
         """
         fault = self.fault
         if fault is None:
@@ -215,15 +212,15 @@ class Simulator:
         if number <= 0 or (fault.times is not None and number > fault.times):
             return None
         if fault.kind == "refuse":
-            raise Rejected(503, "unavailable_error", "refused, as it was told to")
+            raise Rejected(503, "unavailable_error", "refused, as configured")
         return fault
 
     async def strike(self, fault: Fault) -> bytes:
         """
-        Let a fault happen in the middle of an answer; what is to be sent for it.
+        Inject a fault in the middle of an answer, and return the bytes to send for it.
 
         Raises:
-            BrokenOff: The connection is to end here.
+            BrokenOff: The connection must end here.
         """
         if fault.kind in {"cut", "die"}:
             raise BrokenOff(dies=fault.kind == "die")
@@ -236,7 +233,7 @@ class Simulator:
         return event(FAILED) if fault.kind == "error" else b""
 
     async def _run(self) -> None:
-        """Run the scheduler on absolute deadlines, so that late wake-ups do not add up."""
+        """Run the scheduler on absolute deadlines: late wake-ups do not accumulate."""
         loop = asyncio.get_running_loop()
         scheduler, clock = self.scheduler, loop.time()
         while True:
@@ -246,19 +243,21 @@ class Simulator:
                 clock = loop.time()
             duration, emissions = scheduler.step(clock)
             for request in scheduler.started:
-                self._tell(request, PrefillProgress(len(request.prompt), request.cached, request.cached, 0))
+                self._notify(request, PrefillProgress(len(request.prompt), request.cached, request.cached, 0))
             clock += duration
             await asyncio.sleep(max(0.0, clock - loop.time()))
             for request in scheduler.prompted:
                 elapsed_ms = round((clock - (request.t_start or 0.0)) * 1000)
-                self._tell(request, PrefillProgress(len(request.prompt), request.cached, request.prefilled, elapsed_ms))
+                self._notify(
+                    request, PrefillProgress(len(request.prompt), request.cached, request.prefilled, elapsed_ms)
+                )
             for emission in emissions:
-                self._tell(emission.request, emission)
+                self._notify(emission.request, emission)
 
-    def _tell(self, request: Request, item: PrefillProgress | Emission) -> None:
+    def _notify(self, request: Request, item: PrefillProgress | Emission) -> None:
         if request in self._outboxes:
             self._outboxes[request].put_nowait(item)
 
 
-#: What it says when it fails.
-FAILED: dict[str, Any] = {"error": {"code": 500, "type": "server_error", "message": "failed, as it was told to"}}
+#: The error of the fault ``error``.
+FAILED: dict[str, Any] = {"error": {"code": 500, "type": "server_error", "message": "failed, as configured"}}

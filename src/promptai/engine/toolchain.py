@@ -54,7 +54,7 @@ def check_tools() -> None:
     version = cmake_version()
     if version is not None and version < CMAKE_AT_LEAST:
         raise EngineError(
-            f"cmake {'.'.join(map(str, version))} is too old; {'.'.join(map(str, CMAKE_AT_LEAST))} or newer is required",
+            f"cmake {'.'.join(map(str, version))} is too old; {'.'.join(map(str, CMAKE_AT_LEAST))} or newer is needed",
             hint="pip install cmake installs a newer one",
         )
 
