@@ -1,4 +1,4 @@
-"""Two pretended engines in this process, on virtual time, and ways to ask them."""
+"""Two simulated engines in this process, on virtual time, and helpers that send requests to them."""
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
@@ -22,7 +22,7 @@ Use = Callable[[SimulatedUpstream], Awaitable[Any]]
 
 
 def against(use: Use, *, config: SimulationConfig = CONFIG, fault: Fault | None = None) -> Any:
-    """What comes of two such engines, of which the first has the fault."""
+    """Run against two such engines, of which the first has the fault."""
 
     async def play() -> Any:
         engines = {A: Simulator(config, fault=fault), B: Simulator(config)}
@@ -33,50 +33,50 @@ def against(use: Use, *, config: SimulationConfig = CONFIG, fault: Fault | None 
 
 
 def ends(path: str) -> Callable[[SseEvent], bool]:
-    """What a whole answer of that path ends with."""
+    """Return the function that recognises the last event of that path."""
     if path == NATIVE:
         return lambda event: '"stop":true' in event.data
     return lambda event: event.data == "[DONE]"
 
 
 async def listen(upstream: Upstream, path: str = CHAT, url: str = A, **body: Any) -> list[Piece]:
-    """One streamed answer, to its end."""
+    """Stream one answer to its end."""
     return [piece async for piece in open_stream(upstream, path, url, **body)]
 
 
 def open_stream(upstream: Upstream, path: str = CHAT, url: str = A, **body: Any) -> AsyncGenerator[Piece, None]:
-    """The stream itself, for whoever may leave it early."""
+    """Open a stream that the caller may close early."""
     data = msgspec.json.encode({"stream": True} | ({"messages": TALK} if path == CHAT else {}) | body)
     return upstream.stream(url, path, data, silence_s=lambda: 5.0, ends=ends(path))
 
 
 async def listen_into(found: list[Piece], stream: AsyncGenerator[Piece, None]) -> None:
-    """The same, keeping what came before something went wrong."""
+    """Stream into ``found``, which keeps what arrived before a failure."""
     async for piece in stream:
         found.append(piece)  # noqa: PERF401  a comprehension would lose all of it
 
 
 async def ask(upstream: Upstream, path: str = CHAT, url: str = A, **body: Any) -> Any:
-    """One answer at once."""
+    """Request one answer in one piece."""
     reply = await upstream.post(url, path, msgspec.json.encode(body), limit_s=1e6)
     assert reply.status == 200, reply.body
     return msgspec.json.decode(reply.body)
 
 
 def chunks(pieces: list[Piece]) -> list[Any]:
-    """The bodies of the events; but for the mark at the end."""
+    """Return the bodies of the events, without the final marker."""
     events = [event for piece in pieces for event in piece.events]
     return [msgspec.json.decode(event.data) for event in events if event.data != "[DONE]"]
 
 
 def text(pieces: list[Piece]) -> str:
-    """What a stream adds up to, in any of the three forms."""
+    """Return the text of a stream, in any of the three formats."""
     choices = [choice for chunk in chunks(pieces) for choice in chunk.get("choices", [{"text": chunk.get("content")}])]
     return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
 
 
 async def ids(upstream: Upstream, url: str = A) -> list[int]:
-    """The prompt of the talk as token ids."""
+    """Return the prompt of ``TALK`` as token ids."""
     prompt = (await ask(upstream, "/apply-template", url, messages=TALK))["prompt"]
     tokens: list[int] = (await ask(upstream, "/tokenize", url, content=prompt, add_special=True))["tokens"]
     return tokens

@@ -68,27 +68,27 @@ esac
 
 
 class Watched:
-    """Somebody who shows how far a build is, and remembers what it was told."""
+    """A ``BuildProgress`` that records its calls."""
 
     def __init__(self) -> None:
         self.steps: list[str] = []
         self.shares: list[float] = []
 
     def step(self, text: str) -> None:
-        """Another step."""
+        """Record a step."""
         self.steps.append(text)
 
     def share(self, share: float, detail: str) -> None:
-        """How far."""
+        """Record the share."""
         del detail
         self.shares.append(share)
 
     def tick(self) -> None:
-        """Time passes."""
+        """Record a tick."""
 
 
 def write_archive(path: Path, files: dict[str, str] = FILES) -> Path:
-    """A source package with the few files that the steps look at."""
+    """Write a source package with the few files that the steps read."""
     with tarfile.open(path, "w:gz") as tar:
         for name, text in files.items():
             member = tarfile.TarInfo(name)
@@ -99,7 +99,7 @@ def write_archive(path: Path, files: dict[str, str] = FILES) -> Path:
 
 def write_toolchain(folder: Path, program: str = _PROGRAM) -> dict[str, str]:
     """
-    A cmake, a make and a compiler that compile nothing; the environment that puts them first.
+    Write a cmake, a make and a compiler that compile nothing, and return an environment with them first on PATH.
 
     With ``STANDIN_FAIL_AT`` an object fails, with ``STANDIN_STOP_AT`` one never ends.
     """
@@ -117,11 +117,11 @@ def write_toolchain(folder: Path, program: str = _PROGRAM) -> dict[str, str]:
 
 
 def record(environ: dict[str, str]) -> list[str]:
-    """What cmake was asked for: ``configure …`` and ``object N``."""
+    """Return the calls of cmake: ``configure …`` and ``object N``."""
     path = Path(environ["STANDIN_RECORD"])
     return path.read_text().splitlines() if path.exists() else []
 
 
 def objects(environ: dict[str, str]) -> list[int]:
-    """Numbers of the objects that were compiled, in order."""
+    """Return the numbers of the compiled objects, in order."""
     return [int(line.split()[1]) for line in record(environ) if line.startswith("object")]

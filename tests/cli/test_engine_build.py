@@ -21,7 +21,7 @@ ENGINE, USAGE, INTERRUPTED = 4, 2, 130
 
 @pytest.fixture
 def environ(tmp_path: Path) -> dict[str, str]:
-    """The stand-in's tools and a cache of the test's own."""
+    """Environment with the stand-in tools and the test's own cache."""
     return write_toolchain(tmp_path / "tools") | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
 
 
@@ -35,7 +35,7 @@ def run(tmp_path: Path, environ: dict[str, str], *words: str | Path) -> "subproc
 
 
 def listed(tmp_path: Path, environ: dict[str, str]) -> list[str]:
-    """Names in the order in which the engines are used."""
+    """Return the names in the order in which the engines are used."""
     return [engine["name"] for engine in json.loads(run(tmp_path, environ, "list", "--json").stdout)]
 
 
@@ -49,7 +49,7 @@ def listed(tmp_path: Path, environ: dict[str, str]) -> list[str]:
     ],
 )
 @pytest.mark.usefixtures("archive")
-def test_bad_input_is_one_line_and_leaves_nothing(
+def test_reports_bad_input_in_one_line_and_leaves_nothing(
     tmp_path: Path, environ: dict[str, str], words: list[str], code: int, says: str
 ) -> None:
     done = run(tmp_path, environ, *words)
@@ -60,7 +60,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert not list((tmp_path / "cache").rglob("bin"))
 
 
-def test_ctrl_c_leaves_one_line_and_the_next_call_goes_on(
+def test_ctrl_c_prints_one_line_and_the_next_call_resumes(
     tmp_path: Path, environ: dict[str, str], archive: Path
 ) -> None:
     command = [*PROMPTAI, "engine", "build", "--from", str(archive)]
@@ -85,7 +85,7 @@ def test_ctrl_c_leaves_one_line_and_the_next_call_goes_on(
 
 
 def test_a_built_engine_is_used_until_another_is_chosen(tmp_path: Path, environ: dict[str, str], archive: Path) -> None:
-    """Built once, however often it is asked for."""
+    """It is built once, however often the command runs."""
     built = run(tmp_path, environ, "build", "--from", archive, "--json")
     again = run(tmp_path, environ, "build", "--from", archive)
     chosen = run(tmp_path, environ, "use", "embedded")
@@ -98,7 +98,7 @@ def test_a_built_engine_is_used_until_another_is_chosen(tmp_path: Path, environ:
     assert f"used from now on: {NAME}" in auto.stdout
 
 
-def test_a_choice_that_has_gone_is_told_and_passed_over(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_reports_and_skips_a_chosen_engine_that_is_gone(tmp_path: Path, environ: dict[str, str]) -> None:
     engines = tmp_path / "cache" / "promptai" / "engines"
     write_fake_engine(engines / "mine" / "bin" / "llama-server", prefill=1, decode=1)
     run(tmp_path, environ, "use", "mine")
@@ -122,7 +122,7 @@ def test_an_engine_that_does_not_start_cannot_be_chosen(tmp_path: Path, environ:
     assert "not used: illegal instruction" in run(tmp_path, environ, "list").stdout
 
 
-def test_one_engine_alone_is_told_how_to_get_another(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_compare_with_one_engine_explains_how_to_build_another(tmp_path: Path, environ: dict[str, str]) -> None:
     done = run(tmp_path, environ, "compare")
 
     assert done.returncode == 0
@@ -133,7 +133,7 @@ def test_one_engine_alone_is_told_how_to_get_another(tmp_path: Path, environ: di
 def test_the_faster_of_two_engines_is_used_from_then_on(
     tmp_path: Path, environ: dict[str, str], small_model: Path
 ) -> None:
-    """The newer build comes first until they are measured; the wheel, where it does not start, is not measured."""
+    """The newer build comes first until they are measured; a wheel that does not start is not measured."""
     engines = tmp_path / "cache" / "promptai" / "engines"
     fast = write_fake_engine(engines / "fast" / "bin" / "llama-server", prefill=4000, decode=400)
     write_fake_engine(engines / "slow" / "bin" / "llama-server", prefill=2000, decode=200)
@@ -157,8 +157,8 @@ def test_the_faster_of_two_engines_is_used_from_then_on(
     assert listed(tmp_path, environ) == ["fast", "slow", "embedded"]
 
 
-def test_a_terminal_sees_a_bar(tmp_path: Path, environ: dict[str, str], archive: Path) -> None:
-    """And nothing of it remains when it is done."""
+def test_shows_a_bar_in_a_terminal(tmp_path: Path, environ: dict[str, str], archive: Path) -> None:
+    """It is removed at the end."""
     parent, child = pty.openpty()
     process = subprocess.Popen(
         [*PROMPTAI, "engine", "build", "--from", str(archive)],

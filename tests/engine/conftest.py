@@ -35,5 +35,5 @@ def script(tmp_path: Path) -> Script:
 
 @pytest.fixture(scope="session")
 def embedded() -> EngineBinary:
-    """The wheel, as ``engine.locate`` describes it."""
+    """The wheel as ``engine.locate`` finds it."""
     return EngineBinary("embedded", (sys.executable, "-m", "promptai.engine.embedded"), None, None)

@@ -27,7 +27,7 @@ def archive(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The stand-in's tools, first on PATH."""
+    """Environment with the stand-in tools first on PATH."""
     found = write_toolchain(tmp_path / "tools")
     for name, value in found.items():
         monkeypatch.setenv(name, value)
@@ -40,7 +40,7 @@ def engines(tmp_path: Path) -> Path:
 
 
 def start(recipe: BuildRecipe, engines: Path) -> "subprocess.Popen[bytes]":
-    """Build in another process, which can be killed."""
+    """Run a build in another process, which can be killed."""
     code = (
         "import sys, msgspec; from pathlib import Path; from promptai.engine.build import build; "
         "from promptai.engine.build_recipe import BuildRecipe\n"
@@ -56,7 +56,7 @@ def start(recipe: BuildRecipe, engines: Path) -> "subprocess.Popen[bytes]":
 
 @pytest.mark.real
 @pytest.mark.usefixtures("environ")
-def test_an_archive_that_is_not_what_it_should_be_is_refused(archive: Path, engines: Path) -> None:
+def test_refuses_an_archive_with_another_checksum(archive: Path, engines: Path) -> None:
     """Nothing of it is unpacked."""
     with pytest.raises(EngineError, match=f"has SHA-256 .* instead of {'0' * 64}"):
         build(BuildRecipe(archive=archive, sha256="0" * 64), engines, Watched())
@@ -66,8 +66,8 @@ def test_an_archive_that_is_not_what_it_should_be_is_refused(archive: Path, engi
 
 @pytest.mark.real
 @pytest.mark.usefixtures("environ")
-def test_the_pinned_release_is_checked_also_when_the_user_brings_it(tmp_path: Path, engines: Path) -> None:
-    """A file by that name is that file or none."""
+def test_checks_a_local_archive_of_the_pinned_release(tmp_path: Path, engines: Path) -> None:
+    """A file with that name must have the pinned checksum."""
     brought = write_archive(tmp_path / f"llama_cpp_python-{source.PINNED}.tar.gz")
 
     with pytest.raises(EngineError, match=source.RELEASES[source.PINNED].sha256):
@@ -76,7 +76,7 @@ def test_the_pinned_release_is_checked_also_when_the_user_brings_it(tmp_path: Pa
 
 @pytest.mark.real
 @pytest.mark.usefixtures("environ")
-def test_a_release_without_a_known_checksum_is_not_fetched(engines: Path) -> None:
+def test_does_not_fetch_a_release_without_a_known_checksum(engines: Path) -> None:
     with pytest.raises(EngineError, match=r"SHA-256 of llama-cpp-python 1\.2\.3 is unknown") as caught:
         build(BuildRecipe(version="1.2.3"), engines, Watched())
 
@@ -84,7 +84,7 @@ def test_a_release_without_a_known_checksum_is_not_fetched(engines: Path) -> Non
     assert not engines.exists()
 
 
-def test_missing_tools_are_named_with_the_line_that_installs_them(
+def test_names_missing_tools_and_how_to_install_them(
     tmp_path: Path, engines: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -98,7 +98,7 @@ def test_missing_tools_are_named_with_the_line_that_installs_them(
 
 
 @pytest.mark.real
-def test_an_old_cmake_is_refused_with_its_version(
+def test_refuses_an_old_cmake(
     archive: Path, engines: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STANDIN_CMAKE", "3.13.4")
@@ -111,7 +111,7 @@ def test_an_old_cmake_is_refused_with_its_version(
 
 @pytest.mark.real
 @pytest.mark.usefixtures("environ")
-def test_a_full_disk_leaves_nothing(archive: Path, engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leaves_nothing_behind_on_a_full_disk(archive: Path, engines: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**12, 10**12, 5))
 
     with pytest.raises(EngineError, match="0 MiB are free"):
@@ -124,7 +124,7 @@ def test_a_full_disk_leaves_nothing(archive: Path, engines: Path, monkeypatch: p
 
 
 @pytest.mark.real
-def test_a_build_leaves_programs_converter_and_a_description(
+def test_a_build_makes_programs_converter_and_description(
     archive: Path, engines: Path, environ: dict[str, str]
 ) -> None:
     watched = Watched()
@@ -150,7 +150,7 @@ def test_a_build_leaves_programs_converter_and_a_description(
 
 
 @pytest.mark.real
-def test_what_is_built_is_not_built_again_unless_asked(archive: Path, engines: Path, environ: dict[str, str]) -> None:
+def test_rebuilds_an_existing_engine_only_with_again(archive: Path, engines: Path, environ: dict[str, str]) -> None:
     first = build(BuildRecipe(archive=archive), engines, Watched())
     second = build(BuildRecipe(archive=archive), engines, Watched())
     count = len(objects(environ))
@@ -161,7 +161,7 @@ def test_what_is_built_is_not_built_again_unless_asked(archive: Path, engines: P
 
 
 @pytest.mark.real
-def test_a_portable_build_stands_beside_the_native_one(archive: Path, engines: Path, environ: dict[str, str]) -> None:
+def test_keeps_portable_and_native_builds_side_by_side(archive: Path, engines: Path, environ: dict[str, str]) -> None:
     build(BuildRecipe(archive=archive, portable=True, keep=True), engines, Watched())
 
     assert "-DGGML_NATIVE=OFF" in record(environ)[0]
@@ -169,10 +169,10 @@ def test_a_portable_build_stands_beside_the_native_one(archive: Path, engines: P
 
 
 @pytest.mark.real
-def test_a_compiler_that_fails_is_quoted_and_what_it_did_is_kept(
+def test_quotes_a_failing_compiler_and_keeps_the_finished_objects(
     archive: Path, engines: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next call begins with what failed."""
+    """The next call begins with the file that failed."""
     monkeypatch.setenv("STANDIN_FAIL_AT", "5")
     with pytest.raises(EngineError, match=r"the compiler failed: x\.cpp:3:1: error: expected") as caught:
         build(BuildRecipe(archive=archive), engines, Watched())
@@ -194,7 +194,7 @@ def test_a_compiler_that_fails_is_quoted_and_what_it_did_is_kept(
     ],
     ids=["disk", "memory"],
 )
-def test_a_full_disk_and_a_full_memory_are_recognised(
+def test_recognises_a_full_disk_and_full_memory(
     archive: Path, engines: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, says: str, hint: str
 ) -> None:
     del environ
@@ -208,7 +208,7 @@ def test_a_full_disk_and_a_full_memory_are_recognised(
 
 
 @pytest.mark.real
-def test_a_server_that_does_not_start_is_not_installed(
+def test_does_not_install_a_server_that_does_not_start(
     tmp_path: Path, archive: Path, engines: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in write_toolchain(tmp_path / "bad", program="#!/bin/sh\nkill -ILL $$\n").items():
@@ -226,7 +226,7 @@ def test_a_server_that_does_not_start_is_not_installed(
 def stopped_at(
     number: int, archive: Path, engines: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> "subprocess.Popen[bytes]":
-    """A build in another process that has come to an object that never ends."""
+    """Start a build in another process, and wait until it compiles an object that never ends."""
     monkeypatch.setenv("STANDIN_STOP_AT", str(number))
     process = start(BuildRecipe(archive=archive), engines)
     wait_for(Path(environ["STANDIN_RECORD"] + ".stopped").exists, what=f"object {number}")
@@ -236,13 +236,12 @@ def stopped_at(
 
 @pytest.mark.real
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill-9"])
-def test_an_interrupted_build_goes_on_where_it_stopped(
+def test_resumes_an_interrupted_build(
     archive: Path, engines: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """
-    Neither fetched, unpacked nor configured again; of the objects, only the one that was being written.
+    """It is not fetched, unpacked or configured again; of the objects, only the unfinished one is rebuilt.
 
-    After kill -9 half an object may be left, which make would take for whole.
+    After kill -9 half an object may be left, which make would take for a whole one.
     """
     process = stopped_at(5, archive, engines, environ, monkeypatch)
     process.send_signal(number)
@@ -275,7 +274,7 @@ def test_ctrl_c_ends_the_compilers_too(
 
 
 @pytest.mark.real
-def test_another_compiler_setting_starts_over(
+def test_starts_over_with_another_compiler_setting(
     archive: Path, engines: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Objects of two kinds in one program are worse than a build from the beginning."""
@@ -293,7 +292,7 @@ def test_another_compiler_setting_starts_over(
 
 @pytest.mark.real
 @pytest.mark.usefixtures("environ")
-def test_a_second_build_is_refused_while_the_first_works(archive: Path, engines: Path) -> None:
+def test_refuses_a_second_build_while_one_is_running(archive: Path, engines: Path) -> None:
     engines.mkdir(parents=True)
     with (engines / "build.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -306,8 +305,8 @@ def test_a_second_build_is_refused_while_the_first_works(archive: Path, engines:
 
 @pytest.mark.real
 @pytest.mark.usefixtures("environ")
-def test_compilers_that_outlive_their_build_are_waited_for(archive: Path, engines: Path) -> None:
-    """They still write into the tree that the next build goes on with."""
+def test_waits_for_compilers_that_outlive_their_build(archive: Path, engines: Path) -> None:
+    """They still write into the tree that the next build continues."""
     engines.mkdir(parents=True)
     gone = subprocess.Popen(["true"])
     gone.wait()

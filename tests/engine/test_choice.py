@@ -29,8 +29,8 @@ def compared(*fastest_first: Candidate, cpu: str = "cpu") -> Comparison:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"engine": 3}', b"\xff\xfe", b"[" * 10_000])
-def test_a_damaged_file_counts_as_none(tmp_path: Path, content: bytes) -> None:
-    """Both can be made again."""
+def test_ignores_a_damaged_file(tmp_path: Path, content: bytes) -> None:
+    """Both files can be made again."""
     (tmp_path / "choice.json").write_bytes(content)
     (tmp_path / "comparison.json").write_bytes(content)
 
@@ -38,8 +38,8 @@ def test_a_damaged_file_counts_as_none(tmp_path: Path, content: bytes) -> None:
     assert read_comparison(tmp_path) is None
 
 
-def test_what_is_written_is_read_again_and_auto_forgets(tmp_path: Path) -> None:
-    """As whole files, with nothing beside them."""
+def test_stores_choice_and_comparison_and_forgets_the_choice(tmp_path: Path) -> None:
+    """Files are replaced as a whole, and no temporary file remains."""
     folder = tmp_path / "engines"
 
     write_choice(folder, "mine")
@@ -78,7 +78,7 @@ def test_what_is_written_is_read_again_and_auto_forgets(tmp_path: Path) -> None:
         pytest.param([NAMED._replace(works=False), NEW], None, None, "settings new", id="named-does-not-start"),
     ],
 )
-def test_named_then_chosen_then_measured_then_the_usual_order(
+def test_order_is_named_chosen_measured_default(
     found: list[Candidate], chosen: str | None, comparison: Comparison | None, expected: str
 ) -> None:
     places = arrange(found, chosen=chosen, comparison=comparison, cpu="cpu")
@@ -97,8 +97,8 @@ def test_every_engine_has_exactly_one_place(order: tuple[Candidate, ...]) -> Non
             assert sorted(place.number for place in places) == [0, 1, 2]
 
 
-def test_an_engine_that_was_built_anew_is_not_what_was_measured() -> None:
-    """The others keep their order among themselves."""
+def test_a_rebuilt_engine_leaves_the_comparison() -> None:
+    """The others keep their order."""
     comparison = compared(WHEEL, NEW, OLD)
 
     found = still_valid(comparison, "cpu", [NEW._replace(fingerprint="another"), OLD, WHEEL])
@@ -109,5 +109,5 @@ def test_an_engine_that_was_built_anew_is_not_what_was_measured() -> None:
 
 
 def test_a_processor_that_lost_a_feature_is_another_one() -> None:
-    """As a virtual machine that was moved to an older host of the same name."""
+    """For example a virtual machine that was moved to an older host of the same name."""
     assert processor_key("EPYC", ("AVX2", "AVX512")) != processor_key("EPYC", ("AVX2",))

@@ -29,7 +29,7 @@ WHOLE = HELLO + END
 
 
 def arrivals(*answers: bytes | Answer) -> list[Arrival]:
-    """The same, of one streamed chat that ends well."""
+    """The arrivals of one streamed chat that succeeds."""
     found = against(*answers)
     assert isinstance(found, list)
     return found
@@ -134,10 +134,8 @@ async def reset(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
         ),
     ],
 )
-def test_a_stream_that_goes_wrong_ends_in_the_error_that_fits(
-    reply: bytes | Answer, kind: type[EngineError], word: str
-) -> None:
-    """Never in a short answer that looks like a whole one."""
+def test_a_failing_stream_raises_the_matching_error(reply: bytes | Answer, kind: type[EngineError], word: str) -> None:
+    """It never ends as a short answer that looks complete."""
     with pytest.raises(kind, match=word) as caught:
         against(reply)
 
@@ -149,8 +147,8 @@ def test_a_stream_that_goes_wrong_ends_in_the_error_that_fits(
     [chat, lambda client: client.healthy(), lambda client: client.complete({})],
     ids=["chat", "health", "completion"],
 )
-def test_where_nobody_listens_the_engine_is_dead(use: Use) -> None:
-    """With the address, and a question that helps."""
+def test_a_refused_connection_is_a_dead_engine(use: Use) -> None:
+    """The error names the URL and a hint."""
     port = free_port()
 
     async def play() -> None:
@@ -162,8 +160,8 @@ def test_where_nobody_listens_the_engine_is_dead(use: Use) -> None:
     assert "still running" in caught.value.hint
 
 
-def test_silence_is_told_with_its_length() -> None:
-    """Also when it is a fraction of a second."""
+def test_reports_the_length_of_a_silence() -> None:
+    """Also fractions of a second."""
     with pytest.raises(EngineDiedError, match=r"was silent for 0\.2 s"):
         against(silent_after(HELLO))
 
@@ -182,8 +180,8 @@ def test_silence_is_told_with_its_length() -> None:
     ],
     ids=["error-for-props", "error-for-models", "empty", "another-server"],
 )
-def test_200_is_not_yet_an_answer(reply: bytes, use: Use, word: str) -> None:
-    """Some servers say so to every address."""
+def test_rejects_an_error_with_status_200(reply: bytes, use: Use, word: str) -> None:
+    """Some servers send one for every path."""
     with pytest.raises(EngineRefusedError, match=word):
         against(answer("200 OK", reply), use=use)
 
@@ -193,8 +191,8 @@ def test_200_is_not_yet_an_answer(reply: bytes, use: Use, word: str) -> None:
     [b'{"build_info": "b1"}', b'{"model_path": "/m.gguf"}', b'{"default_generation_settings": {"n_ctx": 512}}'],
     ids=["build", "path", "context"],
 )
-def test_one_word_of_llama_server_is_enough(reply: bytes) -> None:
-    """Builds differ in what they say of themselves."""
+def test_one_field_identifies_a_llama_server(reply: bytes) -> None:
+    """Builds differ in what they report."""
     assert against(answer("200 OK", reply), use=lambda client: client.props())
 
 
@@ -211,8 +209,8 @@ def test_one_word_of_llama_server_is_enough(reply: bytes) -> None:
     ],
     ids=["no-json", "envelope", "in-the-stream"],
 )
-def test_a_refusal_carries_status_and_kind(reply: bytes, status: int | None, kind: str | None) -> None:
-    """None where there is none: a stream has no status any more."""
+def test_a_refusal_has_status_and_kind(reply: bytes, status: int | None, kind: str | None) -> None:
+    """None where there is none: an error inside a stream has no status."""
     with pytest.raises(EngineRefusedError) as caught:
         against(reply)
 
@@ -231,32 +229,30 @@ def test_a_refusal_carries_status_and_kind(reply: bytes, status: int | None, kin
     ],
     ids=["props", "slots", "tokenize", "models", "not-utf-8", "completion"],
 )
-def test_an_answer_of_another_form_is_a_protocol_error(use: Use, body: bytes) -> None:
-    """200 does not mean that it is what was asked for."""
+def test_an_unexpected_body_is_a_protocol_error(use: Use, body: bytes) -> None:
     with pytest.raises(EngineProtocolError, match="returned an unexpected body"):
         against(answer("200 OK", body), use=use)
 
 
-def test_props_of_a_server_that_has_none_are_refused() -> None:
-    """Which is how another server is told from llama-server."""
+def test_refuses_props_of_another_server() -> None:
+    """This distinguishes other servers from llama-server."""
     with pytest.raises(EngineRefusedError, match="HTTP 404"):
         against(answer("404 Not Found", b"404 page not found", "text/plain"), use=lambda client: client.props())
 
 
 def test_a_completion_waits_as_long_as_a_chat() -> None:
-    """It may have as much to prefill."""
+    """It may have as long a prompt."""
     with pytest.raises(EngineDiedError, match="/completion did not answer within"):
         against(silent_after(b""), use=lambda client: client.complete({"prompt": "x"}))
 
 
 @pytest.mark.parametrize(("status", "healthy"), [("200 OK", True), ("503 Unavailable", False), ("404 No", False)])
-def test_health_is_what_the_server_says(status: str, healthy: bool) -> None:  # noqa: FBT001  a table
-    """While it loads it answers 503."""
+def test_health_follows_the_status(status: str, healthy: bool) -> None:  # noqa: FBT001  a table
+    """A loading server answers 503."""
     assert healthy is against(answer(status, b"{}"), use=lambda client: client.healthy())
 
 
-def test_a_stream_is_given_chunk_by_chunk_without_keep_alives() -> None:
-    """Comments keep the connection open and say nothing."""
+def test_yields_chunks_without_keep_alive_comments() -> None:
     stream = b": ping\n\n" + content("hel") + b":\n\n" + content("lo") + b": ping\r\n\r\n"
 
     found = arrivals(STREAM_HEAD + chunked(stream) + END)
@@ -264,16 +260,16 @@ def test_a_stream_is_given_chunk_by_chunk_without_keep_alives() -> None:
     assert [arrival.chunk.content for arrival in found] == ["hel", "lo"]
 
 
-def test_events_of_one_read_carry_the_same_time() -> None:
-    """They arrived together, whatever the parsing of the first took."""
+def test_events_of_one_read_have_the_same_time() -> None:
+    """They arrived together, however long parsing took."""
     found = arrivals(STREAM_HEAD + chunked(b"".join(content(str(number)) for number in range(100))) + END)
 
     assert len(found) == 100
     assert len({arrival.t for arrival in found}) == 1
 
 
-def test_times_never_decrease_and_tell_reads_apart() -> None:
-    """The second piece is sent when the first one has been seen."""
+def test_times_never_decrease_and_differ_between_reads() -> None:
+    """The second piece is sent after the first one was received."""
     seen = asyncio.Event()
 
     async def in_two(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -295,23 +291,23 @@ def test_times_never_decrease_and_tell_reads_apart() -> None:
     assert times[0] == times[1] < times[2]
 
 
-def test_done_is_the_end_even_when_the_connection_stays_open() -> None:
-    """What comes after it, or does not come, is nobody's business."""
+def test_done_ends_the_answer_of_an_open_connection() -> None:
+    """Later bytes are ignored."""
     after = chunked(DONE + b"data: garbage\n\n")
 
     assert text_of(arrivals(silent_after(HELLO + after))) == "hello"
 
 
-def test_an_answer_in_single_bytes_is_whole() -> None:
-    """A slow network cuts characters as well as lines."""
+def test_reads_an_answer_in_single_bytes() -> None:
+    """A slow network cuts characters, not only lines."""
     stream = content("grüße") + DONE
     single = b"".join(chunked(bytes([byte])) for byte in stream)
 
     assert text_of(arrivals(STREAM_HEAD + single + b"0\r\n\r\n")) == "grüße"
 
 
-def test_each_request_has_a_connection_of_its_own() -> None:
-    """A server that closes after a stream, without having said so, takes no request down with it."""
+def test_each_request_has_its_own_connection() -> None:
+    """A server may close the connection after a stream without announcing it."""
 
     async def twice(client: EngineClient) -> list[str]:
         return [text_of(await chat(client)) for _ in range(5)]
@@ -319,8 +315,8 @@ def test_each_request_has_a_connection_of_its_own() -> None:
     assert against(WHOLE, use=twice) == ["hello"] * 5
 
 
-def test_a_reader_that_leaves_closes_the_connection() -> None:
-    """So that the server can stop computing for nobody."""
+def test_closing_the_generator_closes_the_connection() -> None:
+    """So the server can stop computing."""
     gone = asyncio.Event()
 
     async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -340,8 +336,8 @@ def test_a_reader_that_leaves_closes_the_connection() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
-def test_a_request_says_what_it_wants_where_it_belongs(suffix: str) -> None:
-    """Streamed, with usage, with the key; the address may come with or without /v1."""
+def test_sends_the_request_with_stream_usage_and_key(suffix: str) -> None:
+    """The URL may end with /v1 or not."""
 
     async def play() -> bytes:
         async with raw_server(WHOLE) as server:
@@ -361,7 +357,7 @@ def test_a_request_says_what_it_wants_where_it_belongs(suffix: str) -> None:
     }
 
 
-def test_without_a_key_none_is_sent() -> None:
+def test_sends_no_authorization_without_a_key() -> None:
     """Not even an empty one."""
 
     async def play() -> bytes:

@@ -1,4 +1,4 @@
-"""What a server cannot do to its client: keep it for ever, or fill its memory."""
+"""The limits of the client: a server cannot keep it waiting for ever or fill its memory."""
 
 import asyncio
 
@@ -21,15 +21,15 @@ from support_engine import (
 )
 
 
-def test_an_answer_that_does_not_end_is_broken_off() -> None:
-    """A server that ignores max_tokens would be measured until somebody looks."""
+def test_cuts_off_an_endless_answer() -> None:
+    """A server that ignores max_tokens would be measured for ever."""
     with pytest.raises(EngineProtocolError, match=r"sent \d+ chunks of an answer limited to 5 tokens"):
         against(repeating(HELLO, chunked(content("x") * 50)), use=lambda client: chat(client, {"max_tokens": 5}))
 
 
 @pytest.mark.parametrize(("max_tokens", "chunks"), [(5, 20), (0, 500), (-1, 500)], ids=["thinks", "none", "unlimited"])
 def test_an_answer_may_have_more_chunks_than_tokens(max_tokens: int, chunks: int) -> None:
-    """What was thought may not count, and beside tokens there are roles, accounts and progress."""
+    """Reasoning tokens may not count, and roles, usage and progress have chunks of their own."""
     stream = STREAM_HEAD + chunked(content("x") * chunks) + END
 
     found = against(stream, use=lambda client: chat(client, {"max_tokens": max_tokens}))
@@ -38,9 +38,7 @@ def test_an_answer_may_have_more_chunks_than_tokens(max_tokens: int, chunks: int
     assert len(found) == chunks
 
 
-def test_comments_that_keep_a_working_server_s_connection_do_no_harm() -> None:
-    """Between chunks that come in time."""
-
+def test_accepts_keep_alive_comments_between_timely_chunks() -> None:
     async def slow(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(STREAM_HEAD)
         for letter in "abcdefg":
@@ -61,10 +59,10 @@ def test_comments_that_keep_a_working_server_s_connection_do_no_harm() -> None:
         pytest.param(silent_after(b"HTTP/1.1 500 Oops\r\n\r\n"), r"HTTP 500: $", id="without-saying-why"),
     ],
 )
-def test_a_refusal_that_does_not_end_is_a_refusal(
+def test_reports_a_refusal_whose_body_does_not_end(
     reply: bytes | Answer, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its status is known; of its reason what has come by then."""
+    """With the part of its reason that has arrived."""
     monkeypatch.setattr("promptai.engine.connection._REASON_S", 0.1)
 
     with pytest.raises(EngineRefusedError, match=words) as caught:
@@ -73,15 +71,14 @@ def test_a_refusal_that_does_not_end_is_a_refusal(
     assert caught.value.status == 500
 
 
-def test_of_a_refusal_s_reason_the_beginning_is_read() -> None:
-    """And not what follows for ever."""
+def test_reads_only_the_beginning_of_a_long_reason() -> None:
     with pytest.raises(EngineRefusedError, match=r"HTTP 500: x{200}$"):
         against(repeating(b"HTTP/1.1 500 Oops\r\n\r\n", b"x" * 32_768))
 
 
 @pytest.mark.parametrize("size", [1000, 1001])
-def test_an_answer_larger_than_any_honest_one_is_not_read(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would fill the memory of the board that it is to be measured on."""
+def test_rejects_a_body_above_the_limit(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fill the memory of the measured board."""
     monkeypatch.setattr("promptai.engine.connection._MAX_BODY_BYTES", 1000)
     reply = answer("200 OK", b"x" * size, "text/plain")
 

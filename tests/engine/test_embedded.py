@@ -1,4 +1,4 @@
-"""The real llama.cpp of the wheel, on one thread, with a small model of random weights."""
+"""The wheel's real llama.cpp, on one thread, with a small model of random weights."""
 
 import asyncio
 import subprocess
@@ -33,7 +33,7 @@ Use = Callable[[EngineClient], Awaitable[Any]]
 def engine(
     tmp_path_factory: pytest.TempPathFactory, small_model: Path, embedded: EngineBinary
 ) -> Iterator[RunningEngine]:
-    """One engine for all: two slots that share 512 tokens of context, the file read instead of mapped."""
+    """One engine for all tests: two slots share 512 tokens of context; the file is read, not mapped."""
     flags = EngineFlags(model=str(small_model), port=free_port(), threads=1, context=512, slots=2, mmap=False)
     running = RunningEngine(embedded, flags, log=tmp_path_factory.mktemp("engine") / "engine.log")
     asyncio.run(running.__aenter__())
@@ -42,7 +42,7 @@ def engine(
 
 
 def ask(engine: RunningEngine, use: Use) -> Any:
-    """What the engine answers to a client."""
+    """Run ``use`` with a client of the engine."""
 
     async def play() -> Any:
         async with EngineClient(engine.base_url) as client:
@@ -52,7 +52,7 @@ def ask(engine: RunningEngine, use: Use) -> Any:
 
 
 def greedy(engine: RunningEngine, *, tokens: int = 8, cache: bool = False, prompt: str = PROMPT) -> list[Arrival]:
-    """One answer of exactly that many tokens, always the likeliest."""
+    """Return a greedy answer of exactly that many tokens."""
     body = {
         "messages": [{"role": "user", "content": prompt}],
         "max_tokens": tokens,
@@ -65,15 +65,15 @@ def greedy(engine: RunningEngine, *, tokens: int = 8, cache: bool = False, promp
 
 
 def account(arrivals: list[Arrival]) -> tuple[Usage, Timings]:
-    """What the last chunk says of the whole."""
+    """Return usage and timings of the last chunk."""
     last = arrivals[-1].chunk
     assert last.usage is not None
     assert last.timings is not None
     return last.usage, last.timings
 
 
-def test_a_prompt_longer_than_a_slot_is_refused(engine: RunningEngine) -> None:
-    """With llama-server's own kind, and the engine goes on."""
+def test_refuses_a_prompt_longer_than_a_slot(engine: RunningEngine) -> None:
+    """With llama-server's error type; the engine continues."""
     with pytest.raises(EngineRefusedError, match="exceeds the available context size") as caught:
         greedy(engine, prompt="x" * 600)
 
@@ -81,8 +81,8 @@ def test_a_prompt_longer_than_a_slot_is_refused(engine: RunningEngine) -> None:
     assert ask(engine, lambda client: client.healthy())
 
 
-def test_without_the_wheel_it_ends_with_its_own_code(tmp_path: Path) -> None:
-    """And its last line says why; here another module stands in the way."""
+def test_exits_with_its_own_code_without_the_wheel(tmp_path: Path) -> None:
+    """The last line of the log is the reason; here another module shadows the wheel."""
     (tmp_path / "xllamacpp.py").write_text("raise ImportError('libgomp.so.1: cannot open shared object file')")
 
     done = subprocess.run(
@@ -98,8 +98,8 @@ def test_without_the_wheel_it_ends_with_its_own_code(tmp_path: Path) -> None:
     assert expected == (done.returncode, done.stderr)
 
 
-def test_it_is_what_its_flags_say(engine: RunningEngine) -> None:
-    """The context is shared by the slots, and the name is never a path."""
+def test_reports_its_flags(engine: RunningEngine) -> None:
+    """The slots share the context, and the name is never a path."""
     props = ask(engine, lambda client: client.props())
 
     assert (2, GenerationSettings(256), "small") == (
@@ -113,13 +113,13 @@ def test_it_is_what_its_flags_say(engine: RunningEngine) -> None:
 
 
 @pytest.mark.parametrize("mmap", [False, True], ids=["read", "mapped"])
-def test_the_file_is_mapped_or_read_as_it_was_told(
+def test_maps_or_reads_the_file_as_configured(
     tmp_path: Path,
     small_model: Path,
     embedded: EngineBinary,
     mmap: bool,  # noqa: FBT001  a table
 ) -> None:
-    """Which decides whether the weights are page cache that the kernel may drop."""
+    """This decides whether the weights are page cache that the kernel may drop."""
     flags = EngineFlags(model=str(small_model), port=free_port(), threads=1, context=256, mmap=mmap)
 
     async def play() -> str:
@@ -134,13 +134,13 @@ def test_the_file_is_mapped_or_read_as_it_was_told(
     [("", []), ("hi", [104, 105]), ("ü", [195, 188]), ("a</s>b", [97, 257, 98])],
     ids=["empty", "letters", "two-bytes", "special"],
 )
-def test_text_is_tokenized_as_the_model_was_written(engine: RunningEngine, text: str, tokens: list[int]) -> None:
-    """A byte a token, and special tokens by their name."""
+def test_tokenizes_with_the_models_vocabulary(engine: RunningEngine, text: str, tokens: list[int]) -> None:
+    """One byte per token, and special tokens by name."""
     assert tokens == ask(engine, lambda client: client.tokenize(text))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 17])
-def test_tokens_are_counted_exactly(engine: RunningEngine, tokens: int) -> None:
+def test_counts_tokens_exactly(engine: RunningEngine, tokens: int) -> None:
     """Usage, timings, the tokenizer and the number of bytes agree."""
     arrivals = greedy(engine, tokens=tokens)
     usage, timings = account(arrivals)
@@ -153,8 +153,8 @@ def test_tokens_are_counted_exactly(engine: RunningEngine, tokens: int) -> None:
     assert arrivals[-2].chunk.finish_reasons == ["length"]
 
 
-def test_with_the_cache_off_nothing_is_taken_from_it(engine: RunningEngine) -> None:
-    """However often the same is asked; with the cache on all but the last tokens are."""
+def test_does_not_use_a_cache_that_is_off(engine: RunningEngine) -> None:
+    """With the cache on, all but the last tokens of a repeated prompt come from it."""
     assert [account(greedy(engine))[1].cache_n for _ in range(3)] == [0, 0, 0]
 
     greedy(engine, cache=True)
@@ -166,23 +166,23 @@ def test_with_the_cache_off_nothing_is_taken_from_it(engine: RunningEngine) -> N
     assert len(RENDERED) == timings.cache_n + timings.prompt_n
 
 
-def test_two_greedy_runs_give_the_same_text(engine: RunningEngine) -> None:
-    """And another prompt another one."""
+def test_greedy_runs_return_the_same_text(engine: RunningEngine) -> None:
+    """And another prompt returns another text."""
     one, two, other = (text_of(greedy(engine, tokens=40, prompt=prompt)) for prompt in (PROMPT, PROMPT, "and now?"))
 
     assert one == two
     assert one != other
 
 
-def test_times_of_arrival_never_decrease(engine: RunningEngine) -> None:
+def test_arrival_times_never_decrease(engine: RunningEngine) -> None:
     """On the monotonic clock, chunk by chunk."""
     times = [arrival.t for arrival in greedy(engine, tokens=40)]
 
     assert times == sorted(times)
 
 
-def test_flags_that_it_does_not_know_end_it(small_model: Path) -> None:
-    """Before a model is loaded that would run otherwise than it was meant to."""
+def test_exits_at_unknown_flags(small_model: Path) -> None:
+    """Before it loads a model with other settings than intended."""
     flags = msgspec.to_builtins(EngineFlags(model=str(small_model), port=1, threads=1, context=1)) | {"gpu_layers": 1}
 
     done = subprocess.run(

@@ -24,14 +24,14 @@ def pairs(argv: list[str]) -> dict[str, str | None]:
     ],
     ids=["unknown", "missing", "text"],
 )
-def test_flags_that_mean_something_else_are_refused(text: bytes) -> None:
-    """The embedded engine gets them as JSON, and a manifest holds them."""
+def test_rejects_invalid_flags(text: bytes) -> None:
+    """The embedded engine reads them as JSON, and a manifest stores them."""
     with pytest.raises(msgspec.ValidationError):
         msgspec.json.decode(text, type=EngineFlags)
 
 
-def test_every_flag_that_matters_is_on_the_command_line() -> None:
-    """None is left to llama-server, whose defaults are a workstation's."""
+def test_every_relevant_flag_is_on_the_command_line() -> None:
+    """llama-server's own defaults suit a workstation."""
     assert pairs(FLAGS.to_argv()) == {
         "--model": "/models/yi-coder-1.5b.Q4_0.gguf",
         "--alias": "yi-coder-1.5b.Q4_0",
@@ -70,8 +70,7 @@ def test_every_flag_that_matters_is_on_the_command_line() -> None:
     ],
     ids=["model", "port", "threads", "context", "slots", "batch", "ubatch", "type-k", "type-v", "cache-ram", "mmap"],
 )
-def test_each_field_reaches_its_option(field: str, value: object, option: str, expected: str | None) -> None:
-    """Under the name that llama-server knows."""
+def test_each_field_sets_its_option(field: str, value: object, option: str, expected: str | None) -> None:
     argv = msgspec.structs.replace(FLAGS, **{field: value}).to_argv()
 
     assert expected == pairs(argv)[option]
@@ -87,7 +86,7 @@ def test_each_field_reaches_its_option(field: str, value: object, option: str, e
     ],
 )
 def test_the_alias_is_never_a_path(model: str, alias: str) -> None:
-    """What clients and reports see does not tell where files lie."""
+    """Clients and reports must not see where files are stored."""
     assert alias == msgspec.structs.replace(FLAGS, model=model).alias
     assert "/" not in alias
 
@@ -107,8 +106,8 @@ def test_the_alias_is_never_a_path(model: str, alias: str) -> None:
     ],
     ids=["mute", "2024", "fit", "only-its-relatives", "shift", "2026"],
 )
-def test_a_build_is_told_what_its_own_help_names(help_text: str, expected: tuple[str, ...]) -> None:
-    """And nothing that it would end at."""
+def test_adds_only_switches_that_the_help_names(help_text: str, expected: tuple[str, ...]) -> None:
+    """A build exits at an unknown switch."""
     assert expected == newer_switches(help_text)
 
 
@@ -121,10 +120,10 @@ def test_a_build_is_told_what_its_own_help_names(help_text: str, expected: tuple
         (("s", "--load-mode", "mmap", "--fit", "off"), False, ["s", "--load-mode", "none", "--fit", "off"]),
     ],
 )
-def test_mapping_is_switched_off_in_the_words_that_the_build_knows(
+def test_disables_mapping_with_the_builds_own_option(
     command: tuple[str, ...], *, mmap: bool, expected: list[str]
 ) -> None:
-    """The new word once, or the old one, which new builds refuse."""
+    """Newer builds reject the older option."""
     argv = msgspec.structs.replace(FLAGS, mmap=mmap).to_argv(command)
 
     assert expected == argv[: argv.index("--model")]

@@ -40,8 +40,8 @@ def gone(pid: int) -> bool:
         return True
 
 
-def test_an_engine_dies_with_a_parent_that_is_killed() -> None:
-    """SIGKILL leaves the parent no time to say goodbye."""
+def test_an_engine_dies_with_a_killed_parent() -> None:
+    """SIGKILL leaves the parent no time to stop it."""
     with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         engine = int(parent.stdout.readline())
@@ -56,7 +56,7 @@ def test_an_engine_dies_with_a_parent_that_is_killed() -> None:
         assert gone(engine)
 
 
-def test_what_starts_after_its_parent_has_died_does_not_start() -> None:
+def test_does_not_start_after_the_parents_death() -> None:
     """The kernel sends its signal at a death, not after it."""
     nobody = 2**22 + 1  # above the largest process id that Linux gives
     done = guarded("/bin/echo", "I live", parent=nobody)
@@ -64,8 +64,8 @@ def test_what_starts_after_its_parent_has_died_does_not_start() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_the_program_is_run_as_if_there_were_no_guard() -> None:
-    """Its arguments as they are, no trace of the guard in its environment, and Ctrl-C as it finds it."""
+def test_runs_the_program_as_if_unguarded() -> None:
+    """With its arguments, without the guard's variable, and with the default Ctrl-C handler."""
     program = "import os, signal, sys; print('PROMPTAI_GUARD_PARENT' in os.environ, sys.argv[1:], signal.getsignal(2))"
 
     done = guarded(sys.executable, "-c", program, "a b", "--x", parent=None)
@@ -73,6 +73,6 @@ def test_the_program_is_run_as_if_there_were_no_guard() -> None:
     assert done.stdout.startswith("False ['a b', '--x'] <built-in function default_int_handler>")
 
 
-def test_the_exit_code_is_the_program_s_own() -> None:
-    """The guard becomes the program; there is no process between."""
+def test_the_exit_code_is_the_programs() -> None:
+    """The guard becomes the program; there is no process in between."""
     assert guarded("/bin/sh", "-c", "exit 7", parent=None).returncode == 7

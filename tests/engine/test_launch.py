@@ -27,7 +27,7 @@ ASSERTED = """\
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A file that fake engines do not look into."""
+    """A file that fake engines do not open."""
     path = tmp_path / "yi.gguf"
     path.write_bytes(b"GGUF")
     return path
@@ -132,7 +132,7 @@ def model(tmp_path: Path) -> Path:
         pytest.param(0, "", "exit code 0; last log line: none", "promptai doctor", id="wordless"),
     ],
 )
-def test_every_end_is_one_sentence_and_what_to_do(code: int, log: str, reason: str, hint: str) -> None:
+def test_explains_each_exit_with_reason_and_hint(code: int, log: str, reason: str, hint: str) -> None:
     """Causes before consequences."""
     why, advice = explain_exit(code, log)
 
@@ -141,13 +141,13 @@ def test_every_end_is_one_sentence_and_what_to_do(code: int, log: str, reason: s
     assert "\n" not in why + advice
 
 
-def test_last_words_are_cut_to_a_readable_length() -> None:
-    """A log may hold a whole template in a line."""
+def test_shortens_the_last_log_line() -> None:
+    """A log may contain a whole template in one line."""
     assert len(explain_exit(1, "x" * 100_000)[0]) < 300
 
 
-def test_a_port_that_is_taken_is_named_before_anything_starts(model: Path) -> None:
-    """Or the answers of somebody else's engine would be measured."""
+def test_reports_a_taken_port_before_starting(model: Path) -> None:
+    """Otherwise another program's engine would be measured."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -168,8 +168,8 @@ def test_free_ports_are_free() -> None:
 
 
 @pytest.mark.real
-def test_an_engine_that_dies_while_loading_is_explained_by_its_own_log(model: Path, script: Script) -> None:
-    """And not by what an earlier one wrote into the same file."""
+def test_explains_a_death_while_loading_by_its_own_log(model: Path, script: Script) -> None:
+    """Not by an earlier engine's lines in the same file."""
     engine = engine_of(script("fake", "echo 'some words' >&2", "echo boom", "exit 3"), model)
     engine.log.write_text("E gguf_init_from_reader: invalid magic characters: 'XXXX'\n")
 
@@ -182,16 +182,16 @@ def test_an_engine_that_dies_while_loading_is_explained_by_its_own_log(model: Pa
 
 @pytest.mark.real
 @pytest.mark.parametrize("mode", [None, 0o644], ids=["absent", "not-executable"])
-def test_an_engine_that_cannot_run_says_which_one(model: Path, script: Script, mode: int | None) -> None:
-    """It was there when it was located, and has gone since."""
+def test_names_an_engine_that_cannot_run(model: Path, script: Script, mode: int | None) -> None:
+    """It existed when it was located, and is gone now."""
     path = model.parent / "gone" if mode is None else script("gone", mode=mode)
 
     with pytest.raises(EngineStartError, match=f"^the engine could not load yi.gguf: cannot run {path.name}"):
         asyncio.run(start_and_stop(engine_of(path, model)))
 
 
-def test_a_log_that_cannot_be_written_is_an_error_of_the_start(model: Path) -> None:
-    """The run's directory has gone, or the disk is read-only."""
+def test_reports_a_log_that_cannot_be_written(model: Path) -> None:
+    """The run's directory is gone, or the disk is read-only."""
     engine = engine_of(Path("/bin/true"), model)
     engine.log = model.parent / "gone" / "engine.log"
 
@@ -200,8 +200,8 @@ def test_a_log_that_cannot_be_written_is_an_error_of_the_start(model: Path) -> N
 
 
 @pytest.mark.real
-def test_a_model_that_has_gone_is_an_error_of_the_start(model: Path, script: Script) -> None:
-    """With its name, no traceback, and nothing left running."""
+def test_reports_a_model_that_is_gone(model: Path, script: Script) -> None:
+    """By name, without a traceback, and with nothing left running."""
     engine = engine_of(script("fake", "exec sleep 60"), model)
     model.unlink()
 
@@ -212,10 +212,8 @@ def test_a_model_that_has_gone_is_an_error_of_the_start(model: Path, script: Scr
 
 
 @pytest.mark.real
-def test_an_engine_that_never_answers_is_given_up_and_ended(
-    model: Path, script: Script, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After the time that its file should take to load, with its last words."""
+def test_ends_an_engine_that_never_answers(model: Path, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the time that loading its file should take, with its last log line."""
     monkeypatch.setattr("promptai.engine.launch._START_BASE_S", 0.2)
     engine = engine_of(script("fake", "echo still reading", "exec sleep 60"), model)
 
@@ -226,7 +224,7 @@ def test_an_engine_that_never_answers_is_given_up_and_ended(
 
 
 @pytest.mark.real
-def test_a_start_that_is_interrupted_leaves_nothing_running(model: Path, script: Script) -> None:
+def test_an_interrupted_start_leaves_nothing_running(model: Path, script: Script) -> None:
     """Ctrl-C while a large model loads."""
     engine = engine_of(script("fake", "exec sleep 60"), model)
 
@@ -238,8 +236,8 @@ def test_a_start_that_is_interrupted_leaves_nothing_running(model: Path, script:
 
 
 @pytest.mark.real
-def test_an_engine_that_will_not_end_is_ended(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Politely first; and to stop it twice does no harm."""
+def test_kills_an_engine_that_ignores_sigterm(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM first; stopping twice does no harm."""
     monkeypatch.setattr("promptai.engine.launch._STOP_S", 0.2)
     engine = engine_of((sys.executable, "-c", STUBBORN), model)
 
@@ -252,10 +250,10 @@ def test_an_engine_that_will_not_end_is_ended(model: Path, monkeypatch: pytest.M
 
 @pytest.mark.real
 @pytest.mark.parametrize("cancelled", [False, True], ids=["left-alone", "cancelled"])
-def test_giving_up_an_engine_that_will_not_end_holds_up_nothing_else(
+def test_stopping_an_engine_does_not_block_the_loop(
     model: Path, monkeypatch: pytest.MonkeyPatch, *, cancelled: bool
 ) -> None:
-    """Other engines stream on the same loop; and however often it is cancelled meanwhile, the process is gone."""
+    """Other engines stream on the same loop; the process ends however often the stop is cancelled."""
     monkeypatch.setattr("promptai.engine.launch._STOP_S", 1.2)
     engine = engine_of((sys.executable, "-c", STUBBORN), model)
 
@@ -285,10 +283,10 @@ def test_giving_up_an_engine_that_will_not_end_holds_up_nothing_else(
 
 
 @pytest.mark.real
-def test_a_start_that_nobody_waits_for_any_longer_leaves_nothing_running(
+def test_a_start_on_a_closed_loop_leaves_nothing_running(
     model: Path, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its loop was closed before it: there is nothing left to wait on."""
+    """The loop was closed first, so nothing can be awaited."""
     engine = engine_of(script("fake", "exec sleep 60"), model)
     monkeypatch.setattr(engine, "_until_ready", lambda *_: asyncio.sleep(60))
 
@@ -304,10 +302,10 @@ def test_a_start_that_nobody_waits_for_any_longer_leaves_nothing_running(
 
 
 @pytest.mark.real
-def test_a_process_that_cannot_be_killed_keeps_nobody_from_ending(
+def test_gives_up_a_process_that_cannot_be_killed(
     model: Path, script: Script, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One that the kernel holds; here, signals do not reach it."""
+    """The kernel may hold it; here, signals do not reach it."""
     engine = engine_of(script("fake", "exec sleep 60"), model)
     with monkeypatch.context() as patch:
         for limit in ("_STOP_S", "_KILL_S", "_START_BASE_S"):
@@ -334,10 +332,10 @@ def test_a_process_that_cannot_be_killed_keeps_nobody_from_ending(
         ),
     ],
 )
-def test_the_embedded_engine_says_what_is_wrong_with_a_model(
+def test_explains_a_bad_model_of_the_embedded_engine(
     tmp_path: Path, small_model: Path, embedded: EngineBinary, damage: object, reason: str
 ) -> None:
-    """In the parent's words, from the log of a process that is gone."""
+    """From the log of a process that has ended."""
     assert callable(damage)
     path = tmp_path / "damaged.gguf"
     path.write_bytes(damage(small_model.read_bytes()))
@@ -353,10 +351,8 @@ def test_the_embedded_engine_says_what_is_wrong_with_a_model(
 
 
 @pytest.mark.real
-def test_an_engine_that_was_killed_is_suspected_to_have_taken_the_memory(
-    tmp_path: Path, small_model: Path, embedded: EngineBinary
-) -> None:
-    """While it lives there is nothing to say; then one sentence and what to do."""
+def test_explains_sigkill_by_full_memory(tmp_path: Path, small_model: Path, embedded: EngineBinary) -> None:
+    """No reason while it runs; then one sentence and a hint."""
     engine = engine_of(embedded, small_model)
     engine.log = tmp_path / "engine.log"
 
@@ -385,7 +381,7 @@ def test_an_engine_that_was_killed_is_suspected_to_have_taken_the_memory(
 def test_start_and_stop_leave_no_process_and_a_free_port(
     tmp_path: Path, small_model: Path, embedded: EngineBinary
 ) -> None:
-    """Twice in a row on the same port; the time to load is known."""
+    """Twice in a row on the same port; the loading time is known."""
     port = free_port()
     for _ in range(2):
         engine = engine_of(embedded, small_model, port=port)

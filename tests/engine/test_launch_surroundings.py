@@ -1,4 +1,4 @@
-"""What an engine takes over from those who start it, and what it leaves behind."""
+"""The environment that an engine inherits, and the processes that it leaves behind."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.real
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A file that fake engines do not look into."""
+    """A file that fake engines do not open."""
     path = tmp_path / "yi.gguf"
     path.write_bytes(b"GGUF")
     return path
@@ -29,15 +29,15 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def wrapped(model: Path, script: Script, monkeypatch: pytest.MonkeyPatch) -> RunningEngine:
-    """An engine that will not end, started by a script that stays."""
+    """An engine that ignores SIGTERM, started by a script that keeps running."""
     monkeypatch.setattr("promptai.engine.launch._STOP_S", 0.2)
     server = model.with_name("server.py")
     server.write_text(STUBBORN)
     return engine_of(script("wrapper", "export KEPT=1", f'{sys.executable} {server} "$@"', "echo ended"), model)
 
 
-def test_an_engine_behind_a_script_is_stopped_with_it(wrapped: RunningEngine) -> None:
-    """It has the gigabytes and the port; the script has nothing."""
+def test_stops_an_engine_behind_a_script(wrapped: RunningEngine) -> None:
+    """The engine holds the gigabytes and the port, not the script."""
     children: list[psutil.Process] = []
 
     async def play() -> None:
@@ -52,9 +52,7 @@ def test_an_engine_behind_a_script_is_stopped_with_it(wrapped: RunningEngine) ->
     assert not port_taken(wrapped.flags.port)
 
 
-def test_an_engine_whose_script_was_killed_is_not_left_behind(wrapped: RunningEngine) -> None:
-    """Its end is told, and it is ended."""
-
+def test_ends_an_engine_whose_script_was_killed(wrapped: RunningEngine) -> None:
     async def play() -> None:
         async with wrapped, EngineClient(wrapped.base_url) as client:
             assert wrapped.pid is not None
@@ -67,8 +65,8 @@ def test_an_engine_whose_script_was_killed_is_not_left_behind(wrapped: RunningEn
     assert not port_taken(wrapped.flags.port)
 
 
-def test_an_engine_that_fails_behind_a_script_leaves_nothing(model: Path, script: Script) -> None:
-    """A script that gave up, and something that it had started before."""
+def test_a_failing_script_leaves_nothing_running(model: Path, script: Script) -> None:
+    """The script exits after it has started another process."""
     engine = engine_of(script("fake", "sleep 60 &", "echo $!", "exit 3"), model)
 
     with pytest.raises(EngineStartError, match="exit code 3"):
@@ -77,10 +75,10 @@ def test_an_engine_that_fails_behind_a_script_leaves_nothing(model: Path, script
     assert not alive(int(engine.log.read_text()))
 
 
-def test_variables_that_change_an_engine_or_open_a_server_are_not_passed_on(
+def test_does_not_pass_on_llama_variables_and_keys(
     model: Path, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """llama-server reads LLAMA_ARG_... as options that no manifest knows, and LLAMA_API_KEY locks us out."""
+    """llama-server reads LLAMA_ARG_... as options that no manifest records, and LLAMA_API_KEY locks us out."""
     for name in ("LLAMA_ARG_FLASH_ATTN", "LLAMA_API_KEY", "LLAMA_LOG_VERBOSITY", "PROMPTAI_API_KEY"):
         monkeypatch.setenv(name, "secret")
     monkeypatch.setenv("LD_LIBRARY_PATH", "/kept")
@@ -93,10 +91,10 @@ def test_variables_that_change_an_engine_or_open_a_server_are_not_passed_on(
     assert "secret" not in engine.log.read_text()
 
 
-def test_files_in_the_user_s_folder_are_not_taken_for_modules(
+def test_files_in_the_users_folder_do_not_replace_modules(
     tmp_path: Path, small_model: Path, embedded: EngineBinary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither by the guard nor by the embedded engine: people call their scripts signal.py."""
+    """Neither in the guard nor in the embedded engine: users have scripts called signal.py."""
     for name in ("signal", "ctypes", "msgspec", "xllamacpp", "promptai"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the file of a user was run')")
     monkeypatch.chdir(tmp_path)
@@ -108,8 +106,8 @@ def test_files_in_the_user_s_folder_are_not_taken_for_modules(
     assert engine.load_s is not None
 
 
-def test_a_script_in_python_finds_what_lies_beside_it(model: Path, script: Script) -> None:
-    """Only our own modules are kept from looking there."""
+def test_a_python_script_can_import_its_neighbours(model: Path, script: Script) -> None:
+    """Only our own modules are protected."""
     model.with_name("beside.py").write_text("WORD = 'found'")
     wrapper = model.with_name("wrapper.py")
     wrapper.write_text("import beside, sys; sys.exit(beside.WORD)")
@@ -119,10 +117,10 @@ def test_a_script_in_python_finds_what_lies_beside_it(model: Path, script: Scrip
 
 
 @pytest.mark.parametrize("what", ["gone", "dies", "silent"])
-def test_the_folder_of_a_model_is_for_the_log_and_not_for_clients(
+def test_hides_the_models_folder_from_clients(
     model: Path, script: Script, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
 ) -> None:
-    """The error is the reason of a 503; an engine's own words have the path too, of all parts of a model."""
+    """The error is the reason of a 503; an engine prints the paths of all parts of a model."""
     monkeypatch.setattr("promptai.engine.launch._START_BASE_S", 0.5)
     said = f"error loading model: cannot open {model.parent}/yi-00002-of-00002.gguf"
     engine = engine_of(script("fake", f"echo '{said}'", "exec sleep 60" if what == "silent" else "exit 3"), model)
@@ -137,7 +135,7 @@ def test_the_folder_of_a_model_is_for_the_log_and_not_for_clients(
     assert what == "silent" or str(model) in caplog.text
 
 
-def test_the_folder_of_a_model_whose_engine_died_is_not_for_clients(model: Path) -> None:
+def test_hides_the_models_folder_when_the_engine_dies(model: Path) -> None:
     server = model.with_name("server.py")
     server.write_text(f"print('error loading model: cut {model}', flush=True)\n{STUBBORN}")
     engine = engine_of((sys.executable, str(server)), model)

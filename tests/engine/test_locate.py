@@ -55,7 +55,7 @@ FLAGS_AS_JSON = (
 
 
 def says(build: int) -> str:
-    """A line of a script that prints a build as llama-server does, on standard error."""
+    """A script line that prints a build like llama-server, on standard error."""
     return f'echo "build: {build} (abc) with cc for x86_64-linux-gnu" >&2; exit 1'
 
 
@@ -72,8 +72,8 @@ def nothing_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("log", ["", "llama-server: command not found\n", "system info: AVX = 1\n", "build: unknown\n"])
-def test_a_log_that_does_not_say_gives_none(log: str) -> None:
-    """Unknown is not the same as no feature at all."""
+def test_a_log_without_features_is_unknown(log: str) -> None:
+    """Unknown is not the same as no feature."""
     assert parse_features(log) is None
     assert parse_build(log) is None
 
@@ -97,8 +97,8 @@ def test_a_log_that_does_not_say_gives_none(log: str) -> None:
         pytest.param("system_info: n_threads = 1 / 1 | AVX = 0 |\n", None, "", id="no-feature"),
     ],
 )
-def test_logs_of_several_years_are_understood(log: str, build: str | None, features: str) -> None:
-    """What is 0 is not there; a number of threads is no feature."""
+def test_reads_logs_of_several_years(log: str, build: str | None, features: str) -> None:
+    """A feature marked 0 is absent; a number of threads is not a feature."""
     assert build == parse_build(log)
     assert tuple(features.split()) == parse_features(log)
 
@@ -111,15 +111,15 @@ def test_logs_of_several_years_are_understood(log: str, build: str | None, featu
         pytest.param(("AVX2", "FMA", "LLAMAFILE"), ["AVX512", "AVX512_VNNI", "F16C"], id="lacks-three"),
     ],
 )
-def test_only_what_makes_it_slower_is_missing(engine: tuple[str, ...] | None, expected: list[str]) -> None:
-    """SSE3 and BMI2 decide nothing; and where the engine is silent nothing is claimed."""
+def test_lists_only_features_that_change_the_speed(engine: tuple[str, ...] | None, expected: list[str]) -> None:
+    """SSE3 and BMI2 do not; without the engine's features nothing is claimed."""
     cpu = ("SSE3", "BMI2", "AVX2", "FMA", "F16C", "AVX512", "AVX512_VNNI")
 
     assert expected == missing_features(EngineBinary("PATH", ("llama-server",), None, engine), cpu)
 
 
 @pytest.mark.usefixtures("nothing_installed")
-def test_a_machine_without_any_engine_is_told_how_to_get_one(tmp_path: Path) -> None:
+def test_explains_how_to_get_an_engine_when_there_is_none(tmp_path: Path) -> None:
     """Neither named, built, on PATH nor in the wheel."""
     with pytest.raises(EngineNotFoundError, match="no llama-server on this machine") as caught:
         locate(cache=tmp_path / "never-made")
@@ -130,7 +130,7 @@ def test_a_machine_without_any_engine_is_told_how_to_get_one(tmp_path: Path) -> 
 @pytest.mark.usefixtures("nothing_installed")
 @pytest.mark.parametrize("name", ["absent", "folder", "plain"])
 def test_a_named_engine_that_cannot_run_is_an_error(tmp_path: Path, script: Script, name: str) -> None:
-    """Even if others could: to measure another engine than the named one would be a lie."""
+    """Even if others could: measuring another engine than the named one would be wrong."""
     (tmp_path / "folder").mkdir()
     script("plain", says(1), mode=0o644)
     built = script("cache/x/bin/llama-server", says(2))
@@ -143,7 +143,7 @@ def test_a_named_engine_that_cannot_run_is_an_error(tmp_path: Path, script: Scri
 def test_the_order_is_named_built_path_embedded(
     tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And locate takes the first."""
+    """And locate returns the first."""
     named = script("named/my-server", says(1))
     built = script("cache/llama.cpp-b2/bin/llama-server", says(2))
     on_path = script("path/llama-server", says(3))
@@ -164,8 +164,8 @@ def test_the_order_is_named_built_path_embedded(
 
 @pytest.mark.real
 @pytest.mark.usefixtures("nothing_installed")
-def test_a_built_engine_that_cannot_run_is_passed_over(tmp_path: Path, script: Script) -> None:
-    """A build that was interrupted must not stand before an engine that works."""
+def test_skips_a_built_engine_that_is_not_executable(tmp_path: Path, script: Script) -> None:
+    """An interrupted build must not come before a working engine."""
     script("cache/z/bin/llama-server", says(9), mode=0o644)
     whole = script("cache/a/bin/llama-server", says(2))
 
@@ -174,10 +174,10 @@ def test_a_built_engine_that_cannot_run_is_passed_over(tmp_path: Path, script: S
 
 @pytest.mark.real
 @pytest.mark.usefixtures("nothing_installed")
-def test_an_engine_named_without_a_folder_is_the_one_in_this_folder(
+def test_finds_a_named_engine_in_the_current_folder(
     tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``./my-server`` is not looked for on PATH, and still found from another folder."""
+    """It is not searched for on PATH, and is still found from another folder."""
     named = script("my-server", says(1))
     monkeypatch.chdir(tmp_path)
 
@@ -189,8 +189,8 @@ def test_an_engine_named_without_a_folder_is_the_one_in_this_folder(
 @pytest.mark.real
 @pytest.mark.usefixtures("nothing_installed")
 @pytest.mark.parametrize("lines", [("exit 0",), ("exit 1",), ("echo '\\377\\376'",)], ids=["mute", "fails", "raw"])
-def test_an_engine_that_does_not_say_what_it_is_can_still_be_used(script: Script, lines: tuple[str, ...]) -> None:
-    """Its build and features are None, and its label says so."""
+def test_uses_an_engine_that_reports_nothing(script: Script, lines: tuple[str, ...]) -> None:
+    """Its build and features are unknown, and its label shows that."""
     engine = locate(script("my-server", *lines))
 
     assert (engine.build, engine.features) == (None, None)
@@ -208,8 +208,8 @@ DEATHS = [
 @pytest.mark.real
 @pytest.mark.usefixtures("nothing_installed")
 @pytest.mark.parametrize(("line", "words"), DEATHS)
-def test_an_engine_that_does_not_start_is_listed_last_with_the_reason(script: Script, line: str, words: str) -> None:
-    """However new it is."""
+def test_lists_an_engine_that_does_not_start_last(script: Script, line: str, words: str) -> None:
+    """With the reason, however new it is."""
     whole = script("cache/old/bin/llama-server", says(2))
     broken = script("cache/new/bin/llama-server", line)
     os.utime(whole, (1, 1))
@@ -225,10 +225,8 @@ def test_an_engine_that_does_not_start_is_listed_last_with_the_reason(script: Sc
 @pytest.mark.real
 @pytest.mark.usefixtures("nothing_installed")
 @pytest.mark.parametrize(("line", "words"), DEATHS)
-def test_a_named_engine_that_does_not_start_is_an_error_and_not_another_engine(
-    script: Script, line: str, words: str
-) -> None:
-    """With what to install when a library is missing."""
+def test_a_named_engine_that_does_not_start_is_an_error(script: Script, line: str, words: str) -> None:
+    """With the library to install when one is missing."""
     named = script("named/llama-server", line)
     built = script("cache/x/bin/llama-server", says(2))
 
@@ -240,8 +238,8 @@ def test_a_named_engine_that_does_not_start_is_an_error_and_not_another_engine(
 
 @pytest.mark.real
 @pytest.mark.usefixtures("nothing_installed")
-def test_a_file_of_another_kind_of_machine_does_not_start(tmp_path: Path) -> None:
-    """As an x86-64 program on a Pi."""
+def test_a_program_of_another_architecture_does_not_start(tmp_path: Path) -> None:
+    """For example an x86-64 program on a Pi."""
     path = tmp_path / "cache" / "x" / "bin" / "llama-server"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"\x7fELF" + bytes(100))
@@ -253,8 +251,8 @@ def test_a_file_of_another_kind_of_machine_does_not_start(tmp_path: Path) -> Non
 
 @pytest.mark.real
 @pytest.mark.usefixtures("nothing_installed")
-def test_a_build_that_uses_what_this_processor_has_not_is_not_used(script: Script) -> None:
-    """It may start here, and end in the middle of an answer."""
+def test_skips_a_build_with_missing_cpu_features(script: Script) -> None:
+    """It may start here, and crash in the middle of an answer."""
     line = "system_info: CPU : SSE3 = 1 | AMX_INT8 = 1 | SVE = 1 |"
     foreign = script("cache/foreign/bin/llama-server", f'echo "{line}"; exit 1')
     own = script("cache/own/bin/llama-server", says(2))
@@ -275,10 +273,8 @@ def test_a_build_that_uses_what_this_processor_has_not_is_not_used(script: Scrip
         (("MATMUL_INT8", "DOTPROD"), "DOTPROD, MATMUL_INT8"),
     ],
 )
-def test_only_what_a_processor_lacks_makes_an_engine_foreign(
-    features: tuple[str, ...] | None, words: str | None
-) -> None:
-    """An engine that says nothing is believed."""
+def test_only_missing_features_make_an_engine_foreign(features: tuple[str, ...] | None, words: str | None) -> None:
+    """An engine that reports no features is accepted."""
     found = wrong_processor(EngineBinary("built", ("/x",), None, features), ("NEON", "ARM_FMA"))
 
     assert (found is None) == (words is None)
@@ -287,8 +283,8 @@ def test_only_what_a_processor_lacks_makes_an_engine_foreign(
 
 @pytest.mark.real
 @pytest.mark.usefixtures("nothing_installed")
-def test_a_chosen_engine_comes_before_newer_ones_but_after_the_named(script: Script) -> None:
-    """Until the choice is given back, or the engine does not start any more."""
+def test_the_chosen_engine_comes_after_the_named(script: Script) -> None:
+    """Until the choice is reset, or the engine no longer starts."""
     old = script("cache/old/bin/llama-server", says(2))
     new = script("cache/new/bin/llama-server", says(3))
     named = script("named/llama-server", says(1))
@@ -306,8 +302,8 @@ def test_a_chosen_engine_comes_before_newer_ones_but_after_the_named(script: Scr
 
 @pytest.mark.real
 @pytest.mark.usefixtures("nothing_installed")
-def test_the_engine_that_was_measured_to_be_faster_is_used_while_both_are_what_they_were(script: Script) -> None:
-    """Built anew, the comparison says nothing about it."""
+def test_uses_the_faster_engine_while_both_are_unchanged(script: Script) -> None:
+    """A rebuilt engine invalidates the comparison."""
     old = script("cache/old/bin/llama-server", says(2))
     new = script("cache/new/bin/llama-server", says(3))
     os.utime(old, (1, 1))
@@ -335,8 +331,8 @@ def test_the_engine_that_was_measured_to_be_faster_is_used_while_both_are_what_t
 
 @pytest.mark.real
 @pytest.mark.usefixtures("nothing_installed")
-def test_a_newer_build_is_told_what_an_older_one_would_not_know(script: Script) -> None:
-    """What its help names stands in its command, so that it is in every manifest too."""
+def test_a_newer_build_gets_its_own_switches(script: Script) -> None:
+    """They are part of its command, so every manifest records them."""
     helps = 'test "$1" = --help && echo "-fit, --fit [on|off]" && exit 0'
     newer = locate(script("newer", helps, says(9)))
     older = locate(script("older", says(1)))
@@ -349,7 +345,7 @@ def test_a_newer_build_is_told_what_an_older_one_would_not_know(script: Script) 
 @pytest.mark.real
 @pytest.mark.usefixtures("nothing_installed")
 def test_a_probe_loads_no_model_and_fetches_nothing(tmp_path: Path, script: Script) -> None:
-    """Looking for engines must be possible on a board that is offline and busy."""
+    """Probing must work on a board that is offline and busy."""
     locate(script("my-server", f'echo "$@" >> {tmp_path}/argv'))
 
     first, *others = (tmp_path / "argv").read_text().splitlines()
@@ -370,6 +366,6 @@ def test_a_probe_loads_no_model_and_fetches_nothing(tmp_path: Path, script: Scri
         ),
     ],
 )
-def test_each_engine_gets_its_flags_in_its_own_way(engine: EngineBinary, expected: list[str]) -> None:
+def test_each_engine_gets_its_flags_in_its_own_format(engine: EngineBinary, expected: list[str]) -> None:
     """A command line for llama-server, one JSON argument for the wheel."""
     assert [*engine.command, *expected] == engine.arguments(FLAGS)

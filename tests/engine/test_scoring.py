@@ -19,14 +19,14 @@ VOCABULARY = 512
 
 
 def score(*answers: bytes, context: Sequence[int] = (1, 2), continuation: Sequence[int] = (7, 8)) -> list[float]:
-    """What comes of a server that answers this."""
+    """Score against a server that sends these responses."""
     return score_and_listen(*answers, context=context, continuation=continuation)[0]
 
 
 def score_and_listen(
     *answers: bytes, context: Sequence[int] = (1, 2), continuation: Sequence[int] = (7, 8)
 ) -> tuple[list[float], list[dict[str, object]]]:
-    """The same, and what it was asked."""
+    """Score, and return the requests that the server received, too."""
 
     async def play() -> tuple[list[float], list[dict[str, object]]]:
         async with raw_server(*answers) as server, EngineClient(server.url) as client:
@@ -37,14 +37,14 @@ def score_and_listen(
 
 
 def token(number: int, logprob: float) -> bytes:
-    """The answer of a server that was made to say this token."""
+    """The response of a server that was forced to generate this token."""
     return answer(
         "200 OK", b'{"content": "x", "completion_probabilities": [{"id": %d, "logprob": %f}]}' % (number, logprob)
     )
 
 
-def test_nothing_to_condition_on_is_an_error() -> None:
-    """A begin token at least."""
+def test_rejects_an_empty_context() -> None:
+    """A begin token is the minimum."""
     with pytest.raises(ValueError, match="at least one token"):
         score(token(7, -1.0), context=())
 
@@ -54,14 +54,14 @@ def test_nothing_to_condition_on_is_an_error() -> None:
     [answer("200 OK", b'{"content": "x"}'), token(9, -1.0)],
     ids=["no-probabilities", "another-token"],
 )
-def test_a_server_that_cannot_be_forced_gives_no_score(reply: bytes) -> None:
-    """The probability of another token is not a small error but a wrong answer."""
+def test_rejects_a_server_that_cannot_be_forced(reply: bytes) -> None:
+    """The probability of another token is a wrong answer, not a small error."""
     with pytest.raises(EngineProtocolError, match="did not report the probability"):
         score(reply)
 
 
-def test_each_token_is_forced_after_those_before_it() -> None:
-    """One request a token, greedy, with the cache on."""
+def test_forces_each_token_after_its_predecessors() -> None:
+    """One request per token, greedy, with the cache on."""
     found, asked = score_and_listen(token(7, -1.5), token(8, -0.25))
 
     assert found == [-1.5, -0.25]
@@ -82,10 +82,10 @@ def test_each_token_is_forced_after_those_before_it() -> None:
     [[108, 300, 111], [108, 257], [108, 195, 188, 111]],
     ids=["letters", "end-of-text", "a-letter-of-two-tokens"],
 )
-def test_the_real_engine_gives_the_probabilities_of_its_whole_softmax(
+def test_scores_match_the_real_engines_softmax(
     tmp_path: Path, small_model: Path, embedded: EngineBinary, continuation: list[int]
 ) -> None:
-    """Each token against the full distribution, which sums up to one; half a character is a token like any other."""
+    """Each token against the full distribution, which sums to one; half a character is a token like any other."""
     flags = EngineFlags(model=str(small_model), port=free_port(), threads=1, context=256)
     context = [104, 101]
 

@@ -28,7 +28,7 @@ Use = Callable[[SimulatedEngine, EngineClient], Awaitable[Any]]
 
 
 def against(config: SimulationConfig, use: Use, *, fault: Fault | None = None, silence_s: float = 5.0) -> Any:
-    """What a client finds on an engine of that kind."""
+    """Run ``play`` with a client of a simulated engine."""
 
     async def play() -> Any:
         engine = SimulatedEngine(config, fault=fault)
@@ -39,12 +39,12 @@ def against(config: SimulationConfig, use: Use, *, fault: Fault | None = None, s
 
 
 async def talk(client: EngineClient, tokens: int = 5, **fields: Any) -> list[Arrival]:
-    """One streamed answer of that many tokens."""
+    """Stream one answer of that many tokens."""
     return await chat(client, {"messages": TALK, "max_tokens": tokens, **fields})
 
 
 async def listen_into(found: list[Arrival], client: EngineClient) -> None:
-    """The same, keeping what came before something went wrong."""
+    """Stream one answer into ``found``, which keeps what arrived before a failure."""
     async for arrival in client.stream_chat(CHAT | {"max_tokens": 10}):
         found.append(arrival)  # noqa: PERF401  a comprehension would lose all of it
 
@@ -66,7 +66,7 @@ async def idle(client: EngineClient) -> bool:
     ids=["refuse", "stall", "cut", "malformed", "error"],
 )
 def test_each_fault_looks_like_the_real_one(fault: Fault, kind: type[EngineError], word: str) -> None:
-    """After exactly the tokens that it lets pass."""
+    """After exactly the configured number of tokens."""
 
     async def listen(_engine: SimulatedEngine, client: EngineClient) -> list[Arrival]:
         found: list[Arrival] = []
@@ -80,8 +80,8 @@ def test_each_fault_looks_like_the_real_one(fault: Fault, kind: type[EngineError
 
 
 @pytest.mark.real
-def test_a_death_takes_the_process() -> None:
-    """Its client is told that the connection is gone, and nobody listens any more."""
+def test_the_fault_die_ends_the_process() -> None:
+    """Its client reports the lost connection, and the port is closed."""
     command = [sys.executable, "-m", "promptai", "engine", "simulate", "--fault", "die", "--after-tokens", "2"]
     with subprocess.Popen([*command, "--time-scale", "1000"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -98,8 +98,8 @@ def test_a_death_takes_the_process() -> None:
         assert process.wait(timeout=20) == 9
 
 
-def test_a_stall_shorter_than_the_patience_costs_nothing_but_time() -> None:
-    """The answer is whole."""
+def test_survives_a_stall_shorter_than_the_limit() -> None:
+    """The answer is complete."""
 
     async def listen(_engine: SimulatedEngine, client: EngineClient) -> tuple[str, float]:
         found = await talk(client)
@@ -113,8 +113,8 @@ def test_a_stall_shorter_than_the_patience_costs_nothing_but_time() -> None:
     assert gap_s >= 0.1
 
 
-def test_a_fault_hits_the_requests_that_it_is_meant_for() -> None:
-    """The first is spared, the next two are hit, then the engine is well again."""
+def test_a_fault_affects_the_configured_requests() -> None:
+    """The first is served, the next two fail, then the engine works again."""
 
     async def outcomes(_engine: SimulatedEngine, client: EngineClient) -> list[bool]:
         found = []
@@ -128,7 +128,7 @@ def test_a_fault_hits_the_requests_that_it_is_meant_for() -> None:
     assert against(FAST, outcomes, fault=Fault(kind="refuse", skip=1, times=2)) == [True, False, False, True, True]
 
 
-def test_a_fault_can_be_armed_and_cleared_from_outside() -> None:
+def test_sets_and_clears_a_fault_over_http() -> None:
     """An unknown one is refused, and changes nothing."""
 
     async def play(engine: SimulatedEngine, client: EngineClient) -> list[bool | None]:
@@ -147,8 +147,8 @@ def test_a_fault_can_be_armed_and_cleared_from_outside() -> None:
 
 
 @pytest.mark.parametrize("words", [16, 40], ids=["exactly-full", "far-too-many"])
-def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(words: int) -> None:
-    """As llama-server does: an answer needs a token of its own, and nothing is cut off in silence."""
+def test_refuses_a_prompt_that_does_not_fit(words: int) -> None:
+    """With the numbers, like llama-server: an answer needs at least one token, and nothing is truncated."""
     counts = rf"request \({words + 4} tokens\) exceeds the available context size \(20 tokens\)"
 
     async def play(_engine: SimulatedEngine, client: EngineClient) -> str | None:
@@ -159,8 +159,8 @@ def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(words: int) -> N
     assert against(msgspec.structs.replace(FAST, context=20), play) == "exceed_context_size_error"
 
 
-def test_an_answer_ends_where_the_context_does() -> None:
-    """With the reason that a limit has; down to a single token."""
+def test_an_answer_ends_with_the_context() -> None:
+    """With the finish reason of a limit; down to a single token."""
 
     async def play(_engine: SimulatedEngine, client: EngineClient) -> tuple[Usage | None, list[str]]:
         found = await talk(client, tokens=1000)
@@ -173,8 +173,8 @@ def test_an_answer_ends_where_the_context_does() -> None:
     assert against(msgspec.structs.replace(FAST, context=usage.prompt_tokens + 1), play)[0].completion_tokens == 1
 
 
-def test_while_it_loads_it_refuses_and_then_it_is_ready() -> None:
-    """Not before its time."""
+def test_refuses_requests_while_loading() -> None:
+    """And is ready afterwards, not before its time."""
     config = msgspec.structs.replace(FAST, load_s=0.2)
 
     async def play(_engine: SimulatedEngine, client: EngineClient) -> tuple[bool, float]:
@@ -206,8 +206,8 @@ def test_while_it_loads_it_refuses_and_then_it_is_ready() -> None:
     ],
     ids=["no-json", "number", "text", "fraction", "empty", "not-utf-8"],
 )
-def test_a_request_that_is_none_is_refused_as_llama_server_does(path: str, body: bytes) -> None:
-    """400, with the kind that clients look for."""
+def test_refuses_malformed_requests_like_llama_server(path: str, body: bytes) -> None:
+    """400, with the error type that clients check."""
 
     async def play(engine: SimulatedEngine, _client: EngineClient) -> tuple[int, Any]:
         async with aiohttp.ClientSession() as session, session.post(engine.base_url + path, data=body) as response:
@@ -218,8 +218,8 @@ def test_a_request_that_is_none_is_refused_as_llama_server_does(path: str, body:
     assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
 
 
-def test_two_engines_cannot_have_one_port() -> None:
-    """The second one says so and leaves nothing behind."""
+def test_two_engines_cannot_share_a_port() -> None:
+    """The second one reports it and leaves nothing behind."""
 
     async def play(engine: SimulatedEngine, client: EngineClient) -> bool:
         port = int(engine.base_url.rpartition(":")[2])
@@ -230,8 +230,8 @@ def test_two_engines_cannot_have_one_port() -> None:
     assert against(FAST, play)
 
 
-def test_a_client_that_leaves_frees_its_slot() -> None:
-    """One that is being answered, and one that still waits behind it."""
+def test_a_disconnected_client_frees_its_slot() -> None:
+    """One whose answer is streaming, and one that waits behind it."""
 
     async def play(engine: SimulatedEngine, client: EngineClient) -> list[int]:
         async def arrived() -> bool:
@@ -255,8 +255,8 @@ def test_a_client_that_leaves_frees_its_slot() -> None:
     assert (waited, last) == (0, 2)
 
 
-def test_slots_and_metrics_tell_who_is_served_and_who_waits() -> None:
-    """Two slots, three long answers: one waits, and none after the clients have gone."""
+def test_slots_and_metrics_show_running_and_waiting_requests() -> None:
+    """Two slots, three long answers: one waits, and none after the clients have disconnected."""
 
     async def play(_engine: SimulatedEngine, client: EngineClient) -> str:
         async def waits() -> bool:
@@ -277,9 +277,9 @@ def test_slots_and_metrics_tell_who_is_served_and_who_waits() -> None:
     assert metrics.startswith("llamacpp:requests_processing 0\nllamacpp:requests_deferred 0\n")
 
 
-def test_props_slots_and_tokens_agree_with_what_is_counted() -> None:
-    """One truth: the template's text, its tokens, the usage, the timings and the chunks."""
-    config = msgspec.structs.replace(FAST, slots=3, context=500, model="pretended-1b", answer_tokens=30)
+def test_props_slots_and_token_counts_agree() -> None:
+    """The template's text, its tokens, the usage, the timings and the chunks."""
+    config = msgspec.structs.replace(FAST, slots=3, context=500, model="simulated-1b", answer_tokens=30)
 
     async def play(engine: SimulatedEngine, client: EngineClient) -> None:
         props = await client.props()
@@ -288,8 +288,8 @@ def test_props_slots_and_tokens_agree_with_what_is_counted() -> None:
             props.default_generation_settings.n_ctx,
             props.model_alias,
             props.build_info,
-        ) == (3, 500, "pretended-1b", "simulated")
-        assert await client.models() == ["pretended-1b"]
+        ) == (3, 500, "simulated-1b", "simulated")
+        assert await client.models() == ["simulated-1b"]
         assert [Slot(number, n_ctx=500) for number in range(3)] == await client.slots()
 
         found = await talk(client, tokens=100)
@@ -311,8 +311,8 @@ def test_props_slots_and_tokens_agree_with_what_is_counted() -> None:
 
 
 @pytest.mark.parametrize("cache", [False, True], ids=["off", "on"])
-def test_the_cache_is_used_when_it_may_be_and_accounted_for(cache: bool) -> None:  # noqa: FBT001  a table
-    """In usage, in timings and in the notes alike."""
+def test_uses_and_reports_the_cache(cache: bool) -> None:  # noqa: FBT001  a table
+    """In usage, in timings and in the engine's record."""
 
     async def play(engine: SimulatedEngine, client: EngineClient) -> tuple[int, int]:
         await talk(client, cache_prompt=cache)
@@ -330,8 +330,8 @@ def test_the_cache_is_used_when_it_may_be_and_accounted_for(cache: bool) -> None
     assert (prompt - 1 if cache else 0) == cached
 
 
-def test_streamed_or_not_or_as_plain_completion_the_text_is_the_same() -> None:
-    """Three ways to ask for one answer."""
+def test_every_api_returns_the_same_text() -> None:
+    """Streamed, not streamed, and as a plain completion."""
 
     async def play(engine: SimulatedEngine, client: EngineClient) -> set[str]:
         streamed = text_of(await talk(client, tokens=12))
@@ -347,8 +347,8 @@ def test_streamed_or_not_or_as_plain_completion_the_text_is_the_same() -> None:
     assert len(against(FAST, play)) == 1
 
 
-def test_streams_at_the_same_time_are_not_mixed_up() -> None:
-    """Each gets what it would get alone."""
+def test_concurrent_streams_are_not_mixed_up() -> None:
+    """Each gets the text that it would get alone."""
 
     async def play(_engine: SimulatedEngine, client: EngineClient) -> tuple[list[str], list[str]]:
         bodies = [
@@ -364,8 +364,8 @@ def test_streams_at_the_same_time_are_not_mixed_up() -> None:
     assert len(set(alone)) == 6
 
 
-def test_the_notes_are_of_real_times_and_never_before_the_configured_ones() -> None:
-    """20 tokens of prompt at 200 a second and then one each 20 ms; a busy machine may be later, never earlier."""
+def test_records_real_times_never_earlier_than_configured() -> None:
+    """20 prompt tokens at 200 per second, then one token each 20 ms; a busy machine may be later, never earlier."""
     config = SimulationConfig(prefill_tps=100.0, decode_tps=25.0, time_scale=2.0)
 
     async def play(engine: SimulatedEngine, client: EngineClient) -> tuple[float, list[Arrival], Sent, float]:

@@ -1,4 +1,4 @@
-"""What the pretended engine reads and says: the forms of llama-server, on virtual time."""
+"""The simulated engine's API in llama-server's formats, on virtual time."""
 
 import asyncio
 from typing import Any
@@ -35,15 +35,15 @@ from support_simulator import (
     ],
     ids=["roles", "null", "parts", "unknown-fields"],
 )
-def test_messages_may_have_any_of_the_forms_in_use(body: dict[str, Any]) -> None:
-    """And fields may come that nobody knows here."""
+def test_accepts_messages_in_every_format(body: dict[str, Any]) -> None:
+    """And ignores unknown fields."""
     answer = against(lambda upstream: ask(upstream, max_tokens=3, **body))
 
     assert len(answer["choices"][0]["message"]["content"].split()) == 3
 
 
-def test_parts_of_a_message_are_joined_by_line_feeds() -> None:
-    """As llama-server joins them."""
+def test_joins_the_parts_of_a_message_with_line_feeds() -> None:
+    """Like llama-server."""
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
 
     found = against(lambda up: ask(up, "/apply-template", messages=[{"role": "user", "content": parts}]))
@@ -51,8 +51,8 @@ def test_parts_of_a_message_are_joined_by_line_feeds() -> None:
     assert found == {"prompt": "<|user|>a\nb<|end|><|assistant|>"}
 
 
-def test_a_pinned_request_waits_for_its_slot_and_holds_nobody_up() -> None:
-    """Slot 0 is busy for long; whoever comes later takes slot 1 meanwhile; a number that is none is none."""
+def test_a_pinned_request_waits_without_blocking_others() -> None:
+    """Slot 0 is busy for long; later requests take slot 1 meanwhile; an unknown slot number is ignored."""
 
     async def play(upstream: SimulatedUpstream) -> list[tuple[int, float]]:
         loop = asyncio.get_running_loop()
@@ -69,8 +69,8 @@ def test_a_pinned_request_waits_for_its_slot_and_holds_nobody_up() -> None:
     assert free[1] < unknown[1] < long[1] < pinned[1]
 
 
-def test_progress_is_told_with_the_slot_and_after_each_batch() -> None:
-    """In every form: at once, after 40 tokens, and with the prompt's end; then the first token."""
+def test_reports_progress_with_the_slot_and_after_each_batch() -> None:
+    """In every format: at once, after 40 tokens, and at the end of the prompt; then the first token."""
     prompt = list(range(1, 61))
 
     async def play(upstream: SimulatedUpstream) -> dict[str, list[Piece]]:
@@ -92,7 +92,7 @@ def test_progress_is_told_with_the_slot_and_after_each_batch() -> None:
     assert first == [{"index": 0, "delta": {"role": "assistant", "content": None}, "finish_reason": None}]
 
 
-def test_what_is_cached_has_been_processed_when_it_begins() -> None:
+def test_progress_starts_with_the_cached_tokens() -> None:
     """The second time only the last token is computed."""
 
     async def play(upstream: SimulatedUpstream) -> list[Any]:
@@ -105,8 +105,8 @@ def test_what_is_cached_has_been_processed_when_it_begins() -> None:
     assert end["processed"] == end["total"]
 
 
-def test_a_chat_s_account_stands_where_llama_server_puts_it() -> None:
-    """With usage in a chunk of its own where it is asked for; otherwise beside the reason of the end."""
+def test_places_usage_and_timings_like_llama_server() -> None:
+    """With usage in a separate chunk when requested; otherwise timings beside the finish reason."""
 
     async def play(upstream: SimulatedUpstream) -> tuple[list[Any], list[Any]]:
         plain = await listen(upstream, max_tokens=2)
@@ -120,8 +120,8 @@ def test_a_chat_s_account_stands_where_llama_server_puts_it() -> None:
     assert "timings" not in counted[-2]
 
 
-def test_the_three_streams_and_the_three_answers_say_the_same() -> None:
-    """Of one prompt, as messages, as text and as ids."""
+def test_three_streams_and_three_responses_agree() -> None:
+    """For one prompt as messages, as text and as ids."""
 
     async def play(upstream: SimulatedUpstream) -> set[str]:
         prompt = await ids(upstream)
@@ -141,8 +141,8 @@ def test_the_three_streams_and_the_three_answers_say_the_same() -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 7, 26])
-def test_an_answer_is_continued_on_another_engine_from_its_ids(cut: int) -> None:
-    """A chat that lost its engine goes on as ids, to the same words and the same end."""
+def test_continues_an_answer_on_another_engine_by_ids(cut: int) -> None:
+    """A chat that lost its engine continues with the same text to the same end."""
     config = msgspec.structs.replace(CONFIG, answer_tokens=60)
 
     async def play(upstream: SimulatedUpstream) -> tuple[str, str, str, str]:
@@ -163,8 +163,8 @@ def test_an_answer_is_continued_on_another_engine_from_its_ids(cut: int) -> None
     assert stop_type == "eos"
 
 
-def test_embeddings_are_small_equal_for_equals_and_of_length_one() -> None:
-    """One text, several, one as ids, several as ids."""
+def test_embeddings_are_deterministic_unit_vectors() -> None:
+    """For one text, several, one as ids, several as ids."""
 
     async def play(upstream: SimulatedUpstream) -> list[Any]:
         tokens = (await ask(upstream, "/tokenize", content="mast"))["tokens"]

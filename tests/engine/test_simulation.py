@@ -21,12 +21,12 @@ TALK = [
 
 
 def request(tokens: int, answer: int = 1, *, first: int = 0, cache: bool = True) -> Request:
-    """A prompt of that many tokens, counted up from ``first``."""
+    """Return a request whose prompt counts up from ``first``."""
     return Request(list(range(first, first + tokens)), max_tokens=answer, use_cache=cache)
 
 
 def play(scheduler: Scheduler, *requests: Request, start: float = 100.0) -> list[tuple[float, list[Emission]]]:
-    """Give it these requests at once; the time at the end of each step, and what came out."""
+    """Add these requests at once; return the time at the end of each step, and its tokens."""
     for one in requests:
         scheduler.add(one)
     return list(steps(scheduler, start))
@@ -40,12 +40,12 @@ def steps(scheduler: Scheduler, now: float) -> Iterator[tuple[float, list[Emissi
 
 
 def ends(played: list[tuple[float, list[Emission]]]) -> list[float]:
-    """Seconds from the start to the end of each step."""
+    """Return the seconds from the start to the end of each step."""
     return [now - 100.0 for now, _ in played]
 
 
 def text(played: list[tuple[float, list[Emission]]], wanted: Request) -> str:
-    """What one request was answered."""
+    """Return the answer to one request."""
     return "".join(emission.text for _, emissions in played for emission in emissions if emission.request is wanted)
 
 
@@ -54,20 +54,20 @@ def text(played: list[tuple[float, list[Emission]]], wanted: Request) -> str:
     [{"prefil_tps": 1.0}, {"slots": "2"}, {"time_scale": "fast"}],
     ids=["misspelt", "text-slots", "text-scale"],
 )
-def test_a_setting_that_is_not_one_is_refused(fields: dict[str, object]) -> None:
-    """A pretended engine of another speed than the one that was meant is no ground truth."""
+def test_rejects_invalid_settings(fields: dict[str, object]) -> None:
+    """A simulated engine with another speed than intended is not ground truth."""
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(fields, SimulationConfig)
 
 
 def test_an_idle_engine_does_nothing() -> None:
-    """And takes no time over it."""
+    """And takes no time."""
     assert Scheduler(CONFIG).step(5.0) == (0.0, [])
 
 
 @pytest.mark.parametrize("scale", [1.0, 20.0], ids=["as-set", "twenty-times-as-fast"])
-def test_one_stream_has_exactly_the_rates_that_were_set(scale: float) -> None:
-    """100 tokens at 50 a second, then one token each tenth of a second; the first belongs to prefill."""
+def test_one_stream_has_exactly_the_configured_rates(scale: float) -> None:
+    """100 tokens at 50 per second, then one token each tenth of a second; the first belongs to prefill."""
     config = msgspec.structs.replace(CONFIG, time_scale=scale)
     asked = request(100, answer=4)
 
@@ -80,8 +80,8 @@ def test_one_stream_has_exactly_the_rates_that_were_set(scale: float) -> None:
     assert (timings.prompt_ms, timings.predicted_ms) == pytest.approx((2000 / scale, 300 / scale), abs=EXACT * 1000)
 
 
-def test_before_anything_was_computed_the_account_is_empty() -> None:
-    """Not an error: somebody may look."""
+def test_timings_are_zero_before_the_first_step() -> None:
+    """Reading them early is not an error."""
     assert Timings(10, 0.0, 0, 0.0, cache_n=0) == request(10).timings
 
 
@@ -90,7 +90,7 @@ def test_before_anything_was_computed_the_account_is_empty() -> None:
     [(1, 0.5, 0.1), (2, 0.5, 0.15), (3, 0.5, 0.2), (4, 0.0, 0.1), (4, 1.0, 0.4)],
     ids=["alone", "two", "three", "free-batching", "no-gain"],
 )
-def test_each_further_stream_slows_the_step_by_its_share(streams: int, slowdown: float, step_s: float) -> None:
+def test_each_further_stream_slows_the_step(streams: int, slowdown: float, step_s: float) -> None:
     """One step computes one token of every stream."""
     config = msgspec.structs.replace(CONFIG, slots=4, decode_slowdown=slowdown)
 
@@ -101,8 +101,8 @@ def test_each_further_stream_slows_the_step_by_its_share(streams: int, slowdown:
     assert [streams] * 3 == [len(emissions) for _, emissions in played]
 
 
-def test_more_requests_than_slots_wait_in_order_of_arrival() -> None:
-    """The wait is not part of the engine's account."""
+def test_requests_beyond_the_slots_wait_in_order() -> None:
+    """Waiting is not part of the timings."""
     asked = [request(50, 2, first=1000 * n) for n in range(3)]
 
     play(Scheduler(CONFIG), *asked)
@@ -111,7 +111,7 @@ def test_more_requests_than_slots_wait_in_order_of_arrival() -> None:
     assert pytest.approx([one.timings.prompt_ms for one in asked], abs=EXACT * 1000) == [1000.0] * 3
 
 
-def test_a_long_prompt_is_computed_in_batches_between_which_others_decode() -> None:
+def test_decodes_between_the_batches_of_a_long_prompt() -> None:
     """1200 tokens in steps of 512, 512 and 176; the other stream gets a token with each."""
     scheduler = Scheduler(msgspec.structs.replace(CONFIG, slots=2))
     talking, long = request(1, 5), request(1200, 1, first=5000)
@@ -127,8 +127,8 @@ def test_a_long_prompt_is_computed_in_batches_between_which_others_decode() -> N
     ]
 
 
-def test_prompts_share_the_batch_in_the_order_of_their_slots() -> None:
-    """The second one gets what the first one leaves."""
+def test_prompts_share_the_batch_in_slot_order() -> None:
+    """The second gets what the first leaves."""
     scheduler = Scheduler(msgspec.structs.replace(CONFIG, slots=2, batch=100))
     one, two = request(150, 1), request(80, 1, first=5000)
 
@@ -148,8 +148,8 @@ def test_prompts_share_the_batch_in_the_order_of_their_slots() -> None:
         pytest.param([1, 2, 3], [1, 2], 1, id="shorter"),
     ],
 )
-def test_a_slot_remembers_the_start_that_prompts_share(earlier: list[int], prompt: list[int], cached: int) -> None:
-    """What was computed is not computed again, but for the last token, whose logits are needed."""
+def test_a_slot_reuses_the_shared_prefix(earlier: list[int], prompt: list[int], cached: int) -> None:
+    """Except for the last token, whose logits are needed."""
     scheduler = Scheduler(CONFIG)
     play(scheduler, Request(earlier, max_tokens=1, use_cache=True))
 
@@ -161,8 +161,8 @@ def test_a_slot_remembers_the_start_that_prompts_share(earlier: list[int], promp
         assert asked.timings.prompt_ms == pytest.approx((len(prompt) - expected) / 50 * 1000, abs=EXACT * 1000)
 
 
-def test_the_next_turn_finds_the_whole_conversation_in_the_cache() -> None:
-    """Prompt and answer, as a client gives them back."""
+def test_the_next_turn_finds_the_conversation_in_the_cache() -> None:
+    """Prompt and answer, as a client returns them."""
     scheduler = Scheduler(CONFIG)
     first = Request(tokenize(render(TALK)), max_tokens=20, use_cache=True)
     answer = text(play(scheduler, first), first)
@@ -174,8 +174,8 @@ def test_the_next_turn_finds_the_whole_conversation_in_the_cache() -> None:
     assert len(first.prompt) + 20 == second.cached
 
 
-def test_a_request_goes_to_the_slot_that_knows_most_of_it() -> None:
-    """Not to the first one that is free."""
+def test_a_request_goes_to_the_slot_with_the_longest_prefix() -> None:
+    """Not to the first free one."""
     scheduler = Scheduler(msgspec.structs.replace(CONFIG, slots=3))
     play(scheduler, *(request(100, 1, first=1000 * n) for n in range(3)))
 
@@ -187,8 +187,8 @@ def test_a_request_goes_to_the_slot_that_knows_most_of_it() -> None:
 
 
 @pytest.mark.parametrize(("template", "slot"), [(10, 1), (11, 2)], ids=["a tenth", "more"])
-def test_what_begins_alike_by_no_more_than_a_tenth_takes_the_slot_that_was_left_first(template: int, slot: int) -> None:
-    """As llama-server: or the words of a template would cost a conversation its cache."""
+def test_a_short_shared_prefix_takes_the_oldest_slot(template: int, slot: int) -> None:
+    """Up to a tenth, like llama-server: otherwise the words of a template would cost a conversation its cache."""
     scheduler = Scheduler(msgspec.structs.replace(CONFIG, slots=3))
     marks = list(range(template))
     lives = [[n] * 50 for n in (1000, 2000)] + [marks + [3000] * 50]
@@ -204,8 +204,8 @@ def test_what_begins_alike_by_no_more_than_a_tenth_takes_the_slot_that_was_left_
     assert question.slot == slot
 
 
-def test_who_leaves_frees_the_slot_and_only_what_was_computed_is_remembered() -> None:
-    """In the middle of prefill, with somebody waiting, and somebody else waiting who leaves too."""
+def test_a_dropped_request_leaves_only_its_computed_tokens() -> None:
+    """In the middle of prefill, with one request waiting and another waiting one dropped."""
     scheduler = Scheduler(msgspec.structs.replace(CONFIG, batch=64))
     left, waits, leaves_too = request(200), request(200), request(1)
     for one in (left, waits, leaves_too):
@@ -221,8 +221,8 @@ def test_who_leaves_frees_the_slot_and_only_what_was_computed_is_remembered() ->
     assert scheduler.idle
 
 
-def test_whoever_wants_one_slot_waits_for_it_and_lets_others_pass() -> None:
-    """In order of arrival among those that want the same; a number that no slot has is none."""
+def test_a_request_for_one_slot_lets_others_pass() -> None:
+    """Requests for the same slot keep their order; an unknown slot number is ignored."""
     scheduler = Scheduler(msgspec.structs.replace(CONFIG, slots=2))
     first, pinned, again, free = (
         Request([n] * 10, max_tokens=2, use_cache=True, id_slot=slot) for n, slot in enumerate((0, 0, 0, 9))
@@ -236,8 +236,8 @@ def test_whoever_wants_one_slot_waits_for_it_and_lets_others_pass() -> None:
     assert pinned.t_last == again.t_start
 
 
-def test_a_step_tells_who_got_a_slot_and_whose_prompt_it_computed() -> None:
-    """Which is what progress is made of."""
+def test_a_step_lists_started_and_prompted_requests() -> None:
+    """Progress is made from these."""
     scheduler = Scheduler(msgspec.structs.replace(CONFIG, slots=2, batch=100))
     one, two = request(150, 1), request(80, 1, first=5000)
     scheduler.add(one)
@@ -251,8 +251,8 @@ def test_a_step_tells_who_got_a_slot_and_whose_prompt_it_computed() -> None:
     assert found == [([one, two], [one]), ([], [one, two]), ([], [two])]
 
 
-def test_an_empty_prompt_takes_nothing_from_the_cache() -> None:
-    """No account says that less than nothing was cached."""
+def test_an_empty_prompt_uses_no_cache() -> None:
+    """The number of cached tokens is never negative."""
     asked = Request([], max_tokens=1, use_cache=True)
 
     play(Scheduler(CONFIG), asked)
@@ -260,7 +260,7 @@ def test_an_empty_prompt_takes_nothing_from_the_cache() -> None:
     assert (asked.timings.cache_n, asked.timings.prompt_n) == (0, 0)
 
 
-def test_an_answer_goes_on_the_same_from_any_cut() -> None:
+def test_an_answer_continues_the_same_from_any_cut() -> None:
     """As tokens and as the text of a trailing assistant message, to the same end."""
     config = msgspec.structs.replace(CONFIG, answer_tokens=25)
     whole = Request(tokenize(render(TALK)), max_tokens=200, use_cache=True)
@@ -276,8 +276,8 @@ def test_an_answer_goes_on_the_same_from_any_cut() -> None:
         assert rest.finish_reason == "stop"
 
 
-def test_an_answer_depends_on_all_that_stands_before_it_and_on_nothing_else() -> None:
-    """Neither on cache, slots nor company; but on a single word long ago."""
+def test_an_answer_depends_only_on_its_prompt() -> None:
+    """Not on cache, slots or other streams, but on every single word."""
     other = [Message("system", "You watch a network hedge."), *TALK[1:]]
     alone, accompanied, changed = (
         Request(tokenize(render(talk)), max_tokens=30, use_cache=True) for talk in (TALK, TALK, other)
@@ -290,8 +290,8 @@ def test_an_answer_depends_on_all_that_stands_before_it_and_on_nothing_else() ->
     assert one != text(played, changed)
 
 
-def test_the_mean_length_is_the_one_that_was_set() -> None:
-    """Over 2000 prompts, within 10 %; and the cap holds."""
+def test_answers_have_the_configured_mean_length() -> None:
+    """Over 2000 prompts, within 10 %; max_tokens still holds."""
     config = msgspec.structs.replace(CONFIG, answer_tokens=20, slots=100)
     asked = [request(3, 100, first=7 * n) for n in range(2000)]
 
@@ -319,20 +319,20 @@ def test_the_mean_length_is_the_one_that_was_set() -> None:
         ("üöäßêé🚀", 2),
     ],
 )
-def test_text_is_cut_into_pieces_of_at_most_six_characters(string: str, count: int) -> None:
-    """White space goes with the word that follows it; marks of the template are one token."""
+def test_cuts_text_into_pieces_of_at_most_six_characters(string: str, count: int) -> None:
+    """White space belongs to the following word; template marks are one token."""
     assert count == len(tokenize(string))
 
 
 def test_the_template_leaves_a_trailing_answer_open() -> None:
-    """To be continued; otherwise it asks for a new one."""
+    """It can be continued; otherwise the template begins a new answer."""
     assert render([Message("user", "a"), Message("assistant", "b")]) == "<|user|>a<|end|><|assistant|>b"
     assert render([Message("user", "a")]) == "<|user|>a<|end|><|assistant|>"
     assert render([]) == "<|assistant|>"
 
 
-def test_a_hash_folded_in_two_parts_is_the_hash_of_the_whole() -> None:
-    """Which is what lets an answer be continued."""
+def test_folding_in_two_parts_equals_folding_at_once() -> None:
+    """This allows an answer to be continued."""
     tokens = tokenize(render(TALK))
 
     assert {fold(0, tokens)} == {fold(fold(0, tokens[:cut]), tokens[cut:]) for cut in range(len(tokens))}
@@ -340,7 +340,7 @@ def test_a_hash_folded_in_two_parts_is_the_hash_of_the_whole() -> None:
 
 
 @pytest.mark.real
-def test_every_process_gives_the_same_answer() -> None:
+def test_every_process_generates_the_same_answer() -> None:
     """Whatever the seed of Python's own hashes."""
     program = (
         "from promptai.engine.simulation import *\n"

@@ -1,4 +1,4 @@
-"""The pretended engine in this process: what goes wrong, and what time it takes."""
+"""The simulated engine in this process: its faults and its timing."""
 
 import asyncio
 import contextlib
@@ -39,8 +39,8 @@ from support_simulator import (
     ],
     ids=["refuse", "stall", "cut", "die"],
 )
-def test_each_fault_hits_each_kind_of_stream(path: str, fault: Fault, kind: type[EngineError], word: str) -> None:
-    """After exactly the tokens that it lets pass; of the words of a refusal nothing is lost."""
+def test_each_fault_affects_each_kind_of_stream(path: str, fault: Fault, kind: type[EngineError], word: str) -> None:
+    """After exactly the configured tokens; the body of a refusal is complete."""
 
     async def play(upstream: SimulatedUpstream) -> tuple[list[Piece], bool]:
         found: list[Piece] = []
@@ -61,8 +61,8 @@ def test_each_fault_hits_each_kind_of_stream(path: str, fault: Fault, kind: type
     ("kind", "last"),
     [("malformed", '{"choices": [{"delta"'), ("error", '"message":"failed, as configured"')],
 )
-def test_what_is_wrong_in_a_stream_is_handed_on(kind: Any, last: str) -> None:
-    """Whoever relays it decides what it means."""
+def test_passes_on_errors_inside_a_stream(kind: Any, last: str) -> None:
+    """The reader decides what they mean."""
     pieces = against(lambda upstream: listen(upstream, max_tokens=3), fault=Fault(kind=kind, after_tokens=1))
 
     assert any(last in event.data for piece in pieces for event in piece.events)
@@ -72,8 +72,8 @@ def test_what_is_wrong_in_a_stream_is_handed_on(kind: Any, last: str) -> None:
     ("kind", "found"),
     [("error", 500), ("malformed", 200), ("refuse", 503), ("cut", "broke off"), ("die", "broke off")],
 )
-def test_an_answer_at_once_has_the_same_faults(kind: Any, found: int | str) -> None:
-    """As far as it can."""
+def test_whole_responses_have_the_same_faults(kind: Any, found: int | str) -> None:
+    """As far as they apply."""
 
     async def play(upstream: SimulatedUpstream) -> int:
         return (await upstream.post(A, CHAT, msgspec.json.encode({"messages": TALK}), limit_s=1e6)).status
@@ -88,8 +88,8 @@ def test_an_answer_at_once_has_the_same_faults(kind: Any, found: int | str) -> N
 
 @pytest.mark.parametrize("way", ["stream", "ask", "get"])
 @pytest.mark.parametrize("url", ["http://nowhere:9", A], ids=["unknown", "killed"])
-def test_nobody_answers_where_there_is_no_engine(url: str, way: str) -> None:
-    """An unknown address, and one whose engine was killed."""
+def test_refuses_connections_without_an_engine(url: str, way: str) -> None:
+    """At an unknown URL, and at one whose engine was killed."""
 
     async def play(upstream: SimulatedUpstream) -> None:
         upstream.kill(A)
@@ -104,8 +104,8 @@ def test_nobody_answers_where_there_is_no_engine(url: str, way: str) -> None:
         against(play)
 
 
-def test_killing_breaks_off_whatever_runs_or_waits() -> None:
-    """Streams, an answer at once, one in the queue and one that is stalled; others go on."""
+def test_killing_breaks_off_every_request() -> None:
+    """Streams, a whole response, a queued and a stalled one; other engines continue."""
 
     async def play(upstream: SimulatedUpstream) -> list[Any]:
         asked = [
@@ -126,8 +126,8 @@ def test_killing_breaks_off_whatever_runs_or_waits() -> None:
     assert len(text(well).split()) == 50
 
 
-def test_a_revived_engine_has_forgotten_everything_and_loads_again() -> None:
-    """Its slots are empty, its address is the same."""
+def test_a_revived_engine_loads_again_with_empty_slots() -> None:
+    """At the same URL."""
     config = msgspec.structs.replace(CONFIG, load_s=10.0)
 
     async def cached(upstream: SimulatedUpstream) -> int:
@@ -150,8 +150,8 @@ def test_a_revived_engine_has_forgotten_everything_and_loads_again() -> None:
     assert (loading, ready) == (503, 200)
 
 
-def test_a_stream_that_is_none_is_told_from_one() -> None:
-    """It was not asked to be one; and a prompt that is too long is refused with its envelope."""
+def test_distinguishes_whole_responses_from_streams() -> None:
+    """One was not requested as a stream; another is a refusal of a prompt that is too long."""
 
     async def too_long(upstream: SimulatedUpstream) -> None:
         await listen(upstream, NATIVE, prompt=[1] * 9000)
@@ -168,7 +168,7 @@ def test_a_stream_that_is_none_is_told_from_one() -> None:
 
 
 @pytest.mark.parametrize("limit_s", [0.1, 2.0])
-def test_an_answer_that_takes_too_long_is_given_up_and_frees_its_slot(limit_s: float) -> None:
+def test_a_timeout_frees_the_slot(limit_s: float) -> None:
     """In prefill and in decode."""
 
     async def play(upstream: SimulatedUpstream) -> bool:
@@ -179,7 +179,7 @@ def test_an_answer_that_takes_too_long_is_given_up_and_frees_its_slot(limit_s: f
     assert against(play)
 
 
-def test_whoever_closes_a_stream_frees_its_slot_at_once() -> None:
+def test_closing_a_stream_frees_its_slot_at_once() -> None:
     """In the middle of prefill, and of an answer."""
 
     async def play(upstream: SimulatedUpstream) -> list[bool]:
@@ -195,8 +195,8 @@ def test_whoever_closes_a_stream_frees_its_slot_at_once() -> None:
     assert against(play) == [True, True]
 
 
-def test_an_hour_of_a_board_is_an_hour_of_its_clock() -> None:
-    """3,600 tokens at one a second, in no time."""
+def test_an_hour_of_a_board_passes_at_once() -> None:
+    """3,600 tokens at one per second, on virtual time."""
     config = msgspec.structs.replace(CONFIG, decode_tps=1.0)
 
     async def play(upstream: SimulatedUpstream) -> float:

@@ -31,7 +31,7 @@ def archive(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The stand-in's tools, first on PATH."""
+    """Environment with the stand-in tools first on PATH."""
     found = write_toolchain(tmp_path / "tools")
     for name, value in found.items():
         monkeypatch.setenv(name, value)
@@ -74,7 +74,7 @@ def link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarIn
     ],
     ids=["path", "path-out-of-source", "absolute-link", "relative-link", "hard-link", "device"],
 )
-def test_what_leads_out_of_the_folder_is_not_unpacked(tmp_path: Path, member: tarfile.TarInfo, data: bytes) -> None:
+def test_does_not_unpack_outside_the_folder(tmp_path: Path, member: tarfile.TarInfo, data: bytes) -> None:
     archive = with_member(tmp_path / "bad.tar.gz", member, data)
 
     with pytest.raises(EngineError, match="is damaged"):
@@ -105,7 +105,7 @@ def test_a_damaged_archive_leaves_nothing(
     assert not (tmp_path / "source").exists()
 
 
-def test_an_archive_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_refuses_an_archive_without_llama_cpp(tmp_path: Path) -> None:
     archive = write_archive(tmp_path / "other.tar.gz", {"numpy-2.0/setup.py": ""})
 
     with pytest.raises(EngineError, match="does not contain llama"):
@@ -117,8 +117,8 @@ def test_an_archive_of_something_else_is_refused(tmp_path: Path) -> None:
     [(f"{TOP}/vendor/llama.cpp", COMMIT), ("llama.cpp-b1234", None)],
     ids=["python-package", "llama.cpp"],
 )
-def test_only_what_a_build_needs_is_unpacked(tmp_path: Path, top: str, commit: str | None) -> None:
-    """Of either kind of archive; the first also tells the commit."""
+def test_unpacks_only_what_a_build_needs(tmp_path: Path, top: str, commit: str | None) -> None:
+    """From either kind of archive; the first also names the commit."""
     files = {name.replace(f"{TOP}/vendor/llama.cpp", top): text for name, text in FILES.items()}
     archive = write_archive(tmp_path / "a.tar.gz", files if commit else {n: t for n, t in files.items() if top in n})
     shares: list[float] = []
@@ -148,7 +148,7 @@ def test_an_engine_is_named_after_its_source(recipe: BuildRecipe, name: str) -> 
 
 @pytest.fixture
 def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder as pip's only index, which holds the stand-in."""
+    """A folder with the stand-in archive as the only index of pip."""
     folder = tmp_path / "mirror"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -158,8 +158,8 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.real
 @pytest.mark.usefixtures("environ")
-def test_another_file_under_the_right_name_is_not_fetched(mirror: Path, engines: Path) -> None:
-    """Pip compares before it looks inside."""
+def test_does_not_fetch_a_file_with_another_checksum(mirror: Path, engines: Path) -> None:
+    """The checksum is compared before the file is opened."""
     with pytest.raises(EngineError, match="pip could not fetch llama-cpp-python"):
         build(BuildRecipe(version=VERSION, sha256="0" * 64), engines, Watched())
 
@@ -167,10 +167,8 @@ def test_another_file_under_the_right_name_is_not_fetched(mirror: Path, engines:
 
 
 @pytest.mark.real
-def test_a_release_comes_through_the_users_own_pip_configuration(
-    mirror: Path, engines: Path, environ: dict[str, str]
-) -> None:
-    """And nothing but the one file: no build system is installed, and none of the archive's code is run."""
+def test_fetches_through_the_users_pip_configuration(mirror: Path, engines: Path, environ: dict[str, str]) -> None:
+    """Only the one file: no build system is installed, and no code of the archive runs."""
     sha256 = hashlib.sha256(mirror.read_bytes()).hexdigest()
 
     built = build(BuildRecipe(version=VERSION, sha256=sha256), engines, Watched())

@@ -20,7 +20,7 @@ GIB = 1024**3
         (("cmake", "c++"), ["make"]),
     ],
 )
-def test_any_compiler_and_either_make_will_do(
+def test_accepts_any_compiler_and_make_or_ninja(
     installed: tuple[str, ...], missing: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CXX", raising=False)
@@ -28,8 +28,8 @@ def test_any_compiler_and_either_make_will_do(
     assert missing == missing_tools(lambda name: name if name in installed else None)
 
 
-def test_a_disk_without_room_is_refused_with_both_numbers(tmp_path: Path) -> None:
-    """Asked of the nearest folder that exists."""
+def test_refuses_a_disk_without_room(tmp_path: Path) -> None:
+    """It measures the nearest folder that exists."""
     with pytest.raises(EngineError, match=r"build needs 953674316 MiB .* MiB are free"):
         check_disk(tmp_path / "not" / "made" / "yet", 10**15)
 
@@ -47,13 +47,12 @@ def test_a_disk_without_room_is_refused_with_both_numbers(tmp_path: Path) -> Non
         (4, 0.5, 16 * GIB, 1),
     ],
 )
-def test_no_more_compilers_than_cpus_and_memory_allow(
-    cpus: int, quota: float | None, available: int, jobs: int
-) -> None:
+def test_limits_compilers_by_cpus_and_memory(cpus: int, quota: float | None, available: int, jobs: int) -> None:
     assert jobs == choose_jobs(cpus, quota, available)
 
 
-def test_progress_never_falls_though_make_counts_each_program_anew() -> None:
+def test_progress_never_falls() -> None:
+    """Although make restarts its count with every program."""
     progress = CompileProgress(PROGRAMS)
     lines = ["[  1%] Building C object a.o", "[ 50%] Built target ggml", "[100%] Built target llama-server"]
     lines += ["[  2%] Built target ggml", "[ 98%] Built target llama-bench-impl", "[100%] Built target llama-bench"]
@@ -68,7 +67,7 @@ def test_progress_never_falls_though_make_counts_each_program_anew() -> None:
     assert shares[-1] == pytest.approx(1.0)
 
 
-def test_ninja_counts_the_whole() -> None:
+def test_reads_ninjas_count() -> None:
     progress = CompileProgress(PROGRAMS)
 
     assert [progress.see("[1/200] Building"), progress.see("[200/200] Linking")] == [0.005, 1.0]
@@ -89,12 +88,12 @@ def test_ninja_counts_the_whole() -> None:
     ],
     ids=["empty", "says-nothing", "compiler", "cmake", "pip", "a-file-named-error"],
 )
-def test_the_reason_is_found_in_a_long_log(log: str, expected: list[str]) -> None:
+def test_finds_the_reason_in_a_long_log(log: str, expected: list[str]) -> None:
     assert expected == failure_lines(log)
 
 
 @pytest.mark.real
-def test_a_command_that_cannot_be_run_says_so_in_its_log(tmp_path: Path) -> None:
+def test_logs_a_command_that_cannot_be_run(tmp_path: Path) -> None:
     log = tmp_path / "log"
 
     code = run_logged([str(tmp_path / "absent")], log=log, seen=lambda _: None, tick=lambda: None)
@@ -104,8 +103,8 @@ def test_a_command_that_cannot_be_run_says_so_in_its_log(tmp_path: Path) -> None
 
 
 @pytest.mark.real
-def test_every_line_is_seen_and_kept(tmp_path: Path) -> None:
-    """Also a last one without an end, and bytes that are no text."""
+def test_passes_on_and_logs_every_line(tmp_path: Path) -> None:
+    """Also a last line without an end, and bytes that are not text."""
     seen: list[str] = []
     script = r"printf 'one\ntwo\n\377\nlast'; exit 3"
 

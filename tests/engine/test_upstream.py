@@ -1,4 +1,4 @@
-"""The gateway's way to engines, over real sockets: what hostile servers do to it, and what good ones bring."""
+"""``HttpUpstream`` over real sockets, against hostile and well-behaved servers."""
 
 import asyncio
 import contextlib
@@ -42,12 +42,12 @@ Use = Callable[[HttpUpstream, str], Awaitable[Any]]
 
 
 async def stream(upstream: HttpUpstream, url: str, silence_s: float = 0.2) -> list[Piece]:
-    """Everything that one stream brings."""
+    """Return all pieces of one stream."""
     return [piece async for piece in upstream.stream(url, CHAT, b"{}", silence_s=lambda: silence_s)]
 
 
 def against(*answers: bytes | Answer, use: Use = stream) -> Any:
-    """What comes out of a server that gives these answers."""
+    """Run ``use`` against a server that sends these responses."""
 
     async def play() -> Any:
         async with raw_server(*answers) as server, HttpUpstream() as upstream:
@@ -57,7 +57,7 @@ def against(*answers: bytes | Answer, use: Use = stream) -> Any:
 
 
 def with_engine(use: Use, config: SimulationConfig = FAST, fault: Fault | None = None) -> Any:
-    """What comes out of a pretended engine behind a socket."""
+    """Run ``use`` against a simulated engine behind a socket."""
 
     async def play() -> Any:
         async with asyncio.timeout(20), SimulatedEngine(config, fault=fault) as engine, HttpUpstream() as upstream:
@@ -67,7 +67,7 @@ def with_engine(use: Use, config: SimulationConfig = FAST, fault: Fault | None =
 
 
 def events(pieces: list[Piece]) -> list[SseEvent]:
-    """All events, comments too."""
+    """Return all events, including comments."""
     return [event for piece in pieces for event in piece.events]
 
 
@@ -92,14 +92,14 @@ def events(pieces: list[Piece]) -> list[SseEvent]:
         pytest.param(answer("502 Bad", b"<html>"), EngineRefusedError, "HTTP 502: <html>", id="no-envelope"),
     ],
 )
-def test_what_is_no_answer_is_named(reply: bytes | Answer, kind: type[EngineError], words: str) -> None:
-    """Nothing of aiohttp gets through."""
+def test_a_failing_stream_raises_the_matching_error(reply: bytes | Answer, kind: type[EngineError], words: str) -> None:
+    """No exception of aiohttp gets through."""
     with pytest.raises(kind, match=words):
         against(reply)
 
 
-def test_a_refusal_is_handed_on_as_it_came() -> None:
-    """With the fields that nobody knows here; of one without end, the beginning."""
+def test_passes_on_the_body_of_a_refusal() -> None:
+    """With unknown fields; the beginning of an endless one."""
     with pytest.raises(EngineRefusedError) as caught:
         against(answer("503 Busy", REFUSAL))
     assert (caught.value.status, caught.value.kind, caught.value.body) == (503, "unavailable_error", REFUSAL)
@@ -113,9 +113,7 @@ def test_a_refusal_is_handed_on_as_it_came() -> None:
     ("told", "seconds"),
     [(b"40", 40.0), (b"0", 0.0), (b"-1", None), (b"1e9", None), (b"9" * 400, None), (b"soon", None)],
 )
-def test_when_a_refusal_wants_to_be_asked_again_is_told_if_it_is_a_number_of_seconds(
-    told: bytes, seconds: float | None
-) -> None:
+def test_reads_retry_after_in_seconds(told: bytes, seconds: float | None) -> None:
     refusal = answer("503 Busy", REFUSAL).replace(b"\r\n\r\n", b"\r\nRetry-After: " + told + b"\r\n\r\n", 1)
 
     with pytest.raises(EngineRefusedError) as caught:
@@ -130,7 +128,7 @@ def test_when_a_refusal_wants_to_be_asked_again_is_told_if_it_is_a_number_of_sec
     [repeating(b"HTTP/1.1 500 Oops\r\n\r\n", b"x"), silent_after(b"HTTP/1.1 500 Oops\r\n\r\n")],
     ids=["slowly", "without-saying-why"],
 )
-def test_a_refusal_that_does_not_end_is_a_refusal(reply: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_a_refusal_whose_body_does_not_end(reply: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its status is known."""
     monkeypatch.setattr("promptai.engine.connection._REASON_S", 0.1)
 
@@ -138,8 +136,8 @@ def test_a_refusal_that_does_not_end_is_a_refusal(reply: Answer, monkeypatch: py
         against(reply)
 
 
-def test_a_board_that_cannot_be_reached_is_named_once_and_by_its_url_alone() -> None:
-    """Whoever may not know where boards are is told the rest of the sentence."""
+def test_names_an_unreachable_board_once_by_its_url() -> None:
+    """The gateway replaces the URL for clients that must not see it."""
 
     async def play() -> str:
         async with HttpUpstream() as upstream:
@@ -152,8 +150,8 @@ def test_a_board_that_cannot_be_reached_is_named_once_and_by_its_url_alone() -> 
 
 @pytest.mark.parametrize("way", ["stream", "post", "get"])
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://", "nonsense"])
-def test_where_nobody_listens_there_is_no_connection(url: str, way: str) -> None:
-    """Nor where there is no address."""
+def test_a_refused_connection_is_a_dead_engine(url: str, way: str) -> None:
+    """An invalid URL, too."""
 
     async def play() -> None:
         async with HttpUpstream() as upstream:
@@ -181,10 +179,10 @@ def test_where_nobody_listens_there_is_no_connection(url: str, way: str) -> None
     ],
     ids=["silence", "cut", "huge"],
 )
-def test_a_whole_answer_that_does_not_come_is_named(
+def test_a_failing_response_raises_the_matching_error(
     reply: bytes | Answer, error: type[EngineError], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would keep somebody waiting, or fill the memory."""
+    """It would keep the caller waiting, or fill the memory."""
     monkeypatch.setattr("promptai.engine.connection._MAX_BODY_BYTES", 1000)
 
     with pytest.raises(error, match=words):
@@ -192,8 +190,8 @@ def test_a_whole_answer_that_does_not_come_is_named(
 
 
 @pytest.mark.parametrize("way", ["stream", "post"])
-def test_nobody_is_sent_elsewhere_by_an_engine(way: str) -> None:
-    """A board that was taken over would have prompts sent wherever it likes."""
+def test_does_not_follow_redirects(way: str) -> None:
+    """A compromised board could send prompts to any address."""
 
     async def play() -> list[bytes]:
         async with raw_server(HELLO + END) as other:
@@ -209,8 +207,8 @@ def test_nobody_is_sent_elsewhere_by_an_engine(way: str) -> None:
     assert asyncio.run(play()) == []
 
 
-def test_pieces_are_handed_on_as_they_arrive_and_end_with_done() -> None:
-    """What comes after it, or does not come, is nobody's business."""
+def test_yields_pieces_as_they_arrive_until_done() -> None:
+    """Later bytes are ignored."""
 
     async def slowly(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         whole = content("grüße") + content("b") + DONE + b"data: late\n\n"
@@ -227,8 +225,8 @@ def test_pieces_are_handed_on_as_they_arrive_and_end_with_done() -> None:
     assert [piece.t for piece in pieces] == sorted(piece.t for piece in pieces)
 
 
-def test_a_key_goes_to_its_own_engine_only() -> None:
-    """And the body goes as it is."""
+def test_sends_a_key_only_to_its_own_engine() -> None:
+    """And the body unchanged."""
 
     async def play() -> list[bytes]:
         async with raw_server(HELLO + END) as one, raw_server(HELLO + END) as two:
@@ -246,15 +244,14 @@ def test_a_key_goes_to_its_own_engine_only() -> None:
     assert with_key.endswith(b'\r\n\r\n{"a":  1}')
 
 
-def test_outside_its_block_it_is_a_mistake() -> None:
-    """Not an engine's."""
+def test_use_outside_its_block_is_a_programming_error() -> None:
     with pytest.raises(RuntimeError, match="outside its async with block"):
         asyncio.run(HttpUpstream().get("http://127.0.0.1:1", "/", limit_s=1.0))
 
 
 @pytest.mark.parametrize("pieces", [1, 12], ids=["prefill", "decode"])
 def test_closing_a_stream_frees_the_slot_at_once(pieces: int) -> None:
-    """The engine sees that the connection has gone."""
+    """The engine notices the closed connection."""
 
     async def use(upstream: HttpUpstream, url: str) -> float:
         async def idle() -> bool:
@@ -273,9 +270,7 @@ def test_closing_a_stream_frees_the_slot_at_once(pieces: int) -> None:
     assert with_engine(use, SLOW) < 1.0
 
 
-def test_cancelling_whoever_waits_for_headers_frees_the_place_in_the_queue() -> None:
-    """It is not answered yet, and will not be."""
-
+def test_cancelling_before_the_headers_leaves_the_queue() -> None:
     async def use(upstream: HttpUpstream, url: str) -> bytes:
         async def waiting(count: int) -> bool:
             return b"deferred %d\n" % count in (await upstream.get(url, "/metrics", limit_s=5.0)).body
@@ -304,7 +299,7 @@ def test_cancelling_whoever_waits_for_headers_frees_the_place_in_the_queue() -> 
     ],
     ids=["well", "refuse", "stall", "cut", "malformed", "error"],
 )
-def test_over_http_and_in_process_the_same_comes(path: str, fault: Fault | None) -> None:
+def test_http_and_in_process_upstreams_agree(path: str, fault: Fault | None) -> None:
     """The same events, and the same error where there is one."""
 
     async def use(upstream: Upstream, url: str) -> tuple[list[SseEvent], Any]:
@@ -338,8 +333,8 @@ def _timeless(event: SseEvent) -> Any:
     return body | timed
 
 
-def test_any_status_of_a_whole_answer_is_an_answer() -> None:
-    """With the kind that the server gives it."""
+def test_returns_responses_of_any_status() -> None:
+    """With their content type."""
 
     async def use(upstream: HttpUpstream, url: str) -> list[Any]:
         return [
@@ -357,8 +352,8 @@ def test_any_status_of_a_whole_answer_is_an_answer() -> None:
     assert len(msgspec.json.decode(answered.body)["choices"][0]["message"]["content"].split()) == 2
 
 
-def test_a_stream_of_many_is_whole() -> None:
-    """Eight at a time, each its own."""
+def test_concurrent_streams_are_complete() -> None:
+    """Eight at a time."""
 
     async def use(upstream: HttpUpstream, url: str) -> list[str]:
         async def one(number: int) -> str:

@@ -1,4 +1,4 @@
-"""How long the gateway waits for an engine, and what counts as a sign of life, over real sockets."""
+"""How long ``HttpUpstream`` waits for a silent engine, and what ends a silence, over real sockets."""
 
 import asyncio
 import socket
@@ -19,12 +19,12 @@ from support_simulator import CHAT, text
 
 
 async def heard(upstream: HttpUpstream, url: str) -> list[Piece]:
-    """Everything that one stream brings."""
+    """Return all pieces of one stream."""
     return [piece async for piece in upstream.stream(url, CHAT, b"{}", silence_s=lambda: 0.2)]
 
 
 def against(answer: Answer, *, use: Callable[[HttpUpstream, str], Awaitable[Any]]) -> Any:
-    """What comes out of a server that gives this answer."""
+    """Run ``use`` against a server that sends this response."""
 
     async def play() -> Any:
         async with raw_server(answer) as server, HttpUpstream() as upstream:
@@ -33,8 +33,8 @@ def against(answer: Answer, *, use: Callable[[HttpUpstream, str], Awaitable[Any]
     return asyncio.run(play())
 
 
-def test_comments_keep_a_stream_alive_and_are_handed_on() -> None:
-    """Bytes are a sign of life, whatever they say; what they are worth is decided elsewhere."""
+def test_comments_count_as_life_and_are_passed_on() -> None:
+    """Any bytes do; the reader decides what they are worth."""
 
     async def pings(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(STREAM_HEAD)
@@ -48,8 +48,8 @@ def test_comments_keep_a_stream_alive_and_are_handed_on() -> None:
     assert [event.comment for event in found] == [True] * 6 + [False]
 
 
-def test_how_long_to_wait_is_asked_again_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patient with a prompt, less so between tokens: a stall is noticed by what holds now, not when it began."""
+def test_reads_the_silence_limit_again_while_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is long for a prompt and shorter between tokens: a stall is judged by the current limit."""
     monkeypatch.setattr("promptai.engine.connection._LOOK_S", 0.02)
     patience = [5.0]
 
@@ -62,10 +62,10 @@ def test_how_long_to_wait_is_asked_again_while_it_waits(monkeypatch: pytest.Monk
         against(silent_after(HELLO), use=use)
 
 
-def test_a_head_may_come_late_where_more_has_to_be_computed_than_when_it_was_asked(
+def test_headers_may_be_late_when_the_limit_has_grown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A long prompt of somebody else came right behind ours, and its batch is computed first."""
+    """Another request's long prompt arrived right after ours, and its batch is computed first."""
     monkeypatch.setattr("promptai.engine.connection._LOOK_S", 0.02)
     patience = [0.15]
 
@@ -80,7 +80,7 @@ def test_a_head_may_come_late_where_more_has_to_be_computed_than_when_it_was_ask
     assert against(late, use=use) != ""
 
 
-def test_what_a_slow_reader_takes_is_not_the_engines_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_readers_time_is_not_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("promptai.engine.connection._LOOK_S", 0.02)
 
     async def use(upstream: HttpUpstream, url: str) -> int:
@@ -112,7 +112,7 @@ def test_what_a_slow_reader_takes_is_not_the_engines_silence(monkeypatch: pytest
     ],
     ids=["refused", "two-addresses", "no-such-name", "tls", "nothing"],
 )
-def test_why_there_is_no_connection_is_told_without_addresses(cause: OSError, words: str) -> None:
+def test_the_reason_of_a_lost_connection_has_no_addresses(cause: OSError, words: str) -> None:
     key = ConnectionKey("pi-1", 80, is_ssl=False, ssl=True, proxy=None, proxy_auth=None, proxy_headers_hash=None)
     said = _reason(aiohttp.ClientConnectorError(key, cause))
 

@@ -42,7 +42,7 @@ COMPLETION_2026 = b"""{"index": 0, "content": "l", "tokens": [], "stop": true, "
         pytest.param(Completion, b'{"content": null}', id="content-null"),
     ],
 )
-def test_wrong_types_are_refused(kind: type[msgspec.Struct], answer: bytes) -> None:
+def test_rejects_wrong_types(kind: type[msgspec.Struct], answer: bytes) -> None:
     """An error, never a guess."""
     with pytest.raises(msgspec.ValidationError):
         msgspec.json.decode(answer, type=kind)
@@ -64,18 +64,17 @@ def test_wrong_types_are_refused(kind: type[msgspec.Struct], answer: bytes) -> N
         ),
     ],
 )
-def test_props_of_several_builds_are_read(answer: bytes, props: Props) -> None:
-    """What a build does not send is None, never 0."""
+def test_reads_props_of_several_builds(answer: bytes, props: Props) -> None:
+    """A field that a build does not send is None, never 0."""
     assert props == msgspec.json.decode(answer, type=Props)
 
 
-def test_timings_of_a_build_that_does_not_count_the_cache_say_so() -> None:
+def test_timings_without_a_cache_count_are_unknown() -> None:
     """None, because 0 would be a claim."""
     assert Timings(11, 98.5, 3, 60.0, cache_n=None) == msgspec.json.decode(TIMINGS_2024, type=Timings)
 
 
-def test_a_completion_gives_the_raw_log_probability() -> None:
-    """Of the chosen token; the best ones beside it are not read."""
+def test_reads_the_raw_log_probability_of_a_completion() -> None:
     completion = msgspec.json.decode(COMPLETION_2026, type=Completion)
 
     assert completion.completion_probabilities == [
@@ -84,8 +83,8 @@ def test_a_completion_gives_the_raw_log_probability() -> None:
     assert completion.timings == Timings(2, 0.299, 1, 0.001, cache_n=0)
 
 
-def test_slots_are_read_with_whatever_else_they_tell() -> None:
-    """One busy slot of 2024 with its request beside it, one idle of 2026."""
+def test_reads_slots_with_unknown_fields() -> None:
+    """A busy slot of 2024 with its request, and an idle one of 2026."""
     answer = (
         b'[{"id": 0, "n_ctx": 4096, "is_processing": true, "params": {"n_predict": -1}, "next_token": {"n_remain": 5}},'
         b'{"id": 1, "n_ctx": 256, "speculative": false, "is_processing": false}]'

@@ -19,7 +19,7 @@ from promptai.wire.openai import CompletionChunk
     ],
     ids=["empty", "half", "list", "type", "not-utf-8-inside", "not-utf-8", "arrays-without-end", "objects-without-end"],
 )
-def test_whatever_bytes_come_the_failure_is_one_of_these(data: bytes) -> None:
-    """So that nobody who decodes a stranger's bytes shows a traceback."""
+def test_catches_the_failure_of_any_bytes(data: bytes) -> None:
+    """So code that decodes untrusted bytes never shows a traceback."""
     with pytest.raises(MALFORMED):
         msgspec.json.decode(data, type=CompletionChunk)

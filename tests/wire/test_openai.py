@@ -5,6 +5,7 @@ from promptai.wire.llamaserver import PromptProgress, Timings
 from promptai.wire.openai import (
     ChunkChoice,
     CompletionChunk,
+    CompletionResponse,
     Delta,
     ErrorBody,
     ErrorEnvelope,
@@ -23,7 +24,7 @@ USAGE = b'"completion_tokens": 3, "prompt_tokens": 52, "total_tokens": 55'
 
 
 def chunk(fields: bytes) -> CompletionChunk:
-    """A chunk with these fields beside the usual ones."""
+    """Decode a chunk with these fields and the usual ones."""
     return msgspec.json.decode(b"{%b, %b}" % (HEAD, fields), type=CompletionChunk)
 
 
@@ -69,6 +70,44 @@ def test_exact_counts_are_those_of_the_usage() -> None:
     assert TokenCounts(52, 3, None) == Usage(52, 3).exact()
 
 
+Kind = type[CompletionChunk] | type[CompletionResponse]
+KINDS = pytest.mark.parametrize("kind", [CompletionChunk, CompletionResponse])
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        pytest.param(
+            b'{"prompt_tokens": 52, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 7}}',
+            Usage(52, 3, PromptTokensDetails(7)),
+            id="whole",
+        ),
+        pytest.param(b'{"prompt_tokens": 52, "total_tokens": 52}', Usage(52), id="embeddings"),
+        pytest.param(b"{}", Usage(), id="empty"),
+        pytest.param(b'{"prompt_tokens": null, "completion_tokens": null}', Usage(), id="nulls"),
+        pytest.param(b'{"prompt_tokens_details": null}', Usage(), id="details-null"),
+        pytest.param(b'{"prompt_tokens_details": {}}', Usage(None, None, PromptTokensDetails()), id="no-details"),
+        pytest.param(b'{"prompt_tokens": 1, "queue_time": 0.1}', Usage(1), id="more"),
+    ],
+)
+def test_every_field_of_a_usage_may_be_missing(kind: Kind, usage: bytes, expected: Usage) -> None:
+    assert msgspec.json.decode(b'{"choices": [], "usage": %b}' % usage, type=kind).usage == expected
+
+
+@KINDS
+@pytest.mark.parametrize("fields", [b"", b'"usage": null'], ids=["missing", "null"])
+def test_a_missing_usage_is_none(kind: Kind, fields: bytes) -> None:
+    assert msgspec.json.decode(b"{%b}" % fields, type=kind).usage is None
+
+
+@KINDS
+@pytest.mark.parametrize("usage", [b'"52"', b"52", b"[]", b'{"prompt_tokens": "52"}', b'{"completion_tokens": 1.5}'])
+def test_rejects_a_usage_of_wrong_types(kind: Kind, usage: bytes) -> None:
+    with pytest.raises(msgspec.ValidationError, match="usage"):
+        msgspec.json.decode(b'{"usage": %b}' % usage, type=kind)
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -80,8 +119,8 @@ def test_exact_counts_are_those_of_the_usage() -> None:
     ],
     ids=["role", "null", "missing", "extra-field", "parts"],
 )
-def test_a_message_that_would_be_played_differently_is_refused(message: bytes) -> None:
-    """What a conversation holds is sent as it stands, so that nothing of it may be ignored."""
+def test_rejects_a_message_that_would_be_sent_differently(message: bytes) -> None:
+    """A conversation is sent as it stands, so no field may be ignored."""
     with pytest.raises(msgspec.ValidationError):
         msgspec.json.decode(message, type=Message)
 
@@ -148,7 +187,7 @@ def test_a_message_that_would_be_played_differently_is_refused(message: bytes) -
         pytest.param(b'"error": "overloaded"', CompletionChunk(error="overloaded"), id="error-text"),
     ],
 )
-def test_chunks_of_several_servers_are_read(fields: bytes, expected: CompletionChunk) -> None:
+def test_reads_chunks_of_several_servers(fields: bytes, expected: CompletionChunk) -> None:
     """Unknown fields are ignored, missing ones are None; a measurement accepts all of them."""
     assert expected == chunk(fields).exact()
 
@@ -158,8 +197,8 @@ def test_chunks_of_several_servers_are_read(fields: bytes, expected: CompletionC
     [(Delta("x"), ""), (Delta(reasoning_content="a"), "a"), (Delta(reasoning="b"), "b"), (Delta("", "a", "a"), "a")],
     ids=["none", "llama-server", "ollama", "both"],
 )
-def test_a_thought_has_two_names(delta: Delta, thought: str) -> None:
-    """And is the same thing: a server in between may send both."""
+def test_reads_reasoning_under_both_names(delta: Delta, thought: str) -> None:
+    """A server in between may send both."""
     assert thought == delta.thought
 
 
@@ -197,8 +236,8 @@ def test_a_chunk_adds_the_text_of_all_its_choices() -> None:
         pytest.param(b'{"message": "\xff"}', None, id="not-utf-8"),
     ],
 )
-def test_an_error_is_found_in_every_wrapping(data: bytes, error: ErrorBody | None) -> None:
-    """Servers do not agree on one, and what is none is not made one."""
+def test_finds_an_error_in_every_form(data: bytes, error: ErrorBody | None) -> None:
+    """Servers do not agree on one; other bodies are not taken for errors."""
     assert error == error_in(data)
 
 
@@ -222,13 +261,13 @@ def test_an_error_is_found_in_every_wrapping(data: bytes, error: ErrorBody | Non
         pytest.param(b'{"error": {}}', ErrorBody(), id="says-nothing"),
     ],
 )
-def test_error_envelopes_are_read(answer: bytes, body: ErrorBody) -> None:
+def test_reads_error_envelopes(answer: bytes, body: ErrorBody) -> None:
     """A code is a number at one server and a word at another."""
     assert ErrorEnvelope(body) == msgspec.json.decode(answer, type=ErrorEnvelope)
 
 
-def test_the_models_are_those_under_data() -> None:
-    """llama-server lists them once more, in another server's dialect, under another key."""
+def test_reads_the_models_under_data() -> None:
+    """llama-server lists them again under another key, in another server's format."""
     answer = b'{"models": [{"name": "other"}], "object": "list", "data": [{"id": "s", "aliases": ["s"], "meta": null}]}'
 
     assert ModelList([ModelEntry("s")]) == msgspec.json.decode(answer, type=ModelList)
