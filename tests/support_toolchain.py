@@ -26,7 +26,7 @@ OBJECTS = 8
 #: The engine that comes of it.
 NAME = f"llama-cpp-python-{VERSION}-native"
 
-#: What is built: says what it is as llama-server does, and ends for want of a model.
+#: The built program: prints its build and features like llama-server, and exits because there is no model.
 _PROGRAM = r"""#!/bin/sh
 case "$1" in
 --version) echo "version: 9.9-dev (build 0, commit 0c1e570)"; echo "built with GNU 12.2.0 for Linux";;

@@ -9,7 +9,7 @@ import pytest
 pytestmark = pytest.mark.real
 
 GUARD = (sys.executable, "-m", "promptai.engine.guard")
-#: Starts a guarded program that would sleep for a minute, as engine.launch does, and tells its process id.
+#: Starts a guarded program that sleeps for a minute, like engine.launch, and prints its process id.
 PARENT = """
 import os, subprocess, sys
 child = subprocess.Popen(
@@ -58,8 +58,8 @@ def test_an_engine_dies_with_a_killed_parent() -> None:
 
 def test_does_not_start_after_the_parents_death() -> None:
     """The kernel sends its signal at a death, not after it."""
-    nobody = 2**22 + 1  # above the largest process id that Linux gives
-    done = guarded("/bin/echo", "I live", parent=nobody)
+    no_process = 2**22 + 1  # above the largest process id that Linux gives
+    done = guarded("/bin/echo", "I live", parent=no_process)
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

@@ -106,7 +106,7 @@ def test_reads_logs_of_several_years(log: str, build: str | None, features: str)
 @pytest.mark.parametrize(
     ("engine", "expected"),
     [
-        pytest.param(None, [], id="engine-says-nothing"),
+        pytest.param(None, [], id="features-unknown"),
         pytest.param(("AVX2", "FMA", "F16C", "AVX512", "AVX512_VNNI"), [], id="uses-all"),
         pytest.param(("AVX2", "FMA", "LLAMAFILE"), ["AVX512", "AVX512_VNNI", "F16C"], id="lacks-three"),
     ],
@@ -197,7 +197,7 @@ def test_uses_an_engine_that_reports_nothing(script: Script, lines: tuple[str, .
     assert engine.label == "llama-server of unknown build"
 
 
-#: Ways in which an engine does not start, and what is said of them.
+#: Ways in which an engine fails to start, and the reported reasons.
 DEATHS = [
     pytest.param("kill -ILL $$", "illegal instruction", id="another-processor"),
     pytest.param("kill -SEGV $$", "killed by signal 11", id="crash"),

@@ -110,11 +110,11 @@ def test_passes_on_the_body_of_a_refusal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "seconds"),
+    ("header", "seconds"),
     [(b"40", 40.0), (b"0", 0.0), (b"-1", None), (b"1e9", None), (b"9" * 400, None), (b"soon", None)],
 )
-def test_reads_retry_after_in_seconds(told: bytes, seconds: float | None) -> None:
-    refusal = answer("503 Busy", REFUSAL).replace(b"\r\n\r\n", b"\r\nRetry-After: " + told + b"\r\n\r\n", 1)
+def test_reads_retry_after_in_seconds(header: bytes, seconds: float | None) -> None:
+    refusal = answer("503 Busy", REFUSAL).replace(b"\r\n\r\n", b"\r\nRetry-After: " + header + b"\r\n\r\n", 1)
 
     with pytest.raises(EngineRefusedError) as caught:
         against(refusal)

@@ -114,7 +114,7 @@ def test_a_slow_readers_time_is_not_silence(monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_the_reason_of_a_lost_connection_has_no_addresses(cause: OSError, words: str) -> None:
     key = ConnectionKey("pi-1", 80, is_ssl=False, ssl=True, proxy=None, proxy_auth=None, proxy_headers_hash=None)
-    said = _reason(aiohttp.ClientConnectorError(key, cause))
+    reason = _reason(aiohttp.ClientConnectorError(key, cause))
 
-    assert said.startswith(words)
-    assert "10.0.0.7" not in said
+    assert reason.startswith(words)
+    assert "10.0.0.7" not in reason

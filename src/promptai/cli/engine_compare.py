@@ -41,7 +41,9 @@ Examples:
     type=click.Path(path_type=Path),
     help="A GGUF file.  [default: random weights in the shape of TinyLlama, 0.6 GiB, kept in the cache]",
 )
-@click.option("--prompt-tokens", type=click.IntRange(16, 100_000), default=256, show_default=True)
+@click.option(
+    "--prompt-tokens", type=click.IntRange(16, 100_000), default=256, show_default=True, help="Length of a prompt."
+)
 @click.option("--tokens", type=click.IntRange(8, 100_000), default=64, show_default=True, help="Length of an answer.")
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Number of rounds.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

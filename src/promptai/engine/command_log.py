@@ -42,7 +42,7 @@ def run_logged(
         seen: Called with each line.
         tick: Called about twice a second, and after every piece of output.
         environ: Added to this process's environment.
-        keep_open: File descriptors that the command and its children inherit, so that a lock stays held while any runs.
+        keep_open: File descriptors that the command and its children inherit: a lock stays held while any of them runs.
 
     Returns:
         The exit code; 127 when the command cannot be run.

@@ -1,7 +1,7 @@
 """HTTP to engines; the only module that uses aiohttp's client.
 
-``engine.client`` measures over it and ``engine.http_upstream`` serves over it, so that both have the same limits and
-report the same failure in the same words.
+``engine.client`` measures over it and ``engine.http_upstream`` serves over it: both have the same limits and report the
+same failure in the same words.
 
 Every request opens its own connection. llama-server announces keep-alive but closes after every stream (b11549), and
 a request that meets the closing connection fails as if the board had died. A new connection costs 0.1 ms on loopback.

@@ -46,7 +46,7 @@ class EngineFlags(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             2048: a board's buffers stay small, and decoding streams wait less for another request's prompt.
         cache_type_k, cache_type_v: Type of the KV cache's numbers.
         cache_ram_mib: Size of the prompt cache in MiB; 0 disables it (llama-server's default: 8192).
-        mmap: Map the model file instead of reading it, so that the weights are page cache.
+        mmap: Map the model file instead of reading it; the weights are then page cache.
     """
 
     model: str
