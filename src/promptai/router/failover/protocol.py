@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from promptai.engine.upstream import Reply
+from promptai.engine.upstream import Reply, refused
 from promptai.errors import EngineError, EngineProtocolError, EngineRefusedError
 from promptai.router.estimate.prefix import Chain
 from promptai.router.schedule.lease import LeaseResult, SlotLease
@@ -193,14 +193,7 @@ def lease_result(response: CompletionResponse, conversation: Chain, *, prompt_co
 
 def refusal(replica_id: str, reply: Reply) -> EngineRefusedError:
     """Return the error of a response whose status is not a success."""
-    found = error_in(reply.body) or ErrorBody(reply.body[:200].decode("utf-8", "replace"))
-    return EngineRefusedError(
-        f"{replica_id} answered HTTP {reply.status}: {found.message}",
-        status=reply.status,
-        kind=found.type,
-        body=reply.body,
-        retry_after_s=reply.retry_after_s,
-    )
+    return refused(replica_id, reply.status, reply.body, reply.retry_after_s)
 
 
 def engine_message(error: EngineRefusedError) -> str:
