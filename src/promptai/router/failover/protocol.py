@@ -1,7 +1,7 @@
 """Requests as engines receive them, and engine events as the router reads them. Pure.
 
-The body of a request passes through as the client sent it; the gateway adds a few fields of its own. Of an event only
-the parts that routing needs are read.
+The body of a request passes through as the client sent it, with a few fields of the gateway added. Only the parts of an
+event that routing needs are read.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -166,7 +166,7 @@ def _is_one_text(prompt: str | list[Any] | None) -> bool:
 
 
 def _has_media(content: object) -> bool:
-    """Whether a message contains an image or audio: the text does not say how the engine encoded it."""
+    """Whether a message contains an image or audio, whose encoding the text does not contain."""
     return isinstance(content, list) and any(
         isinstance(part, dict) and part.get("type", "text") != "text" for part in content
     )

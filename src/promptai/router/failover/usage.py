@@ -73,7 +73,7 @@ class UsageTally:
         return len(self._usages)
 
     def _by_prompt(self, reports: Mapping[int, Report], computed: Callable[[Report], float]) -> list[Report]:
-        """Return one report per prompt: of the answers that share it, the one that computed most of it."""
+        """Return one report per prompt: the one whose answer computed most of the shared prompt."""
         chosen: dict[int, Report] = {}
         for index, report in sorted(reports.items(), key=lambda item: item[0]):
             first = chosen.setdefault(index // self._alternatives, report)
