@@ -19,8 +19,8 @@ from rich.table import Table
 
 from promptai.advisor.calibrate import calibrate
 from promptai.advisor.calibration import Calibration
+from promptai.advisor.cost import work_of_shape
 from promptai.advisor.forecast import forecast
-from promptai.advisor.work import work_of_shape
 from promptai.device.cpu import default_threads, read_cpu
 from promptai.engine.flags import EngineFlags
 from promptai.engine.launch import free_port

@@ -10,7 +10,7 @@ from promptai.advisor.attention import (
     fit_attention,
     tokens_worked,
 )
-from promptai.advisor.work import work_of_shape
+from promptai.advisor.cost import work_of_shape
 from promptai.models.shape import Shape
 
 DEPTHS = (264, 488, 1288)

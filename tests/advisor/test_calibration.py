@@ -6,8 +6,8 @@ import pytest
 
 from promptai.advisor.attention import ATTENTION_PROBES, AttentionPrice, AttentionPrices, AttentionReading
 from promptai.advisor.calibration import PROBES, Calibration, Reading, buffer_bytes, fit
+from promptai.advisor.cost import Work, work_of_shape
 from promptai.advisor.forecast import forecast
-from promptai.advisor.work import Work, work_of_shape
 from promptai.models.shape import Shape
 
 BYTE_S = {"Q4_0": 40e-12, "Q4_K": 55e-12, "Q6_K": 70e-12, "Q8_0": 30e-12}

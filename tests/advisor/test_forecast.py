@@ -2,9 +2,9 @@ import msgspec
 import pytest
 
 from promptai.advisor.calibration import buffer_bytes
+from promptai.advisor.cost import work_of_shape
+from promptai.advisor.fit import Here, outlook
 from promptai.advisor.forecast import decode_bound_tps, forecast
-from promptai.advisor.outlook import Here, outlook
-from promptai.advisor.work import work_of_shape
 from promptai.models.shape import Shape
 from support_calibration import CALIBRATION
 

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from promptai.cli.chat import Cost, _Told, stage_words
-from promptai.cli.plain import one_line, plain
+from promptai.cli.terminal_text import one_line, plain
 from promptai.wire.openai import ChunkChoice, CompletionChunk, Delta, Usage
 from support_cli import PROMPTAI, clean_environment, promptai, simulated
 from support_gateway_process import Served, serving

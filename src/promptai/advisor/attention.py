@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 import numpy as np
 
+from promptai.advisor.cost import Work
 from promptai.advisor.solve import prices
-from promptai.advisor.work import Work
 from promptai.models.shape import Shape
 
 #: Where llama.cpp's split begins, and what it rounds to (n_kv in src/llama-kv-cache.cpp, 512 in ggml-cpu/ops.cpp).

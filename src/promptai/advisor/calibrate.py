@@ -17,7 +17,7 @@ import msgspec
 
 from promptai.advisor.attention import ATTENTION_PROBES, AttentionProbe, AttentionReading
 from promptai.advisor.calibration import PROBES, SCHEMA, Calibration, Probe, Reading, fit
-from promptai.advisor.work import work_of_file
+from promptai.advisor.cost import work_of_file
 from promptai.engine.flags import EngineFlags
 from promptai.engine.launch import free_port
 from promptai.engine.locate import EngineBinary

@@ -24,8 +24,8 @@ import msgspec
 import numpy as np
 
 from promptai.advisor.attention import AttentionPrices, AttentionReading, fit_attention
+from promptai.advisor.cost import Work
 from promptai.advisor.solve import prices
-from promptai.advisor.work import Work
 from promptai.models.shape import Shape
 from promptai.models.tensors import Quant
 

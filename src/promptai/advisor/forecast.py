@@ -11,7 +11,7 @@ Not forecast: heat, swapping, and what other programs take.
 import msgspec
 
 from promptai.advisor.calibration import Calibration, buffer_bytes
-from promptai.advisor.work import Work
+from promptai.advisor.cost import Work
 
 
 class Forecast(msgspec.Struct, frozen=True, kw_only=True):

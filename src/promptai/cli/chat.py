@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-from promptai.cli.plain import one_line, plain
 from promptai.cli.progress import duration
+from promptai.cli.terminal_text import one_line, plain
 from promptai.engine.client import EngineClient
 from promptai.errors import (
     EngineDiedError,

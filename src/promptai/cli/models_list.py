@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from promptai.advisor.calibrate import load
-from promptai.advisor.outlook import Here, Outlook, outlook
-from promptai.advisor.work import Work, work_of_file, work_of_shape
+from promptai.advisor.cost import Work, work_of_file, work_of_shape
+from promptai.advisor.fit import Here, Outlook, outlook
 from promptai.device.bandwidth import read_bandwidth_bytes_per_s
 from promptai.device.cpu import default_threads, read_cpu
 from promptai.device.memory import read_memory

@@ -11,7 +11,6 @@ import msgspec
 from rich.console import Console
 
 from promptai.cli.keys import adding
-from promptai.cli.plain import one_line
 from promptai.cli.serve_models import Machine
 from promptai.cli.serve_run import Plan, Running, identity, make_plan
 from promptai.cli.serve_show import (
@@ -25,6 +24,7 @@ from promptai.cli.serve_show import (
     table,
     troubles,
 )
+from promptai.cli.terminal_text import one_line
 from promptai.gateway.auth import Guard, is_loopback
 from promptai.gateway.keys import KeyStore
 from promptai.gateway.server import GatewayServer

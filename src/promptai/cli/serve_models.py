@@ -15,9 +15,9 @@ import msgspec
 
 from promptai.advisor.calibrate import load
 from promptai.advisor.calibration import Calibration
-from promptai.advisor.outlook import Here, outlook
+from promptai.advisor.cost import work_of_file
+from promptai.advisor.fit import Here, outlook
 from promptai.advisor.profile import Engine, Profiles
-from promptai.advisor.work import work_of_file
 from promptai.device.cpu import default_threads, read_cpu
 from promptai.device.memory import read_memory
 from promptai.engine.flags import BYTES_PER_VALUE, EngineFlags

@@ -18,8 +18,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from promptai.cli.plain import one_line
 from promptai.cli.progress import duration
+from promptai.cli.terminal_text import one_line
 from promptai.fleet.local import LocalModel
 from promptai.fleet.replica import Replica, Snapshot, State
 from promptai.fleet.static import Target

@@ -8,8 +8,8 @@ from arithmetic and memory bandwidth alone. Pure.
 import msgspec
 
 from promptai.advisor.calibration import Calibration, buffer_bytes
+from promptai.advisor.cost import Work
 from promptai.advisor.forecast import decode_bound_tps, forecast
-from promptai.advisor.work import Work
 
 
 class Outlook(msgspec.Struct, frozen=True, kw_only=True):

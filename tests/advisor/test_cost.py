@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from promptai.advisor.work import Attention, work_of_file, work_of_shape
+from promptai.advisor.cost import Attention, work_of_file, work_of_shape
 from promptai.models.gguf import read_header
 from promptai.models.shape import Shape
 from promptai.models.synth import write_synthetic
