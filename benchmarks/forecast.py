@@ -19,7 +19,7 @@ from rich.table import Table
 
 from promptai.advisor.calibrate import calibrate
 from promptai.advisor.calibration import Calibration
-from promptai.advisor.cost import work_of_shape
+from promptai.advisor.cost import cost_of_shape
 from promptai.advisor.forecast import forecast
 from promptai.device.cpu import default_threads, read_cpu
 from promptai.engine.flags import EngineFlags
@@ -71,7 +71,7 @@ def sizes() -> Iterator[tuple[str, float, float]]:
 
 def compare(entry: Entry, quant: Quant, calibration: Calibration, seen: Probed) -> Iterator[Row]:
     """Pair each forecast of a model with its measurement."""
-    expected = forecast(work_of_shape(entry.shape, quant), calibration, context=CONTEXT, depth=PROMPT_TOKENS)
+    expected = forecast(cost_of_shape(entry.shape, quant), calibration, context=CONTEXT, depth=PROMPT_TOKENS)
     name = f"{entry.id} {quant}"
     yield Row(name, "decode, tokens/s", expected.decode_tps or float("nan"), 1 / seen.decode_s)
     anonymous, mapped = seen.peak.anon_bytes, seen.peak.file_bytes

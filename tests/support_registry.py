@@ -25,12 +25,12 @@ class Told:
         name: str,
         *replicas: Replica,
         configuration: object = None,
-        sole: bool = False,
+        exclusive: bool = False,
         replica_ids: Container[str] | None = None,
     ) -> None:
         self.name = name
         self.configuration = configuration
-        self.sole = sole
+        self.exclusive = exclusive
         self.replica_ids = replica_ids
         self.replicas = replicas
         self.publish: Publish = lambda _: None

@@ -10,7 +10,7 @@ from promptai.advisor.attention import (
     fit_attention,
     tokens_worked,
 )
-from promptai.advisor.cost import work_of_shape
+from promptai.advisor.cost import cost_of_shape
 from promptai.models.shape import Shape
 
 DEPTHS = (264, 488, 1288)
@@ -21,10 +21,10 @@ def readings(prices: AttentionPrices) -> list[AttentionReading]:
     """What the probes of those lengths would show."""
     found = []
     for probe in ATTENTION_PROBES:
-        work = work_of_shape(probe.shape, "q4_0")
-        if work.attention is not None and work.attention.head in prices.by_head:
-            times = {depth: BASE_S + (prices.seconds(work, depth) or 0) for depth in DEPTHS}
-            found.append(AttentionReading(work=work, decode_s=times))
+        cost = cost_of_shape(probe.shape, "q4_0")
+        if cost.attention is not None and cost.attention.head in prices.by_head:
+            times = {depth: BASE_S + (prices.seconds(cost, depth) or 0) for depth in DEPTHS}
+            found.append(AttentionReading(cost=cost, decode_s=times))
     return found
 
 
@@ -48,7 +48,7 @@ def test_prices_and_whether_the_engine_rounds_up_come_back_from_what_the_probes_
 def test_a_pass_that_something_disturbed_does_not_count() -> None:
     calm = readings(AttentionPrices(by_head={"96": AttentionPrice(query_s=2e-10, kv_s=5e-10)}, step=256))
     disturbed = [
-        AttentionReading(work=reading.work, decode_s={depth: 10 * s for depth, s in reading.decode_s.items()})
+        AttentionReading(cost=reading.cost, decode_s={depth: 10 * s for depth, s in reading.decode_s.items()})
         for reading in calm
     ]
 
@@ -56,18 +56,18 @@ def test_a_pass_that_something_disturbed_does_not_count() -> None:
 
 
 def test_a_length_that_was_no_slower_with_more_context_has_no_price() -> None:
-    work = work_of_shape(ATTENTION_PROBES[0].shape, "q4_0")
+    cost = cost_of_shape(ATTENTION_PROBES[0].shape, "q4_0")
 
-    found = fit_attention([AttentionReading(work=work, decode_s={264: 0.2, 488: 0.2, 1288: 0.1})])
+    found = fit_attention([AttentionReading(cost=cost, decode_s={264: 0.2, 488: 0.2, 1288: 0.1})])
 
     assert found.by_head == {}
 
 
 def test_one_depth_tells_no_price() -> None:
-    work = work_of_shape(ATTENTION_PROBES[0].shape, "q4_0")
+    cost = cost_of_shape(ATTENTION_PROBES[0].shape, "q4_0")
 
     with pytest.raises(ValueError, match="two depths"):
-        fit_attention([AttentionReading(work=work, decode_s={264: 0.1})])
+        fit_attention([AttentionReading(cost=cost, decode_s={264: 0.1})])
 
 
 def test_from_the_first_step_on_there_is_work_for_the_step_that_was_begun() -> None:
@@ -80,6 +80,6 @@ def test_layers_with_a_window_work_for_no_more_than_it_and_a_batch() -> None:
     shape = Shape(6, 512, 4, 1, 1024, 3000, architecture="gemma3", head_length=256, sliding_window=512)
     prices = AttentionPrices(by_head={"256": AttentionPrice(query_s=1e-9, kv_s=2e-9)}, step=1)
 
-    found = prices.seconds(work_of_shape(shape, "q4_0"), 3000)
+    found = prices.seconds(cost_of_shape(shape, "q4_0"), 3000)
 
     assert found == pytest.approx((3000 + 5 * 1024) * (4 * 256 * 1e-9 + 256 * 2e-9))

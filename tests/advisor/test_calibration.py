@@ -5,8 +5,8 @@ from random import Random
 import pytest
 
 from promptai.advisor.attention import ATTENTION_PROBES, AttentionPrice, AttentionPrices, AttentionReading
-from promptai.advisor.calibration import PROBES, Calibration, Reading, buffer_bytes, fit
-from promptai.advisor.cost import Work, work_of_shape
+from promptai.advisor.calibration import PROBES, Calibration, Reading, buffer_bytes, fit_calibration
+from promptai.advisor.cost import ModelCost, cost_of_shape
 from promptai.advisor.forecast import forecast
 from promptai.models.shape import Shape
 
@@ -25,9 +25,9 @@ ATTENTION = AttentionPrices(
 LLAMA_32_3B = Shape(28, 3072, 24, 8, 8192, 128_256, tied=True)
 
 
-def decode_s(work: Work, depth: int) -> float:
-    attention_s = ATTENTION.seconds(work, depth) or 0
-    return sum(BYTE_S[kind] * size for kind, size in work.decode_bytes.items()) + work.layers * LAYER_S + attention_s
+def decode_s(cost: ModelCost, depth: int) -> float:
+    attention_s = ATTENTION.seconds(cost, depth) or 0
+    return sum(BYTE_S[kind] * size for kind, size in cost.decode_bytes.items()) + cost.layers * LAYER_S + attention_s
 
 
 def readings(noise: float = 0.0) -> list[Reading]:
@@ -35,44 +35,48 @@ def readings(noise: float = 0.0) -> list[Reading]:
     generator = Random(1)
     found = []
     for probe in PROBES:
-        work = work_of_shape(probe.shape, probe.quant)
-        loaded = BASE_BYTES + (work.kv_bytes(2048) or 0)
-        loaded += sum(int(COPIED[kind]) * size for kind, size in work.decode_bytes.items())
+        cost = cost_of_shape(probe.shape, probe.quant)
+        loaded = BASE_BYTES + (cost.kv_bytes(2048) or 0)
+        loaded += sum(int(COPIED[kind]) * size for kind, size in cost.decode_bytes.items())
         found.append(
             Reading(
-                work=work,
-                decode_s=decode_s(work, 512) * (1 + noise * generator.random()),
+                cost=cost,
+                decode_s=decode_s(cost, 512) * (1 + noise * generator.random()),
                 depth=512,
-                prefill_s=sum(WEIGHT_S[kind] * count for kind, count in work.prefill_weights.items()),
+                prefill_s=sum(WEIGHT_S[kind] * count for kind, count in cost.prefill_weights.items()),
                 context=2048,
                 anon_loaded_bytes=loaded,
-                anon_peak_bytes=loaded + round(0.9 * buffer_bytes(work)),
-                file_mapped_bytes=work.file_bytes + 19_000_000,
+                anon_peak_bytes=loaded + round(0.9 * buffer_bytes(cost)),
+                file_mapped_bytes=cost.file_bytes + 19_000_000,
             )
         )
     return found
 
 
-def attended(noise: float = 0.0) -> list[AttentionReading]:
+def attention_readings(noise: float = 0.0) -> list[AttentionReading]:
     generator = Random(2)
     found = []
     for probe in ATTENTION_PROBES:
-        work = work_of_shape(probe.shape, "q4_0")
-        times = {depth: decode_s(work, depth) * (1 + noise * generator.random()) for depth in (264, 488, 1288)}
-        found.append(AttentionReading(work=work, decode_s=times))
+        cost = cost_of_shape(probe.shape, "q4_0")
+        times = {depth: decode_s(cost, depth) * (1 + noise * generator.random()) for depth in (264, 488, 1288)}
+        found.append(AttentionReading(cost=cost, decode_s=times))
     return found
 
 
 def solved(noise: float = 0.0) -> Calibration:
     created = "2026-11-21T00:00:00+00:00"
-    return fit(readings(noise), attended(noise), engine="an engine", cpu="a processor", threads=2, created=created)
+    return fit_calibration(
+        readings(noise), attention_readings(noise), engine="an engine", cpu="a processor", threads=2, created=created
+    )
 
 
 def test_probes_with_heads_whose_attention_was_not_measured_are_refused() -> None:
-    others = [reading for reading in attended() if reading.work.attention and reading.work.attention.head != "128"]
+    others = [
+        reading for reading in attention_readings() if reading.cost.attention and reading.cost.attention.head != "128"
+    ]
 
     with pytest.raises(ValueError, match="heads of a length"):
-        fit(readings(), others, engine="", cpu="", threads=1, created="")
+        fit_calibration(readings(), others, engine="", cpu="", threads=1, created="")
 
 
 def test_the_probes_tell_every_price_apart() -> None:
@@ -102,17 +106,17 @@ def test_no_price_is_negative_however_noisy_the_machine() -> None:
 
 @pytest.mark.parametrize("quant", ["q4_0", "q4_k_m", "q8_0"])
 def test_a_model_that_was_no_probe_is_forecast_within_2_percent(quant: str) -> None:
-    work = work_of_shape(LLAMA_32_3B, quant)  # type: ignore[arg-type]
+    cost = cost_of_shape(LLAMA_32_3B, quant)  # type: ignore[arg-type]
 
-    found = forecast(work, solved(), context=4096, depth=1000)
+    found = forecast(cost, solved(), context=4096, depth=1000)
 
-    assert found.decode_tps == pytest.approx(1 / decode_s(work, 1000), rel=0.02)
+    assert found.decode_tps == pytest.approx(1 / decode_s(cost, 1000), rel=0.02)
     assert found.unknown == ()
 
 
 def test_noise_of_5_percent_in_the_probes_is_at_most_10_percent_in_a_forecast() -> None:
-    work = work_of_shape(LLAMA_32_3B, "q4_k_m")
+    cost = cost_of_shape(LLAMA_32_3B, "q4_k_m")
 
-    found = forecast(work, solved(noise=0.05), context=4096, depth=1000)
+    found = forecast(cost, solved(noise=0.05), context=4096, depth=1000)
 
-    assert found.decode_tps == pytest.approx(1 / decode_s(work, 1000), rel=0.10)
+    assert found.decode_tps == pytest.approx(1 / decode_s(cost, 1000), rel=0.10)

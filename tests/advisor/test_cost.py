@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from promptai.advisor.cost import Attention, work_of_file, work_of_shape
+from promptai.advisor.cost import Attention, cost_of_file, cost_of_shape
 from promptai.models.gguf import read_header
 from promptai.models.shape import Shape
 from promptai.models.synth import write_synthetic
@@ -27,7 +27,7 @@ def store(tmp_path: Path) -> Store:
 
 def test_the_embedding_is_looked_up_and_not_read_unless_it_is_the_output_too() -> None:
     """Q6_K holds 256 weights in 210 bytes."""
-    untied, tied = work_of_shape(SHAPE, "q4_0"), work_of_shape(TIED, "q4_0")
+    untied, tied = cost_of_shape(SHAPE, "q4_0"), cost_of_shape(TIED, "q4_0")
 
     assert untied.decode_bytes == tied.decode_bytes
     assert tied.decode_bytes["Q6_K"] == 3000 * 512 // 256 * 210
@@ -39,14 +39,14 @@ def test_a_prompt_multiplies_all_but_the_output_and_what_follows_the_last_attent
     layer = 2 * 512 * 512 + 2 * 256 * 512 + 3 * 512 * 1024
     last = 512 * 512 + 2 * 256 * 512
 
-    assert work_of_shape(SHAPE, "q8_0").prefill_weights == {"Q8_0": layer + last}
+    assert cost_of_shape(SHAPE, "q8_0").prefill_weights == {"Q8_0": layer + last}
 
 
 @pytest.mark.parametrize("quant", QUANTS)
 def test_a_file_and_its_shape_are_the_same_work(tmp_path: Path, quant: Quant) -> None:
     path = write_synthetic(tmp_path / "model.gguf", TIED, name="x", quant=quant)
 
-    from_file, from_shape = work_of_file(read_header(path)), work_of_shape(TIED, quant)
+    from_file, from_shape = cost_of_file(read_header(path)), cost_of_shape(TIED, quant)
 
     assert from_file.file_bytes > from_shape.file_bytes
     for name in (
@@ -65,7 +65,7 @@ def test_a_file_and_its_shape_are_the_same_work(tmp_path: Path, quant: Quant) ->
 def test_attention_is_as_wide_as_the_heads_of_all_layers() -> None:
     wide = Shape(3, 512, 4, 2, 1024, 3000, head_length=256)
 
-    assert work_of_shape(wide, "q4_0").attention == Attention(head="256", query_width=3 * 4 * 256, kv_width=3 * 2 * 256)
+    assert cost_of_shape(wide, "q4_0").attention == Attention(head="256", query_width=3 * 4 * 256, kv_width=3 * 2 * 256)
 
 
 @pytest.mark.parametrize(
@@ -91,20 +91,20 @@ def test_attention_is_as_wide_as_the_heads_of_all_layers() -> None:
 def test_a_file_tells_its_attention_by_layer(
     store: Store, entries: list[bytes], expected: tuple[str, int, int] | None
 ) -> None:
-    found = work_of_file(read_header(store(gguf(entries)))).attention
+    found = cost_of_file(read_header(store(gguf(entries)))).attention
 
     assert (found and (found.head, found.query_width, found.kv_width)) == expected
 
 
 def test_keys_and_values_of_every_layer_take_two_bytes_a_number() -> None:
-    assert work_of_shape(SHAPE, "q4_0").kv_bytes(1000) == 1000 * 2 * 2 * (128 * 2) * 2
+    assert cost_of_shape(SHAPE, "q4_0").kv_bytes(1000) == 1000 * 2 * 2 * (128 * 2) * 2
 
 
 def test_layers_with_a_window_keep_no_more_than_it_and_a_batch() -> None:
     """Five of six layers of Gemma 3 look back 512 tokens."""
     shape = Shape(6, 512, 4, 1, 1024, 3000, architecture="gemma3", head_length=256, sliding_window=512)
-    work = work_of_shape(shape, "q4_0")
+    cost = cost_of_shape(shape, "q4_0")
     one_layer = 2 * 2 * 256
 
-    assert work.kv_bytes(512) == 6 * 512 * one_layer
-    assert work.kv_bytes(8192) == (8192 + 5 * 1024) * one_layer
+    assert cost.kv_bytes(512) == 6 * 512 * one_layer
+    assert cost.kv_bytes(8192) == (8192 + 5 * 1024) * one_layer

@@ -4,7 +4,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from promptai.advisor.profile import Engine, Profile, Profiles
+from promptai.advisor.profile import Profile, ProfileKey, Profiles
 from promptai.bench.manifest import TargetFacts
 from promptai.bench.recorder import write_manifest
 from promptai.bench.statistics import Metric
@@ -14,7 +14,7 @@ from support_runs import ENGINE, FACTS, MACHINE, MODEL, make_manifest, talk
 
 NOTHING = Metric(None, "1", 0)
 LABEL = EngineBinary(ENGINE.source, ENGINE.command, ENGINE.build, ENGINE.features).label
-HERE = Engine(cpu=MACHINE.cpu.model_name, label=LABEL, threads=ENGINE.flags.threads)
+HERE = ProfileKey(cpu=MACHINE.cpu.model_name, label=LABEL, threads=ENGINE.flags.threads)
 
 
 def write_run(
@@ -53,7 +53,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def profile(runs: Path, path: Path, *, sha256: str | None = None, engine: Engine = HERE) -> Profile | None:
+def profile(runs: Path, path: Path, *, sha256: str | None = None, engine: ProfileKey = HERE) -> Profile | None:
     """What is known, with nothing to complain about."""
     notes: list[str] = []
     found = Profiles(runs, engine, notes.append).of(path, sha256=sha256)
@@ -82,13 +82,15 @@ def test_a_model_is_known_by_its_checksum_whatever_its_name(tmp_path: Path, file
 @pytest.mark.parametrize(
     "elsewhere",
     [
-        Engine(cpu="Cortex-A72", label=LABEL, threads=4),
-        Engine(cpu=HERE.cpu, label="xllamacpp wheel 1", threads=4),
-        Engine(cpu=HERE.cpu, label=LABEL, threads=3),
+        ProfileKey(cpu="Cortex-A72", label=LABEL, threads=4),
+        ProfileKey(cpu=HERE.cpu, label="xllamacpp wheel 1", threads=4),
+        ProfileKey(cpu=HERE.cpu, label=LABEL, threads=3),
     ],
     ids=["processor", "engine", "threads"],
 )
-def test_what_was_measured_under_other_conditions_does_not_count(tmp_path: Path, file: Path, elsewhere: Engine) -> None:
+def test_what_was_measured_under_other_conditions_does_not_count(
+    tmp_path: Path, file: Path, elsewhere: ProfileKey
+) -> None:
     write_run(tmp_path / "runs", "r")
 
     assert profile(tmp_path / "runs", file, engine=elsewhere) is None

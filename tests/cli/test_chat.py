@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from promptai.cli.chat import Cost, _Told, stage_words
-from promptai.cli.terminal_text import one_line, plain
+from promptai.cli.chat import AnswerStats, _GatewayStatus, describe_stage
+from promptai.cli.terminal_text import one_line, strip_controls
 from promptai.wire.openai import ChunkChoice, CompletionChunk, Delta, Usage
 from support_cli import PROMPTAI, clean_environment, promptai, simulated
 from support_gateway_process import Served, serving
@@ -242,11 +242,11 @@ def test_what_is_typed_in_another_encoding_ends_no_conversation(gateway: Served,
 
 def test_pieces_are_not_called_tokens() -> None:
     chunk = CompletionChunk(choices=[ChunkChoice(delta=Delta(content="a"))])
-    cost = Cost(began=0.0)
-    cost.add(chunk, 1.0, heard=True)
-    cost.add(chunk, 2.0, heard=True)
+    cost = AnswerStats(began=0.0)
+    cost.add(chunk, 1.0, has_text=True)
+    cost.add(chunk, 2.0, has_text=True)
     before = cost.words("shelf")
-    cost.add(CompletionChunk(usage=Usage(prompt_tokens=3, completion_tokens=11)), 2.0, heard=False)
+    cost.add(CompletionChunk(usage=Usage(prompt_tokens=3, completion_tokens=11)), 2.0, has_text=False)
 
     assert before == "first token after 1.0 s, by shelf"
     assert cost.words(None) == "11 tokens, 10.0 tokens/s, first token after 1.0 s"
@@ -255,7 +255,7 @@ def test_pieces_are_not_called_tokens() -> None:
 def test_what_a_gateway_says_beside_its_answers_cannot_steer_the_terminal() -> None:
     out = io.StringIO()
     line = Console(file=out, force_terminal=True).status("asking")
-    told = _Told()
+    told = _GatewayStatus()
 
     told.take({"stage": "queued", "place": "\x1b[2J[bold]7"}, line)
 
@@ -273,7 +273,7 @@ def test_what_a_gateway_says_beside_its_answers_cannot_steer_the_terminal() -> N
     ],
 )
 def test_what_steers_a_terminal_is_taken_out(text: str, shown: str, named: str) -> None:
-    assert (plain(text), one_line(text)) == (shown, named)
+    assert (strip_controls(text), one_line(text)) == (shown, named)
 
 
 @pytest.mark.parametrize(
@@ -289,4 +289,4 @@ def test_what_steers_a_terminal_is_taken_out(text: str, shown: str, named: str) 
     ],
 )
 def test_a_stage_is_told_in_words(said: dict[str, object], words: str) -> None:
-    assert words == stage_words(said)
+    assert words == describe_stage(said)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from promptai.cli.serve_fleet import MemoryBudget, boards
+from promptai.cli.serve_fleet import MemoryBudget, parse_boards
 from promptai.device.memory import MemoryFacts
 from promptai.device.process import ProcessMemory, TreeReading
 from promptai.errors import SettingsError
@@ -88,19 +88,19 @@ def test_a_budget_that_is_set_stays(site: Site) -> None:
     ],
 )
 def test_an_address_alone_adds_nothing_to_an_entry_that_says_more(entries: list[FleetEntry]) -> None:
-    (target,) = boards(entries, {}).targets
+    (target,) = parse_boards(entries, {}).targets
 
     assert (target.name, target.slots, target.base_url) == ("pi-1", 2, PI)
 
 
 def test_the_same_address_twice_is_one_board() -> None:
-    assert len(boards([FleetEntry(PI), FleetEntry(PI)], {}).targets) == 1
+    assert len(parse_boards([FleetEntry(PI), FleetEntry(PI)], {}).targets) == 1
 
 
 def test_a_repeated_address_brings_its_key_where_there_is_none() -> None:
     entries = [FleetEntry(PI, name="pi-1"), FleetEntry(PI, api_key_env="PROMPTAI_API_KEY")]
 
-    assert boards(entries, {"PROMPTAI_API_KEY": "sesame"}).keys == {PI: "sesame"}
+    assert parse_boards(entries, {"PROMPTAI_API_KEY": "sesame"}).keys == {PI: "sesame"}
 
 
 @pytest.mark.parametrize(
@@ -112,14 +112,14 @@ def test_a_board_under_two_names_is_refused_with_both(one: str | None, other: st
     entries = [FleetEntry(PI, name="pi-1", model=one), FleetEntry(f"{PI}/", name="kitchen", model=other)]
 
     with pytest.raises(SettingsError, match=f"^pi-1 and kitchen are the same board, at {PI} "):
-        boards(entries, {})
+        parse_boards(entries, {})
 
 
 def test_two_models_of_one_server_and_two_servers_of_one_machine_are_two_boards() -> None:
     models = [FleetEntry(PI, name="a", model="yi"), FleetEntry(PI, name="b", model="gemma")]
     ports = [FleetEntry("http://pi-1:8080", name="a"), FleetEntry("http://pi-1:8081", name="b")]
 
-    assert [len(boards(entries, {}).targets) for entries in (models, ports)] == [2, 2]
+    assert [len(parse_boards(entries, {}).targets) for entries in (models, ports)] == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_two_models_of_one_server_and_two_servers_of_one_machine_are_two_boards(
 )
 def test_boards_without_names_are_called_by_what_tells_them_apart(entries: list[FleetEntry], names: list[str]) -> None:
     """Of two that were called alike only the first one was in the fleet."""
-    assert [target.replica_id for target in boards(entries, {}).targets] == names
+    assert [target.replica_id for target in parse_boards(entries, {}).targets] == names
 
 
 @pytest.mark.parametrize(
@@ -146,13 +146,13 @@ def test_boards_without_names_are_called_by_what_tells_them_apart(entries: list[
 )
 def test_two_boards_of_one_name_are_refused(entries: list[FleetEntry]) -> None:
     with pytest.raises(SettingsError, match=r"^2 boards are called (kitchen|pi-2:80|pi-1:443) "):
-        boards(entries, {})
+        parse_boards(entries, {})
 
 
 @pytest.mark.parametrize("url", ["http://user:secret@pi:8080", "http://secret@pi:8080", "user:se/cret@pi:8080"])
 def test_an_address_with_a_secret_is_refused_without_repeating_it(url: str) -> None:
     with pytest.raises(SettingsError, match=r"^the address of pi:8080 holds a user or a password ") as refusal:
-        boards([FleetEntry(url, api_key_env="NOT_SET")], {})
+        parse_boards([FleetEntry(url, api_key_env="NOT_SET")], {})
 
     assert "api_key_env" in refusal.value.hint
     assert "cret" not in str(refusal.value)

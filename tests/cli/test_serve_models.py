@@ -7,20 +7,20 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from promptai.advisor.profile import Engine, Profiles
-from promptai.cli.serve_models import Machine, batch_for, choose, describe, flags_for
+from promptai.advisor.profile import ProfileKey, Profiles
+from promptai.cli.serve_models import EngineSetup, batch_for, describe_model, flags_for, select_models
 from promptai.engine.locate import EngineBinary
 from promptai.errors import ModelNotFoundError, SettingsError
 from promptai.models.library import Library, Sidecar
 from promptai.settings import EngineSettings, FleetEntry, ServeEntry, Settings
 
-MACHINE = Machine(
+MACHINE = EngineSetup(
     binary=EngineBinary("PATH", ("llama-server",), "b1", None),
     threads=4,
     engine=EngineSettings(slots=2),
     cache_ram_mib=100,
     calibration=None,
-    profiles=Profiles(Path("absent"), Engine(cpu="a", label="b", threads=4), lambda _: None),
+    profiles=Profiles(Path("absent"), ProfileKey(cpu="a", label="b", threads=4), lambda _: None),
 )
 
 
@@ -44,13 +44,13 @@ def keep(root: Path, folder: str, file: str, source: Path, *, catalog: str | Non
 def names(root: Path, *wanted: str) -> list[str]:
     """What requests will call them."""
     notes: list[str] = []
-    found = choose(settings(root, *wanted), notes.append)
+    found = select_models(settings(root, *wanted), notes.append)
     assert notes == []
     return [chosen.name for chosen in found]
 
 
 def test_an_empty_library_is_served_as_the_bundled_model_at_once(tmp_path: Path) -> None:
-    found = choose(settings(tmp_path), lambda _: None)
+    found = select_models(settings(tmp_path), lambda _: None)
 
     assert [(chosen.name, chosen.entry.preload) for chosen in found] == [("promptai-tiny", True)]
 
@@ -58,7 +58,7 @@ def test_an_empty_library_is_served_as_the_bundled_model_at_once(tmp_path: Path)
 def test_with_boards_only_what_is_named_is_served_here(tmp_path: Path) -> None:
     boards = Settings(models=str(tmp_path), fleet=(FleetEntry("http://pi-1:8080"),))
 
-    assert choose(boards, lambda _: None) == []
+    assert select_models(boards, lambda _: None) == []
 
 
 def test_models_are_called_as_in_the_catalogue_or_by_their_file(tmp_path: Path, small_model: Path) -> None:
@@ -96,14 +96,14 @@ def test_files_that_no_folder_tells_apart_are_refused(tmp_path: Path, small_mode
         path.write_bytes(small_model.read_bytes())
 
     with pytest.raises(SettingsError, match=r"yi\.gguf and .*yi would both be called yi ") as refusal:
-        choose(settings(tmp_path / "library", *map(str, paths)), lambda _: None)
+        select_models(settings(tmp_path / "library", *map(str, paths)), lambda _: None)
 
     assert refusal.value.hint == "rename one of the files"
 
 
 def test_a_name_too_long_for_a_file_is_one_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFoundError, match="no model named 'xxx"):
-        choose(settings(tmp_path, "x" * 300), lambda _: None)
+    with pytest.raises(ModelNotFoundError, match="there is no model xxx"):
+        select_models(settings(tmp_path, "x" * 300), lambda _: None)
 
 
 def test_a_path_below_a_folder_that_may_not_be_entered_is_refused_with_its_reason(
@@ -117,10 +117,10 @@ def test_a_path_below_a_folder_that_may_not_be_entered_is_refused_with_its_reaso
         return real(path, *args, **options)
 
     monkeypatch.setattr(os, "stat", refused)  # root may enter every folder
-    (chosen,) = choose(settings(tmp_path, "/closed/yi.gguf"), lambda _: None)
+    (chosen,) = select_models(settings(tmp_path, "/closed/yi.gguf"), lambda _: None)
 
     with pytest.raises(ModelNotFoundError, match=r"model /closed/yi\.gguf cannot be read"):
-        describe(chosen, MACHINE)
+        describe_model(chosen, MACHINE)
 
 
 def test_what_cannot_be_served_is_left_out_of_the_library_and_refused_by_name(
@@ -130,7 +130,7 @@ def test_what_cannot_be_served_is_left_out_of_the_library_and_refused_by_name(
     (tmp_path / "a--b" / "cut.gguf").write_bytes(small_model.read_bytes()[:2000])
     notes: list[str] = []
 
-    found = choose(settings(tmp_path), notes.append)
+    found = select_models(settings(tmp_path), notes.append)
 
     assert [chosen.name for chosen in found] == ["good"]
     assert len(notes) == 1
@@ -148,15 +148,15 @@ def test_what_cannot_be_served_is_left_out_of_the_library_and_refused_by_name(
 )
 def test_a_wrong_name_is_refused(tmp_path: Path, wanted: tuple[str, ...], error: type[Exception], word: str) -> None:
     with pytest.raises(error, match=word):
-        choose(settings(tmp_path, *wanted), lambda _: None)
+        select_models(settings(tmp_path, *wanted), lambda _: None)
 
 
 def test_without_a_calibration_memory_is_its_bound_and_a_tenth_and_rates_are_unknown(
     tmp_path: Path, small_model: Path
 ) -> None:
-    (chosen,) = choose(settings(tmp_path, str(small_model)), lambda _: None)
+    (chosen,) = select_models(settings(tmp_path, str(small_model)), lambda _: None)
 
-    model = describe(chosen, MACHINE)
+    model = describe_model(chosen, MACHINE)
 
     kv_bytes = 2 * 2 * 4096 * (2 * 32)  # f16 keys and values of both layers: two heads of 16 each
     least = small_model.stat().st_size + 2 * kv_bytes + 100 * 1024**2
@@ -167,10 +167,10 @@ def test_without_a_calibration_memory_is_its_bound_and_a_tenth_and_rates_are_unk
 
 
 def test_a_cache_of_a_smaller_type_needs_less_memory(tmp_path: Path, small_model: Path) -> None:
-    (chosen,) = choose(settings(tmp_path, str(small_model)), lambda _: None)
+    (chosen,) = select_models(settings(tmp_path, str(small_model)), lambda _: None)
     q8 = msgspec.structs.replace(MACHINE, engine=EngineSettings(slots=2, cache_type="q8_0"))
 
-    saved = describe(chosen, MACHINE).needed_bytes - describe(chosen, q8).needed_bytes
+    saved = describe_model(chosen, MACHINE).needed_bytes - describe_model(chosen, q8).needed_bytes
 
     kv_bytes = 2 * 2 * 2 * 4096 * (2 * 32)  # f16, both slots
     assert saved == pytest.approx(kv_bytes * (1 - 34 / 64) * 1.1, abs=2)
@@ -178,9 +178,9 @@ def test_a_cache_of_a_smaller_type_needs_less_memory(tmp_path: Path, small_model
 
 def test_a_context_is_never_longer_than_the_model_s(tmp_path: Path, small_model: Path) -> None:
     wanted = Settings(models=str(tmp_path), serve=(ServeEntry(str(small_model), context=100_000, slots=3),))
-    (chosen,) = choose(wanted, lambda _: None)
+    (chosen,) = select_models(wanted, lambda _: None)
 
-    model = describe(chosen, MACHINE)
+    model = describe_model(chosen, MACHINE)
     flags = flags_for(MACHINE)(model, 9000)
 
     assert (model.context, flags.context, flags.slots, flags.threads) == (4096, 3 * 4096, 3, 4)

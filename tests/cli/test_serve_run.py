@@ -13,26 +13,26 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from promptai.advisor.profile import Engine, Profiles
+from promptai.advisor.profile import ProfileKey, Profiles
 from promptai.cli.serve_fleet import Boards
-from promptai.cli.serve_models import Machine
-from promptai.cli.serve_run import Plan, Running, identity
-from promptai.cli.serve_show import Loading
+from promptai.cli.serve_models import EngineSetup
+from promptai.cli.serve_run import ServePlan, ServeSession, file_identity
+from promptai.cli.serve_show import LoadingProgress
 from promptai.engine.locate import EngineBinary
 from promptai.gateway.auth import Guard
 from promptai.gateway.keys import KeyStore
 from promptai.gateway.server import GatewayServer
 from promptai.settings import EngineSettings, GatewaySettings, Settings
 
-PLAN = Plan(settings=Settings(gateway=GatewaySettings(port=0)), boards=Boards((), {}))
+PLAN = ServePlan(settings=Settings(gateway=GatewaySettings(port=0)), boards=Boards((), {}))
 
-MACHINE = Machine(
+MACHINE = EngineSetup(
     binary=EngineBinary("PATH", ("llama-server",), "b1", None),
     threads=4,
     engine=EngineSettings(slots=2),
     cache_ram_mib=7,
     calibration=None,
-    profiles=Profiles(Path("absent"), Engine(cpu="a", label="b", threads=4), lambda _: None),
+    profiles=Profiles(Path("absent"), ProfileKey(cpu="a", label="b", threads=4), lambda _: None),
 )
 
 
@@ -47,7 +47,7 @@ def _usual_collector() -> Iterator[None]:
 
 def run(
     tmp_path: Path,
-    replan: Callable[[Machine | None], Plan],
+    replan: Callable[[EngineSetup | None], ServePlan],
     until: Callable[[], bool],
     *,
     file: Path | None = None,
@@ -55,7 +55,7 @@ def run(
     signals: bool = False,
 ) -> int:
     """A gateway until something has happened; it is told to read its settings again, or finds out itself."""
-    running = Running(
+    running = ServeSession(
         PLAN,
         Guard(KeyStore(tmp_path / "keys.json"), open=True, bind="127.0.0.1"),
         file=lambda: file,
@@ -73,16 +73,16 @@ def run(
                 break
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def started(_one: Running, _server: GatewayServer) -> None:
+    def started(_one: ServeSession, _server: GatewayServer) -> None:
         ending.append(asyncio.get_running_loop().create_task(end()))
 
-    with Loading(Console(file=io.StringIO())) as loading:
+    with LoadingProgress(Console(file=io.StringIO())) as loading:
         return asyncio.run(running.run(started, loading))
 
 
 @pytest.mark.real
 def test_a_bug_in_reading_settings_again_ends_no_gateway(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def replan(_machine: Machine | None) -> Plan:
+    def replan(_setup: EngineSetup | None) -> ServePlan:
         raise PermissionError(13, "Permission denied", "/secret")
 
     monitored = logging.getLogger("promptai.serve")
@@ -104,9 +104,9 @@ def test_how_engines_are_started_is_settled_when_the_first_model_is_served(
     """Until then nobody has looked at this machine; what was read with the first model is in force then."""
     sizes = iter([7, 8])
 
-    def replan(_machine: Machine | None) -> Plan:
+    def replan(_setup: EngineSetup | None) -> ServePlan:
         gateway = GatewaySettings(port=0, cache_ram_mib=next(sizes))
-        return Plan(settings=Settings(gateway=gateway, engine=EngineSettings(slots=2)), machine=MACHINE)
+        return ServePlan(settings=Settings(gateway=gateway, engine=EngineSettings(slots=2)), setup=MACHINE)
 
     def told(times: int) -> bool:
         return caplog.text.count("were read again") == times
@@ -138,10 +138,10 @@ def test_how_engines_are_started_is_settled_when_the_first_model_is_served(
 def test_what_changes_between_the_reading_and_the_start_is_read_again(tmp_path: Path) -> None:
     file, replanned = tmp_path / "promptai.toml", []
     file.write_text("")
-    seen = identity(file)
+    seen = file_identity(file)
     file.write_text("[gateway]\nqueue = 3\n")
 
-    def replan(_machine: Machine | None) -> Plan:
+    def replan(_setup: EngineSetup | None) -> ServePlan:
         replanned.append(True)
         return msgspec.structs.replace(PLAN)
 

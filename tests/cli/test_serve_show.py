@@ -11,15 +11,15 @@ import pytest
 from rich.console import Console
 
 from promptai.cli.serve_show import (
-    Loading,
+    LoadingProgress,
     LogHandler,
-    asked_first,
     curl_line,
-    elsewhere,
-    explain,
-    no_example,
+    down_reasons,
+    example_model,
+    external_url,
+    legend,
     table,
-    troubles,
+    why_unavailable,
 )
 from promptai.fleet.replica import Rates, Replica, Snapshot, State
 from promptai.fleet.static import Target
@@ -79,8 +79,8 @@ def test_a_board_that_has_not_answered_yet_is_in_the_table() -> None:
 def test_who_is_down_is_told_with_the_reason() -> None:
     down = Replica(id="pi-3:80", url="u", model="", state=State.DOWN, reason="does not answer")
 
-    assert troubles([READY, down]) == ["pi-3:80: does not answer"]
-    assert "learned" in explain([READY], None)
+    assert down_reasons([READY, down]) == ["pi-3:80: does not answer"]
+    assert "learned" in legend([READY], None)
 
 
 @pytest.mark.parametrize("model", ["m", "it's", 'a $HOME `id` "b"'])
@@ -100,12 +100,12 @@ def test_without_a_terminal_loading_is_a_line_a_quarter_and_one_at_the_end() -> 
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
-        with Loading(console) as loading:
+        with LoadingProgress(console) as loading:
             for now in range(11):
                 replica = msgspec.structs.replace(LOADING, progress=now / 10 if now else None)
-                loading.look(Snapshot(now, (replica,)), float(now))
-            loading.look(Snapshot(11, (Replica(id="local/m", url="u", model="m"),)), 11.0)
-            loading.look(Snapshot(12, (Replica(id="local/m", url="", model="m", state=State.COLD),)), 12.0)
+                loading.update(Snapshot(now, (replica,)), float(now))
+            loading.update(Snapshot(11, (Replica(id="local/m", url="u", model="m"),)), 11.0)
+            loading.update(Snapshot(12, (Replica(id="local/m", url="", model="m", state=State.COLD),)), 12.0)
     finally:
         log.removeHandler(handler)
 
@@ -153,22 +153,22 @@ def test_a_line_that_cannot_be_written_is_dropped_and_ends_nothing(
 def test_a_lost_terminal_ends_no_gateway_that_draws_on_it(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
     out = Failing()
     monkeypatch.setattr("os.dup2", lambda *_: None)
-    with Loading(Console(file=out, width=200, force_terminal=True)) as loading:
-        loading.look(Snapshot(0, (LOADING,)), 0.0)
+    with LoadingProgress(Console(file=out, width=200, force_terminal=True)) as loading:
+        loading.update(Snapshot(0, (LOADING,)), 0.0)
         out.error = error
-        loading.look(Snapshot(1, (msgspec.structs.replace(LOADING, progress=0.5),)), 1.0)
+        loading.update(Snapshot(1, (msgspec.structs.replace(LOADING, progress=0.5),)), 1.0)
 
 
 def test_a_bar_goes_with_its_replica_and_has_no_share_before_one_is_known() -> None:
     out = io.StringIO()
-    with Loading(Console(file=out, width=200, force_terminal=True)) as loading:
-        loading.look(Snapshot(0, (LOADING,)), 0.0)
+    with LoadingProgress(Console(file=out, width=200, force_terminal=True)) as loading:
+        loading.update(Snapshot(0, (LOADING,)), 0.0)
         unknown = out.getvalue()
-        loading.look(Snapshot(1, (msgspec.structs.replace(LOADING, progress=0.4),)), 1.0)
+        loading.update(Snapshot(1, (msgspec.structs.replace(LOADING, progress=0.4),)), 1.0)
         known = out.getvalue()
-        loading.look(Snapshot(2, ()), 2.0)
+        loading.update(Snapshot(2, ()), 2.0)
         left = len(out.getvalue())
-        loading.look(Snapshot(3, ()), 3.0)
+        loading.update(Snapshot(3, ()), 3.0)
 
     assert "loading local/m" in unknown
     assert "%" not in unknown
@@ -180,22 +180,22 @@ def test_the_example_asks_a_board_that_answers() -> None:
     down = Replica(id="a", url="u", model="gone", state=State.DOWN)
     cold = Replica(id="b", url="", model="cold", state=State.COLD)
 
-    assert asked_first([down, Replica(id="c", url="u", model=""), cold, READY]) == "cold"
-    assert asked_first([down, Replica(id="c", url="u", model="", state=State.LOADING)]) == "default"
-    assert asked_first([]) == "default"
+    assert example_model([down, Replica(id="c", url="u", model=""), cold, READY]) == "cold"
+    assert example_model([down, Replica(id="c", url="u", model="", state=State.LOADING)]) == "default"
+    assert example_model([]) == "default"
 
 
 def test_where_nothing_can_be_asked_one_line_says_why() -> None:
     down = Replica(id="local/m", url="", model="m", state=State.DOWN, reason="needs 9.0 GB of memory")
 
-    assert no_example([down, READY]) == ""
-    assert no_example([down]) == "nothing can be asked now: local/m: needs 9.0 GB of memory"
-    assert no_example([down, down, down]).endswith("needs 9.0 GB of memory (and 2 more cannot serve)")
-    assert no_example([]) == "nothing can be asked yet: no board has answered so far"
+    assert why_unavailable([down, READY]) == ""
+    assert why_unavailable([down]) == "nothing can be asked now: local/m: needs 9.0 GB of memory"
+    assert why_unavailable([down, down, down]).endswith("needs 9.0 GB of memory (and 2 more cannot serve)")
+    assert why_unavailable([]) == "nothing can be asked yet: no board has answered so far"
 
 
 @pytest.mark.parametrize(
     ("host", "url"), [("2001:db8::5", "http://[2001:db8::5]:8400"), ("192.0.2.5", "http://192.0.2.5:8400")]
 )
 def test_the_address_for_other_machines_can_be_used_as_it_is_printed(host: str, url: str) -> None:
-    assert elsewhere(host, 8400) == url
+    assert external_url(host, 8400) == url

@@ -370,7 +370,7 @@ def test_the_same_models_are_the_same_configuration() -> None:
 
     assert one.source.configuration == two.source.configuration
     assert one.source.configuration != other.source.configuration
-    assert one.source.sole
+    assert one.source.exclusive
     assert "local/a" in (one.source.replica_ids or ())
     assert "local/b" not in (one.source.replica_ids or ())
 

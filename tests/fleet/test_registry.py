@@ -63,13 +63,13 @@ def test_of_two_replicas_with_one_id_the_first_is_kept_and_the_other_is_a_troubl
     async def test() -> None:
         await asyncio.sleep(0.1)
         assert [(found.id, found.model) for found in registry.snapshot.replicas] == [("a", "yi"), ("b", "yi")]
-        assert registry.troubles == (
+        assert registry.problems == (
             "source two is there more than once; the first one counts",
             "replica a of two is left out: one has one of that id",
             "replica b of two is left out: two has one of that id",
         )
         second.publish([replica("b")])
-        assert len(registry.troubles) == 1
+        assert len(registry.problems) == 1
 
     play(registry, test)
 

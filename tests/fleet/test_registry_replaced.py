@@ -74,8 +74,8 @@ def test_a_changed_source_takes_its_replicas_over_without_a_moment_of_none() -> 
 
 def test_a_source_that_owns_the_memory_begins_only_when_its_predecessor_has_ended() -> None:
     """Or two sets of engines would be loaded."""
-    old = Told("local", replica("a"), configuration=1, sole=True)
-    new = Told("local", replica("a", model="new"), configuration=2, sole=True)
+    old = Told("local", replica("a"), configuration=1, exclusive=True)
+    new = Told("local", replica("a", model="new"), configuration=2, exclusive=True)
     registry = Registry([old])
 
     async def test() -> None:
@@ -100,9 +100,9 @@ def test_while_a_source_waits_for_its_predecessor_no_model_is_missing() -> None:
         replica("c", model="cold", state=State.COLD),
         replica("d", model="loads", state=State.LOADING),
         configuration=1,
-        sole=True,
+        exclusive=True,
     )
-    new = Told("local", configuration=2, sole=True)
+    new = Told("local", configuration=2, exclusive=True)
     registry = Registry([old])
     models: list[tuple[str, ...]] = []
     registry.subscribe(lambda snapshot: models.append(snapshot.models))
@@ -129,13 +129,13 @@ def test_while_a_source_waits_for_its_predecessor_no_model_is_missing() -> None:
 
 def test_a_source_that_waits_and_is_removed_leaves_nothing_to_wait_for() -> None:
     """What its predecessor had will not be back then; another one in its place changes nothing."""
-    old = Told("local", replica("a"), replica("b", state=State.COLD), configuration=1, sole=True)
+    old = Told("local", replica("a"), replica("b", state=State.COLD), configuration=1, exclusive=True)
     registry = Registry([old])
 
     async def test() -> None:
         await asyncio.sleep(1)
-        registry.replace([Told("local", configuration=2, sole=True)])
-        registry.replace([Told("local", configuration=3, sole=True)])
+        registry.replace([Told("local", configuration=2, exclusive=True)])
+        registry.replace([Told("local", configuration=3, exclusive=True)])
         await asyncio.sleep(1)
         assert states(registry) == {"a": State.DRAINING, "b": State.DRAINING}
         registry.replace([])
@@ -194,9 +194,9 @@ def test_what_the_successor_will_not_have_leaves_and_is_not_said_to_be_started_a
         replica("b", model="gone"),
         replica("c", model="cold", state=State.COLD),
         configuration=1,
-        sole=True,
+        exclusive=True,
     )
-    new = Told("local", configuration=2, sole=True, replica_ids={"a", "d"})
+    new = Told("local", configuration=2, exclusive=True, replica_ids={"a", "d"})
     registry = Registry([old])
 
     async def test() -> None:
@@ -220,30 +220,30 @@ def test_what_the_successor_will_not_have_leaves_and_is_not_said_to_be_started_a
 
 
 def test_what_was_removed_and_is_put_back_before_its_source_has_ended_does_not_leave() -> None:
-    old = Told("local", replica("a"), configuration=1, sole=True)
+    old = Told("local", replica("a"), configuration=1, exclusive=True)
     registry = Registry([old])
 
     async def test() -> None:
         await asyncio.sleep(1)
-        registry.replace([Told("local", configuration=2, sole=True, replica_ids=set())])
+        registry.replace([Told("local", configuration=2, exclusive=True, replica_ids=set())])
         assert registry.snapshot.replicas[0].leaving
-        registry.replace([Told("local", configuration=3, sole=True, replica_ids={"a"})])
+        registry.replace([Told("local", configuration=3, exclusive=True, replica_ids={"a"})])
         assert not registry.snapshot.replicas[0].leaving
 
     play(registry, test)
 
 
-@pytest.mark.parametrize("sole", [True, False], ids=["own-engines", "boards"])
+@pytest.mark.parametrize("exclusive", [True, False], ids=["own-engines", "boards"])
 def test_answers_that_are_cut_off_because_they_take_too_long_are_told_once(
-    caplog: pytest.LogCaptureFixture, *, sole: bool
+    caplog: pytest.LogCaptureFixture, *, exclusive: bool
 ) -> None:
     """Nothing is cut off at a board, whose engine goes on."""
-    old = Told("list", replica("a"), replica("b"), replica("c"), configuration=1, sole=sole)
+    old = Told("list", replica("a"), replica("b"), replica("c"), configuration=1, exclusive=exclusive)
     registry = Registry([old], drain_s=30.0, busy=lambda replica_id: {"a": 2, "b": 1}.get(replica_id, 0))
 
     async def test() -> None:
         await asyncio.sleep(1)
-        registry.replace([Told("list", replica("a"), configuration=2, sole=sole)])
+        registry.replace([Told("list", replica("a"), configuration=2, exclusive=exclusive)])
         registry.forget("c")
         await asyncio.sleep(29)
         assert caplog.messages == []
@@ -254,15 +254,15 @@ def test_answers_that_are_cut_off_because_they_take_too_long_are_told_once(
         play(registry, test)
 
     said = "source list is ended: its answers had 30 s to finish; still under way and cut off: 3"
-    assert caplog.messages == ([said] if sole else [])
+    assert caplog.messages == ([said] if exclusive else [])
 
 
 def test_nothing_is_told_of_answers_that_end_in_time(caplog: pytest.LogCaptureFixture) -> None:
-    registry = Registry([Told("list", replica("a"), configuration=1, sole=True)], drain_s=30.0)
+    registry = Registry([Told("list", replica("a"), configuration=1, exclusive=True)], drain_s=30.0)
 
     async def test() -> None:
         await asyncio.sleep(1)
-        registry.replace([Told("list", replica("a"), configuration=2, sole=True)])
+        registry.replace([Told("list", replica("a"), configuration=2, exclusive=True)])
         await asyncio.sleep(29)
         registry.forget("a")
         await asyncio.sleep(60)

@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 import numpy as np
 
-from promptai.advisor.cost import Work
-from promptai.advisor.solve import prices
+from promptai.advisor.cost import ModelCost
+from promptai.advisor.solve import solve_prices
 from promptai.models.shape import Shape
 
 #: Where llama.cpp's split begins, and what it rounds to (n_kv in src/llama-kv-cache.cpp, 512 in ggml-cpu/ops.cpp).
@@ -55,7 +55,7 @@ class AttentionReading(msgspec.Struct, frozen=True, kw_only=True):
         decode_s: Tokens before the one that is decoded -> seconds that it took.
     """
 
-    work: Work
+    cost: ModelCost
     decode_s: dict[int, float]
 
 
@@ -78,14 +78,14 @@ class AttentionPrices(msgspec.Struct, frozen=True, kw_only=True):
     by_head: dict[str, AttentionPrice]
     step: int
 
-    def seconds(self, work: Work, depth: int) -> float | None:
+    def seconds(self, cost: ModelCost, depth: int) -> float | None:
         """What ``depth`` tokens before it add to a decoded token; ``None`` for a length that was not measured."""
-        attention = work.attention
+        attention = cost.attention
         price = self.by_head.get(attention.head) if attention is not None else None
         if attention is None or price is None:
             return None
         a_token = attention.query_width * price.query_s + attention.kv_width * price.kv_s
-        return work.seen(tokens_worked(depth, self.step)) * a_token
+        return cost.mean_cached_tokens(tokens_worked(depth, self.step)) * a_token
 
 
 def tokens_worked(depth: int, step: int) -> int:
@@ -105,7 +105,7 @@ def fit_attention(readings: Sequence[AttentionReading]) -> AttentionPrices:
     """
     least: dict[tuple[str, int, int], dict[int, float]] = {}
     for reading in readings:
-        attention = reading.work.attention
+        attention = reading.cost.attention
         if attention is None or len(reading.decode_s) < 2:
             raise ValueError("an attention probe needs a known form and two depths")
         seen = least.setdefault((attention.head, attention.query_width, attention.kv_width), {})
@@ -117,7 +117,7 @@ def fit_attention(readings: Sequence[AttentionReading]) -> AttentionPrices:
         slopes = {key[1:]: _slope(seen, step) for key, seen in least.items() if key[0] == head}
         rising = {widths: slope for widths, slope in slopes.items() if slope > 0}
         if rising:
-            query_s, kv_s = prices(list(rising), list(rising.values()))
+            query_s, kv_s = solve_prices(list(rising), list(rising.values()))
             by_head[head] = AttentionPrice(query_s=query_s, kv_s=kv_s)
     return AttentionPrices(by_head=by_head, step=step)
 

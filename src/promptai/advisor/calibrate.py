@@ -16,8 +16,8 @@ from pathlib import Path
 import msgspec
 
 from promptai.advisor.attention import ATTENTION_PROBES, AttentionProbe, AttentionReading
-from promptai.advisor.calibration import PROBES, SCHEMA, Calibration, Probe, Reading, fit
-from promptai.advisor.cost import work_of_file
+from promptai.advisor.calibration import PROBES, SCHEMA, Calibration, Probe, Reading, fit_calibration
+from promptai.advisor.cost import cost_of_file
 from promptai.engine.flags import EngineFlags
 from promptai.engine.launch import free_port
 from promptai.engine.locate import EngineBinary
@@ -53,7 +53,7 @@ async def calibrate(
         ModelError: A probe file cannot be written.
         EngineError: The engine cannot be run, its memory cannot be read, or the readings make no sense.
     """
-    readings, attended = [], []
+    readings, attention_readings = [], []
     there: tuple[Probe | AttentionProbe, ...] = (*PROBES, *ATTENTION_PROBES)
     order = (*there, *reversed(there))
     for done, chosen in enumerate(order):
@@ -61,10 +61,12 @@ async def calibrate(
         if isinstance(chosen, Probe):
             readings.append(await _run(binary, chosen, threads, cache))
         else:
-            attended.append(await _attend(binary, chosen, threads, cache))
+            attention_readings.append(await _attend(binary, chosen, threads, cache))
     created = datetime.now(UTC).isoformat(timespec="seconds")
     try:
-        return fit(readings, attended, engine=binary.label, cpu=cpu, threads=threads, created=created)
+        return fit_calibration(
+            readings, attention_readings, engine=binary.label, cpu=cpu, threads=threads, created=created
+        )
     except ValueError:
         raise EngineError(
             "too much else ran meanwhile: more context did not cost more time",
@@ -78,12 +80,12 @@ async def _run(binary: EngineBinary, chosen: Probe, threads: int, cache: Path) -
         seen = await probe(
             binary, flags, log=log, prompt_tokens=_PROMPT_TOKENS, answer_tokens=_ANSWER_TOKENS, tries=_TRIES
         )
-        work = work_of_file(read_header(path))
+        cost = cost_of_file(read_header(path))
     loaded, peak, mapped = seen.loaded.anon_bytes, seen.peak.anon_bytes, seen.loaded.file_bytes
     if loaded is None or peak is None or mapped is None:
         raise EngineError("the kernel does not tell the engine's memory", hint="is /proc restricted here?")
     return Reading(
-        work=work,
+        cost=cost,
         decode_s=seen.decode_s,
         depth=_PROMPT_TOKENS,
         prefill_s=seen.prefill_s,
@@ -100,7 +102,7 @@ async def _attend(binary: EngineBinary, chosen: AttentionProbe, threads: int, ca
         found = await probe_depths(
             binary, flags, log=log, depths=_DEPTHS, answer_tokens=_DEPTH_ANSWER_TOKENS, tries=_DEPTH_TRIES
         )
-        return AttentionReading(work=work_of_file(read_header(path)), decode_s=found)
+        return AttentionReading(cost=cost_of_file(read_header(path)), decode_s=found)
 
 
 @contextmanager

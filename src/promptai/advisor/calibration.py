@@ -24,8 +24,8 @@ import msgspec
 import numpy as np
 
 from promptai.advisor.attention import AttentionPrices, AttentionReading, fit_attention
-from promptai.advisor.cost import Work
-from promptai.advisor.solve import prices
+from promptai.advisor.cost import ModelCost
+from promptai.advisor.solve import solve_prices
 from promptai.models.shape import Shape
 from promptai.models.tensors import Quant
 
@@ -63,7 +63,7 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
         file_mapped_bytes: Mapped files, the model among them.
     """
 
-    work: Work
+    cost: ModelCost
     decode_s: float
     depth: int
     prefill_s: float
@@ -104,9 +104,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     schema: int = SCHEMA
 
 
-def fit(
+def fit_calibration(
     readings: Sequence[Reading],
-    attended: Sequence[AttentionReading],
+    attention_readings: Sequence[AttentionReading],
     *,
     engine: str,
     cpu: str,
@@ -117,19 +117,19 @@ def fit(
     Solve for the prices.
 
     Raises:
-        ValueError: The form of a probe's cache is not known, or its head length not among those ``attended``.
+        ValueError: The form of a probe's cache is not known, or its head length not among those ``attention_readings``.
     """
-    attention = fit_attention(attended)
-    types = sorted({kind for reading in readings for kind in reading.work.decode_bytes})
-    decode = prices(
-        [[*(r.work.decode_bytes.get(kind, 0) for kind in types), r.work.layers] for r in readings],
+    attention = fit_attention(attention_readings)
+    types = sorted({kind for reading in readings for kind in reading.cost.decode_bytes})
+    decode = solve_prices(
+        [[*(r.cost.decode_bytes.get(kind, 0) for kind in types), r.cost.layers] for r in readings],
         [r.decode_s - _attention_s(r, attention) for r in readings],
     )
-    memory = prices(
-        [[*(r.work.decode_bytes.get(kind, 0) for kind in types), 1] for r in readings],
+    memory = solve_prices(
+        [[*(r.cost.decode_bytes.get(kind, 0) for kind in types), 1] for r in readings],
         [r.anon_loaded_bytes - _kv_bytes(r, r.context) for r in readings],
     )
-    scales = [(r.anon_peak_bytes - r.anon_loaded_bytes) / buffer_bytes(r.work) for r in readings]
+    scales = [(r.anon_peak_bytes - r.anon_loaded_bytes) / buffer_bytes(r.cost) for r in readings]
     return Calibration(
         engine=engine,
         cpu=cpu,
@@ -141,19 +141,19 @@ def fit(
         # Either the engine copies a type or it does not; what lies between is noise of the other terms.
         copied_share={kind: float(round(min(share, 1.0))) for kind, share in zip(types, memory[:-1], strict=True)},
         base_anon_bytes=round(memory[-1]),
-        base_file_bytes=round(np.median([max(0, r.file_mapped_bytes - r.work.file_bytes) for r in readings])),
+        base_file_bytes=round(np.median([max(0, r.file_mapped_bytes - r.cost.file_bytes) for r in readings])),
         buffer_scale=float(np.median(scales)),
         created=created,
     )
 
 
-def buffer_bytes(work: Work, *, batch: int = 512) -> int:
+def buffer_bytes(cost: ModelCost, *, batch: int = 512) -> int:
     """
     A rule for the compute buffers that one batch touches: gate and up of a layer, five vectors, samplers.
 
     Rough on purpose: a few percent of the whole. Its scale is calibrated.
     """
-    return 4 * batch * (2 * work.ffn + 5 * work.width) + 50 * work.vocabulary
+    return 4 * batch * (2 * cost.ffn + 5 * cost.width) + 50 * cost.vocabulary
 
 
 def _prefill_prices(readings: Sequence[Reading]) -> dict[str, float]:
@@ -162,12 +162,12 @@ def _prefill_prices(readings: Sequence[Reading]) -> dict[str, float]:
 
     A single layer says nothing: nearly all of it is computed for the last token of a prompt only.
     """
-    readings = [reading for reading in readings if reading.work.layers > 1]
-    kinds = sorted({kind for reading in readings for kind in reading.work.prefill_weights})
+    readings = [reading for reading in readings if reading.cost.layers > 1]
+    kinds = sorted({kind for reading in readings for kind in reading.cost.prefill_weights})
     groups = sorted({_group(kind) for kind in kinds})
-    solved = prices(
+    solved = solve_prices(
         [
-            [sum(n for kind, n in r.work.prefill_weights.items() if _group(kind) == group) for group in groups]
+            [sum(n for kind, n in r.cost.prefill_weights.items() if _group(kind) == group) for group in groups]
             for r in readings
         ],
         [r.prefill_s for r in readings],
@@ -181,14 +181,14 @@ def _group(kind: str) -> str:
 
 
 def _kv_bytes(reading: Reading, tokens: int) -> int:
-    found = reading.work.kv_bytes(tokens)
+    found = reading.cost.kv_bytes(tokens)
     if found is None:
         raise ValueError("a probe needs a cache of known form")
     return found
 
 
 def _attention_s(reading: Reading, attention: AttentionPrices) -> float:
-    found = attention.seconds(reading.work, reading.depth)
+    found = attention.seconds(reading.cost, reading.depth)
     if found is None:
         raise ValueError("a probe needs heads of a length whose attention was measured")
     return found

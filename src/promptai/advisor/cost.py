@@ -1,7 +1,7 @@
 """What a model makes a machine do: bytes to read for a token, weights to multiply for a prompt.
 
 Speed and memory forecasts need the same few numbers of a model, whether it lies on
-the disk or is only a line of the catalogue. Both become a ``Work`` here. Pure.
+the disk or is only a line of the catalogue. Both become a ``ModelCost`` here. Pure.
 
 Decoding reads every matrix once a token. The embedding is no matrix then: one row of it is
 looked up, unless it is also the output matrix (tied), which is read as a whole.
@@ -36,7 +36,7 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
     kv_width: int
 
 
-class Work(msgspec.Struct, frozen=True, kw_only=True):
+class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
     """
     One model as a load.
 
@@ -64,9 +64,13 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
 
     def kv_bytes(self, context: int) -> int | None:
         """Bytes of KV cache that ``context`` tokens take; windows hold what they look back and one batch of 512."""
-        return None if self.kv_bytes_per_token is None else round(self.kv_bytes_per_token * self.seen(context))
+        return (
+            None
+            if self.kv_bytes_per_token is None
+            else round(self.kv_bytes_per_token * self.mean_cached_tokens(context))
+        )
 
-    def seen(self, tokens: int) -> float:
+    def mean_cached_tokens(self, tokens: int) -> float:
         """Of so many tokens, those in the cache of a layer: the mean over the layers."""
         if self.window is None:
             return tokens
@@ -87,10 +91,10 @@ class _Tensor(Protocol):
     def size_bytes(self) -> int: ...
 
 
-def work_of_shape(shape: Shape, quant: Quant) -> Work:
+def cost_of_shape(shape: Shape, quant: Quant) -> ModelCost:
     """The work of a model that need not exist; raises ``KeyError`` for an unknown architecture."""
     decode, prefill = _matrices(plan_tensors(shape, quant))
-    return Work(
+    return ModelCost(
         file_bytes=tensor_bytes(shape, quant),
         decode_bytes=decode,
         prefill_weights=prefill,
@@ -108,12 +112,12 @@ def work_of_shape(shape: Shape, quant: Quant) -> Work:
     )
 
 
-def work_of_file(header: GgufHeader) -> Work:
+def cost_of_file(header: GgufHeader) -> ModelCost:
     """The work of a model file, from its header."""
     decode, prefill = _matrices(header.tensors)
     rows = next((tensor.shape[-1] for tensor in header.tensors if tensor.name == _EMBEDDING), 0)
     name = header.architecture
-    return Work(
+    return ModelCost(
         file_bytes=header.file_bytes,
         decode_bytes=decode,
         prefill_weights=prefill,

@@ -8,11 +8,11 @@ from arithmetic and memory bandwidth alone. Pure.
 import msgspec
 
 from promptai.advisor.calibration import Calibration, buffer_bytes
-from promptai.advisor.cost import Work
+from promptai.advisor.cost import ModelCost
 from promptai.advisor.forecast import decode_bound_tps, forecast
 
 
-class Outlook(msgspec.Struct, frozen=True, kw_only=True):
+class ModelFit(msgspec.Struct, frozen=True, kw_only=True):
     """
     What to expect of one model here.
 
@@ -33,7 +33,7 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
     unknown: tuple[str, ...] = ()
 
 
-class Here(msgspec.Struct, frozen=True, kw_only=True):
+class MachineCapacity(msgspec.Struct, frozen=True, kw_only=True):
     """
     This machine as far as models matter.
 
@@ -47,20 +47,20 @@ class Here(msgspec.Struct, frozen=True, kw_only=True):
     calibration: Calibration | None = None
 
 
-def outlook(work: Work, here: Here, *, context: int, depth: int) -> Outlook:
+def model_fit(cost: ModelCost, here: MachineCapacity, *, context: int, depth: int) -> ModelFit:
     """Judge one model; ``context`` tokens take memory, ``depth`` tokens before the next one take time."""
     unknown: tuple[str, ...] = ()
     prefill: float | None = None
     if here.calibration is None:
-        kv = work.kv_bytes(context)
-        memory = None if kv is None else work.file_bytes + kv + buffer_bytes(work)
-        decode = decode_bound_tps(work, here.read_bytes_per_s)
+        kv = cost.kv_bytes(context)
+        memory = None if kv is None else cost.file_bytes + kv + buffer_bytes(cost)
+        decode = decode_bound_tps(cost, here.read_bytes_per_s)
     else:
-        expected = forecast(work, here.calibration, context=context, depth=depth)
+        expected = forecast(cost, here.calibration, context=context, depth=depth)
         memory, decode, prefill = expected.needed_bytes, expected.decode_tps, expected.prefill_tps
         unknown = expected.unknown
-    return Outlook(
-        file_bytes=work.file_bytes,
+    return ModelFit(
+        file_bytes=cost.file_bytes,
         context=context,
         calibrated=here.calibration is not None,
         memory_bytes=memory,

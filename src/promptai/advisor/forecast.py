@@ -11,7 +11,7 @@ Not forecast: heat, swapping, and what other programs take.
 import msgspec
 
 from promptai.advisor.calibration import Calibration, buffer_bytes
-from promptai.advisor.cost import Work
+from promptai.advisor.cost import ModelCost
 
 
 class Forecast(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,52 +44,52 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
         return None if self.anon_bytes is None else self.anon_bytes + self.file_bytes - self.spare_bytes
 
 
-def forecast(work: Work, calibration: Calibration, *, context: int, depth: int) -> Forecast:
+def forecast(cost: ModelCost, calibration: Calibration, *, context: int, depth: int) -> Forecast:
     """
-    Price ``work``.
+    Price ``cost``.
 
     Args:
         context: Tokens of context that the engine is started with: they take memory.
         depth: Tokens that stand before the one being generated: they take time.
     """
-    copied = sum(calibration.copied_share.get(kind, 0.0) * size for kind, size in work.decode_bytes.items())
-    kv = work.kv_bytes(context)
+    copied = sum(calibration.copied_share.get(kind, 0.0) * size for kind, size in cost.decode_bytes.items())
+    kv = cost.kv_bytes(context)
     return Forecast(
-        decode_tps=_decode_tps(work, calibration, depth),
-        prefill_tps=_prefill_tps(work, calibration),
+        decode_tps=_decode_tps(cost, calibration, depth),
+        prefill_tps=_prefill_tps(cost, calibration),
         anon_bytes=None
         if kv is None
-        else round(calibration.base_anon_bytes + kv + copied + calibration.buffer_scale * buffer_bytes(work)),
-        file_bytes=work.file_bytes + calibration.base_file_bytes,
+        else round(calibration.base_anon_bytes + kv + copied + calibration.buffer_scale * buffer_bytes(cost)),
+        file_bytes=cost.file_bytes + calibration.base_file_bytes,
         spare_bytes=round(copied),
         depth=depth,
-        unknown=_unknown(work, calibration),
+        unknown=_unknown(cost, calibration),
     )
 
 
-def decode_bound_tps(work: Work, read_bytes_per_s: float) -> float | None:
+def decode_bound_tps(cost: ModelCost, read_bytes_per_s: float) -> float | None:
     """Tokens a second that memory bandwidth alone allows; ``None`` without a matrix to read."""
-    size = sum(work.decode_bytes.values())
+    size = sum(cost.decode_bytes.values())
     return read_bytes_per_s / size if size else None
 
 
-def _unknown(work: Work, calibration: Calibration) -> tuple[str, ...]:
-    types = sorted(work.decode_bytes.keys() - calibration.decode_s_per_byte.keys())
-    head = work.attention.head if work.attention is not None else None
+def _unknown(cost: ModelCost, calibration: Calibration) -> tuple[str, ...]:
+    types = sorted(cost.decode_bytes.keys() - calibration.decode_s_per_byte.keys())
+    head = cost.attention.head if cost.attention is not None else None
     return (*types, *(() if head is None or head in calibration.attention.by_head else (f"heads of {head}",)))
 
 
-def _decode_tps(work: Work, calibration: Calibration, depth: int) -> float | None:
+def _decode_tps(cost: ModelCost, calibration: Calibration, depth: int) -> float | None:
     """``None`` where a type of weights, or what attention costs, is not known."""
-    prices, attention_s = calibration.decode_s_per_byte, calibration.attention.seconds(work, depth)
-    if not work.decode_bytes or work.decode_bytes.keys() - prices.keys() or attention_s is None:
+    prices, attention_s = calibration.decode_s_per_byte, calibration.attention.seconds(cost, depth)
+    if not cost.decode_bytes or cost.decode_bytes.keys() - prices.keys() or attention_s is None:
         return None
-    reading = sum(prices[kind] * size for kind, size in work.decode_bytes.items())
-    return 1 / (reading + calibration.decode_s_per_layer * work.layers + attention_s)
+    reading = sum(prices[kind] * size for kind, size in cost.decode_bytes.items())
+    return 1 / (reading + calibration.decode_s_per_layer * cost.layers + attention_s)
 
 
-def _prefill_tps(work: Work, calibration: Calibration) -> float | None:
+def _prefill_tps(cost: ModelCost, calibration: Calibration) -> float | None:
     prices = calibration.prefill_s_per_weight
-    if not work.prefill_weights or work.prefill_weights.keys() - prices.keys():
+    if not cost.prefill_weights or cost.prefill_weights.keys() - prices.keys():
         return None
-    return 1 / sum(prices[kind] * count for kind, count in work.prefill_weights.items())
+    return 1 / sum(prices[kind] * count for kind, count in cost.prefill_weights.items())

@@ -37,7 +37,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     accuracy: float | None = None
 
 
-class Engine(msgspec.Struct, frozen=True, kw_only=True):
+class ProfileKey(msgspec.Struct, frozen=True, kw_only=True):
     """
     What a profile holds for.
 
@@ -58,11 +58,11 @@ class Profiles:
         note: Told of runs that cannot be read, one line each.
     """
 
-    def __init__(self, runs: Path, engine: Engine, note: Callable[[str], None]) -> None:
-        self._seen: list[_Seen] = []
+    def __init__(self, runs: Path, engine: ProfileKey, note: Callable[[str], None]) -> None:
+        self._measured: list[_MeasuredModel] = []
         for directory in _directories(runs):
             try:
-                self._seen += _read(directory, engine)
+                self._measured += _read(directory, engine)
             except OSError as error:
                 note(f"run {directory.name} is left out: {error.strerror}")
             except MALFORMED as error:
@@ -79,7 +79,7 @@ class Profiles:
             size = path.stat().st_size
         except OSError:
             return None
-        for seen in self._seen:
+        for seen in self._measured:
             model = seen.model
             same = model.sha256 == sha256 if sha256 else (Path(model.path).name, model.file_bytes) == (path.name, size)
             if same:
@@ -113,7 +113,7 @@ class _EngineFacts(msgspec.Struct, frozen=True):
     flags: _Flags
 
 
-class _Facts(msgspec.Struct, frozen=True):
+class _TargetFacts(msgspec.Struct, frozen=True):
     name: str
     model: _Model | None = None
     engine: _EngineFacts | None = None
@@ -132,7 +132,7 @@ class _Manifest(msgspec.Struct, frozen=True):
     created: str
     machine: _Machine
     protocol: _Protocol
-    targets: tuple[_Facts, ...]
+    targets: tuple[_TargetFacts, ...]
 
 
 class _Metric(msgspec.Struct, frozen=True):
@@ -158,7 +158,7 @@ class _Summary(msgspec.Struct, frozen=True):
     targets: list[_Target]
 
 
-class _Seen(msgspec.Struct, frozen=True):
+class _MeasuredModel(msgspec.Struct, frozen=True):
     model: _Model
     profile: Profile
 
@@ -171,7 +171,7 @@ def _directories(runs: Path) -> list[Path]:
         return []
 
 
-def _read(directory: Path, engine: Engine) -> Iterator[_Seen]:
+def _read(directory: Path, engine: ProfileKey) -> Iterator[_MeasuredModel]:
     if not (directory / "summary.json").is_file():
         return
     manifest = msgspec.json.decode((directory / "manifest.json").read_bytes(), type=_Manifest)
@@ -182,7 +182,7 @@ def _read(directory: Path, engine: Engine) -> Iterator[_Seen]:
     measured = {target.name: target for target in summary.targets}
     for facts in manifest.targets:
         target = measured.get(facts.name)
-        if facts.model is None or facts.engine is None or target is None or not _is(facts.engine, engine):
+        if facts.model is None or facts.engine is None or target is None or not _has_key(facts.engine, engine):
             continue
         cold = target.cold or _Part({})
         profile = Profile(
@@ -193,9 +193,9 @@ def _read(directory: Path, engine: Engine) -> Iterator[_Seen]:
             accuracy=target.accuracy.value if target.accuracy is not None else None,
         )
         if profile.prefill_tps is not None and profile.decode_tps is not None:
-            yield _Seen(facts.model, profile)
+            yield _MeasuredModel(facts.model, profile)
 
 
-def _is(facts: _EngineFacts, engine: Engine) -> bool:
+def _has_key(facts: _EngineFacts, engine: ProfileKey) -> bool:
     label = EngineBinary(facts.source, facts.command, facts.build, facts.features).label
     return (label, facts.flags.threads) == (engine.label, engine.threads)

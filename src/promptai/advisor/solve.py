@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def prices(rows: Sequence[Sequence[float]], seen: Sequence[float]) -> list[float]:
+def solve_prices(rows: Sequence[Sequence[float]], seen: Sequence[float]) -> list[float]:
     """
     Least squares with relative errors and without negative prices.
 

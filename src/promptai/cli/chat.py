@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.status import Status
 
 from promptai.cli.progress import duration
-from promptai.cli.terminal_text import one_line, plain
+from promptai.cli.terminal_text import one_line, strip_controls
 from promptai.engine.client import EngineClient
 from promptai.errors import (
     EngineDiedError,
@@ -41,11 +41,11 @@ Ctrl-C          stop the answer"""
 _URL = "http://127.0.0.1:8400"
 
 
-Hear = Callable[[str, str], None]
-Beside = Callable[[Mapping[str, Any]], None]
+OnPiece = Callable[[str, str], None]
+OnStatus = Callable[[Mapping[str, Any]], None]
 
 
-class Talk:
+class ChatSession:
     """
     One conversation.
 
@@ -63,11 +63,11 @@ class Talk:
         self._system = [{"role": "system", "content": system}] if system else []
         self._messages: list[dict[str, str]] = []
 
-    def begin(self) -> None:
+    def restart(self) -> None:
         """Forget what was said."""
         self._messages = []
 
-    async def ask(self, question: str, hear: Hear, beside: Beside) -> "Cost":
+    async def ask(self, question: str, on_piece: OnPiece, beside: OnStatus) -> "AnswerStats":
         """
         Ask; the answer is told piece by piece, and kept, also when it is stopped.
 
@@ -78,8 +78,8 @@ class Talk:
         Raises:
             EngineError: There is no answer, or no end of it.
         """
-        loop, said = asyncio.get_running_loop(), ""
-        cost = Cost(began=loop.time())
+        loop, answer = asyncio.get_running_loop(), ""
+        cost = AnswerStats(began=loop.time())
         asked = [*self._messages, {"role": "user", "content": question}]
         body = {"model": self.model, "messages": [*self._system, *asked]}
         try:
@@ -90,18 +90,18 @@ class Talk:
                 async for arrival in arrivals:
                     thought, text = arrival.chunk.thought, arrival.chunk.content
                     if thought:
-                        hear("thought", thought)
+                        on_piece("thought", thought)
                     if text:
-                        hear("text", text)
-                    said += text
-                    cost.add(arrival.chunk, loop.time(), heard=bool(thought or text))
+                        on_piece("text", text)
+                    answer += text
+                    cost.add(arrival.chunk, loop.time(), has_text=bool(thought or text))
         finally:
-            if said:
-                self._messages = [*asked, {"role": "assistant", "content": said}]
+            if answer:
+                self._messages = [*asked, {"role": "assistant", "content": answer}]
         return cost
 
 
-class Cost(msgspec.Struct):
+class AnswerStats(msgspec.Struct):
     """
     What an answer took.
 
@@ -115,9 +115,9 @@ class Cost(msgspec.Struct):
     timings: Timings | None = None
     usage: Usage | None = None
 
-    def add(self, chunk: CompletionChunk, now: float, *, heard: bool) -> None:
+    def add(self, chunk: CompletionChunk, now: float, *, has_text: bool) -> None:
         """Another chunk has come."""
-        if heard:
+        if has_text:
             self.first = now if self.first is None else self.first
             self.last = now
         self.timings = chunk.timings or self.timings
@@ -175,15 +175,15 @@ def chat(*, model: str | None, url: str, system: str | None, budget: str | None)
             raise SettingsError(
                 "--budget chooses the model, so that it cannot stand beside a MODEL", hint="leave one of them out"
             )
-    _see_that_it_is_text(system)
+    _check_utf8(system)
     key = load_secrets().api_key
     known = asyncio.run(_models(url, key))
     wanted = model or (AUTO if budget and AUTO in known else next(iter(known), ""))
-    talk = Talk(url, _known(wanted, known), system=system, budget=budget, api_key=key)
+    session = ChatSession(url, _resolve(wanted, known), system=system, budget=budget, api_key=key)
     if sys.stdin.isatty():
-        _converse(talk, known, url)
+        _run_conversation(session, known, url)
     elif question := _piped():
-        asyncio.run(talk.ask(question, _answer_alone, lambda _: None))
+        asyncio.run(session.ask(question, _answer_alone, lambda _: None))
         _print("\n")
 
 
@@ -197,7 +197,7 @@ def _piped() -> str:
         ) from None
 
 
-def _see_that_it_is_text(system: str | None) -> None:
+def _check_utf8(system: str | None) -> None:
     """Bytes that are no UTF-8 stand in a text of the command line as halves of characters, which no server takes."""
     try:
         (system or "").encode()
@@ -218,7 +218,7 @@ async def _models(url: str, key: str | None) -> list[str]:
             raise
 
 
-def _known(name: str, known: list[str]) -> str:
+def _resolve(name: str, known: list[str]) -> str:
     """A name that the server lists; one that lists none is left to say so itself."""
     if not known or name in known:
         return name
@@ -229,12 +229,12 @@ def _known(name: str, known: list[str]) -> str:
     )
 
 
-def _converse(talk: Talk, known: list[str], url: str) -> None:
+def _run_conversation(session: ChatSession, known: list[str], url: str) -> None:
     """Question and answer in turns, until somebody has had enough."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, PLC0415  input() edits lines and remembers them once it is there
     console = Console(highlight=False, emoji=False)
-    console.print(f"[bold]{_name(talk.model or 'the server')}[/] at {_name(url)}; /help for help", soft_wrap=True)
+    console.print(f"[bold]{_name(session.model or 'the server')}[/] at {_name(url)}; /help for help", soft_wrap=True)
     while True:
         try:
             line = input("\n> ").strip()
@@ -250,74 +250,74 @@ def _converse(talk: Talk, known: list[str], url: str) -> None:
         if line == "/quit":
             return
         if line.startswith("/"):
-            _command(talk, line, known, console)
+            _command(session, line, known, console)
         elif line:
-            _turn(talk, line, console)
+            _turn(session, line, console)
 
 
-def _command(talk: Talk, line: str, known: list[str], console: Console) -> None:
+def _command(session: ChatSession, line: str, known: list[str], console: Console) -> None:
     word, _, rest = line.partition(" ")
     if word == "/new":
-        talk.begin()
+        session.restart()
         console.print("[dim]a new conversation[/]")
     elif word == "/model" and not rest:
-        console.print("\n".join(f"{'*' if name == talk.model else ' '} {_name(name)}" for name in known))
+        console.print("\n".join(f"{'*' if name == session.model else ' '} {_name(name)}" for name in known))
     elif word == "/model":
         try:
-            talk.model = _known(rest.strip(), known)
-            freely = f"; the budget only counts for {AUTO}" if talk.budget and talk.model != AUTO else ""
-            console.print(f"[dim]{_name(talk.model)}, in the same conversation{freely}[/]")
+            session.model = _resolve(rest.strip(), known)
+            freely = f"; the budget only counts for {AUTO}" if session.budget and session.model != AUTO else ""
+            console.print(f"[dim]{_name(session.model)}, in the same conversation{freely}[/]")
         except PromptAIError as error:
             console.print(one_line(str(error)), markup=False)
     else:
         console.print(_HELP if word == "/help" else f"there is no {word}\n{_HELP}", markup=False)
 
 
-def _turn(talk: Talk, question: str, console: Console) -> None:
+def _turn(session: ChatSession, question: str, console: Console) -> None:
     """One answer, with what happens before it in a line that goes away."""
-    waiting, told = console.status("asking"), _Told()
+    waiting, told = console.status("asking"), _GatewayStatus()
     begun = False
 
-    def hear(kind: str, piece: str) -> None:
+    def on_piece(kind: str, piece: str) -> None:
         nonlocal begun
         if not begun:
             waiting.stop()
             begun = True
         if kind == "thought":
-            console.print(f"[dim]{escape(plain(piece))}[/]", end="", soft_wrap=True)
+            console.print(f"[dim]{escape(strip_controls(piece))}[/]", end="", soft_wrap=True)
         else:
             _print(piece)
 
     try:
         with waiting:
-            cost = asyncio.run(talk.ask(question, hear, lambda said: told.take(said, waiting)))
+            cost = asyncio.run(session.ask(question, on_piece, lambda status: told.take(status, waiting)))
         console.print(f"\n[dim]{_name(cost.words(told.replica))}[/]", soft_wrap=True)
     except KeyboardInterrupt:
         console.print("\n[dim]stopped[/]" if begun else "[dim]stopped before it began[/]")
     except EngineError as error:
         if begun:
             console.print()
-        console.print(f"[red]{escape(plain(str(error)))}[/]", soft_wrap=True)
+        console.print(f"[red]{escape(strip_controls(str(error)))}[/]", soft_wrap=True)
 
 
-class _Told:
+class _GatewayStatus:
     """What a gateway says beside its answers."""
 
     def __init__(self) -> None:
         self.replica: str | None = None
 
-    def take(self, said: Mapping[str, Any], line: Status) -> None:
+    def take(self, status: Mapping[str, Any], line: Status) -> None:
         """Show the stage, remember the replica."""
-        replica = said.get("replica") or said.get("x-promptai-replica")
+        replica = status.get("replica") or status.get("x-promptai-replica")
         self.replica = str(replica) if replica else self.replica
-        words = stage_words(said)
+        words = describe_stage(status)
         if words:
             line.update(_name(words))
 
 
-def stage_words(said: Mapping[str, Any]) -> str:
+def describe_stage(status: Mapping[str, Any]) -> str:
     """Where a request is, for a person: ``2 before you, about 40 s left``."""
-    stage, place, percent, left = (said.get(name) for name in ("stage", "place", "percent", "left_s"))
+    stage, place, percent, left = (status.get(name) for name in ("stage", "place", "percent", "left_s"))
     words = {"queued": "waiting", "loading": "loading the model", "prefill": "reading the prompt"}.get(str(stage), "")
     if not words:
         return ""
@@ -335,7 +335,7 @@ def _answer_alone(kind: str, piece: str) -> None:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(plain(text))
+    sys.stdout.write(strip_controls(text))
     sys.stdout.flush()
 
 

@@ -84,12 +84,12 @@ def list_keys(*, config: Path | None, as_json: bool) -> None:
         click.echo(msgspec.json.encode([_shown(key) for key in store.list()]))
         return
     if not store.list():
-        click.echo(f"{store.path}: no keys; {adding(config)} makes one")
+        click.echo(f"{store.path}: no keys; {add_command(config)} makes one")
         return
     table = Table("id", "name", "begins with", "opens", "limits", "created")
     for key in store.list():
-        opens = "revoked" if key.revoked else ", ".join(key.scopes)
-        table.add_row(key.id, escape(key.name), key.prefix, opens, escape(_words(key.limits)), key.created[:10])
+        scope = "revoked" if key.revoked else ", ".join(key.scopes)
+        table.add_row(key.id, escape(key.name), key.prefix, scope, escape(_words(key.limits)), key.created[:10])
     Console(highlight=False).print(table)
 
 
@@ -102,7 +102,7 @@ def revoke(*, key_id: str, config: Path | None) -> None:
     click.echo(f"key {key.id} for {key.name} is revoked")
 
 
-def adding(config: Path | None) -> str:
+def add_command(config: Path | None) -> str:
     """The command that makes a key where ``promptai serve --config`` looks for it."""
     return "promptai keys add NAME" + ("" if config is None else f" --config {shlex.quote(str(config))}")
 

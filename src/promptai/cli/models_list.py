@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from promptai.advisor.calibrate import load
-from promptai.advisor.cost import Work, work_of_file, work_of_shape
-from promptai.advisor.fit import Here, Outlook, outlook
+from promptai.advisor.cost import ModelCost, cost_of_file, cost_of_shape
+from promptai.advisor.fit import MachineCapacity, ModelFit, model_fit
 from promptai.device.bandwidth import read_bandwidth_bytes_per_s
 from promptai.device.cpu import default_threads, read_cpu
 from promptai.device.memory import read_memory
@@ -46,7 +46,7 @@ class ModelRow(msgspec.Struct, frozen=True):
     quantization: str
     here: bool
     paper: str | None
-    outlook: Outlook | None
+    outlook: ModelFit | None
     problem: str | None = None
 
 
@@ -82,7 +82,7 @@ def list_models(*, fits: bool, only_here: bool, context: int, as_json: bool) -> 
     _explain(lines, here, context, console)
 
 
-def _here(settings: Settings) -> Here:
+def _here(settings: Settings) -> MachineCapacity:
     cpu = read_cpu()
     threads = settings.engine.threads or default_threads(cpu)
     try:
@@ -92,14 +92,14 @@ def _here(settings: Settings) -> Here:
         calibration = load(folder, engine=binary.label, cpu=cpu.model_name, threads=threads)
     except EngineNotFoundError:
         calibration = None
-    return Here(
+    return MachineCapacity(
         available_bytes=read_memory().available_for_new_process(),
         read_bytes_per_s=read_bandwidth_bytes_per_s(threads),
         calibration=calibration,
     )
 
 
-def _stored(settings: Settings, here: Here, context: int) -> Iterator[ModelRow]:
+def _stored(settings: Settings, here: MachineCapacity, context: int) -> Iterator[ModelRow]:
     catalog = {entry.id: entry for entry in load_catalog().entries}
     for model in Library(models_directory(settings)).models():
         entry = catalog.get(model.sidecar.catalog or "") if model.sidecar is not None else None
@@ -109,26 +109,26 @@ def _stored(settings: Settings, here: Here, context: int) -> Iterator[ModelRow]:
         except ModelError as error:
             yield ModelRow(name, "", here=True, paper=None, outlook=None, problem=error.message)
             continue
-        seen = outlook(work_of_file(header), here, context=context, depth=min(_DEPTH, context))
+        seen = model_fit(cost_of_file(header), here, context=context, depth=min(_DEPTH, context))
         yield ModelRow(name, header.quantization, here=True, paper=entry.paper if entry else None, outlook=seen)
 
 
-def _catalogued(settings: Settings, here: Here, context: int) -> Iterator[ModelRow]:
+def _catalogued(settings: Settings, here: MachineCapacity, context: int) -> Iterator[ModelRow]:
     stored = {k.sidecar.catalog for k in Library(models_directory(settings)).models() if k.sidecar is not None}
     for entry in load_catalog().entries:
         if entry.id in stored:
             continue
         quant: Literal["Q4_K_M", "Q4_0"] = "Q4_K_M" if "Q4_K_M" in entry.files else "Q4_0"
-        seen = outlook(_work(entry, quant), here, context=context, depth=min(_DEPTH, context))
+        seen = model_fit(_cost(entry, quant), here, context=context, depth=min(_DEPTH, context))
         yield ModelRow(entry.id, quant, here=False, paper=entry.paper, outlook=seen)
 
 
-def _work(entry: Entry, quant: Literal["Q4_K_M", "Q4_0"]) -> Work:
+def _cost(entry: Entry, quant: Literal["Q4_K_M", "Q4_0"]) -> ModelCost:
     name: Quant = "q4_k_m" if quant == "Q4_K_M" else "q4_0"
-    return msgspec.structs.replace(work_of_shape(entry.shape, name), file_bytes=entry.expected_bytes(quant))
+    return msgspec.structs.replace(cost_of_shape(entry.shape, name), file_bytes=entry.expected_bytes(quant))
 
 
-def _table(lines: list[ModelRow], here: Here) -> Table:
+def _table(lines: list[ModelRow], here: MachineCapacity) -> Table:
     """Build a table with one line per model, within 80 columns."""
     at_least, at_most = ("", "") if here.calibration else (">", "<")
     table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
@@ -154,7 +154,7 @@ def _table(lines: list[ModelRow], here: Here) -> Table:
     return table
 
 
-def _explain(lines: list[ModelRow], here: Here, context: int, console: Console) -> None:
+def _explain(lines: list[ModelRow], here: MachineCapacity, context: int, console: Console) -> None:
     console.print(
         f"• on this machine; file and memory in GiB ({context} tokens of context; "
         f"{here.available_bytes / _GIB:.1f} GiB available); prefill and decode in tokens/s",

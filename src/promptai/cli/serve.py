@@ -10,19 +10,19 @@ import click
 import msgspec
 from rich.console import Console
 
-from promptai.cli.keys import adding
-from promptai.cli.serve_models import Machine
-from promptai.cli.serve_run import Plan, Running, identity, make_plan
+from promptai.cli.keys import add_command
+from promptai.cli.serve_models import EngineSetup
+from promptai.cli.serve_run import ServePlan, ServeSession, file_identity, make_plan
 from promptai.cli.serve_show import (
-    Loading,
+    LoadingProgress,
     LogHandler,
-    asked_first,
     curl_line,
-    elsewhere,
-    explain,
-    no_example,
+    down_reasons,
+    example_model,
+    external_url,
+    legend,
     table,
-    troubles,
+    why_unavailable,
 )
 from promptai.cli.terminal_text import one_line
 from promptai.gateway.auth import Guard, is_loopback
@@ -69,11 +69,11 @@ def serve(**options: Any) -> int:
     console = Console(stderr=True, emoji=False)
     _log_to(console, quiet=options["quiet"])
     file = settings_file(options["config"])
-    seen = identity(file)  # before it is read: what changes meanwhile is read again
+    seen = file_identity(file)  # before it is read: what changes meanwhile is read again
     filled = not is_empty(file)
     settings = _with_options(load_settings(options["config"]), options)
     plan = _plan(settings, None, options)
-    door = _door(settings, options["config"])
+    access = _access(settings, options["config"])
 
     def find() -> Path | None:
         """One may appear; one that has gone is missed, not taken for an empty one."""
@@ -81,20 +81,20 @@ def serve(**options: Any) -> int:
         file = settings_file(options["config"]) or file
         return file
 
-    def replan(machine: Machine | None) -> Plan:
+    def replan(setup: EngineSetup | None) -> ServePlan:
         nonlocal filled
         found = find()
         settings = load_settings(found, refuse_empty=filled)
-        plan = _plan(_with_options(settings, options), machine, options)
+        plan = _plan(_with_options(settings, options), setup, options)
         filled = filled or not is_empty(found)
         return plan
 
-    running = Running(plan, door.guard, simulated=options["simulate"], file=find, seen=seen, replan=replan)
-    with Loading(console) as loading:
-        return asyncio.run(running.run(lambda one, server: _greet(one, server, door), loading))
+    running = ServeSession(plan, access.guard, simulated=options["simulate"], file=find, seen=seen, replan=replan)
+    with LoadingProgress(console) as loading:
+        return asyncio.run(running.run(lambda one, server: _print_greeting(one, server, access), loading))
 
 
-class _Door(NamedTuple):
+class _Access(NamedTuple):
     """
     Who may come in.
 
@@ -105,10 +105,10 @@ class _Door(NamedTuple):
     guard: Guard
     store: KeyStore
     loopback: bool
-    adding: str
+    add_command: str
 
 
-def _door(settings: Settings, config: Path | None) -> _Door:
+def _access(settings: Settings, config: Path | None) -> _Access:
     """
     The gateway's keys; bound beyond loopback nobody is served without one.
 
@@ -118,12 +118,12 @@ def _door(settings: Settings, config: Path | None) -> _Door:
     gateway, store = settings.gateway, KeyStore(keys_path(os.environ, settings))
     loopback = is_loopback(gateway.host)
     guard = Guard(store, open=loopback, bind=gateway.host, hosts=gateway.hosts, cors_origins=gateway.cors_origins)
-    return _Door(guard, store, loopback, adding(config))
+    return _Access(guard, store, loopback, add_command(config))
 
 
-def _plan(settings: Settings, machine: Machine | None, options: dict[str, Any]) -> Plan:
+def _plan(settings: Settings, setup: EngineSetup | None, options: dict[str, Any]) -> ServePlan:
     return make_plan(
-        settings, machine=machine, simulated=options["simulate"] > 0, note=lambda line: _log.warning("%s", line)
+        settings, setup=setup, simulated=options["simulate"] > 0, note=lambda line: _log.warning("%s", line)
     )
 
 
@@ -148,29 +148,29 @@ def _with_options(settings: Settings, options: dict[str, Any]) -> Settings:
     )
 
 
-def _greet(running: Running, server: GatewayServer, door: _Door) -> None:
+def _print_greeting(running: ServeSession, server: GatewayServer, access: _Access) -> None:
     """Everything that a person needs to begin."""
     gateway, snapshot = running.plan.settings.gateway, running.registry.snapshot
     # Not before it listens: of a start that fails nobody would have read the key.
-    secret = door.store.add("first")[1] if not (door.loopback or door.store.list()) else None
+    secret = access.store.add("first")[1] if not (access.loopback or access.store.list()) else None
     out = Console(highlight=False, soft_wrap=True, emoji=False)
     out.print(table(snapshot.replicas, running.plan.models, running.plan.boards.targets))
-    out.print(explain(snapshot.replicas, running.budget() if running.plan.models else None), style="dim")
-    for trouble in (*troubles(snapshot.replicas), *running.registry.troubles):
+    out.print(legend(snapshot.replicas, running.budget() if running.plan.models else None), style="dim")
+    for trouble in (*down_reasons(snapshot.replicas), *running.registry.problems):
         out.print(one_line(trouble), markup=False)
     lines, key = ["", f"serving at {server.url}/v1"], secret
     if secret is not None:
-        where = f"It was made just now and cannot be shown again; {door.store.path} holds its digest."
-        lines += ["", f"API key: {secret}", where, f"More of them: {door.adding}"]
-    elif door.store.list():
+        where = f"It was made just now and cannot be shown again; {access.store.path} holds its digest."
+        lines += ["", f"API key: {secret}", where, f"More of them: {access.add_command}"]
+    elif access.store.list():
         key = "$PROMPTAI_API_KEY"
-        lines.append(f"an API key is needed: export PROMPTAI_API_KEY=pk-...; {door.adding} makes one")
+        lines.append(f"an API key is needed: export PROMPTAI_API_KEY=pk-...; {access.add_command} makes one")
     else:
         lines.append("open to this machine alone; no API key is needed")
-    if not door.loopback:
-        lines.append(f"from other machines: {elsewhere(gateway.host, server.port)}/v1")
-    why_not = no_example(snapshot.replicas)
-    curl = curl_line(server.url, asked_first(snapshot.replicas), key)
+    if not access.loopback:
+        lines.append(f"from other machines: {external_url(gateway.host, server.port)}/v1")
+    why_not = why_unavailable(snapshot.replicas)
+    curl = curl_line(server.url, example_model(snapshot.replicas), key)
     lines += ["", one_line(why_not)] if why_not else ["", "try it:", curl]
     lines += ["", f"{'then' if why_not else 'or'}: promptai chat --url {server.url}"]
     lines += [f"API: {server.url}/docs    fleet: {server.url}/api/fleet    metrics: {server.url}/metrics"]

@@ -29,7 +29,7 @@ PI5 = SimulationConfig(
     prefill_tps=60.0, decode_tps=10.0, slots=2, context=8192, batch=32, answer_tokens=120, model="simulated-1.5b"
 )
 _RESERVED_SHARE = 0.1
-_LOOK_EVERY_S = 2.0
+_READ_PERIOD_S = 2.0
 
 
 class Boards(NamedTuple):
@@ -44,7 +44,7 @@ class Boards(NamedTuple):
     keys: dict[str, str]
 
 
-def boards(entries: Sequence[FleetEntry], environ: Mapping[str, str] = os.environ) -> Boards:
+def parse_boards(entries: Sequence[FleetEntry], environ: Mapping[str, str] = os.environ) -> Boards:
     """
     The addresses that settings and options name.
 
@@ -52,7 +52,7 @@ def boards(entries: Sequence[FleetEntry], environ: Mapping[str, str] = os.enviro
         SettingsError: One is no address, or holds a secret, or is there twice, or its key is not there.
     """
     targets, keys = [], {}
-    for entry in _once_each(entries):
+    for entry in _without_duplicates(entries):
         known = entry.prefill_tps is not None or entry.decode_tps is not None
         target = Target(
             url=entry.url,
@@ -70,10 +70,10 @@ def boards(entries: Sequence[FleetEntry], environ: Mapping[str, str] = os.enviro
         if key is not None:
             keys[target.base_url] = key
         targets.append(target)
-    return Boards(_told_apart(targets), keys)
+    return Boards(_with_unique_names(targets), keys)
 
 
-def _told_apart(targets: Sequence[Target]) -> tuple[Target, ...]:
+def _with_unique_names(targets: Sequence[Target]) -> tuple[Target, ...]:
     """
     No two of one name: several models of one server, or servers behind one host, are called by what tells them apart.
 
@@ -94,7 +94,7 @@ def _told_apart(targets: Sequence[Target]) -> tuple[Target, ...]:
     return tuple(found)
 
 
-def _once_each(entries: Sequence[FleetEntry]) -> list[FleetEntry]:
+def _without_duplicates(entries: Sequence[FleetEntry]) -> list[FleetEntry]:
     """
     Every board once: twice in the fleet, it would be given twice as many streams as it has slots.
 
@@ -106,8 +106,8 @@ def _once_each(entries: Sequence[FleetEntry]) -> list[FleetEntry]:
     """
     kept: list[FleetEntry] = []
     for entry in entries:
-        place = _place(entry)
-        same = [number for number, other in enumerate(kept) if _place(other) == place]
+        place = _location(entry)
+        same = [number for number, other in enumerate(kept) if _location(other) == place]
         if same and _is_bare(entry):
             for number in same:
                 kept[number] = _with_key_of(kept[number], entry)
@@ -120,7 +120,7 @@ def _once_each(entries: Sequence[FleetEntry]) -> list[FleetEntry]:
     return kept
 
 
-def _place(entry: FleetEntry) -> tuple[str, str | None, int | None, str]:
+def _location(entry: FleetEntry) -> tuple[str, str | None, int | None, str]:
     """Where it is, for comparing; raises ``SettingsError`` where that is no address, or holds a secret."""
     if "@" in entry.url:
         raise SettingsError(
@@ -182,7 +182,7 @@ def simulated_source(engines: Sequence[SimulatedEngine]) -> SimulatedSource:
     )
 
 
-def rules_of(settings: Settings) -> AdmissionRules:
+def admission_rules(settings: Settings) -> AdmissionRules:
     """What may change while the gateway runs."""
     gateway = settings.gateway
     return AdmissionRules(
@@ -197,7 +197,7 @@ def rules_of(settings: Settings) -> AdmissionRules:
     )
 
 
-def limits_of(settings: Settings) -> QueueLimits:
+def queue_limits(settings: Settings) -> QueueLimits:
     """How many may wait, and how long for a replica that is away."""
     return QueueLimits(queue=settings.gateway.queue, outage_s=settings.gateway.outage_s)
 
@@ -214,20 +214,20 @@ class MemoryBudget:
         self._fixed = None if memory_mib is None else memory_mib * 1024**2
         self._tree = ProcessTree(os.getpid())
         self._own = self._anonymous() or 0
-        self._seen: int | None = None
-        self._looked_at: float | None = None
+        self._last: int | None = None
+        self._read_at: float | None = None
 
     def __call__(self) -> int:
         """Bytes; looked at now and then."""
         if self._fixed is not None:
             return self._fixed
         now = time.monotonic()
-        if self._seen is None or self._looked_at is None or now - self._looked_at >= _LOOK_EVERY_S:
-            self._looked_at = now
-            self._seen = self._look()
-        return self._seen
+        if self._last is None or self._read_at is None or now - self._read_at >= _READ_PERIOD_S:
+            self._read_at = now
+            self._last = self._measure()
+        return self._last
 
-    def _look(self) -> int:
+    def _measure(self) -> int:
         """
         What it is now; as it was, while nobody tells what engines hold.
 
@@ -236,8 +236,8 @@ class MemoryBudget:
         first look comes before any engine runs: then they hold nothing.
         """
         anonymous = self._anonymous()
-        if anonymous is None and self._seen is not None:
-            return self._seen
+        if anonymous is None and self._last is not None:
+            return self._last
         memory = read_memory()
         whole = min(memory.total_bytes, memory.limit_bytes or memory.total_bytes)
         engines = 0 if anonymous is None else max(0, anonymous - self._own)

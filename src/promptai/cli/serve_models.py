@@ -15,9 +15,9 @@ import msgspec
 
 from promptai.advisor.calibrate import load
 from promptai.advisor.calibration import Calibration
-from promptai.advisor.cost import work_of_file
-from promptai.advisor.fit import Here, outlook
-from promptai.advisor.profile import Engine, Profiles
+from promptai.advisor.cost import cost_of_file
+from promptai.advisor.fit import MachineCapacity, model_fit
+from promptai.advisor.profile import ProfileKey, Profiles
 from promptai.device.cpu import default_threads, read_cpu
 from promptai.device.memory import read_memory
 from promptai.engine.flags import BYTES_PER_VALUE, EngineFlags
@@ -34,12 +34,12 @@ CONTEXT = 4096
 #: Tokens before the one that a forecast is for: the middle of a short conversation.
 _DEPTH = 512
 #: What bounds of memory leave out, as a share of them.
-_BEYOND_THE_BOUND = 0.1
+_UNBOUNDED_SHARE = 0.1
 _MOST_CACHE_MIB = 1024
 _LEAST_BATCH, _USUAL_BATCH, _BATCH_S = 32, 128, 0.5
 
 
-class Machine(msgspec.Struct, frozen=True, kw_only=True):
+class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
     """
     This machine as an engine finds it; looked at once, so that a change of settings changes nothing that runs.
 
@@ -58,7 +58,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     profiles: Profiles
 
 
-def look_around(settings: Settings, note: Callable[[str], None]) -> Machine:
+def find_engine_setup(settings: Settings, note: Callable[[str], None]) -> EngineSetup:
     """
     Find the engine and what is known of it.
 
@@ -69,8 +69,8 @@ def look_around(settings: Settings, note: Callable[[str], None]) -> Machine:
     threads = settings.engine.threads or default_threads(cpu)
     named = settings.engine.path
     binary = locate(Path(named) if named else None, cache=cache_directory() / "engines")
-    holds_for = Engine(cpu=cpu.model_name, label=binary.label, threads=threads)
-    return Machine(
+    holds_for = ProfileKey(cpu=cpu.model_name, label=binary.label, threads=threads)
+    return EngineSetup(
         binary=binary,
         threads=threads,
         engine=settings.engine,
@@ -80,7 +80,7 @@ def look_around(settings: Settings, note: Callable[[str], None]) -> Machine:
     )
 
 
-class Chosen(msgspec.Struct, frozen=True, kw_only=True):
+class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     """
     A model file that is to be served.
 
@@ -96,7 +96,7 @@ class Chosen(msgspec.Struct, frozen=True, kw_only=True):
     entry: ServeEntry
 
 
-def choose(settings: Settings, note: Callable[[str], None]) -> list[Chosen]:
+def select_models(settings: Settings, note: Callable[[str], None]) -> list[ServedModel]:
     """
     The files that settings name; where nothing is named at all, the whole library, or the bundled model.
 
@@ -112,26 +112,26 @@ def choose(settings: Settings, note: Callable[[str], None]) -> list[Chosen]:
     else:
         found = [_kept(kept, ServeEntry(kept.name)) for kept in library.models() if _usable(kept, note)]
         found = found or [_bundled(ServeEntry(NAME, preload=True))]
-    return _told_apart(found)
+    return _with_unique_names(found)
 
 
-def describe(chosen: Chosen, machine: Machine) -> LocalModel:
+def describe_model(model: ServedModel, setup: EngineSetup) -> LocalModel:
     """
     Everything that is known of a model before it runs.
 
     Raises:
         ModelError: Its file cannot be used.
     """
-    header, entry = _header(chosen.path), chosen.entry
-    slots = entry.slots or machine.engine.slots
-    wanted = entry.context or machine.engine.context or CONTEXT
+    header, entry = _header(model.path), model.entry
+    slots = entry.slots or setup.engine.slots
+    wanted = entry.context or setup.engine.context or CONTEXT
     context = min(wanted, header.context_length or wanted)
-    here = Here(
-        available_bytes=read_memory().available_for_new_process(), read_bytes_per_s=0.0, calibration=machine.calibration
+    here = MachineCapacity(
+        available_bytes=read_memory().available_for_new_process(), read_bytes_per_s=0.0, calibration=setup.calibration
     )
-    work = work_of_file(header)
-    expected = outlook(work, here, context=context * slots, depth=min(_DEPTH, context))
-    profile = machine.profiles.of(chosen.path, sha256=chosen.sha256)
+    cost = cost_of_file(header)
+    expected = model_fit(cost, here, context=context * slots, depth=min(_DEPTH, context))
+    profile = setup.profiles.of(model.path, sha256=model.sha256)
     rates = Rates()
     if profile is not None:
         rates = Rates(prefill_tps=profile.prefill_tps, decode_tps=profile.decode_tps, source="profile")
@@ -139,16 +139,16 @@ def describe(chosen: Chosen, machine: Machine) -> LocalModel:
         rates = Rates(prefill_tps=expected.prefill_tps, decode_tps=expected.decode_tps, source="forecast")
     bound = header.file_bytes
     if expected.memory_bytes:
-        bound = expected.memory_bytes - _saved_bytes(work.kv_bytes(context * slots) or 0, machine.engine.cache_type)
-    beyond = 0.0 if expected.calibrated and expected.memory_bytes else _BEYOND_THE_BOUND
+        bound = expected.memory_bytes - _saved_bytes(cost.kv_bytes(context * slots) or 0, setup.engine.cache_type)
+    beyond = 0.0 if expected.calibrated and expected.memory_bytes else _UNBOUNDED_SHARE
     return LocalModel(
-        name=chosen.name,
-        path=chosen.path,
-        needed_bytes=round(bound * (1 + beyond)) + machine.cache_ram_mib * 1024**2,
+        name=model.name,
+        path=model.path,
+        needed_bytes=round(bound * (1 + beyond)) + setup.cache_ram_mib * 1024**2,
         slots=slots,
         context=context,
-        cache_ram_mib=machine.cache_ram_mib,
-        host_cache_tokens=_cached_tokens(header, machine),
+        cache_ram_mib=setup.cache_ram_mib,
+        host_cache_tokens=_cached_tokens(header, setup),
         rates=rates,
         load_s=profile.load_s if profile is not None else None,
         capability=entry.capability or round(header.parameters / 1e9, 4),
@@ -159,16 +159,16 @@ def describe(chosen: Chosen, machine: Machine) -> LocalModel:
     )
 
 
-def flags_for(machine: Machine) -> Callable[[LocalModel, int], EngineFlags]:
+def flags_for(setup: EngineSetup) -> Callable[[LocalModel, int], EngineFlags]:
     """How an engine is started for a model, on a port."""
-    engine = machine.engine
+    engine = setup.engine
 
     def flags(model: LocalModel, port: int) -> EngineFlags:
         batch = batch_for(model.rates.prefill_tps, at_most=engine.batch)
         return EngineFlags(
             model=str(model.path),
             port=port,
-            threads=machine.threads,
+            threads=setup.threads,
             context=(model.context or CONTEXT) * model.slots,
             slots=model.slots,
             batch=batch,
@@ -202,10 +202,10 @@ def _prompt_cache_mib(settings: Settings) -> int:
     return min(_MOST_CACHE_MIB, read_memory().total_bytes // 16 // 1024**2)
 
 
-def _cached_tokens(header: GgufHeader, machine: Machine) -> int:
+def _cached_tokens(header: GgufHeader, setup: EngineSetup) -> int:
     """Tokens of conversations that the prompt cache holds; none where the form of the cache is not known."""
-    per_token = header.kv_bytes_per_token(bytes_per_value=BYTES_PER_VALUE[machine.engine.cache_type])
-    return int(machine.cache_ram_mib * 1024**2 // per_token) if per_token else 0
+    per_token = header.kv_bytes_per_token(bytes_per_value=BYTES_PER_VALUE[setup.engine.cache_type])
+    return int(setup.cache_ram_mib * 1024**2 // per_token) if per_token else 0
 
 
 def _saved_bytes(f16_bytes: int, cache_type: str) -> int:
@@ -213,7 +213,7 @@ def _saved_bytes(f16_bytes: int, cache_type: str) -> int:
     return round(f16_bytes * (1 - BYTES_PER_VALUE[cache_type] / BYTES_PER_VALUE["f16"]))
 
 
-def _named(entry: ServeEntry, library: Library) -> Chosen:
+def _named(entry: ServeEntry, library: Library) -> ServedModel:
     if entry.model.startswith(("http://", "https://")):
         shown = entry.model.rpartition("@")[2]  # without a password
         raise SettingsError(f"{shown} is a server, not a model", hint="give it with --board, or as [[fleet]]")
@@ -225,12 +225,12 @@ def _named(entry: ServeEntry, library: Library) -> Chosen:
     if entry.model == NAME:
         return _bundled(entry)
     path = resolve(entry.model, library)
-    return Chosen(path=path.absolute(), name=path.name.removesuffix(".gguf"), sha256=None, entry=entry)
+    return ServedModel(path=path.absolute(), name=path.name.removesuffix(".gguf"), sha256=None, entry=entry)
 
 
-def _kept(kept: StoredModel, entry: ServeEntry) -> Chosen:
+def _kept(kept: StoredModel, entry: ServeEntry) -> ServedModel:
     sidecar = kept.sidecar
-    return Chosen(
+    return ServedModel(
         path=kept.path.absolute(),
         name=(sidecar.catalog if sidecar is not None else None) or kept.path.stem,
         sha256=sidecar.sha256 if sidecar is not None else None,
@@ -238,8 +238,8 @@ def _kept(kept: StoredModel, entry: ServeEntry) -> Chosen:
     )
 
 
-def _bundled(entry: ServeEntry) -> Chosen:
-    return Chosen(path=bundled_model(), name=NAME, sha256=None, entry=entry)
+def _bundled(entry: ServeEntry) -> ServedModel:
+    return ServedModel(path=bundled_model(), name=NAME, sha256=None, entry=entry)
 
 
 def _usable(kept: StoredModel, note: Callable[[str], None]) -> bool:
@@ -259,38 +259,38 @@ def _header(path: Path) -> GgufHeader:
     return join_parts([header, *(read_header(path.with_name(name)) for name in part_names(path.name)[1:])])
 
 
-def _told_apart(found: Sequence[Chosen]) -> list[Chosen]:
+def _with_unique_names(found: Sequence[ServedModel]) -> list[ServedModel]:
     """
     Each with a name of its own: two quantisations of one model are called by their files, or folders and files.
 
     Raises:
         SettingsError: One is named twice, or two differ by nothing that makes a name.
     """
-    named: dict[str, Chosen] = {}
-    paths = [chosen.path for chosen in found]
+    named: dict[str, ServedModel] = {}
+    paths = [model.path for model in found]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice is not None:
         raise SettingsError(f"{twice.name} is to be served twice", hint="name it once")
-    for chosen, name in zip(found, _names(found), strict=True):
+    for model, name in zip(found, _shortest_unique_names(found), strict=True):
         if name in named:
             raise SettingsError(
-                f"{named[name].path} and {chosen.path} would both be called {name}", hint="rename one of the files"
+                f"{named[name].path} and {model.path} would both be called {name}", hint="rename one of the files"
             )
-        named[name] = msgspec.structs.replace(chosen, name=name)
+        named[name] = msgspec.structs.replace(model, name=name)
     return list(named.values())
 
 
-def _names(found: Sequence[Chosen]) -> Iterator[str]:
+def _shortest_unique_names(found: Sequence[ServedModel]) -> Iterator[str]:
     """The shortest of each that no other has: its name, its file, or that behind as many folders as it takes."""
-    deepest = max((len(chosen.path.parts) for chosen in found), default=0)
-    ways: list[Callable[[Chosen], str]] = [lambda one: one.name]
-    ways += [partial(_behind, folders=folders) for folders in range(deepest - 1)]
-    for chosen in found:
-        names = (way(chosen) for way in ways if [way(other) for other in found].count(way(chosen)) == 1)
-        yield next(names, chosen.name)
+    deepest = max((len(model.path.parts) for model in found), default=0)
+    ways: list[Callable[[ServedModel], str]] = [lambda one: one.name]
+    ways += [partial(_name_below_folders, folders=folders) for folders in range(deepest - 1)]
+    for model in found:
+        names = (way(model) for way in ways if [way(other) for other in found].count(way(model)) == 1)
+        yield next(names, model.name)
 
 
-def _behind(chosen: Chosen, folders: int) -> str:
-    path = chosen.path
+def _name_below_folders(model: ServedModel, folders: int) -> str:
+    path = model.path
     above = path.parts[1:-1]
     return "/".join((*above[max(0, len(above) - folders) :], path.stem))

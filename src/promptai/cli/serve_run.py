@@ -23,14 +23,14 @@ from promptai.cli.serve_fleet import (
     PI5,
     Boards,
     MemoryBudget,
-    boards,
-    limits_of,
-    rules_of,
+    admission_rules,
+    parse_boards,
+    queue_limits,
     simulated_source,
     static_sources,
 )
-from promptai.cli.serve_models import Machine, choose, describe, flags_for, look_around
-from promptai.cli.serve_show import Loading
+from promptai.cli.serve_models import EngineSetup, describe_model, find_engine_setup, flags_for, select_models
+from promptai.cli.serve_show import LoadingProgress
 from promptai.engine.http_upstream import HttpUpstream
 from promptai.engine.simulated import SimulatedEngine
 from promptai.errors import PromptAIError
@@ -51,20 +51,20 @@ from promptai.settings import Settings, cache_directory
 
 _log = logging.getLogger("promptai.serve")
 
-_LOOK_EVERY_S, _FILE_EVERY_S = 0.5, 2.0
+_LOOK_PERIOD_S, _FILE_PERIOD_S = 0.5, 2.0
 #: How long the start waits for boards to say what they serve, before it prints what it knows.
-_FIRST_LOOK_S = 0.7
-_SIGNALLED = 128
+_WAIT_FOR_BOARDS_S = 0.7
+_EXIT_SIGNAL_BASE = 128
 #: Settings of the gateway that only count at its start.
-_SETTLED = (
+_FIXED_AT_START = (
     *("host", "port", "strategy", "ping_s", "body_mib"),
     *("keys", "hosts", "cors_origins", "cache_ram_mib", "memory_mib"),
 )
 #: Of objects, of young collections, of middle ones. A request leaves a few cycles behind, so that it is some MB.
-_COLLECT_AFTER = (20_000, 50, 100)
+_GC_THRESHOLDS = (20_000, 50, 100)
 
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+class ServePlan(msgspec.Struct, frozen=True, kw_only=True):
     """
     What is to be served.
 
@@ -76,10 +76,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     settings: Settings
     models: tuple[LocalModel, ...] = ()
     boards: Boards = Boards((), {})
-    machine: Machine | None = None
+    setup: EngineSetup | None = None
 
 
-def make_plan(settings: Settings, *, machine: Machine | None, simulated: bool, note: Callable[[str], None]) -> Plan:
+def make_plan(
+    settings: Settings, *, setup: EngineSetup | None, simulated: bool, note: Callable[[str], None]
+) -> ServePlan:
     """
     Decide what is served; reads the library and headers of models, starts nothing.
 
@@ -90,15 +92,15 @@ def make_plan(settings: Settings, *, machine: Machine | None, simulated: bool, n
     Raises:
         PromptAIError: Something that is named is not there, or cannot be used.
     """
-    found = boards(settings.fleet)
-    chosen = [] if simulated and not settings.serve else choose(settings, note)
-    if chosen and machine is None:
-        machine = look_around(settings, note)
-    models = tuple(describe(one, machine) for one in chosen) if machine is not None else ()
-    return Plan(settings=settings, models=models, boards=found, machine=machine)
+    found = parse_boards(settings.fleet)
+    chosen = [] if simulated and not settings.serve else select_models(settings, note)
+    if chosen and setup is None:
+        setup = find_engine_setup(settings, note)
+    models = tuple(describe_model(one, setup) for one in chosen) if setup is not None else ()
+    return ServePlan(settings=settings, models=models, boards=found, setup=setup)
 
 
-class Running:
+class ServeSession:
     """
     One gateway, from its start to its end.
 
@@ -106,22 +108,22 @@ class Running:
         plan: What it begins with.
         simulated: How many pretended boards it starts beside.
         file: Where settings are, if there are any.
-        seen: The ``identity`` of that file before the plan was made.
+        seen: The ``file_identity`` of that file before the plan was made.
         replan: Makes another plan from the settings as they are now.
     """
 
     def __init__(
         self,
-        plan: Plan,
+        plan: ServePlan,
         guard: Guard,
         *,
         simulated: int = 0,
         file: Callable[[], Path | None],
         seen: tuple[int, ...] | None,
-        replan: Callable[[Machine | None], Plan],
+        replan: Callable[[EngineSetup | None], ServePlan],
     ) -> None:
         self.plan = plan
-        self._in_force = plan.settings
+        self._active = plan.settings
         self.keys = dict(plan.boards.keys)
         self._engine_keys: dict[str, str] = {}
         self.budget = MemoryBudget(plan.settings.gateway.memory_mib)
@@ -131,9 +133,9 @@ class Running:
         self._replan = replan
         self._engines = [SimulatedEngine(PI5) for _ in range(simulated)]
         self._signals: asyncio.Queue[int] = asyncio.Queue()
-        self._read_again = asyncio.Event()
+        self._reload_requested = asyncio.Event()
 
-    async def run(self, started: Callable[["Running", GatewayServer], None], loading: Loading) -> int:
+    async def run(self, started: Callable[["ServeSession", GatewayServer], None], loading: LoadingProgress) -> int:
         """
         Serve until a signal ends it; the exit code.
 
@@ -153,13 +155,13 @@ class Running:
             self._fleet_state = FleetState(self.registry, RateBook())
             self.registry.replace(self._sources(self.plan))
             strategy = STRATEGIES[gateway_settings.strategy]()
-            self._dispatcher = Dispatcher(self._fleet_state, strategy, limits_of(self.plan.settings))
+            self._dispatcher = Dispatcher(self._fleet_state, strategy, queue_limits(self.plan.settings))
             stack.callback(self._dispatcher.close)
             self._gateway = Gateway(
                 self._dispatcher,
                 self._upstream,
                 self._guard,
-                rules=rules_of(self.plan.settings),
+                rules=admission_rules(self.plan.settings),
                 heartbeat=Heartbeat(ping_s=gateway_settings.ping_s),
                 limits=GatewayLimits(body_bytes=gateway_settings.body_mib * 1024**2),
             )
@@ -170,17 +172,17 @@ class Running:
             server = GatewayServer(self._gateway, gateway_settings.host, gateway_settings.port)
             await stack.enter_async_context(server)
             tasks.append(asyncio.create_task(self.registry.run()))
-            await self._first_look()
+            await self._wait_for_boards()
             started(self, server)
-            tasks.append(asyncio.create_task(self._mind(loading)))
-            _settle_down()
+            tasks.append(asyncio.create_task(self._watch(loading)))
+            _freeze_gc()
             return await self._until_end(tasks)
 
-    def _sources(self, plan: Plan) -> list[Source]:
+    def _sources(self, plan: ServePlan) -> list[Source]:
         sources: list[Source] = []
-        if plan.models and plan.machine is not None:
+        if plan.models and plan.setup is not None:
             logs = cache_directory() / "logs"
-            launcher = EngineLauncher(plan.machine.binary, flags_for(plan.machine), logs, self._engine_keys)
+            launcher = EngineLauncher(plan.setup.binary, flags_for(plan.setup), logs, self._engine_keys)
             sources.append(LocalSource(plan.models, launcher, self.budget, self._fleet_state.running))
         if self._engines:
             sources.append(simulated_source(self._engines))
@@ -193,10 +195,10 @@ class Running:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._signals.put_nowait, number)
             stack.callback(loop.remove_signal_handler, number)
-        loop.add_signal_handler(signal.SIGHUP, self._read_again.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload_requested.set)
         stack.callback(loop.remove_signal_handler, signal.SIGHUP)
 
-    async def _first_look(self) -> None:
+    async def _wait_for_boards(self) -> None:
         """Give boards a moment to say what they serve."""
         expected = len(self.plan.models) + len(self._engines) + len(self.plan.boards.targets)
         there = asyncio.Event()
@@ -207,7 +209,7 @@ class Running:
 
         leave = self.registry.subscribe(look)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_FIRST_LOOK_S):
+            async with asyncio.timeout(_WAIT_FOR_BOARDS_S):
                 await there.wait()
         leave()
 
@@ -232,66 +234,70 @@ class Running:
         drained.cancel()
         if again.done() and not drained.done():
             _log.info("ended at once: %d were under way", self._gateway.open_requests)
-            return _SIGNALLED + again.result()
+            return _EXIT_SIGNAL_BASE + again.result()
         again.cancel()
         return 0
 
-    async def _mind(self, loading: Loading) -> None:
+    async def _watch(self, loading: LoadingProgress) -> None:
         """What needs a look now and then: loading, and the file of settings."""
         loop = asyncio.get_running_loop()
         look_at = loop.time()
         while True:
-            loading.look(self.registry.snapshot, loop.time())
-            wanted = self._read_again.is_set()
+            loading.update(self.registry.snapshot, loop.time())
+            wanted = self._reload_requested.is_set()
             if wanted or loop.time() >= look_at:
-                look_at, now = loop.time() + _FILE_EVERY_S, identity(self._file())
+                look_at, now = loop.time() + _FILE_PERIOD_S, file_identity(self._file())
                 if wanted or now != self._seen:
                     self._seen = now
-                    self._read_again.clear()
+                    self._reload_requested.clear()
                     await self._reload()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK_EVERY_S):
-                    await self._read_again.wait()
+                async with asyncio.timeout(_LOOK_PERIOD_S):
+                    await self._reload_requested.wait()
 
     async def _reload(self) -> None:
         """Take over what the file says now; a file that is wrong changes nothing."""
         try:
-            plan = await asyncio.to_thread(self._replan, self.plan.machine)
-            rules, limits, sources = rules_of(plan.settings), limits_of(plan.settings), self._sources(plan)
+            plan = await asyncio.to_thread(self._replan, self.plan.setup)
+            rules, limits, sources = admission_rules(plan.settings), queue_limits(plan.settings), self._sources(plan)
         except PromptAIError as error:
             _log.error("settings stay as they were: %s", error)
             return
         except Exception:  # noqa: BLE001  a border: no file, and no bug in reading it, ends what is under way
             _log.exception("settings stay as they were: they could not be read again")
             return
-        if self.plan.machine is None:
-            self._in_force = _with_engine_of(self._in_force, plan.settings)
-        waits = _settled_at_the_start(self._in_force, plan.settings)
+        if self.plan.setup is None:
+            self._active = _with_engine_settings_of(self._active, plan.settings)
+        pending = _waiting_for_restart(self._active, plan.settings)
         self.keys.clear()
         self.keys.update(plan.boards.keys)
         self._gateway.admission.rules = rules
         self._dispatcher.limits = limits
-        self.plan = msgspec.structs.replace(plan, machine=plan.machine or self.plan.machine)
+        self.plan = msgspec.structs.replace(plan, setup=plan.setup or self.plan.setup)
         self.registry.replace(sources)
-        for trouble in self.registry.troubles:
-            _log.warning("%s", trouble)
-        _log.info("settings were read again%s", f"; {waits}" if waits else "")
+        for problem in self.registry.problems:
+            _log.warning("%s", problem)
+        _log.info("settings were read again%s", f"; {pending}" if pending else "")
 
 
-def _settled_at_the_start(in_force: Settings, read: Settings) -> str:
+def _waiting_for_restart(active: Settings, read: Settings) -> str:
     """That settings differ from those in force and nothing can be done about it now; empty where none does."""
-    waits = [f"gateway.{name}" for name in _SETTLED if getattr(in_force.gateway, name) != getattr(read.gateway, name)]
-    waits += ["engine"] if in_force.engine != read.engine else []
-    return f"{', '.join(waits)} only {'counts' if len(waits) == 1 else 'count'} from the next start" if waits else ""
+    pending = [
+        f"gateway.{name}" for name in _FIXED_AT_START if getattr(active.gateway, name) != getattr(read.gateway, name)
+    ]
+    pending += ["engine"] if active.engine != read.engine else []
+    return (
+        f"{', '.join(pending)} only {'counts' if len(pending) == 1 else 'count'} from the next start" if pending else ""
+    )
 
 
-def _with_engine_of(in_force: Settings, read: Settings) -> Settings:
+def _with_engine_settings_of(active: Settings, read: Settings) -> Settings:
     """With what engines are started by: it is settled when the first model of this machine is served."""
-    gateway = msgspec.structs.replace(in_force.gateway, cache_ram_mib=read.gateway.cache_ram_mib)
-    return msgspec.structs.replace(in_force, engine=read.engine, gateway=gateway)
+    gateway = msgspec.structs.replace(active.gateway, cache_ram_mib=read.gateway.cache_ram_mib)
+    return msgspec.structs.replace(active, engine=read.engine, gateway=gateway)
 
 
-def identity(path: Path | None) -> tuple[int, ...] | None:
+def file_identity(path: Path | None) -> tuple[int, ...] | None:
     """What changes when the file does."""
     try:
         found = path.stat() if path is not None else None
@@ -300,7 +306,7 @@ def identity(path: Path | None) -> tuple[int, ...] | None:
     return None if found is None else (found.st_mtime_ns, found.st_ino, found.st_size)
 
 
-def _settle_down() -> None:
+def _freeze_gc() -> None:
     """
     Keep the collector away from what has been imported: it is there to stay.
 
@@ -309,7 +315,7 @@ def _settle_down() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(*_COLLECT_AFTER)
+    gc.set_threshold(*_GC_THRESHOLDS)
 
 
 async def _end(tasks: Sequence["asyncio.Task[None]"]) -> None:

@@ -29,7 +29,7 @@ _log = logging.getLogger("promptai.serve")
 
 _COLOURS = {State.READY: "green", State.DOWN: "red", State.LOADING: "yellow"}
 #: Where nothing is redrawn: a line each quarter, for what takes longer than a moment.
-_TELL_EVERY, _QUIET_S = 0.25, 2.0
+_LOG_EVERY, _NO_LOG_BEFORE_S = 0.25, 2.0
 #: The file is read; what the engine makes of it takes as long as it takes.
 _ALL_READ = 0.99
 
@@ -54,19 +54,19 @@ def table(replicas: Sequence[Replica], models: Sequence[LocalModel], targets: Se
             _rate(rates.decode_tps),
             rates.source if rates.source != "unknown" else "learned",
         )
-    heard = {replica.url for replica in replicas}
+    answered = {replica.url for replica in replicas}
     for target in targets:
-        if target.base_url not in heard:
+        if target.base_url not in answered:
             shown.add_row(_name(target.model or "?"), _name(target.replica_id), "[dim]asked[/]")
     return shown
 
 
-def troubles(replicas: Sequence[Replica]) -> list[str]:
+def down_reasons(replicas: Sequence[Replica]) -> list[str]:
     """Why some do not serve, a line each."""
     return [f"{replica.id}: {replica.reason}" for replica in replicas if replica.state is State.DOWN]
 
 
-def explain(replicas: Sequence[Replica], budget_bytes: int | None) -> str:
+def legend(replicas: Sequence[Replica], budget_bytes: int | None) -> str:
     """The table's units, and what its words mean."""
     units = "slots: conversations × tokens; prefill and decode in tokens/s"  # noqa: RUF001
     lines = [units if budget_bytes is None else f"memory in GB, of {budget_bytes / 1e9:.1f} for all engines; {units}"]
@@ -78,12 +78,12 @@ def explain(replicas: Sequence[Replica], budget_bytes: int | None) -> str:
     return "\n".join(lines)
 
 
-def asked_first(replicas: Sequence[Replica]) -> str:
+def example_model(replicas: Sequence[Replica]) -> str:
     """The model of an example: one that answers, if there is one; else whichever will."""
     return next((replica.model for replica in replicas if replica.model and replica.usable), "default")
 
 
-def no_example(replicas: Sequence[Replica]) -> str:
+def why_unavailable(replicas: Sequence[Replica]) -> str:
     """Why nothing can be asked now; empty where something can."""
     if any(replica.usable for replica in replicas):
         return ""
@@ -103,14 +103,14 @@ def curl_line(url: str, model: str, key: str | None) -> str:
     return " ".join([*words, "-d", shlex.quote(json.dumps(body))])
 
 
-def elsewhere(host: str, port: int) -> str:
+def external_url(host: str, port: int) -> str:
     """Where other machines reach a gateway that is not bound to loopback."""
     name = socket.gethostname() if host in {"0.0.0.0", "::"} else url_host(host)  # noqa: S104  compared, not bound
     return f"http://{name}:{port}"
 
 
 @contextlib.contextmanager
-def _dropped(console: Console) -> Iterator[None]:
+def _ignore_write_errors(console: Console) -> Iterator[None]:
     """Drop what cannot be written: the terminal is lost, the disk full, or who read it has gone."""
     try:
         yield
@@ -131,12 +131,12 @@ class LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one; as everywhere in logging, one that cannot be printed ends nothing."""
-        with _dropped(self._console):
+        with _ignore_write_errors(self._console):
             shown = "\n".join(map(one_line, self.format(record).split("\n")))
             self._console.print(shown, markup=False, highlight=False, soft_wrap=True, emoji=False)
 
 
-class Loading:
+class LoadingProgress:
     """Tells what becomes of engines, from one snapshot to the next; a context manager."""
 
     def __init__(self, console: Console) -> None:
@@ -154,7 +154,7 @@ class Loading:
         self._tasks: dict[str, TaskID] = {}
         self._before: dict[str, State] = {}
         self._since: dict[str, float] = {}
-        self._told: dict[str, float] = {}
+        self._logged: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         """Begin to draw."""
@@ -162,22 +162,22 @@ class Loading:
 
     def __exit__(self, *_exc: object) -> None:
         """Leave the terminal as it was."""
-        with _dropped(self._console):
+        with _ignore_write_errors(self._console):
             self._progress.stop()
 
-    def look(self, snapshot: Snapshot, now: float) -> None:
+    def update(self, snapshot: Snapshot, now: float) -> None:
         """Say what is new since the last look."""
         for gone in self._before.keys() - {replica.id for replica in snapshot.replicas}:
             del self._before[gone]
-            self._forget(gone)
+            self._stop_loading(gone)
         for replica in snapshot.replicas:
             before = self._before.get(replica.id)
             self._before[replica.id] = replica.state
             if replica.state is State.LOADING:
                 self._load(replica, now)
             elif before is not replica.state:
-                self._arrive(replica, before, now)
-        with _dropped(self._console):
+                self._log_change(replica, before, now)
+        with _ignore_write_errors(self._console):
             self._draw()
 
     def _load(self, replica: Replica, now: float) -> None:
@@ -194,24 +194,24 @@ class Loading:
             self._progress.update(self._tasks[replica.id], left=words)
         elif not known:
             _log.info("%s: loading%s", one_line(replica.id), f", {words}" if words else "")
-        elif now - since >= _QUIET_S and share - self._told.get(replica.id, 0.0) >= _TELL_EVERY:
-            self._told[replica.id] = share
+        elif now - since >= _NO_LOG_BEFORE_S and share - self._logged.get(replica.id, 0.0) >= _LOG_EVERY:
+            self._logged[replica.id] = share
             _log.info("%s: %.0f %% loaded%s", one_line(replica.id), 100 * share, f", {words}" if words else "")
 
-    def _arrive(self, replica: Replica, before: State | None, now: float) -> None:
-        since = self._forget(replica.id)
+    def _log_change(self, replica: Replica, before: State | None, now: float) -> None:
+        since = self._stop_loading(replica.id)
         name, reason = one_line(replica.id), one_line(replica.reason)
         if replica.state is State.READY and since is not None:
             _log.info("%s: ready after %.1f s", name, now - since)
         elif before is not None or replica.state is State.DOWN:
             _log.info("%s: %s%s", name, replica.state.value, f", {reason}" if reason else "")
 
-    def _forget(self, replica_id: str) -> float | None:
+    def _stop_loading(self, replica_id: str) -> float | None:
         """It loads no longer; gives when it began."""
         task = self._tasks.pop(replica_id, None)
         if task is not None:
             self._progress.remove_task(task)
-        self._told.pop(replica_id, None)
+        self._logged.pop(replica_id, None)
         return self._since.pop(replica_id, None)
 
     def _draw(self) -> None:

@@ -6,7 +6,7 @@ import unicodedata
 _HARMLESS = "\n\t\u200c\u200d"
 
 
-def plain(text: str) -> str:
+def strip_controls(text: str) -> str:
     """Somebody's words, such as a model's; what steers is left out."""
     return "".join(c for c in text if c.isprintable() or c in _HARMLESS or unicodedata.category(c) == "Zs")
 

@@ -29,7 +29,7 @@ from promptai.fleet.local import LocalModel
 #: So long a log is put aside: some 10 000 requests.
 _LOG_BYTES = 8_000_000
 #: Engines answer ``/slots`` between two steps, and a batch of a prompt is one: no board takes a second a token.
-_PULSE_S, _HANGS_S, _SLOWEST_TOKEN_S = 30.0, 600.0, 1.0
+_LIVENESS_PERIOD_S, _HANG_S, _SLOWEST_TOKEN_S = 30.0, 600.0, 1.0
 
 
 class EngineLauncher:
@@ -87,8 +87,8 @@ class LaunchedEngine:
         self._ports = ports
         self._keys = keys
         self._tree: ProcessTree | None = None
-        self._pulse: asyncio.Task[None] | None = None
-        self._hangs: EngineDiedError | None = None
+        self._liveness: asyncio.Task[None] | None = None
+        self._hang: EngineDiedError | None = None
 
     @property
     def base_url(self) -> str:
@@ -116,7 +116,7 @@ class LaunchedEngine:
             return await asyncio.to_thread(self._engine.death)
         if self._engine.log_bytes() > _LOG_BYTES:
             await asyncio.to_thread(self._engine.put_log_aside)
-        return self._hangs
+        return self._hang
 
     async def __aenter__(self) -> Self:
         """
@@ -130,39 +130,39 @@ class LaunchedEngine:
         try:
             await self._engine.__aenter__()
         except BaseException:
-            self._let_go()
+            self._release()
             raise
-        self._pulse = asyncio.create_task(self._feel_pulse())
+        self._liveness = asyncio.create_task(self._watch_liveness())
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
         """End it; cancelled, tell so only when it is gone."""
-        if self._pulse is not None:
-            self._pulse.cancel()
+        if self._liveness is not None:
+            self._liveness.cancel()
         try:
             await self._engine.__aexit__()
         finally:
-            self._let_go()
+            self._release()
 
-    async def _feel_pulse(self) -> None:
+    async def _watch_liveness(self) -> None:
         """Notice that it computes no longer, though its process lives."""
         loop, flags = asyncio.get_running_loop(), self._engine.flags
-        patience_s, answered_at, missed = max(_HANGS_S, flags.batch * _SLOWEST_TOKEN_S), loop.time(), 0
+        limit_s, answered_at, missed = max(_HANG_S, flags.batch * _SLOWEST_TOKEN_S), loop.time(), 0
         async with HttpUpstream({self.base_url: self._key}) as upstream:
-            while self._hangs is None:
-                await asyncio.sleep(_PULSE_S)
+            while self._hang is None:
+                await asyncio.sleep(_LIVENESS_PERIOD_S)
                 missed += 1
                 with contextlib.suppress(EngineError):
-                    await upstream.get(self.base_url, "/slots", limit_s=patience_s)
+                    await upstream.get(self.base_url, "/slots", limit_s=limit_s)
                     answered_at, missed = loop.time(), 0
                 # Once is not enough: this process may have been stopped itself meanwhile.
-                if missed > 1 and loop.time() - answered_at >= patience_s:
-                    self._hangs = EngineDiedError(
-                        f"the engine of {flags.alias} hangs: it lives, and has answered nothing for {patience_s:g} s",
+                if missed > 1 and loop.time() - answered_at >= limit_s:
+                    self._hang = EngineDiedError(
+                        f"the engine of {flags.alias} hangs: it lives, and has answered nothing for {limit_s:g} s",
                         hint="it is ended",
                     )
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self._ports.discard(self._engine.flags.port)
         self._keys.pop(self.base_url, None)
         if self._tree is not None:

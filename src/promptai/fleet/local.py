@@ -35,11 +35,11 @@ from promptai.fleet.replica import Rates, Replica, State
 
 _LOG = logging.getLogger("promptai.fleet")
 _POLL_S, _DEATH_POLL_S, _PROGRESS_S = 0.25, 0.2, 0.5
-_FIRST_REST_S, _LONGEST_REST_S = 5.0, 120.0
+_FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 5.0, 120.0
 #: An engine that dies sooner than this was never well: the next start waits longer.
-_STEADY_S = 60.0
+_STABLE_S = 60.0
 #: How long a new engine is kept for those who waited for it.
-_SETTLE_S = 5.0
+_KEEP_FOR_WAITERS_S = 5.0
 
 
 class LocalModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,7 +90,7 @@ class _Phase(Enum):
     LOADING = State.LOADING
     READY = State.READY
     STOPPING = State.DRAINING
-    RESTING = State.DOWN
+    BACKOFF = State.DOWN
 
 
 class _Entry:
@@ -100,29 +100,29 @@ class _Entry:
         self.model = model
         self.id = replica_id
         self.load_s = model.load_s
-        self.strikes = 0
+        self.failures = 0
         self.restart()
 
     def restart(self) -> None:
         """As if it had never run."""
         self.phase = _Phase.COLD
-        self.reason = self.unfit = self.url = ""
+        self.reason = self.never_fits = self.url = ""
         self.engine: LocalEngine | None = None
         self.task: asyncio.Task[None] | None = None
         self.stop = asyncio.Event()
         self.demanded = False
         self.automatic = self.model.preload or self.model.pinned
         self.progress: float | None = None
-        self.measured_at = self.used_at = self.ready_at = self.rest_until = 0.0
+        self.measured_at = self.used_at = self.ready_at = self.retry_at = 0.0
         self.used = False
         self.waiting_since: float | None = None
 
-    def replica(self, *, yielding: bool) -> Replica:
+    def replica(self, *, draining: bool) -> Replica:
         """As the fleet sees it."""
         model, state, reason = self.model, self.phase.value, self.reason
-        if self.phase is _Phase.COLD and self.unfit:
-            state, reason = State.DOWN, self.unfit
-        if self.phase is _Phase.READY and yielding:
+        if self.phase is _Phase.COLD and self.never_fits:
+            state, reason = State.DOWN, self.never_fits
+        if self.phase is _Phase.READY and draining:
             state, reason = State.DRAINING, "makes room for another model"
         return Replica(
             id=self.id,
@@ -179,7 +179,7 @@ class LocalSource:
     ) -> None:
         self.name = name
         self.configuration: object = (tuple(models), patience_s)
-        self.sole = True
+        self.exclusive = True
         self._launcher = launcher
         self._budget_bytes = budget_bytes
         self._busy = busy
@@ -187,7 +187,7 @@ class LocalSource:
         self._entries = {f"{name}/{model.name}": _Entry(model, f"{name}/{model.name}") for model in models}
         self.replica_ids: Container[str] | None = frozenset(self._entries)
         self._queue: list[_Entry] = []
-        self._yielding: frozenset[str] = frozenset()
+        self._draining: frozenset[str] = frozenset()
         self._changed = asyncio.Event()
         self._publish_to: Callable[[Sequence[Replica]], None] | None = None
 
@@ -211,7 +211,7 @@ class LocalSource:
     def wake(self, replica_id: str) -> None:
         """Begin to load a cold replica, once, however often this is called."""
         entry = self._entries.get(replica_id)
-        if entry is not None and entry.phase in {_Phase.COLD, _Phase.STOPPING} and not entry.unfit:
+        if entry is not None and entry.phase in {_Phase.COLD, _Phase.STOPPING} and not entry.never_fits:
             entry.demanded = True
             if entry not in self._queue:
                 self._queue.append(entry)
@@ -231,31 +231,33 @@ class LocalSource:
                 entry.used_at, entry.used = now, True
             elif entry.phase is _Phase.LOADING:
                 entry.measure(now)
-            elif entry.phase is _Phase.RESTING and now >= entry.rest_until and entry.ended:
+            elif entry.phase is _Phase.BACKOFF and now >= entry.retry_at and entry.ended:
                 entry.phase = _Phase.COLD
                 entry.automatic = entry.model.preload or entry.model.pinned
         running = self._running(now)
         for entry in self._entries.values():
             others = [engine for engine in running if engine.id != entry.id]
             model = entry.model
-            entry.unfit = placement.never(model.needed_bytes, others, budget, cache_bytes=model.cache_bytes)
+            entry.never_fits = placement.why_never_fits(
+                model.needed_bytes, others, budget, cache_bytes=model.cache_bytes
+            )
         for replica_id in placement.expired(running, now):
             self._stop(self._entries[replica_id], "was idle for too long")
-        self._queue_automatic()
-        self._serve_queue(now, budget, group)
+        self._enqueue_automatic()
+        self._start_queued(now, budget, group)
         self._publish()
 
-    def _running(self, now: float) -> list[placement.Engine]:
+    def _running(self, now: float) -> list[placement.LoadedEngine]:
         """What holds memory and is not already being stopped."""
         return [
-            placement.Engine(
+            placement.LoadedEngine(
                 id=entry.id,
                 model=entry.model.name,
                 needed_bytes=entry.model.needed_bytes,
                 cache_bytes=entry.model.cache_bytes,
                 busy=entry.phase is _Phase.LOADING
                 or self._busy(entry.id) > 0
-                or (not entry.used and now < entry.ready_at + _SETTLE_S),
+                or (not entry.used and now < entry.ready_at + _KEEP_FOR_WAITERS_S),
                 pinned=entry.model.pinned,
                 idle_since=entry.used_at,
                 load_s=entry.load_s,
@@ -265,46 +267,48 @@ class LocalSource:
             if entry.phase in {_Phase.LOADING, _Phase.READY}
         ]
 
-    def _queue_automatic(self) -> None:
+    def _enqueue_automatic(self) -> None:
         """Put what should run anyway before what was asked for, pinned ones first."""
         wanted = [
             entry
             for entry in self._entries.values()
-            if entry.automatic and entry.phase is _Phase.COLD and not entry.unfit and entry not in self._queue
+            if entry.automatic and entry.phase is _Phase.COLD and not entry.never_fits and entry not in self._queue
         ]
         self._queue[:0] = sorted(wanted, key=lambda entry: not entry.model.pinned)
 
-    def _serve_queue(self, now: float, budget: int, group: asyncio.TaskGroup) -> None:
+    def _start_queued(self, now: float, budget: int, group: asyncio.TaskGroup) -> None:
         """Begin the loads that can begin, in order."""
-        yielding, self._yielding = self._yielding, frozenset()
+        draining, self._draining = self._draining, frozenset()
         while self._queue:
             entry = self._queue[0]
-            placed = placement.plan(entry.model.needed_bytes, self._running(now), budget, yielding)
+            eviction = placement.plan_eviction(entry.model.needed_bytes, self._running(now), budget, draining)
             if entry.phase is _Phase.STOPPING:
-                self._pass(placed.makes_room, now, budget, group)
+                self._start_overtaking(eviction.must_stop, now, budget, group)
                 return
-            undemanded = not (entry.demanded or entry.model.pinned)
-            if placed.fits and not (placed.evict and undemanded):
-                for replica_id in placed.evict:
+            automatic_only = not (entry.demanded or entry.model.pinned)
+            if eviction.fits and not (eviction.evict and automatic_only):
+                for replica_id in eviction.evict:
                     self._stop(self._entries[replica_id], f"makes room for {entry.model.name}")
                 self._load(entry, group)
-            elif placed.waits_for and not undemanded:
-                entry.reason = placed.reason
+            elif eviction.waits_for and not automatic_only:
+                entry.reason = eviction.reason
                 entry.waiting_since = now if entry.waiting_since is None else entry.waiting_since
                 if now - entry.waiting_since >= self._patience_s:
-                    self._yielding = frozenset(placed.makes_room)
-                self._pass(placed.makes_room, now, budget, group)
+                    self._draining = frozenset(eviction.must_stop)
+                self._start_overtaking(eviction.must_stop, now, budget, group)
                 return
             else:
-                entry.reason = "was not started by itself: there is no room now" if undemanded else ""
+                entry.reason = "was not started by itself: there is no room now" if automatic_only else ""
             self._leave_queue(entry)
 
-    def _pass(self, going: Collection[str], now: float, budget: int, group: asyncio.TaskGroup) -> None:
-        """Begin what has room past the first, which waits until ``going`` are gone."""
+    def _start_overtaking(self, stopping: Collection[str], now: float, budget: int, group: asyncio.TaskGroup) -> None:
+        """Begin what has room past the first, which waits until ``stopping`` are gone."""
         first = self._queue[0].model.needed_bytes
         for entry in self._queue[1:]:
             needed = entry.model.needed_bytes
-            if entry.phase is _Phase.COLD and placement.may_pass(needed, first, going, self._running(now), budget):
+            if entry.phase is _Phase.COLD and placement.may_overtake(
+                needed, first, stopping, self._running(now), budget
+            ):
                 self._load(entry, group)
                 self._leave_queue(entry)
 
@@ -319,17 +323,17 @@ class LocalSource:
         ending = [
             other.task
             for other in self._entries.values()
-            if other.phase in {_Phase.STOPPING, _Phase.RESTING} and other.task is not None and not other.ended
+            if other.phase in {_Phase.STOPPING, _Phase.BACKOFF} and other.task is not None and not other.ended
         ]
         entry.phase, entry.reason, entry.progress, entry.used = _Phase.LOADING, "", None, False
         entry.stop.clear()
-        entry.task = group.create_task(self._live(entry, ending))
+        entry.task = group.create_task(self._run_engine(entry, ending))
 
     def _stop(self, entry: _Entry, reason: str) -> None:
         entry.phase, entry.reason = _Phase.STOPPING, reason
         entry.stop.set()
 
-    async def _live(self, entry: _Entry, ending: Sequence[asyncio.Task[None]]) -> None:
+    async def _run_engine(self, entry: _Entry, ending: Sequence[asyncio.Task[None]]) -> None:
         """One engine from its start to its end; it begins when those that end have given their memory back."""
         try:
             if ending:
@@ -339,7 +343,7 @@ class LocalSource:
             async with entry.engine as engine:
                 self._ready(entry, engine, began)
                 await self._until_end(entry, engine)
-            entry.phase, entry.reason, entry.strikes = _Phase.COLD, "", 0
+            entry.phase, entry.reason, entry.failures = _Phase.COLD, "", 0
         except (PromptAIError, OSError) as error:
             self._failed(entry, error)
         finally:
@@ -373,23 +377,23 @@ class LocalSource:
 
     def _failed(self, entry: _Entry, error: Exception) -> None:
         """Let it rest: not at all after the first death of one that was well, else twice as long as last time."""
-        if entry.phase is _Phase.RESTING:
+        if entry.phase is _Phase.BACKOFF:
             return
         now = asyncio.get_running_loop().time()
         died = entry.phase is _Phase.READY
-        entry.strikes = 1 if died and now - entry.ready_at >= _STEADY_S else entry.strikes + 1
-        doublings = entry.strikes - (2 if died else 1)
-        rest_s = 0.0 if doublings < 0 else min(_LONGEST_REST_S, _FIRST_REST_S * 2.0 ** min(doublings, 10))
-        entry.phase, entry.rest_until = _Phase.RESTING, now + rest_s
-        entry.reason, entry.url = _words(error), ""
+        entry.failures = 1 if died and now - entry.ready_at >= _STABLE_S else entry.failures + 1
+        doublings = entry.failures - (2 if died else 1)
+        backoff_s = 0.0 if doublings < 0 else min(_LONGEST_BACKOFF_S, _FIRST_BACKOFF_S * 2.0 ** min(doublings, 10))
+        entry.phase, entry.retry_at = _Phase.BACKOFF, now + backoff_s
+        entry.reason, entry.url = _one_line(error), ""
         _LOG.warning("%s: %s", entry.id, entry.reason)
 
     def _publish(self) -> None:
         if self._publish_to is not None:
-            self._publish_to([entry.replica(yielding=entry.id in self._yielding) for entry in self._entries.values()])
+            self._publish_to([entry.replica(draining=entry.id in self._draining) for entry in self._entries.values()])
 
 
-def _words(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """In one line, without the paths that are in those of the system: clients read it."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(said.split())

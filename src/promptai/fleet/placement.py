@@ -15,10 +15,10 @@ from collections.abc import Collection, Iterable, Sequence
 import msgspec
 
 #: Reading a model again where nobody has timed it: an SD card of the better kind, bytes a second.
-_TYPICAL_READ = 80_000_000
+_TYPICAL_READ_BYTES_PER_S = 80_000_000
 
 
-class Engine(msgspec.Struct, frozen=True, kw_only=True):
+class LoadedEngine(msgspec.Struct, frozen=True, kw_only=True):
     """
     An engine that holds memory, as far as placing another one cares.
 
@@ -45,7 +45,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     ttl_s: float | None = None
 
 
-class Placement(msgspec.Struct, frozen=True, kw_only=True):
+class EvictionPlan(msgspec.Struct, frozen=True, kw_only=True):
     """
     What has to happen before a model can be loaded.
 
@@ -62,12 +62,12 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     evict: tuple[str, ...] = ()
     waits_for: tuple[str, ...] = ()
-    makes_room: tuple[str, ...] = ()
+    must_stop: tuple[str, ...] = ()
 
 
-def plan(
-    needed_bytes: int, engines: Sequence[Engine], budget_bytes: int, yielding: Collection[str] = frozenset()
-) -> Placement:
+def plan_eviction(
+    needed_bytes: int, engines: Sequence[LoadedEngine], budget_bytes: int, draining: Collection[str] = frozenset()
+) -> EvictionPlan:
     """
     Make room for one more engine.
 
@@ -78,31 +78,31 @@ def plan(
         yielding: Ids of those that take nothing new because it waits: it goes on to wait for them, though others
             would be cheaper by now, unless it need not wait at all or they no longer suffice.
     """
-    hopeless = never(needed_bytes, engines, budget_bytes)
+    hopeless = why_never_fits(needed_bytes, engines, budget_bytes)
     if hopeless:
-        return Placement(fits=False, reason=hopeless)
+        return EvictionPlan(fits=False, reason=hopeless)
     shortfall = needed_bytes + sum(engine.needed_bytes for engine in engines) - budget_bytes
     chosen = _cheapest([engine for engine in engines if not engine.pinned], shortfall)
-    if any(engine.busy for engine in chosen) and has_room(needed_bytes, engines, budget_bytes, without=yielding):
-        chosen = tuple(engine for engine in engines if engine.id in yielding)
+    if any(engine.busy for engine in chosen) and has_room(needed_bytes, engines, budget_bytes, without=draining):
+        chosen = tuple(engine for engine in engines if engine.id in draining)
     ids = tuple(engine.id for engine in chosen)
     busy = [engine for engine in chosen if engine.busy]
     if busy:
         reason = f"waits until {_names(busy)} may be stopped"
-        return Placement(fits=False, reason=reason, waits_for=tuple(engine.id for engine in busy), makes_room=ids)
+        return EvictionPlan(fits=False, reason=reason, waits_for=tuple(engine.id for engine in busy), must_stop=ids)
     reason = f"takes the place of {_names(chosen)}" if chosen else "fits"
-    return Placement(fits=True, reason=reason, evict=ids, makes_room=ids)
+    return EvictionPlan(fits=True, reason=reason, evict=ids, must_stop=ids)
 
 
 def has_room(
-    needed_bytes: int, engines: Iterable[Engine], budget_bytes: int, *, without: Collection[str] = frozenset()
+    needed_bytes: int, engines: Iterable[LoadedEngine], budget_bytes: int, *, without: Collection[str] = frozenset()
 ) -> bool:
     """Whether one more engine fits beside all others, those with the ids ``without`` not counted."""
     return needed_bytes + sum(engine.needed_bytes for engine in engines if engine.id not in without) <= budget_bytes
 
 
-def may_pass(
-    needed_bytes: int, first_bytes: int, going: Collection[str], engines: Sequence[Engine], budget_bytes: int
+def may_overtake(
+    needed_bytes: int, first_bytes: int, going: Collection[str], engines: Sequence[LoadedEngine], budget_bytes: int
 ) -> bool:
     """
     Whether one more engine may begin before another that came first and waits.
@@ -119,7 +119,9 @@ def may_pass(
     )
 
 
-def never(needed_bytes: int, engines: Iterable[Engine], budget_bytes: int, *, cache_bytes: int = 0) -> str:
+def why_never_fits(
+    needed_bytes: int, engines: Iterable[LoadedEngine], budget_bytes: int, *, cache_bytes: int = 0
+) -> str:
     """
     Why an engine has no room even when it is alone with the pinned ones; empty when it has.
 
@@ -135,14 +137,14 @@ def never(needed_bytes: int, engines: Iterable[Engine], budget_bytes: int, *, ca
         return ""
     limit = f"all engines together may take {_size(budget_bytes)}"
     if needed_bytes > budget_bytes:
-        helps = _what_helps(needed_bytes, cache_bytes, (), budget_bytes)
+        helps = _remedies(needed_bytes, cache_bytes, (), budget_bytes)
         return f"needs {_size(needed_bytes)} of memory and {limit}; {helps} would help"
     beside = f"beside {_names(pinned)} (pinned, {_size(pinned_bytes)})"
-    helps = _what_helps(needed_bytes, cache_bytes, pinned, budget_bytes)
+    helps = _remedies(needed_bytes, cache_bytes, pinned, budget_bytes)
     return f"needs {_size(needed_bytes)} of memory {beside}, and {limit}; unpinning, or {helps}, would help"
 
 
-def _what_helps(needed_bytes: int, cache_bytes: int, pinned: Sequence[Engine], budget_bytes: int) -> str:
+def _remedies(needed_bytes: int, cache_bytes: int, pinned: Sequence[LoadedEngine], budget_bytes: int) -> str:
     """What of its settings makes an engine fit; the setting of the prompt cache is one for all engines."""
     smaller = "a smaller quantisation, less context or fewer slots"
     caches = cache_bytes + sum(engine.cache_bytes for engine in pinned)
@@ -158,7 +160,7 @@ def _what_helps(needed_bytes: int, cache_bytes: int, pinned: Sequence[Engine], b
     return smaller if beside_caches else f"{smaller_cache} with {smaller}"
 
 
-def expired(engines: Iterable[Engine], now: float) -> tuple[str, ...]:
+def expired(engines: Iterable[LoadedEngine], now: float) -> tuple[str, ...]:
     """Ids of the engines that nobody has used for longer than they may be idle."""
     return tuple(
         engine.id
@@ -171,7 +173,7 @@ def expired(engines: Iterable[Engine], now: float) -> tuple[str, ...]:
 _Cost = tuple[int, float, tuple[float, ...]]
 
 
-def _cheapest(engines: Sequence[Engine], shortfall: int) -> tuple[Engine, ...]:
+def _cheapest(engines: Sequence[LoadedEngine], shortfall: int) -> tuple[LoadedEngine, ...]:
     """
     The set that frees enough at the least cost; all of them together do.
 
@@ -180,7 +182,7 @@ def _cheapest(engines: Sequence[Engine], shortfall: int) -> tuple[Engine, ...]:
     """
     if shortfall <= 0:
         return ()
-    front: list[tuple[int, _Cost, tuple[Engine, ...]]] = [(0, (0, 0.0, ()), ())]
+    front: list[tuple[int, _Cost, tuple[LoadedEngine, ...]]] = [(0, (0, 0.0, ()), ())]
     for engine in engines:
         grown = [
             (min(shortfall, freed + engine.needed_bytes), _with(cost, engine), (*chosen, engine))
@@ -194,13 +196,13 @@ def _cheapest(engines: Sequence[Engine], shortfall: int) -> tuple[Engine, ...]:
     return front[0][2]
 
 
-def _with(cost: _Cost, engine: Engine) -> _Cost:
+def _with(cost: _Cost, engine: LoadedEngine) -> _Cost:
     busy, load_s, uses = cost
-    reload_s = engine.needed_bytes / _TYPICAL_READ if engine.load_s is None else engine.load_s
+    reload_s = engine.needed_bytes / _TYPICAL_READ_BYTES_PER_S if engine.load_s is None else engine.load_s
     return busy + engine.busy, load_s + reload_s, tuple(sorted((*uses, engine.idle_since), reverse=True))
 
 
-def _names(engines: Sequence[Engine]) -> str:
+def _names(engines: Sequence[LoadedEngine]) -> str:
     return " and ".join(engine.model for engine in engines)
 
 

@@ -29,19 +29,19 @@ from promptai.fleet.replica import Replica, Snapshot, State
 from promptai.fleet.source import Source
 
 _LOG = logging.getLogger("promptai.fleet")
-_FIRST_REST_S, _LONGEST_REST_S = 1.0, 60.0
+_FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 1.0, 60.0
 #: The longest answer that a removed replica is given time for.
 DRAIN_S = 600.0
-_AGAIN, _REMOVED = "settings were changed; it is started again", "was removed from the settings"
+_RESTARTING, _REMOVED = "settings were changed; it is started again", "was removed from the settings"
 
 
 class _Drain(NamedTuple):
     """How a removed source drains; see ``_Feed.drain``."""
 
     leaving: bool
-    stands_in: bool
+    placeholders: bool
     returning: Container[str] | None
-    going_on: Container[str]
+    still_serving: Container[str]
 
 
 class Registry:
@@ -54,7 +54,7 @@ class Registry:
         busy: How many requests are in flight on a replica that has not been forgotten; the router's own count.
 
     Attributes:
-        troubles: What is wrong with the fleet's configuration, one line each.
+        problems: What is wrong with the fleet's configuration, one line each.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Registry:
         drain_s: float = DRAIN_S,
         busy: Callable[[str], int] = lambda _replica_id: 1,
     ) -> None:
-        self.troubles: tuple[str, ...] = ()
+        self.problems: tuple[str, ...] = ()
         self._drain_s = drain_s
         self._busy = busy
         self._snapshot = Snapshot()
@@ -113,7 +113,7 @@ class Registry:
         soon as it has published for the first time. What that one says is loading goes on until then
         as its predecessor says, if both name the same URL: it may not have been asked yet.
 
-        A ``sole`` source begins when its predecessor has ended. Until it has published, everything that
+        A ``exclusive`` source begins when its predecessor has ended. Until it has published, everything that
         the predecessor had is listed as draining, whether it has something to finish or not, so that
         requests wait for it; what the successor will not have is listed as leaving, and nobody waits.
         Models that only the successor has are missing until then.
@@ -132,7 +132,7 @@ class Registry:
             self._leaving += removed
             self._start_new(self._group)
             for feed in removed:
-                self._group.create_task(self._see_out(feed))
+                self._group.create_task(self._retire(feed))
         self._rebuild()
 
     def forget(self, replica_id: str) -> None:
@@ -155,29 +155,29 @@ class Registry:
     def _start_new(self, group: asyncio.TaskGroup) -> None:
         for feed in self._feeds:
             if feed.task is None or feed.task.done():
-                before = [
+                predecessors = [
                     old.task
                     for old in self._leaving
-                    if feed.source.sole and old.source.name == feed.source.name and old.task is not None
+                    if feed.source.exclusive and old.source.name == feed.source.name and old.task is not None
                 ]
-                feed.task = group.create_task(feed.run(before))
+                feed.task = group.create_task(feed.run(predecessors))
 
-    async def _see_out(self, feed: "_Feed") -> None:
+    async def _retire(self, feed: "_Feed") -> None:
         """Wait until a removed source has nothing left to do, or too long, then end it."""
         try:
             async with asyncio.timeout(self._drain_s):
                 await feed.done.wait()
         except TimeoutError:
-            self._tell_of_the_cut(feed)
+            self._log_cut_off(feed)
         if feed.task is not None:
             feed.task.cancel()
             await asyncio.wait([feed.task])
         feed.ended = True
         self._rebuild()
 
-    def _tell_of_the_cut(self, feed: "_Feed") -> None:
-        """Only a sole source has engines that end with it: what others list finishes its answers unseen."""
-        if feed.source.sole:
+    def _log_cut_off(self, feed: "_Feed") -> None:
+        """Only a exclusive source has engines that end with it: what others list finishes its answers unseen."""
+        if feed.source.exclusive:
             cut = sum(self._busy(replica.id) for replica in feed.unfinished)
             _LOG.warning(
                 "source %s is ended: its answers had %g s to finish; still under way and cut off: %d",
@@ -190,22 +190,22 @@ class Registry:
         """Make a snapshot of what was published last, and tell it if it differs."""
         merged: dict[str, Replica] = {}
         origin: dict[str, str] = {}
-        troubles = [f"source {name} is there more than once; the first one counts" for name in self._repeated]
+        problems = [f"source {name} is there more than once; the first one counts" for name in self._repeated]
         for feed in self._feeds:
             for replica in feed.replicas:
                 if replica.id in merged:
                     kept = origin[replica.id]
-                    troubles.append(
+                    problems.append(
                         f"replica {replica.id} of {feed.source.name} is left out: {kept} has one of that id"
                     )
                 else:
                     merged[replica.id], origin[replica.id] = replica, feed.source.name
         self._merge_leaving(merged)
-        self.troubles = tuple(troubles)
+        self.problems = tuple(problems)
         replicas = tuple(merged.values())
         if replicas != self._snapshot.replicas:
             self._snapshot = Snapshot(self._snapshot.version + 1, replicas)
-            self._tell()
+            self._notify()
 
     def _merge_leaving(self, merged: dict[str, Replica]) -> None:
         """Add what removed sources still have, as what follows each of them makes it."""
@@ -213,28 +213,28 @@ class Registry:
         staying = []
         for feed in self._leaving:
             after = successors.get(feed.source.name)
-            awaited = after if after is not None and after.source.sole and not after.spoken else None
+            awaited = after if after is not None and after.source.exclusive and not after.has_published else None
             if feed.ended and awaited is None:
                 continue
             staying.append(feed)
             if awaited is not None:
-                feed.drain(taken_over=(), stands_in=True, returning=awaited.source.replica_ids)
+                feed.drain(taken_over=(), placeholders=True, returning=awaited.source.replica_ids)
             elif after is None:
                 feed.drain(taken_over=merged, leaving=True)
-            elif after.spoken:
+            elif after.has_published:
                 unsure = {replica.url for replica in after.replicas if replica.state is State.LOADING}
-                going_on = {
+                still_serving = {
                     replica.id: replica
-                    for replica in feed.going_on(unsure)
+                    for replica in feed.still_serving(unsure)
                     if replica.id not in merged or merged[replica.id] in after.replicas
                 }
-                merged.update(going_on)
-                feed.drain(taken_over=merged.keys() - going_on.keys(), going_on=going_on, leaving=True)
+                merged.update(still_serving)
+                feed.drain(taken_over=merged.keys() - still_serving.keys(), still_serving=still_serving, leaving=True)
             for replica in feed.replicas:
                 merged.setdefault(replica.id, replica)
         self._leaving = staying
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         for callback in tuple(self._subscribers):
             try:
                 callback(self._snapshot)
@@ -256,20 +256,20 @@ class _Feed:
     def __init__(self, source: Source, changed: Callable[[], None]) -> None:
         self.source = source
         self.replicas: tuple[Replica, ...] = ()
-        self.spoken = False
+        self.has_published = False
         self.task: asyncio.Task[None] | None = None
         self.done = asyncio.Event()
         self.ended = False
         self._changed = changed
         self._published: tuple[Replica, ...] = ()
         self._drain: _Drain | None = None
-        self._gone: set[str] = set()
+        self._released: set[str] = set()
 
-    async def run(self, before: Sequence[asyncio.Task[None]]) -> None:
-        """Run the source, again and again if need be, once the tasks ``before`` have ended."""
-        if before:
-            await asyncio.wait(before)
-        loop, rest_s = asyncio.get_running_loop(), _FIRST_REST_S
+    async def run(self, predecessors: Sequence[asyncio.Task[None]]) -> None:
+        """Run the source, again and again if need be, once the tasks ``predecessors`` have ended."""
+        if predecessors:
+            await asyncio.wait(predecessors)
+        loop, backoff_s = asyncio.get_running_loop(), _FIRST_BACKOFF_S
         while True:
             began = loop.time()
             try:
@@ -278,26 +278,26 @@ class _Feed:
             except Exception as error:  # noqa: BLE001  a border: what one source gets wrong must not end the others
                 reason = _one_line(error)
                 _LOG.debug("source %s", self.source.name, exc_info=True)
-            if loop.time() - began > _LONGEST_REST_S:
-                rest_s = _FIRST_REST_S
-            _LOG.error("source %s failed: %s; it is started again in %.0f s", self.source.name, reason, rest_s)
+            if loop.time() - began > _LONGEST_BACKOFF_S:
+                backoff_s = _FIRST_BACKOFF_S
+            _LOG.error("source %s failed: %s; it is started again in %.0f s", self.source.name, reason, backoff_s)
             self._publish(
                 [
                     msgspec.structs.replace(replica, state=State.DOWN, reason=f"its source failed: {reason}")
                     for replica in self._published
                 ]
             )
-            await asyncio.sleep(rest_s)
-            rest_s = min(2 * rest_s, _LONGEST_REST_S)
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
 
     def drain(
         self,
         *,
         taken_over: Container[str],
         leaving: bool = False,
-        stands_in: bool = False,
+        placeholders: bool = False,
         returning: Container[str] | None = None,
-        going_on: Container[str] = (),
+        still_serving: Container[str] = (),
     ) -> None:
         """
         Let only those go on that may still be answering, and those drain; nothing that has a new source.
@@ -308,29 +308,29 @@ class _Feed:
             returning: Ids of those stand-ins that the successor will have; ``None``: nobody knows, all of them.
             going_on: Ids of those that stay as they are.
         """
-        self._drain = _Drain(leaving, stands_in, returning, going_on)
-        self._gone |= {replica.id for replica in self._published if replica.id in taken_over}
+        self._drain = _Drain(leaving, placeholders, returning, still_serving)
+        self._released |= {replica.id for replica in self._published if replica.id in taken_over}
         self._filter()
 
-    def going_on(self, urls: Container[str]) -> list[Replica]:
+    def still_serving(self, urls: Container[str]) -> list[Replica]:
         """What takes requests at these URLs and has not been taken over."""
-        return [one for one in self._published if one.url in urls and one.usable and one.id not in self._gone]
+        return [one for one in self._published if one.url in urls and one.usable and one.id not in self._released]
 
     @property
     def unfinished(self) -> list[Replica]:
         """What may still be answering."""
-        return [replica for replica in self._published if self._works(replica)]
+        return [replica for replica in self._published if self._may_be_busy(replica)]
 
-    def _works(self, replica: Replica) -> bool:
-        return replica.state in {State.READY, State.DRAINING} and replica.id not in self._gone
+    def _may_be_busy(self, replica: Replica) -> bool:
+        return replica.state in {State.READY, State.DRAINING} and replica.id not in self._released
 
     def forget(self, replica_id: str) -> None:
         """Let one replica go that drains."""
-        if self._drain is not None and replica_id not in self._drain.going_on:
-            self._gone.add(replica_id)
+        if self._drain is not None and replica_id not in self._drain.still_serving:
+            self._released.add(replica_id)
 
     def _publish(self, replicas: Sequence[Replica]) -> None:
-        self.spoken = True
+        self.has_published = True
         self._published = tuple(replicas)
         self._filter()
         self._changed()
@@ -340,22 +340,24 @@ class _Feed:
         if drain is None:
             self.replicas = self._published
             return
-        at_work = [replica for replica in self._published if replica.id in drain.going_on or self._works(replica)]
-        if not at_work:
+        busy = [
+            replica for replica in self._published if replica.id in drain.still_serving or self._may_be_busy(replica)
+        ]
+        if not busy:
             self.done.set()
         self.replicas = tuple(
-            replica if replica.id in drain.going_on else _draining(replica, drain)
-            for replica in (self._published if drain.stands_in else at_work)
+            replica if replica.id in drain.still_serving else _draining(replica, drain)
+            for replica in (self._published if drain.placeholders else busy)
         )
 
 
 def _draining(replica: Replica, drain: _Drain) -> Replica:
-    returns = drain.stands_in and (drain.returning is None or replica.id in drain.returning)
+    returns = drain.placeholders and (drain.returning is None or replica.id in drain.returning)
     return msgspec.structs.replace(
         replica,
         state=State.DRAINING,
-        reason=_AGAIN if returns else _REMOVED,
-        leaving=drain.leaving or (drain.stands_in and not returns),
+        reason=_RESTARTING if returns else _REMOVED,
+        leaving=drain.leaving or (drain.placeholders and not returns),
     )
 
 

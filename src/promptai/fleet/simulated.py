@@ -23,7 +23,7 @@ class SimulatedSource:
     def __init__(self, replicas: Sequence[Replica], *, name: str = "simulated") -> None:
         self.name = name
         self.configuration: object = tuple(replicas)
-        self.sole = False
+        self.exclusive = False
         self._replicas = {replica.id: replica for replica in replicas}
         self.replica_ids: Container[str] | None = frozenset(self._replicas)
         self._publish: Callable[[Sequence[Replica]], None] | None = None
@@ -32,7 +32,7 @@ class SimulatedSource:
         """Publish them, and again whenever one fails or recovers."""
         self._publish = publish
         try:
-            self._tell()
+            self._notify()
             await asyncio.get_running_loop().create_future()
         finally:
             self._publish = None
@@ -54,8 +54,8 @@ class SimulatedSource:
     def _set(self, replica_id: str, state: State, reason: str) -> None:
         known = self._replicas[replica_id]
         self._replicas[replica_id] = msgspec.structs.replace(known, state=state, reason=reason)
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         if self._publish is not None:
             self._publish(tuple(self._replicas.values()))

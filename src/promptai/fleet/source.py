@@ -13,14 +13,14 @@ class Source(Protocol):
     Attributes:
         name: What the registry keeps its replicas under.
         configuration: What it was made from; an equal one goes on when settings are read again.
-        sole: Whether another of its name may begin only when this one has ended, because they would
+        exclusive: Whether another of its name may begin only when this one has ended, because they would
             compete for something: the memory of this machine.
         replica_ids: Of all replicas that it will publish; ``None``: it has to ask first.
     """
 
     name: str
     configuration: object
-    sole: bool
+    exclusive: bool
     replica_ids: Container[str] | None
 
     async def run(self, publish: Callable[[Sequence[Replica]], None]) -> None:

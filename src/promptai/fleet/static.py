@@ -10,7 +10,7 @@ a number is old when it comes.
 
 Each target is asked by a task of its own, so that a dead board, which costs a whole time limit,
 delays no other one. Another gateway (dialect ``promptai``) is one replica for each model that
-it serves; what it tells is in ``FleetAnswer``.
+it serves; what it tells is in ``FleetResponse``.
 """
 
 import asyncio
@@ -115,7 +115,7 @@ class FleetReplica(msgspec.Struct, frozen=True):
         return self.dialect != "promptai" and self.state in _USABLE
 
 
-class FleetAnswer(msgspec.Struct, frozen=True):
+class FleetResponse(msgspec.Struct, frozen=True):
     """
     What is read of ``GET /api/fleet``: ``{"gateway": "promptai", "models": [{"id": …}], "replicas": [{"model": …}]}``.
 
@@ -140,7 +140,7 @@ class _Props(Props, frozen=True):
     role: str | None = None
 
 
-class _Facts(msgspec.Struct, frozen=True):
+class _ServedModel(msgspec.Struct, frozen=True):
     """What a target tells of one model."""
 
     model: str
@@ -173,38 +173,38 @@ class StaticSource:
     ) -> None:
         self.name = name
         self.configuration: object = (tuple(targets), period_s)
-        self.sole = False
+        self.exclusive = False
         self.replica_ids: Container[str] | None = None
         self._period_s = period_s
         self._probes = [_Probe(target, upstream) for target in targets]
 
     async def run(self, publish: Callable[[Sequence[Replica]], None]) -> None:
         """Ask every target again and again; publish when an answer differs."""
-        asked: set[int] = set()
+        probed: set[int] = set()
         loop = asyncio.get_running_loop()
-        open_at = loop.time() + _FIRST_ROUND_S
+        publish_at = loop.time() + _FIRST_ROUND_S
 
-        def tell() -> None:
-            if len(asked) == len(self._probes) or loop.time() >= open_at:
+        def publish_all() -> None:
+            if len(probed) == len(self._probes) or loop.time() >= publish_at:
                 publish([replica for probe in self._probes for replica in probe.replicas])
 
         async def follow(number: int, probe: _Probe) -> None:
             pause_s = self._period_s
             while True:
-                well = await probe.ask()
-                asked.add(number)
-                tell()
-                if well:
+                healthy = await probe.ask()
+                probed.add(number)
+                publish_all()
+                if healthy:
                     pause_s = self._period_s
                 await asyncio.sleep(pause_s)
-                if not well:
+                if not healthy:
                     pause_s = min(2 * pause_s, max(_LONGEST_PAUSE_S, self._period_s))
 
         async with asyncio.TaskGroup() as group:
             for number, probe in enumerate(self._probes):
                 group.create_task(follow(number, probe))
             await asyncio.sleep(_FIRST_ROUND_S)
-            tell()
+            publish_all()
             await loop.create_future()
 
     def touch(self, replica_id: str) -> None:
@@ -222,11 +222,11 @@ class _Probe:
         self._upstream = upstream
         self._url = target.base_url
         self._id = target.replica_id
-        self._facts: tuple[_Facts, ...] = (
-            _Facts(model=target.model or "", slots=target.slots or 1, context=None, dialect="llama-server"),
+        self._served: tuple[_ServedModel, ...] = (
+            _ServedModel(model=target.model or "", slots=target.slots or 1, context=None, dialect="llama-server"),
         )
         self._learned = False
-        self._late = self._checks = 0
+        self._timeouts = self._checks = 0
         # Not down: whoever took over from another source would forget a board that is well, and only slow.
         self.replicas = self._as_replicas(State.LOADING, "was not asked yet")
 
@@ -238,26 +238,26 @@ class _Probe:
             await self._check_health()
             self._checks += 1
             if not self._learned:
-                self._facts = await self._learn()
-            elif self._facts[0].dialect == "promptai" or self._checks >= _LEARN_EVERY:
-                self._facts = await self._learn_again()
+                self._served = await self._learn()
+            elif self._served[0].dialect == "promptai" or self._checks >= _LEARN_EVERY:
+                self._served = await self._learn_again()
             else:
-                return self._well()
+                return self._healthy()
             self._learned, self._checks = True, 0
         except EngineDiedError:
             # A board that computes with all cores may miss one time limit; nobody refuses a connection by mistake.
-            self._late += 1
-            if self._late == 1 and loop.time() - began >= _LIMIT_S:
+            self._timeouts += 1
+            if self._timeouts == 1 and loop.time() - began >= _LIMIT_S:
                 return True
             return self._failed(State.DOWN, "does not answer")
         except EngineError as error:
             return self._failed(State.DOWN, error.message)
         except _Unusable as unusable:
             return self._failed(unusable.state, unusable.reason)
-        return self._well()
+        return self._healthy()
 
-    def _well(self) -> bool:
-        self._late = 0
+    def _healthy(self) -> bool:
+        self._timeouts = 0
         self.replicas = self._as_replicas(State.READY, "")
         return True
 
@@ -270,18 +270,18 @@ class _Probe:
         target = self._target
         return tuple(
             Replica(
-                id=f"{self._id}{facts.suffix}",
+                id=f"{self._id}{served.suffix}",
                 url=self._url,
-                model=facts.model,
-                slots=max(1, target.slots or facts.slots),
-                context=facts.context,
-                state=state if facts.slots or state is not State.READY else State.DOWN,
-                reason=reason if facts.slots or state is not State.READY else "has no engine that is ready",
-                dialect=facts.dialect,
+                model=served.model,
+                slots=max(1, target.slots or served.slots),
+                context=served.context,
+                state=state if served.slots or state is not State.READY else State.DOWN,
+                reason=reason if served.slots or state is not State.READY else "has no engine that is ready",
+                dialect=served.dialect,
                 rates=target.rates,
-                capability=facts.capability if target.capability is None else target.capability,
+                capability=served.capability if target.capability is None else target.capability,
             )
-            for facts in self._facts
+            for served in self._served
         )
 
     async def _check_health(self) -> None:
@@ -299,7 +299,7 @@ class _Probe:
         if reply.status != 200 and self._learned:
             await self._listed()
 
-    async def _learn(self) -> tuple[_Facts, ...]:
+    async def _learn(self) -> tuple[_ServedModel, ...]:
         """
         Ask what it is and what it serves; at least one thing.
 
@@ -308,18 +308,18 @@ class _Probe:
         """
         target = self._target
         props = await self._json("/props", _Props)
-        if props is not None and _is_engine(props):
+        if props is not None and _is_single_model_engine(props):
             listed = [] if target.model or props.model_alias else await self._listed()
-            said = target.model or props.model_alias or next(iter(listed), None) or props.model_path or ""
+            name = target.model or props.model_alias or next(iter(listed), None) or props.model_path or ""
             context = props.default_generation_settings.n_ctx
-            return (_Facts(_stem(said), max(1, props.total_slots), context, "llama-server"),)
-        fleet = await self._json("/api/fleet", FleetAnswer)
+            return (_ServedModel(_model_name(name), max(1, props.total_slots), context, "llama-server"),)
+        fleet = await self._json("/api/fleet", FleetResponse)
         if fleet is not None and fleet.gateway == "promptai":
             served = [model for model in fleet.models if target.model in {None, model.id}]
             if not served:
                 raise _Unusable(State.DOWN, f"does not serve {target.model}" if target.model else "serves no model")
             return tuple(
-                _Facts(
+                _ServedModel(
                     model.id,
                     fleet.slots(model),
                     model.context,
@@ -333,13 +333,13 @@ class _Probe:
         if len(models) != 1:
             which = f"serves {len(models)} models; settings must say which" if models else "serves no model"
             raise _Unusable(State.DOWN, which)
-        return (_Facts(models[0], 1, None, "openai"),)
+        return (_ServedModel(models[0], 1, None, "openai"),)
 
-    async def _learn_again(self) -> tuple[_Facts, ...]:
+    async def _learn_again(self) -> tuple[_ServedModel, ...]:
         """As ``_learn``; what is no llama-server is asked for its list alone while that stays the same."""
-        first = self._facts[0]
+        first = self._served[0]
         if first.dialect == "openai" and (self._target.model or await self._listed() == [first.model]):
-            return self._facts
+            return self._served
         return await self._learn()
 
     async def _listed(self) -> list[str]:
@@ -367,7 +367,7 @@ def _decoded(body: bytes, kind: type[T]) -> T | None:
         return None
 
 
-def _is_engine(props: _Props) -> bool:
+def _is_single_model_engine(props: _Props) -> bool:
     """Whether a llama-server with one model said this; others answer anything with HTTP 200."""
     known = (props.build_info, props.model_path, props.default_generation_settings.n_ctx)
     return props.role != "router" and known != (None, None, None)
@@ -378,6 +378,6 @@ def _refusal(status: int, path: str) -> str:
     return f"HTTP {status} at {path}{key}"
 
 
-def _stem(name: str) -> str:
+def _model_name(name: str) -> str:
     """A model's name; of a path its file's, without the ending."""
     return re.split(r"[/\\]", name)[-1].removesuffix(".gguf") if name.endswith(".gguf") else name
