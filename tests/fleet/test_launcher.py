@@ -31,7 +31,7 @@ def flags_for(model: LocalModel, port: int) -> EngineFlags:
 
 
 def launcher_of(folder: Path, *command: str, keys: dict[str, str] | None = None) -> EngineLauncher:
-    """The real one; without a command with the embedded engine."""
+    """The real launcher; with the embedded engine unless a command is given."""
     binary = EngineBinary("settings", command, None, None) if command else EMBEDDED
     return EngineLauncher(binary, flags_for, folder / "logs", {} if keys is None else keys)
 
@@ -42,13 +42,13 @@ def tiny(name: str = "tiny") -> LocalModel:
 
 
 async def hold(engine: LaunchedEngine) -> None:
-    """Start it and stay."""
+    """Start it and keep it running."""
     async with engine:
         await asyncio.get_running_loop().create_future()
 
 
 def gone(engine: LaunchedEngine) -> Callable[[], Awaitable[bool]]:
-    """Whether it is, to wait for."""
+    """A condition to wait for: the engine is dead."""
 
     async def ended() -> bool:
         return await engine.death() is not None
@@ -56,8 +56,8 @@ def gone(engine: LaunchedEngine) -> Callable[[], Awaitable[bool]]:
     return ended
 
 
-def test_no_two_engines_get_one_port_and_logs_are_called_after_models(tmp_path: Path) -> None:
-    """A log that has become large is put aside."""
+def test_gives_each_engine_a_port_of_its_own_and_names_logs_after_models(tmp_path: Path) -> None:
+    """And rotates a large log."""
     launcher = launcher_of(tmp_path, "/bin/true")
     engines = [launcher.start(tiny("org/yi")) for _ in range(3)]
     log = tmp_path / "logs" / "org_yi.log"
@@ -71,7 +71,7 @@ def test_no_two_engines_get_one_port_and_logs_are_called_after_models(tmp_path: 
     assert log.with_suffix(".log.old").stat().st_size == 9_000_000
 
 
-def test_before_it_is_started_nothing_is_known_of_it(tmp_path: Path) -> None:
+def test_knows_no_process_before_the_start(tmp_path: Path) -> None:
     engine = launcher_of(tmp_path, "/bin/true").start(tiny())
 
     assert engine.resident_bytes() is None
@@ -79,8 +79,8 @@ def test_before_it_is_started_nothing_is_known_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_an_engine_answers_its_gateway_and_nobody_else(tmp_path: Path) -> None:
-    """A page in a browser of this machine, or another of its users, would get past all keys and limits."""
+def test_an_engine_answers_only_its_gateway(tmp_path: Path) -> None:
+    """A web page or another user on this machine would bypass all keys and limits."""
     keys: dict[str, str] = {}
 
     async def play() -> list[int]:
@@ -99,10 +99,8 @@ def test_an_engine_answers_its_gateway_and_nobody_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_the_log_of_an_engine_that_runs_for_months_does_not_fill_its_card(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It goes on writing at the new beginning, and its last words are still found there."""
+def test_rotates_the_log_of_a_running_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine continues in the new log, and its last messages are found there."""
     monkeypatch.setattr("promptai.fleet.launcher._LOG_BYTES", 1_000)
     log, keys = tmp_path / "logs" / "tiny.log", dict[str, str]()
 
@@ -126,12 +124,10 @@ def test_the_log_of_an_engine_that_runs_for_months_does_not_fill_its_card(
 
 
 @pytest.mark.real
-def test_an_engine_that_lives_and_answers_nothing_counts_as_dead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stopped here by a signal. Whoever hears of it ends it, and what does not hear is killed."""
-    monkeypatch.setattr("promptai.fleet.launcher._PULSE_S", 0.05)
-    monkeypatch.setattr("promptai.fleet.launcher._HANGS_S", 0.4)
+def test_an_engine_that_hangs_counts_as_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped by a signal. Leaving the block ends it, and kills it if it does not react."""
+    monkeypatch.setattr("promptai.fleet.launcher._LIVENESS_PERIOD_S", 0.05)
+    monkeypatch.setattr("promptai.fleet.launcher._HANG_S", 0.4)
     monkeypatch.setattr("promptai.fleet.launcher._SLOWEST_TOKEN_S", 0.0)
     monkeypatch.setattr("promptai.engine.launch._STOP_S", 0.2)
 
@@ -147,12 +143,12 @@ def test_an_engine_that_lives_and_answers_nothing_counts_as_dead(
     well, message, pid = asyncio.run(play())
 
     assert well
-    assert "hangs: it lives, and has answered nothing for 0.4 s" in message
+    assert "hangs: it has not answered for 0.4 s" in message
     assert not alive(pid)
 
 
 @pytest.mark.real
-def test_a_start_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_start_reports_the_reason_and_leaves_nothing(tmp_path: Path) -> None:
     engine = launcher_of(tmp_path, sys.executable, "-c", "import sys; sys.exit('boom')").start(tiny())
 
     with pytest.raises(EngineStartError, match="boom"):
@@ -162,10 +158,10 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_a_start_that_is_cancelled_ends_the_engine_without_holding_up_the_loop(
+def test_cancelling_a_start_ends_the_engine_without_blocking_the_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even one that does not care for being asked, and however often it is cancelled."""
+    """Even if the engine ignores SIGTERM, and however often the start is cancelled."""
     monkeypatch.setattr("promptai.engine.launch._STOP_S", 1.2)
     engine = launcher_of(tmp_path, sys.executable, "-c", DEAF).start(tiny())
     log = tmp_path / "logs" / "tiny.log"
@@ -192,8 +188,8 @@ def test_a_start_that_is_cancelled_ends_the_engine_without_holding_up_the_loop(
 
 
 @pytest.mark.real
-def test_a_loop_that_ends_leaves_no_engine(tmp_path: Path) -> None:
-    """Nobody waited for the task that held it."""
+def test_leaves_no_engine_when_the_loop_ends(tmp_path: Path) -> None:
+    """The task that held it was never awaited."""
     engine = launcher_of(tmp_path).start(tiny())
     tasks: list[asyncio.Task[None]] = []
 
@@ -210,8 +206,8 @@ def test_a_loop_that_ends_leaves_no_engine(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_a_machine_serves_evicts_and_notices_the_death_of_real_engines(tmp_path: Path) -> None:
-    """Memory for one: the second takes the place of the first, is killed, and is missed within a second."""
+def test_serves_evicts_and_detects_the_death_of_real_engines(tmp_path: Path) -> None:
+    """With memory for one engine: the second replaces the first, and its death is detected within a second."""
     models = (tiny("a"), tiny("b"))
     source = LocalSource(models, launcher_of(tmp_path), lambda: 300_000_000, lambda _: 0)
     registry = Registry([source])

@@ -4,15 +4,15 @@ from promptai.fleet.replica import State
 from support_fleet import GB, FakeLauncher, House, model, play
 
 
-def test_a_model_that_can_never_fit_is_down_with_the_numbers_before_anybody_asks() -> None:
-    """And cold again when the budget has grown."""
+def test_a_model_that_never_fits_is_down_with_the_figures() -> None:
+    """And becomes cold when the budget grows."""
     house = House(model("large", 9), model("small", 1))
 
     async def test() -> None:
         house.wake("large")
         await asyncio.sleep(1)
         assert (house.state("large"), house.state("small")) == (State.DOWN, State.COLD)
-        assert "needs 9.0 GB of memory and all engines together may take 4.0 GB" in house.reason("large")
+        assert "needs 8.4 GiB of memory, but the budget of all engines is 3.7 GiB" in house.reason("large")
         house.budget = 10 * GB
         await asyncio.sleep(1)
         assert (house.state("large"), house.reason("large")) == (State.COLD, "")
@@ -22,27 +22,27 @@ def test_a_model_that_can_never_fit_is_down_with_the_numbers_before_anybody_asks
     assert house.launcher.starts == ["large"]
 
 
-def test_a_model_that_its_prompt_cache_keeps_from_fitting_says_so() -> None:
-    """Beside a pinned one with a cache as large, too."""
+def test_reports_that_the_prompt_cache_keeps_a_model_from_fitting() -> None:
+    """Also beside a pinned model with a cache of the same size."""
     house = House(model("kept", 1.2, pinned=True, cache_ram_mib=1024), model("small", 1.2, cache_ram_mib=1024))
     house.budget = 2 * GB
 
     async def test() -> None:
         await asyncio.sleep(15)
         assert house.state("kept") is State.READY
-        assert "unpinning, or a smaller [gateway] cache_ram_mib (now 1024)," in house.reason("small")
+        assert "; unpin a model or use a smaller [gateway] cache_ram_mib (now 1024)" in house.reason("small")
         house.budget = GB // 2
         await asyncio.sleep(1)
         assert house.reason("small") == (
-            "needs 1.2 GB of memory and all engines together may take 0.5 GB; "
-            "a smaller [gateway] cache_ram_mib (now 1024) would help"
+            "needs 1.1 GiB of memory, but the budget of all engines is 0.5 GiB; "
+            "use a smaller [gateway] cache_ram_mib (now 1024)"
         )
 
     play(house, test)
 
 
-def test_a_herd_that_asks_for_a_cold_model_loads_it_once() -> None:
-    """With progress that grows, never says it is done before it is, and comes twice a second."""
+def test_concurrent_requests_load_a_cold_model_once() -> None:
+    """The progress grows, stays below 1 while loading, and is published twice a second."""
     house = House(model("yi", slots=2, context=2048, load_s=30.0))
 
     async def test() -> None:
@@ -68,22 +68,22 @@ def test_a_herd_that_asks_for_a_cold_model_loads_it_once() -> None:
     assert house.launcher.starts == ["yi"]
 
 
-def test_the_prompt_cache_that_is_empty_after_loading_is_no_part_of_progress() -> None:
-    """Nor is anything loaded of a model that would be nothing but cache."""
+def test_load_progress_excludes_the_empty_prompt_cache() -> None:
+    """A model that consists of cache alone counts as read at once."""
     house = House(model("yi", 2, cache_ram_mib=1024), model("odd", 1, cache_ram_mib=1024))
 
     async def test() -> None:
         house.wake("yi")
         house.wake("odd")
         await asyncio.sleep(2.1)
-        # The fake has read between 25 % and 31 % of all; what it reads in the end is 46 % of it.
+        # The fake has read 25 % to 31 % of the whole, of which it reads 46 % in the end.
         assert 0.54 <= (house.watch.now("local/yi").progress or 0) <= 0.67
         assert house.watch.now("local/odd").progress == 0.99
 
     play(house, test)
 
 
-def test_loads_that_have_room_run_together() -> None:
+def test_loads_that_fit_run_concurrently() -> None:
     house = House(model("a"), model("b"))
 
     async def test() -> None:
@@ -95,8 +95,8 @@ def test_loads_that_have_room_run_together() -> None:
     play(house, test)
 
 
-def test_an_idle_engine_makes_room_and_the_next_begins_when_it_has_gone() -> None:
-    """Two models are never in memory together that have no room together."""
+def test_a_load_starts_after_the_evicted_engine_is_gone() -> None:
+    """Two models that do not fit together are never in memory together."""
     house = House(model("a", 3), model("b", 3))
 
     async def test() -> None:
@@ -113,15 +113,15 @@ def test_an_idle_engine_makes_room_and_the_next_begins_when_it_has_gone() -> Non
     assert [(what, name) for _, what, name in house.launcher.log][:3] == [("start", "a"), ("stop", "a"), ("start", "b")]
 
 
-def test_an_engine_is_published_as_draining_in_the_step_that_found_it_idle() -> None:
-    """A request that is routed at any other moment finds it busy or not at all."""
+def test_publishes_an_eviction_in_the_step_that_found_the_engine_idle() -> None:
+    """A request routed at any other moment finds the engine busy or gone."""
     house = House(model("a", 3), model("b", 3))
 
     async def test() -> None:
         await house.use("a")
 
         def route_at_once(replica_id: str) -> int:
-            # Between the count and the publication no other task may run.
+            # No other task may run between the count and the publication.
             asyncio.get_running_loop().call_soon(route, replica_id)
             return 0
 
@@ -142,8 +142,8 @@ def test_an_engine_is_published_as_draining_in_the_step_that_found_it_idle() -> 
     play(house, test)
 
 
-def test_a_busy_engine_is_never_evicted_and_loads_queue_in_the_order_of_asking() -> None:
-    """What waits says for whom."""
+def test_never_evicts_a_busy_engine_and_queues_loads_in_order() -> None:
+    """A waiting load reports what it waits for."""
     house = House(model("a", 3), model("b", 2), model("c", 2))
 
     async def test() -> None:
@@ -154,7 +154,7 @@ def test_a_busy_engine_is_never_evicted_and_loads_queue_in_the_order_of_asking()
         house.wake("c")
         await asyncio.sleep(40)
         assert (house.state("a"), house.state("b"), house.state("c")) == (State.READY, State.COLD, State.COLD)
-        assert house.reason("b") == "waits until a may be stopped"
+        assert house.reason("b") == "waits for a to become idle"
         house.in_flight["local/a"] = 0
         await asyncio.sleep(20)
         assert (house.state("a"), house.state("b"), house.state("c")) == (State.COLD, State.READY, State.READY)
@@ -163,8 +163,8 @@ def test_a_busy_engine_is_never_evicted_and_loads_queue_in_the_order_of_asking()
     assert house.launcher.starts == ["a", "b", "c"]
 
 
-def test_a_load_that_has_room_goes_past_one_that_waits_and_does_not_take_its_room() -> None:
-    """Both fit beside what runs; the second would keep the one that waits from its place."""
+def test_a_load_overtakes_a_waiting_one_only_if_it_leaves_its_memory() -> None:
+    """Both fit beside the running engine; the second would take memory that the waiting load needs."""
     house = House(model("a", 2), model("b", 3), model("c", 1), model("d", 1))
 
     async def test() -> None:
@@ -183,7 +183,7 @@ def test_a_load_that_has_room_goes_past_one_that_waits_and_does_not_take_its_roo
     assert house.launcher.starts == ["a", "d", "b"]
 
 
-def test_a_load_that_has_room_does_not_wait_for_one_whose_engine_is_still_ending() -> None:
+def test_a_load_that_fits_does_not_wait_for_an_engine_that_is_ending() -> None:
     house = House(model("yi", 2, ttl_s=5.0), model("other", 2), model("large", 3), launcher=FakeLauncher(stop_s=3.0))
 
     async def test() -> None:
@@ -200,8 +200,8 @@ def test_a_load_that_has_room_does_not_wait_for_one_whose_engine_is_still_ending
     play(house, test)
 
 
-def test_a_load_that_needs_the_room_of_two_models_with_steady_traffic_gets_it() -> None:
-    """Neither takes anything new when it has drained and the other has not."""
+def test_a_load_gets_the_memory_of_two_models_with_steady_traffic() -> None:
+    """Neither accepts a request after it has drained while the other has not."""
     house = House(model("a", 2), model("b", 2), model("c", 4))
 
     async def traffic(name: str) -> None:
@@ -231,8 +231,8 @@ def test_a_load_that_needs_the_room_of_two_models_with_steady_traffic_gets_it() 
     play(house, test)
 
 
-def test_a_load_that_waits_too_long_lets_the_busy_engine_take_nothing_new() -> None:
-    """It finishes what it has; and takes on again when the room came from elsewhere."""
+def test_a_load_that_waits_too_long_drains_the_busy_engine() -> None:
+    """The engine finishes its requests, and accepts new ones if memory becomes free elsewhere."""
     house = House(model("a", 3), model("b", 3))
 
     async def test() -> None:
@@ -250,8 +250,8 @@ def test_a_load_that_waits_too_long_lets_the_busy_engine_take_nothing_new() -> N
     play(house, test)
 
 
-def test_who_waited_for_a_model_gets_it_before_it_is_evicted_again() -> None:
-    """Two models that displace each other: each is used once before the other comes."""
+def test_keeps_a_new_engine_for_the_requests_that_waited_for_it() -> None:
+    """Two models that evict each other: each is used once before it is evicted."""
     house = House(model("a", 3), model("b", 3))
 
     async def test() -> None:
@@ -265,7 +265,7 @@ def test_who_waited_for_a_model_gets_it_before_it_is_evicted_again() -> None:
         house.wake("a")
         await asyncio.sleep(11)
         assert house.state("b") is State.READY
-        await asyncio.sleep(5)  # those who asked for b have left
+        await asyncio.sleep(5)  # the requests for b have been cancelled
         assert house.state("b") is State.DRAINING
         await asyncio.sleep(11)
         assert house.state("a") is State.READY
@@ -273,7 +273,7 @@ def test_who_waited_for_a_model_gets_it_before_it_is_evicted_again() -> None:
     play(house, test)
 
 
-def test_the_least_recently_used_of_equals_makes_room() -> None:
+def test_evicts_the_least_recently_used_of_equals() -> None:
     house = House(model("a", 2), model("b", 2), model("c", 2))
 
     async def test() -> None:
@@ -287,8 +287,8 @@ def test_the_least_recently_used_of_equals_makes_room() -> None:
     play(house, test)
 
 
-def test_a_pinned_model_starts_at_once_and_stays() -> None:
-    """A model that has no room beside it says so."""
+def test_a_pinned_model_starts_at_once_and_is_never_evicted() -> None:
+    """A model that does not fit beside it reports that."""
     house = House(model("other", 3), model("kept", 2, pinned=True, ttl_s=5.0), model("small", 1))
 
     async def test() -> None:
@@ -302,20 +302,20 @@ def test_a_pinned_model_starts_at_once_and_stays() -> None:
             State.DOWN,
             State.COLD,
         )
-        assert "beside kept (pinned, 2.0 GB)" in house.reason("other")
+        assert "beside kept (pinned, 1.9 GiB)" in house.reason("other")
 
     play(house, test)
     assert house.launcher.starts == ["kept"]
 
 
 def test_preloading_fills_the_memory_and_evicts_nothing() -> None:
-    """Pinned ones come first; what has no room waits until it is asked for."""
+    """Pinned models come first; a model that does not fit loads on its first request."""
     house = House(model("a", 2, preload=True), model("b", 2, preload=True), model("kept", 1, pinned=True))
 
     async def test() -> None:
         await asyncio.sleep(60)
         assert (house.state("a"), house.state("b"), house.state("kept")) == (State.READY, State.COLD, State.READY)
-        assert house.reason("b") == "was not started by itself: there is no room now"
+        assert house.reason("b") == "not preloaded: no room now"
         await house.use("b")
         assert house.state("a") is State.COLD
         await asyncio.sleep(60)
@@ -325,8 +325,8 @@ def test_preloading_fills_the_memory_and_evicts_nothing() -> None:
     assert house.launcher.starts == ["kept", "a", "b"]
 
 
-def test_an_engine_that_is_idle_too_long_is_stopped() -> None:
-    """Counted from its last use, and from the end of a long answer."""
+def test_stops_an_engine_that_is_idle_for_too_long() -> None:
+    """Counted from its last use, at the end of a long answer."""
     house = House(model("yi", ttl_s=60.0), model("other"))
 
     async def test() -> None:
@@ -351,7 +351,7 @@ def test_an_engine_that_is_idle_too_long_is_stopped() -> None:
     ]
 
 
-def test_a_wish_for_an_engine_that_is_just_being_stopped_is_kept() -> None:
+def test_waking_an_engine_that_is_being_stopped_starts_it_again() -> None:
     house = House(model("yi", ttl_s=5.0), launcher=FakeLauncher(stop_s=3.0))
 
     async def test() -> None:
@@ -375,8 +375,8 @@ def test_the_same_models_are_the_same_configuration() -> None:
     assert "local/b" not in (one.source.replica_ids or ())
 
 
-def test_what_was_asked_for_before_it_ran_is_not_forgotten() -> None:
-    """It waits for what is preloaded, and then takes its place."""
+def test_remembers_a_wake_from_before_it_runs() -> None:
+    """The model waits for the preloaded one and then replaces it."""
     house = House(model("pre", 3, preload=True), model("asked", 3))
     house.wake("asked")
 

@@ -6,8 +6,8 @@ from support_clock import run_virtually
 from support_fleet import GB, FakeEngine, FakeLauncher, House, model, play
 
 
-def test_a_failed_start_is_down_with_the_engines_own_words_and_rests_twice_as_long_each_time() -> None:
-    """Asking meanwhile starts nothing; asking after it tries again."""
+def test_a_failed_start_shows_the_engines_error_and_doubles_the_backoff() -> None:
+    """Waking it during the backoff starts nothing; waking it afterwards tries again."""
     house = House(model("yi"), launcher=FakeLauncher(load_s=1, broken=["yi"]))
 
     async def test() -> None:
@@ -40,7 +40,7 @@ def test_cancelling_while_a_model_loads_stops_its_engine() -> None:
 
 
 def test_an_error_in_the_budget_ends_the_source_and_every_engine() -> None:
-    """The registry starts it again."""
+    """The registry restarts the source."""
     house = House(model("yi"))
 
     async def main() -> None:
@@ -58,7 +58,7 @@ def test_an_error_in_the_budget_ends_the_source_and_every_engine() -> None:
     run_virtually(main())
 
 
-def test_an_engine_that_dies_is_noticed_and_cold_until_it_is_asked_for() -> None:
+def test_an_engine_that_dies_is_cold_until_the_next_request() -> None:
     house = House(model("yi"))
 
     async def test() -> None:
@@ -80,7 +80,7 @@ def test_an_engine_that_dies_is_noticed_and_cold_until_it_is_asked_for() -> None
     assert house.launcher.starts == ["yi", "yi"]
 
 
-def test_a_pinned_engine_that_dies_starts_again_at_once_and_later_when_it_keeps_dying() -> None:
+def test_a_pinned_engine_restarts_at_once_and_later_if_it_keeps_dying() -> None:
     house = House(model("yi", pinned=True), model("pre", preload=True), launcher=FakeLauncher(load_s=1))
 
     async def test() -> None:
@@ -104,8 +104,8 @@ def test_a_pinned_engine_that_dies_starts_again_at_once_and_later_when_it_keeps_
     play(house, test)
 
 
-def test_a_preloaded_model_that_comes_back_evicts_nobody() -> None:
-    """Others took its place while it rested."""
+def test_a_preloaded_model_that_recovers_evicts_nothing() -> None:
+    """Other models took its memory during its backoff."""
     house = House(
         model("pre", 2, preload=True), model("x", 2), model("y", 2), launcher=FakeLauncher(load_s=1, broken=["pre"])
     )
@@ -122,8 +122,8 @@ def test_a_preloaded_model_that_comes_back_evicts_nobody() -> None:
     play(house, test)
 
 
-def test_a_pinned_model_that_a_short_dip_of_memory_dropped_from_the_queue_is_loaded_when_there_is_room() -> None:
-    """Another took its place while it rested, and is busy; and it does not wait for that one while it cannot fit."""
+def test_a_pinned_model_dropped_by_a_dip_of_memory_loads_when_it_fits() -> None:
+    """A busy model took its memory during its backoff; it does not wait for that one while it cannot fit."""
     house = House(model("p", 2, pinned=True), model("q", 3), launcher=FakeLauncher(load_s=1))
 
     async def test() -> None:
@@ -134,14 +134,14 @@ def test_a_pinned_model_that_a_short_dip_of_memory_dropped_from_the_queue_is_loa
         await house.use("q")
         house.in_flight["local/q"] = 1
         await asyncio.sleep(10)
-        assert (house.state("p"), house.reason("p")) == (State.COLD, "waits until q may be stopped")
+        assert (house.state("p"), house.reason("p")) == (State.COLD, "waits for q to become idle")
         house.budget = 1 * GB
         await asyncio.sleep(0.6)
         assert house.state("p") is State.DOWN
-        assert "needs 2.0 GB" in house.reason("p")
+        assert "needs 1.9 GiB" in house.reason("p")
         house.budget = 4 * GB
         await asyncio.sleep(1)
-        assert (house.state("p"), house.reason("p")) == (State.COLD, "waits until q may be stopped")
+        assert (house.state("p"), house.reason("p")) == (State.COLD, "waits for q to become idle")
         house.in_flight["local/q"] = 0
         await asyncio.sleep(5)
         assert house.state("p") is State.READY
@@ -149,7 +149,7 @@ def test_a_pinned_model_that_a_short_dip_of_memory_dropped_from_the_queue_is_loa
     play(house, test)
 
 
-def test_what_was_asked_for_and_can_no_longer_fit_does_not_say_what_it_waited_for() -> None:
+def test_a_model_that_no_longer_fits_drops_its_reason_for_waiting() -> None:
     house = House(model("a", 3), model("b", 3))
 
     async def test() -> None:
@@ -167,7 +167,7 @@ def test_what_was_asked_for_and_can_no_longer_fit_does_not_say_what_it_waited_fo
 
 
 def test_an_engine_that_hangs_holds_its_memory_until_it_is_gone() -> None:
-    """It is as good as dead and takes seconds to be ended; nothing is loaded beside it meanwhile."""
+    """Ending it takes seconds; nothing is loaded beside it meanwhile."""
     house = House(model("yi", 3), model("phi", 3), launcher=FakeLauncher(load_s=1))
 
     async def test() -> None:
@@ -185,8 +185,8 @@ def test_an_engine_that_hangs_holds_its_memory_until_it_is_gone() -> None:
     play(house, test)
 
 
-def test_an_engine_that_is_being_stopped_anyway_does_not_fail_as_well() -> None:
-    """It was asked whether it lives, evicted, and wanted again before it had answered."""
+def test_an_engine_that_is_being_stopped_does_not_fail() -> None:
+    """It is evicted and woken again before its pending liveness check reports a death."""
     house = House(model("yi", ttl_s=10.0), launcher=FakeLauncher(load_s=1))
 
     async def test() -> None:
@@ -204,8 +204,8 @@ def test_an_engine_that_is_being_stopped_anyway_does_not_fail_as_well() -> None:
     assert house.launcher.starts == ["yi", "yi"]
 
 
-def test_what_the_system_refuses_is_told_without_the_path() -> None:
-    """Clients read it as the reason of a 503."""
+def test_system_errors_are_reported_without_the_path() -> None:
+    """Clients read it as the reason for a 503."""
     house = House(model("yi"))
 
     async def test() -> None:

@@ -10,10 +10,10 @@ from promptai.fleet.simulated import SimulatedSource
 from support_registry import Told, play, replica, states
 
 
-def test_a_source_that_crashes_is_down_with_the_reason_and_starts_again_after_a_rest_that_doubles(
+def test_a_crashed_source_is_down_and_restarts_with_a_doubling_backoff(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """One line in the log for each time, and the other source goes on."""
+    """Each crash is one line in the log; the other source keeps running."""
     bad, good = Told("bad", replica("a")), Told("good", replica("b"))
     registry = Registry([bad, good])
 
@@ -33,11 +33,11 @@ def test_a_source_that_crashes_is_down_with_the_reason_and_starts_again_after_a_
     with caplog.at_level(logging.INFO, "promptai.fleet"):
         play(registry, test)
 
-    assert caplog.messages[0] == "source bad failed: ValueError: no such thing; it is started again in 1 s"
+    assert caplog.messages[0] == "source bad failed: ValueError: no such thing; restarting in 1 s"
     assert all("\n" not in message for message in caplog.messages)
 
 
-def test_a_source_that_was_well_for_long_rests_shortly_when_it_crashes_again() -> None:
+def test_a_source_that_was_stable_for_long_restarts_with_a_short_backoff() -> None:
     source = Told("a", replica("a"))
     registry = Registry([source])
 
@@ -55,8 +55,8 @@ def test_a_source_that_was_well_for_long_rests_shortly_when_it_crashes_again() -
     play(registry, test)
 
 
-def test_of_two_replicas_with_one_id_the_first_is_kept_and_the_other_is_a_trouble() -> None:
-    """Across sources and within one; and the trouble goes when it is mended."""
+def test_keeps_the_first_of_two_replicas_with_the_same_id_and_reports_the_other() -> None:
+    """Across sources and within one; the problem disappears once it is fixed."""
     second = Told("two", replica("a", model="other"), replica("b"), replica("b"))
     registry = Registry([Told("one", replica("a")), second, Told("two")])
 
@@ -64,9 +64,9 @@ def test_of_two_replicas_with_one_id_the_first_is_kept_and_the_other_is_a_troubl
         await asyncio.sleep(0.1)
         assert [(found.id, found.model) for found in registry.snapshot.replicas] == [("a", "yi"), ("b", "yi")]
         assert registry.problems == (
-            "source two is there more than once; the first one counts",
-            "replica a of two is left out: one has one of that id",
-            "replica b of two is left out: two has one of that id",
+            "source two is configured more than once; only the first is used",
+            "replica a of two is ignored: one has a replica with the same id",
+            "replica b of two is ignored: two has a replica with the same id",
         )
         second.publish([replica("b")])
         assert len(registry.problems) == 1
@@ -74,7 +74,7 @@ def test_of_two_replicas_with_one_id_the_first_is_kept_and_the_other_is_a_troubl
     play(registry, test)
 
 
-def test_the_version_grows_only_with_what_changes_something() -> None:
+def test_the_version_increases_only_on_a_change() -> None:
     source = Told("a", replica("x"))
     registry = Registry([source])
     seen: list[Snapshot] = []
@@ -94,10 +94,10 @@ def test_the_version_grows_only_with_what_changes_something() -> None:
     assert [(snapshot.version, len(snapshot.replicas)) for snapshot in seen] == [(1, 1), (2, 2), (3, 0)]
 
 
-def test_a_subscriber_that_fails_ends_neither_the_source_nor_the_other_subscribers(
+def test_a_failing_subscriber_affects_no_source_and_no_other_subscriber(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """And one that has left is not called."""
+    """A subscriber that has unsubscribed is not called."""
     source = Told("a", replica("x"))
     registry = Registry([source])
     seen: list[int] = []
@@ -116,10 +116,10 @@ def test_a_subscriber_that_fails_ends_neither_the_source_nor_the_other_subscribe
         assert (source.ended, seen) == (0, [1])
 
     play(registry, test)
-    assert "a subscriber of the fleet failed" in caplog.text
+    assert "a fleet subscriber failed" in caplog.text
 
 
-def test_a_wish_goes_to_the_source_that_has_the_replica() -> None:
+def test_wake_and_touch_reach_the_source_of_the_replica() -> None:
     one, two = Told("one", replica("a")), Told("two", replica("b"))
     registry = Registry([one, two])
 
@@ -132,7 +132,7 @@ def test_a_wish_goes_to_the_source_that_has_the_replica() -> None:
     play(registry, test)
 
 
-def test_pretended_replicas_fail_and_recover_on_command() -> None:
+def test_simulated_replicas_fail_and_recover_on_command() -> None:
     source = SimulatedSource([replica("a"), replica("b", model="qwen")])
     registry = Registry([source])
 
@@ -150,7 +150,7 @@ def test_pretended_replicas_fail_and_recover_on_command() -> None:
     play(registry, test)
 
 
-def test_a_replica_that_never_answered_adds_no_name_to_the_models() -> None:
+def test_a_replica_that_never_answered_adds_no_model_name() -> None:
     snapshot = Snapshot(1, (replica("a", model=""), replica("b"), replica("c")))
 
     assert snapshot.models == ("yi",)

@@ -1,4 +1,4 @@
-"""Sources that are replaced while they run: who goes on, who drains, and who takes over."""
+"""Replacing sources while they run: which keep running, which drain, and which take over."""
 
 import asyncio
 import logging
@@ -10,8 +10,8 @@ from promptai.fleet.replica import Replica, State
 from support_registry import Told, ids, play, replica, states
 
 
-def test_what_settings_leave_alone_goes_on_and_what_they_remove_drains_until_it_is_forgotten() -> None:
-    """Cold and dead ones have nothing to finish and are gone at once."""
+def test_unchanged_sources_keep_running_and_removed_ones_drain_until_forgotten() -> None:
+    """Cold and dead replicas have nothing to finish and disappear at once."""
     stays = Told("stays", replica("s"), configuration=1)
     goes = Told("goes", replica("a"), replica("b"), replica("c", state=State.COLD), replica("d", state=State.DOWN))
     registry = Registry([stays, goes])
@@ -37,7 +37,7 @@ def test_what_settings_leave_alone_goes_on_and_what_they_remove_drains_until_it_
     assert stays.ended == 1
 
 
-def test_what_drains_for_too_long_is_gone() -> None:
+def test_replicas_that_drain_for_too_long_disappear() -> None:
     goes = Told("goes", replica("a"))
     registry = Registry([goes], drain_s=30.0)
 
@@ -52,8 +52,8 @@ def test_what_drains_for_too_long_is_gone() -> None:
     play(registry, test)
 
 
-def test_a_changed_source_takes_its_replicas_over_without_a_moment_of_none() -> None:
-    """What it does not name any more drains, from then on."""
+def test_a_changed_source_takes_its_replicas_over_without_a_gap() -> None:
+    """A replica that it no longer lists drains from then on."""
     old, new = Told("list", replica("a"), replica("b"), configuration=1), Told("list", configuration=2)
     registry = Registry([old])
 
@@ -72,8 +72,8 @@ def test_a_changed_source_takes_its_replicas_over_without_a_moment_of_none() -> 
     play(registry, test)
 
 
-def test_a_source_that_owns_the_memory_begins_only_when_its_predecessor_has_ended() -> None:
-    """Or two sets of engines would be loaded."""
+def test_an_exclusive_source_starts_after_its_predecessor_has_ended() -> None:
+    """Otherwise two sets of engines would be loaded."""
     old = Told("local", replica("a"), configuration=1, exclusive=True)
     new = Told("local", replica("a", model="new"), configuration=2, exclusive=True)
     registry = Registry([old])
@@ -91,8 +91,8 @@ def test_a_source_that_owns_the_memory_begins_only_when_its_predecessor_has_ende
     play(registry, test)
 
 
-def test_while_a_source_waits_for_its_predecessor_no_model_is_missing() -> None:
-    """Not even in the moment between the two; those that have nothing to finish hold nobody up."""
+def test_no_model_is_missing_while_a_source_waits_for_its_predecessor() -> None:
+    """Not even between the two; idle replicas do not delay the successor."""
     old = Told(
         "local",
         replica("a", model="streams"),
@@ -114,7 +114,7 @@ def test_while_a_source_waits_for_its_predecessor_no_model_is_missing() -> None:
             registry.forget(name)
         await asyncio.sleep(5)
         assert set(states(registry).values()) == {State.DRAINING}
-        assert {found.reason for found in registry.snapshot.replicas} == {"settings were changed; it is started again"}
+        assert {found.reason for found in registry.snapshot.replicas} == {"restarting with changed settings"}
         assert not any(found.leaving for found in registry.snapshot.replicas)
         assert (old.ended, new.began) == (0, [])
         registry.forget("a")
@@ -127,8 +127,8 @@ def test_while_a_source_waits_for_its_predecessor_no_model_is_missing() -> None:
     play(registry, test)
 
 
-def test_a_source_that_waits_and_is_removed_leaves_nothing_to_wait_for() -> None:
-    """What its predecessor had will not be back then; another one in its place changes nothing."""
+def test_removing_a_waiting_source_leaves_nothing_to_wait_for() -> None:
+    """The replicas of its predecessor will not be back; a further successor changes nothing."""
     old = Told("local", replica("a"), replica("b", state=State.COLD), configuration=1, exclusive=True)
     registry = Registry([old])
 
@@ -148,8 +148,8 @@ def test_a_source_that_waits_and_is_removed_leaves_nothing_to_wait_for() -> None
     play(registry, test)
 
 
-def test_what_a_changed_source_has_not_asked_yet_goes_on_as_it_was() -> None:
-    """Under whatever id: another gateway is known by one for each model only when it has answered."""
+def test_replicas_that_a_changed_source_has_not_probed_yet_keep_serving() -> None:
+    """Under any id: another gateway has one id per model only after it has answered."""
     old = Told("list", replica("a"), replica("b", model="qwen"), replica("c", model="phi"), configuration=1)
     new = Told("list", configuration=2)
     registry = Registry([old])
@@ -174,7 +174,7 @@ def test_what_a_changed_source_has_not_asked_yet_goes_on_as_it_was() -> None:
     play(registry, test)
 
 
-def test_sources_that_are_replaced_before_anything_runs_leave_nothing() -> None:
+def test_replacing_sources_before_the_registry_runs_leaves_nothing() -> None:
     first, second = Told("a", replica("a")), Told("a", replica("b"), configuration=2)
     registry = Registry([first])
     registry.replace([second])
@@ -186,8 +186,8 @@ def test_sources_that_are_replaced_before_anything_runs_leave_nothing() -> None:
     play(registry, test)
 
 
-def test_what_the_successor_will_not_have_leaves_and_is_not_said_to_be_started_again() -> None:
-    """Nobody waits for it; what it answers it finishes, and the rest waits for the successor."""
+def test_replicas_that_the_successor_will_not_have_are_leaving() -> None:
+    """No request waits for them; they finish their answers, and the others wait for the successor."""
     old = Told(
         "local",
         replica("a"),
@@ -205,9 +205,9 @@ def test_what_the_successor_will_not_have_leaves_and_is_not_said_to_be_started_a
         registry.forget("a")
         await asyncio.sleep(1)
         assert [(found.id, found.state, found.leaving, found.reason) for found in registry.snapshot.replicas] == [
-            ("a", State.DRAINING, False, "settings were changed; it is started again"),
-            ("b", State.DRAINING, True, "was removed from the settings"),
-            ("c", State.DRAINING, True, "was removed from the settings"),
+            ("a", State.DRAINING, False, "restarting with changed settings"),
+            ("b", State.DRAINING, True, "removed from the settings"),
+            ("c", State.DRAINING, True, "removed from the settings"),
         ]
         assert (old.ended, new.began) == (0, [])
         registry.forget("b")
@@ -219,7 +219,7 @@ def test_what_the_successor_will_not_have_leaves_and_is_not_said_to_be_started_a
     play(registry, test)
 
 
-def test_what_was_removed_and_is_put_back_before_its_source_has_ended_does_not_leave() -> None:
+def test_a_replica_removed_and_restored_before_its_source_ends_is_not_leaving() -> None:
     old = Told("local", replica("a"), configuration=1, exclusive=True)
     registry = Registry([old])
 
@@ -234,10 +234,8 @@ def test_what_was_removed_and_is_put_back_before_its_source_has_ended_does_not_l
 
 
 @pytest.mark.parametrize("exclusive", [True, False], ids=["own-engines", "boards"])
-def test_answers_that_are_cut_off_because_they_take_too_long_are_told_once(
-    caplog: pytest.LogCaptureFixture, *, exclusive: bool
-) -> None:
-    """Nothing is cut off at a board, whose engine goes on."""
+def test_logs_answers_that_are_cut_off_once(caplog: pytest.LogCaptureFixture, *, exclusive: bool) -> None:
+    """A board cuts nothing off: its engine keeps running."""
     old = Told("list", replica("a"), replica("b"), replica("c"), configuration=1, exclusive=exclusive)
     registry = Registry([old], drain_s=30.0, busy=lambda replica_id: {"a": 2, "b": 1}.get(replica_id, 0))
 
@@ -253,11 +251,11 @@ def test_answers_that_are_cut_off_because_they_take_too_long_are_told_once(
     with caplog.at_level(logging.INFO, "promptai.fleet"):
         play(registry, test)
 
-    said = "source list is ended: its answers had 30 s to finish; still under way and cut off: 3"
+    said = "source list ended after 30 s of draining; answers cut off: 3"
     assert caplog.messages == ([said] if exclusive else [])
 
 
-def test_nothing_is_told_of_answers_that_end_in_time(caplog: pytest.LogCaptureFixture) -> None:
+def test_logs_nothing_about_answers_that_end_in_time(caplog: pytest.LogCaptureFixture) -> None:
     registry = Registry([Told("list", replica("a"), configuration=1, exclusive=True)], drain_s=30.0)
 
     async def test() -> None:

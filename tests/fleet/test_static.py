@@ -21,7 +21,7 @@ def play(
     hosts: dict[str, Host],
     test: Callable[[Watch, FakeUpstream], Coroutine[Any, Any, None]],
 ) -> None:
-    """Run a source while a test plays."""
+    """Run a source during a test."""
     watch, upstream = Watch(), FakeUpstream(hosts)
 
     async def main() -> None:
@@ -31,7 +31,7 @@ def play(
 
 
 def found(hosts: dict[str, Host], *targets: Target) -> list[Replica]:
-    """What a source publishes after five seconds."""
+    """Return what a source publishes after five seconds."""
     published: list[Replica] = []
 
     async def test(watch: Watch, _upstream: FakeUpstream) -> None:
@@ -42,7 +42,7 @@ def found(hosts: dict[str, Host], *targets: Target) -> list[Replica]:
     return published
 
 
-def test_a_dead_target_is_down_with_a_reason_and_asked_less_and_less_often() -> None:
+def test_a_dead_server_is_down_and_probed_less_and_less_often() -> None:
     """Up to every 15 seconds."""
     hosts = {PI: Host(dead=True)}
 
@@ -56,14 +56,14 @@ def test_a_dead_target_is_down_with_a_reason_and_asked_less_and_less_often() -> 
     play([Target(PI)], hosts, test)
 
 
-def test_a_dead_or_slow_target_delays_no_other() -> None:
-    """Neither the first answer nor the ones after it."""
+def test_a_dead_or_slow_server_delays_no_other() -> None:
+    """Neither the first publication nor later ones."""
     hosts = {"http://slow:1": Host(slow_s=60), "http://dead:2": Host(dead=True), "http://well:3": llama_server()}
 
     async def test(watch: Watch, upstream: FakeUpstream) -> None:
         await asyncio.sleep(1.1)
         assert watch.now("well:3").state is State.READY
-        assert watch.now("slow:1").reason == "was not asked yet"
+        assert watch.now("slow:1").reason == "not probed yet"
         await asyncio.sleep(20)
         assert watch.now("slow:1").reason == "does not answer"
         health = [at for at, url, path in upstream.asked if (url, path) == ("http://well:3", "/health")]
@@ -73,15 +73,15 @@ def test_a_dead_or_slow_target_delays_no_other() -> None:
 
 
 @pytest.mark.parametrize("status", [500, 401, 302])
-def test_an_odd_answer_at_health_is_down_and_named(status: int) -> None:
+def test_an_unexpected_health_status_is_down_and_reported(status: int) -> None:
     [replica] = found({PI: Host({"/health": (status, {})})})
 
     assert (replica.state, replica.model) == (State.DOWN, "")
-    assert replica.reason.startswith(f"HTTP {status} at /health")
+    assert replica.reason.startswith(f"HTTP {status} from /health")
 
 
-def test_a_llama_server_tells_its_slots_context_and_model() -> None:
-    """And is asked nothing that could wake or load a model."""
+def test_reads_slots_context_and_model_of_a_llama_server() -> None:
+    """And sends no request that could wake or load a model."""
     hosts = {PI: llama_server("yi", slots=4, context=2048)}
 
     async def test(watch: Watch, upstream: FakeUpstream) -> None:
@@ -94,7 +94,7 @@ def test_a_llama_server_tells_its_slots_context_and_model() -> None:
     play([Target(f"{PI}/v1/")], hosts, test)
 
 
-def test_a_target_that_loads_is_loading_until_it_is_ready() -> None:
+def test_a_server_that_loads_is_loading_until_it_is_ready() -> None:
     hosts = {PI: Host({"/health": (503, {"error": {"message": "Loading model"}})})}
 
     async def test(watch: Watch, upstream: FakeUpstream) -> None:
@@ -108,8 +108,8 @@ def test_a_target_that_loads_is_loading_until_it_is_ready() -> None:
     play([Target(PI)], hosts, test)
 
 
-def test_a_target_that_was_down_is_asked_again_what_it_is() -> None:
-    """It may have come back with another model."""
+def test_reads_the_model_again_after_an_outage() -> None:
+    """The server may have come back with another model."""
     hosts = {PI: llama_server("yi")}
 
     async def test(watch: Watch, upstream: FakeUpstream) -> None:
@@ -125,7 +125,7 @@ def test_a_target_that_was_down_is_asked_again_what_it_is() -> None:
     play([Target(PI)], hosts, test)
 
 
-def test_a_busy_board_may_be_late_once_before_it_is_down() -> None:
+def test_a_busy_board_may_miss_one_time_limit() -> None:
     hosts = {PI: llama_server()}
 
     async def test(watch: Watch, _upstream: FakeUpstream) -> None:
@@ -142,8 +142,8 @@ def test_a_busy_board_may_be_late_once_before_it_is_down() -> None:
     play([Target(PI)], hosts, test)
 
 
-def test_a_target_that_answers_again_is_asked_as_often_as_before() -> None:
-    """Not once more after the long pause of its outage."""
+def test_a_recovered_server_is_probed_at_the_usual_period() -> None:
+    """The long pause of the outage is not repeated."""
     hosts = {PI: Host(dead=True)}
 
     async def test(watch: Watch, upstream: FakeUpstream) -> None:
@@ -158,8 +158,8 @@ def test_a_target_that_answers_again_is_asked_as_often_as_before() -> None:
     play([Target(PI)], hosts, test)
 
 
-def test_a_target_that_has_not_been_asked_yet_is_not_down() -> None:
-    """Nor is it when its first answer is late; a source that took over would forget it."""
+def test_a_server_that_was_not_probed_yet_is_not_down() -> None:
+    """Nor when its first response is late: a source that takes over would drop it."""
     hosts = {"http://slow:1": Host(slow_s=60), "http://well:3": llama_server()}
 
     async def test(watch: Watch, _upstream: FakeUpstream) -> None:
@@ -173,7 +173,7 @@ def test_a_target_that_has_not_been_asked_yet_is_not_down() -> None:
     play([Target(url) for url in hosts], hosts, test)
 
 
-def test_editing_a_slow_board_leaves_its_model_in_the_fleet() -> None:
+def test_changing_a_slow_board_keeps_its_model_in_the_fleet() -> None:
     hosts = {PI: llama_server("yi"), "http://well:3": llama_server("qwen")}
     upstream = FakeUpstream(hosts)
     registry = Registry([StaticSource([Target(url) for url in hosts], upstream)])
@@ -202,10 +202,10 @@ def test_editing_a_slow_board_leaves_its_model_in_the_fleet() -> None:
         ),
     ],
 )
-def test_a_target_that_was_started_again_between_two_checks_is_known_by_its_new_model(
+def test_notices_a_server_restarted_with_another_model_between_two_checks(
     before: Host, after: Host, asked: str
 ) -> None:
-    """With one question in ten seconds."""
+    """With one extra request in ten seconds."""
     hosts = {PI: before}
 
     async def test(watch: Watch, upstream: FakeUpstream) -> None:
@@ -220,7 +220,7 @@ def test_a_target_that_was_started_again_between_two_checks_is_known_by_its_new_
     play([Target(PI)], hosts, test)
 
 
-def test_settings_go_before_what_a_target_tells() -> None:
+def test_settings_override_what_a_server_reports() -> None:
     rates = Rates(prefill_tps=30.0, source="settings")
     target = Target(PI, name="kitchen", model="coder", slots=1, rates=rates, capability=1.5)
 
@@ -230,7 +230,7 @@ def test_settings_go_before_what_a_target_tells() -> None:
     assert (replica.capability, replica.context) == (1.5, 4096)
 
 
-def test_a_model_without_an_alias_is_called_as_it_is_listed_or_like_its_file() -> None:
+def test_a_model_without_an_alias_is_named_as_listed_or_after_its_file() -> None:
     named = llama_server()
     named.answers["/props"] = (200, {"total_slots": 1, "model_path": "/models/yi-1.5b.Q4_0.gguf"})
     named.answers["/v1/models"] = (200, {"data": [{"id": "/models/listed-0.5.gguf"}]})
@@ -242,8 +242,8 @@ def test_a_model_without_an_alias_is_called_as_it_is_listed_or_like_its_file() -
     assert [replica.context for replica in replicas] == [None, None]
 
 
-def test_any_other_server_is_taken_for_one_stream_unless_settings_say_more() -> None:
-    """Also where there is no health check, and where unknown addresses answer 200."""
+def test_any_other_server_has_one_slot_unless_settings_give_more() -> None:
+    """Also if it has no health check, or answers 200 to unknown paths."""
     models = (200, {"data": [{"id": "phi"}]})
     bare = Host({"/v1/models": models})
     chatty = Host({path: (200, {"error": "unexpected endpoint"}) for path in ("/health", "/props", "/api/fleet")})
@@ -262,23 +262,23 @@ def test_any_other_server_is_taken_for_one_stream_unless_settings_say_more() -> 
 @pytest.mark.parametrize(
     ("answers", "reason"),
     [
-        ({"/v1/models": (200, {"data": [{"id": "a"}, {"id": "b"}]})}, "serves 2 models; settings must say which"),
+        ({"/v1/models": (200, {"data": [{"id": "a"}, {"id": "b"}]})}, "serves 2 models; set model in [[fleet]]"),
         ({"/v1/models": (200, {"data": None})}, "serves no model"),
-        ({"/v1/models": (401, {})}, "HTTP 401 at /v1/models: is its API key right?"),
-        ({"/props": (401, {})}, "HTTP 401 at /props: is its API key right?"),
-        ({"/v1/models": (200, b"<html>\xff")}, "answers no list of models at /v1/models"),
+        ({"/v1/models": (401, {})}, "HTTP 401 from /v1/models; check its API key"),
+        ({"/props": (401, {})}, "HTTP 401 from /props; check its API key"),
+        ({"/v1/models": (200, b"<html>\xff")}, "/v1/models returns no list of models"),
         (
             {
                 "/props": (200, {"role": "router", "model_alias": "llama-server", "model_path": "none"}),
                 "/v1/models": (200, {"data": [{"id": "a"}, {"id": "b"}, {"id": "c"}]}),
             },
-            "serves 3 models; settings must say which",
+            "serves 3 models; set model in [[fleet]]",
         ),
-        ({"/props": (200, {"total_slots": "many"})}, "HTTP 404 at /v1/models"),
+        ({"/props": (200, {"total_slots": "many"})}, "HTTP 404 from /v1/models"),
         (PROMPTAI, "serves no model"),
     ],
 )
-def test_what_cannot_be_used_says_why(answers: dict[str, tuple[int, object]], reason: str) -> None:
+def test_reports_why_a_server_cannot_be_used(answers: dict[str, tuple[int, object]], reason: str) -> None:
     [replica] = found({PI: Host({"/health": (200, {}), **answers})})
 
     assert (replica.state, replica.reason) == (State.DOWN, reason)
@@ -291,13 +291,13 @@ def test_a_server_without_health_check_that_stops_listing_its_models_is_down() -
         await asyncio.sleep(1)
         hosts[PI].answers = {"/v1/models": (500, {})}
         await asyncio.sleep(2)
-        assert watch.now("pi-1:8080").reason == "HTTP 500 at /v1/models"
+        assert watch.now("pi-1:8080").reason == "HTTP 500 from /v1/models"
 
     play([Target(PI)], hosts, test)
 
 
-def test_another_gateway_is_a_replica_for_each_model_and_follows_what_it_tells() -> None:
-    """Its slots change when its boards do; a model all of whose engines are down is down."""
+def test_another_gateway_is_one_replica_per_model_and_follows_its_reports() -> None:
+    """Its slots change with its boards; a model whose engines are all down is down."""
     served = [{"id": "yi", "slots": 6, "context": 2048, "capability": 1.5, "more": 1}, {"id": "qwen", "slots": 0}]
     inside = [{"model": "yi", "state": "ready", "slots": 6}, {"model": "qwen", "state": "down", "slots": 2}]
     answer = {"gateway": "promptai", "models": served, "replicas": inside}
@@ -307,7 +307,7 @@ def test_another_gateway_is_a_replica_for_each_model_and_follows_what_it_tells()
         await asyncio.sleep(1)
         yi, qwen = watch.now("pi-1:8080/yi"), watch.now("pi-1:8080/qwen")
         assert (yi.dialect, yi.url, yi.slots, yi.context, yi.capability) == ("promptai", PI, 6, 2048, 1.5)
-        assert (yi.state, qwen.state, qwen.reason) == (State.READY, State.DOWN, "has no engine that is ready")
+        assert (yi.state, qwen.state, qwen.reason) == (State.READY, State.DOWN, "no engine is ready")
         inside[1]["state"] = "cold"
         await asyncio.sleep(2)
         assert (watch.now("pi-1:8080/qwen").state, watch.now("pi-1:8080/qwen").slots) == (State.READY, 2)
@@ -319,8 +319,8 @@ def test_another_gateway_is_a_replica_for_each_model_and_follows_what_it_tells()
     play([Target(PI)], hosts, test)
 
 
-def test_of_another_gateway_every_replica_counts_that_may_answer() -> None:
-    """Those too that are loaded when they are asked; not those of a third gateway, nor any that end."""
+def test_counts_every_replica_of_another_gateway_that_may_answer() -> None:
+    """Including those loaded on demand; excluding those of a third gateway and those that end."""
     states = ["ready", "loading", "cold", "draining", "down"]
     inside = [{"model": "yi", "state": state, "slots": 1, "dialect": "llama-server"} for state in states]
     inside += [
@@ -334,14 +334,14 @@ def test_of_another_gateway_every_replica_counts_that_may_answer() -> None:
     assert (replica.id, replica.state, replica.slots) == ("pi-1:8080/yi", State.READY, 3)
 
 
-def test_a_gateway_that_lists_no_replicas_is_believed_its_slots() -> None:
+def test_uses_the_slots_of_a_gateway_that_lists_no_replicas() -> None:
     served = [{"id": "yi", "slots": 6}, {"id": "qwen", "slots": 0}]
     host = Host({**PROMPTAI, "/api/fleet": (200, {"gateway": "promptai", "models": served})})
 
     assert [(one.slots, one.state) for one in found({PI: host})] == [(6, State.READY), (1, State.DOWN)]
 
 
-def test_of_another_gateway_only_the_named_model_is_taken() -> None:
+def test_uses_only_the_configured_model_of_another_gateway() -> None:
     served = [{"id": "yi", "slots": 6}, {"id": "qwen", "slots": 1}]
     host = Host({**PROMPTAI, "/api/fleet": (200, {"gateway": "promptai", "models": served})})
 
@@ -358,25 +358,25 @@ def test_of_another_gateway_only_the_named_model_is_taken() -> None:
         ("http://user:pass@pi-1:8080/", "pi-1:8080"),
     ],
 )
-def test_a_replica_is_called_by_host_and_port(url: str, name: str) -> None:
+def test_a_replica_is_named_by_host_and_port(url: str, name: str) -> None:
     assert Target(url).replica_id == name
 
 
 @pytest.mark.parametrize("url", ["pi-1:8080", "http://", "http://pi:port", "ftp://pi", ""])
-def test_an_address_that_is_none_is_refused_at_once(url: str) -> None:
+def test_rejects_an_invalid_url_at_once(url: str) -> None:
     with pytest.raises(SettingsError, match="is no address of an engine"):
         StaticSource([Target(url)], FakeUpstream({}))
 
 
 def test_the_same_list_is_the_same_configuration() -> None:
-    """A reload leaves it alone then."""
+    """So that a reload keeps the source running."""
     one, two = (StaticSource([Target(PI)], FakeUpstream({})) for _ in range(2))
 
     assert one.configuration == two.configuration
     assert one.configuration != StaticSource([Target(PI, slots=2)], FakeUpstream({})).configuration
 
 
-def test_a_list_without_targets_publishes_nothing_and_goes_on() -> None:
+def test_an_empty_list_publishes_nothing_and_keeps_running() -> None:
     async def test(watch: Watch, _upstream: FakeUpstream) -> None:
         await asyncio.sleep(5)
         assert watch.seen == [(1.0, ())]

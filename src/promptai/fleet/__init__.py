@@ -1,1 +1,1 @@
-"""Which replicas exist: a list, this machine's own engines, pretended ones."""
+"""The replicas that exist: listed servers, this machine's engines, simulated ones."""

@@ -1,12 +1,15 @@
 """Real engines for ``fleet.local``: one llama-server process for each model.
 
-``engine.launch`` starts and stops one; what is added here is what a server that runs for months
-needs beside that. Ports are not given twice while an engine that got one has not yet bound it, and
-are given back only when the engine is gone. Logs are put aside when they are large: each request
-adds about 0.75 kB, and the card that a board boots from is small.
-A process may live and compute nothing any more; nobody is at a board at night to end it, so it is ended here.
-Each gets a key that nobody else has: the gateway's keys, limits and its guard against web pages
-would be worth nothing if its engines answered everybody on this machine.
+``engine.launch`` starts and stops an engine; this module adds what a server that runs for months
+needs in addition:
+
+- A port stays reserved until its engine is gone: a new engine has not bound its port yet, so two starts in a
+  row could otherwise be given the same one.
+- Large logs are rotated: each request adds about 0.75 kB, and a board boots from a small card.
+- A process that is alive but computes nothing counts as dead, because an unattended board has no operator to
+  end it.
+- Each engine gets an API key of its own. Without one, any program or web page on this machine could reach it
+  and bypass the gateway's keys, limits and browser guard.
 """
 
 import asyncio
@@ -26,19 +29,20 @@ from promptai.engine.locate import EngineBinary
 from promptai.errors import EngineDiedError, EngineError
 from promptai.fleet.local import LocalModel
 
-#: So long a log is put aside: some 10 000 requests.
+#: A log is rotated at this size: some 10 000 requests.
 _LOG_BYTES = 8_000_000
-#: Engines answer ``/slots`` between two steps, and a batch of a prompt is one: no board takes a second a token.
+#: Engines answer ``/slots`` between two steps, and one step computes a batch of the prompt. No board is so slow
+#: that it takes a second per token.
 _LIVENESS_PERIOD_S, _HANG_S, _SLOWEST_TOKEN_S = 30.0, 600.0, 1.0
 
 
 class EngineLauncher:
     """
-    Starts ``binary`` with what ``flags_for`` says of a model and a port.
+    Starts ``binary`` with the flags that ``flags_for`` returns for a model and a port.
 
     Args:
-        keys: Where the keys of running engines are kept, by URL.
-        logs: Directory with one log for each model, and the one before it once it has become large.
+        logs: Directory for one log per model, and the previous log of each after a rotation.
+        keys: API keys of the running engines, by URL; written here.
     """
 
     def __init__(
@@ -56,11 +60,11 @@ class EngineLauncher:
 
     def start(self, model: LocalModel) -> "LaunchedEngine":
         """
-        An engine that begins when its block is entered.
+        Return an engine that starts when its ``async with`` block is entered.
 
         Raises:
-            PromptAIError: Its flags cannot be made.
-            OSError: Its log cannot be kept.
+            PromptAIError: The model's flags are invalid.
+            OSError: The log directory cannot be written.
         """
         port = free_port()
         while port in self._ports:
@@ -79,7 +83,7 @@ class EngineLauncher:
 
 
 class LaunchedEngine:
-    """One engine with what is known of its process."""
+    """One engine and its process."""
 
     def __init__(self, engine: RunningEngine, key: str, ports: set[int], keys: dict[str, str]) -> None:
         self._engine = engine
@@ -92,16 +96,16 @@ class LaunchedEngine:
 
     @property
     def base_url(self) -> str:
-        """Where its API is."""
+        """URL of its API."""
         return self._engine.base_url
 
     @property
     def pid(self) -> int | None:
-        """Its process, as soon as there is one."""
+        """Process id; ``None`` before the process exists."""
         return self._engine.pid
 
     def resident_bytes(self) -> int | None:
-        """What its processes hold in memory, mapped weights included."""
+        """Resident memory of its process tree, mapped weights included; ``None`` when unknown."""
         if self._tree is None and self.pid is not None:
             self._tree = ProcessTree(self.pid)
         reading = self._tree.read() if self._tree is not None else None
@@ -111,7 +115,7 @@ class LaunchedEngine:
         return sum(part for part in parts if part is not None) if any(parts) else None
 
     async def death(self) -> EngineDiedError | None:
-        """Why it is gone, or as good as; ``None`` while it lives. Whoever asks again and again keeps its log short."""
+        """Return why it died or hangs, ``None`` while healthy; rotates its log, so it must be called regularly."""
         if self._ended():
             return await asyncio.to_thread(self._engine.death)
         if self._engine.log_bytes() > _LOG_BYTES:
@@ -120,10 +124,10 @@ class LaunchedEngine:
 
     async def __aenter__(self) -> Self:
         """
-        Start it and wait until it answers.
+        Start the engine and wait until it answers.
 
         Raises:
-            EngineStartError: It ended, or did not answer in time.
+            EngineStartError: The engine exited, or did not answer in time.
         """
         self._ports.add(self._engine.flags.port)
         self._keys[self.base_url] = self._key
@@ -136,7 +140,7 @@ class LaunchedEngine:
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
-        """End it; cancelled, tell so only when it is gone."""
+        """End the engine; a cancellation is raised only after the engine is gone."""
         if self._liveness is not None:
             self._liveness.cancel()
         try:
@@ -145,7 +149,7 @@ class LaunchedEngine:
             self._release()
 
     async def _watch_liveness(self) -> None:
-        """Notice that it computes no longer, though its process lives."""
+        """Detect an engine that is alive but no longer computes."""
         loop, flags = asyncio.get_running_loop(), self._engine.flags
         limit_s, answered_at, missed = max(_HANG_S, flags.batch * _SLOWEST_TOKEN_S), loop.time(), 0
         async with HttpUpstream({self.base_url: self._key}) as upstream:
@@ -155,11 +159,11 @@ class LaunchedEngine:
                 with contextlib.suppress(EngineError):
                     await upstream.get(self.base_url, "/slots", limit_s=limit_s)
                     answered_at, missed = loop.time(), 0
-                # Once is not enough: this process may have been stopped itself meanwhile.
+                # One miss is not enough: this process may itself have been stopped meanwhile.
                 if missed > 1 and loop.time() - answered_at >= limit_s:
                     self._hang = EngineDiedError(
-                        f"the engine of {flags.alias} hangs: it lives, and has answered nothing for {limit_s:g} s",
-                        hint="it is ended",
+                        f"the engine of {flags.alias} hangs: it has not answered for {limit_s:g} s",
+                        hint="the gateway ends it",
                     )
 
     def _release(self) -> None:
@@ -169,7 +173,7 @@ class LaunchedEngine:
             self._tree.close()
 
     def _ended(self) -> bool:
-        """Whether its process has ended, without waiting and without reaping it: that is ``RunningEngine``'s."""
+        """Whether its process has exited; neither waits nor reaps, which ``RunningEngine`` does."""
         if self.pid is None:
             return False
         try:

@@ -1,21 +1,21 @@
-"""The engines of this machine: started when somebody asks, ended when they are in the way.
+"""The engines of this machine: started on request, stopped when their memory is needed.
 
-Several models are wanted and memory holds few. Whoever starts one process for each request that
-arrives has the same model in memory five times; whoever evicts by count or by age stops the one
-that is just answering. Here every model has one replica and one life:
+More models are wanted than fit into memory. Starting a process for each request loads the same model
+five times; evicting by count or by age stops an engine in the middle of an answer. Here every model has
+one replica and one life cycle:
 
     COLD ──wake──▶ (queue) ──▶ LOADING ──▶ READY ──evicted, idle too long──▶ STOPPING ──▶ COLD
       ▲                           │          │
-      └── rest is over ── DOWN ◀──┴──fails───┘ dies
+      └─ backoff over ─── DOWN ◀──┴──fails───┘ dies
 
-Loads that have room begin at once; those that need memory of others queue, first come, first
-served, and what has room past the first of them leaves it what it waits for. What is evicted is
-decided by ``fleet.placement`` and published in the same step, without an ``await`` between: no
-request can be routed to an engine that was just found idle. An engine that has become ready for
-somebody counts as busy until it has been used, for some seconds, or the next in the queue would
-take it from those who waited for it.
+A load that has room starts at once. Loads that need the memory of other engines queue, first come, first
+served; a later load may overtake the first only if it leaves the memory that the first is waiting for.
+``fleet.placement`` decides evictions, and each is published in the same step, without an ``await`` in
+between: no request can be routed to an engine that was just found idle. A newly loaded engine counts as busy
+until its first use, for a few seconds at most; otherwise the next load in the queue would evict it before the
+requests that waited for it arrive.
 
-Requests do not own a load: when the one that caused it is gone, it goes on.
+A load continues when the request that caused it is cancelled.
 """
 
 import asyncio
@@ -36,9 +36,9 @@ from promptai.fleet.replica import Rates, Replica, State
 _LOG = logging.getLogger("promptai.fleet")
 _POLL_S, _DEATH_POLL_S, _PROGRESS_S = 0.25, 0.2, 0.5
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 5.0, 120.0
-#: An engine that dies sooner than this was never well: the next start waits longer.
+#: An engine that dies sooner than this was never stable: the next start waits longer.
 _STABLE_S = 60.0
-#: How long a new engine is kept for those who waited for it.
+#: How long a new engine is kept for the requests that waited for it.
 _KEEP_FOR_WAITERS_S = 5.0
 
 
@@ -47,14 +47,13 @@ class LocalModel(msgspec.Struct, frozen=True, kw_only=True):
     One model that this machine can serve.
 
     Attributes:
-        needed_bytes: Memory that its engine takes: weights, KV cache, buffers.
-        context: Tokens of context of one slot.
-        cache_ram_mib: Its engine's prompt cache, which ``needed_bytes`` includes; so many conversations' tokens as
-            ``host_cache_tokens`` fit there.
-        load_s: Seconds that loading takes, until it has been seen; ``None``: not known.
-        pinned: It is always there: started first, never evicted, never idle for too long.
-        ttl_s: How long it may be idle; ``None``: for ever.
-        preload: It is started at once, if it has room without evicting another.
+        needed_bytes: Memory of its engine: weights, KV cache, buffers, prompt cache.
+        context: Context of one slot in tokens.
+        cache_ram_mib: Size of the engine's prompt cache; it holds ``host_cache_tokens`` tokens.
+        load_s: Expected load time, replaced by the measured one; ``None``: unknown.
+        pinned: Always loaded: started first, never evicted, never expired.
+        ttl_s: Idle time after which its engine stops; ``None``: unlimited.
+        preload: Started with the gateway if it fits without evicting another model.
     """
 
     name: str
@@ -74,15 +73,15 @@ class LocalModel(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def cache_bytes(self) -> int:
-        """Its engine's prompt cache, in bytes."""
+        """Size of the engine's prompt cache in bytes."""
         return self.cache_ram_mib * 1024**2
 
 
 class Launcher(Protocol):
-    """Makes engines; the real one is ``fleet.launcher``."""
+    """Creates engines; ``fleet.launcher`` implements it."""
 
     def start(self, model: LocalModel) -> LocalEngine:
-        """An engine that begins when its block is entered."""
+        """Return an engine that starts when its ``async with`` block is entered."""
 
 
 class _Phase(Enum):
@@ -94,7 +93,7 @@ class _Phase(Enum):
 
 
 class _Entry:
-    """One model and where in its life it stands."""
+    """One model and its place in the life cycle."""
 
     def __init__(self, model: LocalModel, replica_id: str) -> None:
         self.model = model
@@ -104,7 +103,7 @@ class _Entry:
         self.restart()
 
     def restart(self) -> None:
-        """As if it had never run."""
+        """Reset to the state before its first start."""
         self.phase = _Phase.COLD
         self.reason = self.never_fits = self.url = ""
         self.engine: LocalEngine | None = None
@@ -118,7 +117,7 @@ class _Entry:
         self.waiting_since: float | None = None
 
     def replica(self, *, draining: bool) -> Replica:
-        """As the fleet sees it."""
+        """Return the replica to publish."""
         model, state, reason = self.model, self.phase.value, self.reason
         if self.phase is _Phase.COLD and self.never_fits:
             state, reason = State.DOWN, self.never_fits
@@ -142,11 +141,11 @@ class _Entry:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing of its last engine is left."""
+        """Whether its last engine is gone."""
         return self.task is None or self.task.done()
 
     def measure(self, now: float) -> None:
-        """Look how far it has loaded; what was resident and then dropped counts, the empty prompt cache does not."""
+        """Update the load progress: it never falls when pages are dropped, and excludes the empty prompt cache."""
         if self.engine is None or now - self.measured_at < _PROGRESS_S:
             return
         self.measured_at = now
@@ -158,13 +157,13 @@ class _Entry:
 
 class LocalSource:
     """
-    Publishes one replica for each model, and starts and ends their engines.
+    Publishes one replica per model, and starts and stops their engines.
 
     Args:
-        budget_bytes: What all engines of this machine together may take now, those that run included.
-        busy: How many requests are in flight on a replica; the router's own count.
-        patience_s: A load that waits this long for busy engines lets all that must go for it take nothing
-            new until it has begun, so that models with steady traffic do not keep all others out.
+        budget_bytes: Memory that all engines of this machine may take together now, running ones included.
+        busy: Requests in flight on a replica, as counted by the router.
+        patience_s: After waiting this long for busy engines, a load drains the engines that it replaces. Without
+            this, models with steady traffic would keep all others out for ever.
     """
 
     def __init__(
@@ -192,7 +191,7 @@ class LocalSource:
         self._publish_to: Callable[[Sequence[Replica]], None] | None = None
 
     async def run(self, publish: Callable[[Sequence[Replica]], None]) -> None:
-        """Start what is pinned and preloaded, then what is asked for; cancelled, every engine ends."""
+        """Load pinned and preloaded models, then requested ones; on cancellation every engine ends."""
         self._publish_to = publish
         for entry in self._entries.values():
             entry.restart()
@@ -209,7 +208,7 @@ class LocalSource:
             self._publish_to = None
 
     def wake(self, replica_id: str) -> None:
-        """Begin to load a cold replica, once, however often this is called."""
+        """Load a cold replica; repeated calls load it once."""
         entry = self._entries.get(replica_id)
         if entry is not None and entry.phase in {_Phase.COLD, _Phase.STOPPING} and not entry.never_fits:
             entry.demanded = True
@@ -218,13 +217,13 @@ class LocalSource:
                 self._changed.set()
 
     def touch(self, replica_id: str) -> None:
-        """A replica was used just now."""
+        """Record that a replica was used just now."""
         entry = self._entries.get(replica_id)
         if entry is not None:
             entry.used_at, entry.used = asyncio.get_running_loop().time(), True
 
     def _step(self, group: asyncio.TaskGroup) -> None:
-        """Everything that is decided, from the counts of this moment; publishes it before anything else runs."""
+        """Take all decisions from the current counts and publish them before another task runs."""
         now, budget = asyncio.get_running_loop().time(), self._budget_bytes()
         for entry in self._entries.values():
             if entry.phase is _Phase.READY and self._busy(entry.id):
@@ -242,13 +241,13 @@ class LocalSource:
                 model.needed_bytes, others, budget, cache_bytes=model.cache_bytes
             )
         for replica_id in placement.expired(running, now):
-            self._stop(self._entries[replica_id], "was idle for too long")
+            self._stop(self._entries[replica_id], "idle for longer than its ttl_s")
         self._enqueue_automatic()
         self._start_queued(now, budget, group)
         self._publish()
 
     def _running(self, now: float) -> list[placement.LoadedEngine]:
-        """What holds memory and is not already being stopped."""
+        """Engines that hold memory and are not being stopped."""
         return [
             placement.LoadedEngine(
                 id=entry.id,
@@ -268,7 +267,7 @@ class LocalSource:
         ]
 
     def _enqueue_automatic(self) -> None:
-        """Put what should run anyway before what was asked for, pinned ones first."""
+        """Put pinned models, then preloaded ones, at the head of the queue."""
         wanted = [
             entry
             for entry in self._entries.values()
@@ -277,7 +276,7 @@ class LocalSource:
         self._queue[:0] = sorted(wanted, key=lambda entry: not entry.model.pinned)
 
     def _start_queued(self, now: float, budget: int, group: asyncio.TaskGroup) -> None:
-        """Begin the loads that can begin, in order."""
+        """Start the queued loads that can start, in order."""
         draining, self._draining = self._draining, frozenset()
         while self._queue:
             entry = self._queue[0]
@@ -298,11 +297,11 @@ class LocalSource:
                 self._start_overtaking(eviction.must_stop, now, budget, group)
                 return
             else:
-                entry.reason = "was not started by itself: there is no room now" if automatic_only else ""
+                entry.reason = "not preloaded: no room now" if automatic_only else ""
             self._leave_queue(entry)
 
     def _start_overtaking(self, stopping: Collection[str], now: float, budget: int, group: asyncio.TaskGroup) -> None:
-        """Begin what has room past the first, which waits until ``stopping`` are gone."""
+        """Start loads that have room behind the first, which waits until the engines ``stopping`` are gone."""
         first = self._queue[0].model.needed_bytes
         for entry in self._queue[1:]:
             needed = entry.model.needed_bytes
@@ -313,13 +312,13 @@ class LocalSource:
                 self._leave_queue(entry)
 
     def _leave_queue(self, entry: _Entry) -> None:
-        """It loads, or has no room: one that is pinned comes again by itself when it has some."""
+        """Remove a model that loads or has no room; a pinned one is queued again as soon as it has room."""
         self._queue.remove(entry)
         entry.demanded, entry.automatic = False, entry.model.pinned and entry.phase is _Phase.COLD
         entry.waiting_since = None
 
     def _load(self, entry: _Entry, group: asyncio.TaskGroup) -> None:
-        # One that hangs rests while it is being ended, and holds its memory until then.
+        # A hanging engine is in backoff while it is being ended, and holds its memory until then.
         ending = [
             other.task
             for other in self._entries.values()
@@ -334,7 +333,7 @@ class LocalSource:
         entry.stop.set()
 
     async def _run_engine(self, entry: _Entry, ending: Sequence[asyncio.Task[None]]) -> None:
-        """One engine from its start to its end; it begins when those that end have given their memory back."""
+        """Run one engine from start to end, once the tasks ``ending`` have released their memory."""
         try:
             if ending:
                 await asyncio.wait(ending)
@@ -360,14 +359,14 @@ class LocalSource:
 
     async def _until_end(self, entry: _Entry, engine: LocalEngine) -> None:
         """
-        Wait until it is to be stopped.
+        Wait until the engine is to be stopped.
 
         Raises:
-            EngineDiedError: It has ended by itself, or is as good as dead.
+            EngineDiedError: The engine exited or hangs.
         """
         while not entry.stop.is_set():
             death = await engine.death()
-            if death is not None and not entry.stop.is_set():  # else it is being ended anyway
+            if death is not None and not entry.stop.is_set():  # otherwise it is being ended already
                 self._failed(entry, death)
                 self._publish()
                 raise death
@@ -376,7 +375,7 @@ class LocalSource:
                     await entry.stop.wait()
 
     def _failed(self, entry: _Entry, error: Exception) -> None:
-        """Let it rest: not at all after the first death of one that was well, else twice as long as last time."""
+        """Back off: not at all after the first death of a stable engine, otherwise twice as long as last time."""
         if entry.phase is _Phase.BACKOFF:
             return
         now = asyncio.get_running_loop().time()
@@ -394,6 +393,6 @@ class LocalSource:
 
 
 def _one_line(error: Exception) -> str:
-    """In one line, without the paths that are in those of the system: clients read it."""
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(said.split())
+    """Return the message in one line; without the paths of system errors, because clients read it."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())

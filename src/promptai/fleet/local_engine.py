@@ -1,4 +1,4 @@
-"""One engine of this machine, as ``fleet.local`` sees it; the real one is in ``fleet.launcher``."""
+"""The interface of an engine on this machine for ``fleet.local``; ``fleet.launcher`` implements it."""
 
 from typing import Protocol, Self
 
@@ -6,24 +6,24 @@ from promptai.errors import EngineDiedError
 
 
 class LocalEngine(Protocol):
-    """An engine of this machine: ready inside its block, and gone after it, whatever interrupts."""
+    """An engine of this machine: ready inside its ``async with`` block and gone after it, even when cancelled."""
 
     @property
     def base_url(self) -> str:
-        """Where its API is, inside the block."""
+        """URL of its API, inside the block."""
 
     @property
     def pid(self) -> int | None:
-        """Its process, as soon as there is one."""
+        """Process id; ``None`` before the process exists."""
 
     def resident_bytes(self) -> int | None:
-        """What it holds in memory, already while it loads; ``None`` where nobody knows."""
+        """Resident memory, also while it loads; ``None`` when unknown."""
 
     async def death(self) -> EngineDiedError | None:
-        """Why it is gone, or as good as; ``None`` while it is well. What it does beside that may take seconds."""
+        """Return why it died or hangs, ``None`` while it is healthy; may take seconds."""
 
     async def __aenter__(self) -> Self:
-        """Start it; raises ``PromptAIError`` or ``OSError`` when that fails."""
+        """Start the engine; raises ``PromptAIError`` or ``OSError`` on failure."""
 
     async def __aexit__(self, *_exc: object) -> None:
-        """End it."""
+        """End the engine."""

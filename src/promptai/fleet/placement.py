@@ -1,37 +1,34 @@
-"""Which engines must go so that another one has room: the decision, without effects.
+"""Decide which engines to stop so that another model fits into memory. Pure.
 
-On a board, memory is what engines compete for, and a count of models says nothing of it: two
-small ones fit where one large one does not. What an eviction costs is the time that the evicted
-model takes to load again; so the set that is cheapest to load again goes, and among equals the
-one that has not been used for longest.
+Engines on a board compete for memory, and a limit on the number of models ignores their size: two small
+models fit where one large model does not. The cost of an eviction is the time to load the evicted model
+again, so the set that reloads fastest is evicted, and among equals the least recently used.
 
-Two things are never done. An engine that answers somebody is not stopped: a caller would pay
-for another caller's model. And nothing is stopped in vain: if that would not make enough room,
-everything stays. ``fleet.local`` is the only caller.
+A busy engine is never stopped, because one client would pay for the model of another. Nothing is stopped in
+vain: if evictions cannot free enough memory, all engines stay. ``fleet.local`` is the only caller.
 """
 
 from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
 
-#: Reading a model again where nobody has timed it: an SD card of the better kind, bytes a second.
+#: Read rate for a reload that was never timed: a good SD card.
 _TYPICAL_READ_BYTES_PER_S = 80_000_000
 
 
 class LoadedEngine(msgspec.Struct, frozen=True, kw_only=True):
     """
-    An engine that holds memory, as far as placing another one cares.
+    An engine that holds memory.
 
     Attributes:
-        id: Of its replica.
-        model: Its name, for people.
-        needed_bytes: What it takes of the budget.
-        cache_bytes: How much of that is its prompt cache.
-        busy: It answers somebody, or is still loading for somebody.
-        pinned: It stays whatever comes.
-        idle_since: Seconds on the caller's clock at which it was last used.
-        load_s: What it would take to load it again; ``None``: nobody knows, its size decides.
-        ttl_s: How long it may be idle; ``None``: for ever.
+        id: Replica id.
+        model: Model name, for messages.
+        needed_bytes: Its share of the budget, ``cache_bytes`` of prompt cache included.
+        busy: Answers a request, or is loading for one.
+        pinned: Never stopped.
+        idle_since: Time of its last use, in seconds on the caller's clock.
+        load_s: Seconds to load it again; ``None``: unknown, estimated from its size.
+        ttl_s: Idle time after which it expires; ``None``: unlimited.
     """
 
     id: str
@@ -47,15 +44,15 @@ class LoadedEngine(msgspec.Struct, frozen=True, kw_only=True):
 
 class EvictionPlan(msgspec.Struct, frozen=True, kw_only=True):
     """
-    What has to happen before a model can be loaded.
+    The steps before a model can be loaded.
 
     Attributes:
-        fits: It can be loaded as soon as ``evict`` have been stopped.
-        evict: Ids of idle engines.
-        waits_for: Ids of busy engines that must end first; empty with ``fits`` false: it never fits.
-        makes_room: Ids of all that must end, ``evict`` or ``waits_for`` and the idle ones beside them. One of these
-            that takes something new while another drains would be waited for in its turn, and so on for ever.
+        fits: The model can be loaded once the engines ``evict`` are stopped.
         reason: One line for people.
+        evict: Ids of idle engines to stop.
+        waits_for: Ids of busy engines that must finish first. Empty while ``fits`` is false: the model never fits.
+        must_stop: Ids of all engines to stop, idle ones included. If one of them accepted a request while another
+            drains, the load would have to wait for it next, and could wait for ever.
     """
 
     fits: bool
@@ -69,14 +66,14 @@ def plan_eviction(
     needed_bytes: int, engines: Sequence[LoadedEngine], budget_bytes: int, draining: Collection[str] = frozenset()
 ) -> EvictionPlan:
     """
-    Make room for one more engine.
+    Plan how to make room for one more engine.
 
     Args:
-        needed_bytes: What it will take.
-        engines: All that hold memory now.
-        budget_bytes: What all engines together may take.
-        yielding: Ids of those that take nothing new because it waits: it goes on to wait for them, though others
-            would be cheaper by now, unless it need not wait at all or they no longer suffice.
+        needed_bytes: Memory of the new engine.
+        engines: All engines that hold memory now.
+        budget_bytes: Memory that all engines may take together.
+        draining: Ids of engines that already drain for this load. It keeps waiting for them, even if another set has
+            become cheaper, unless it no longer has to wait or they no longer free enough.
     """
     hopeless = why_never_fits(needed_bytes, engines, budget_bytes)
     if hopeless:
@@ -88,34 +85,34 @@ def plan_eviction(
     ids = tuple(engine.id for engine in chosen)
     busy = [engine for engine in chosen if engine.busy]
     if busy:
-        reason = f"waits until {_names(busy)} may be stopped"
+        reason = f"waits for {_names(busy)} to become idle"
         return EvictionPlan(fits=False, reason=reason, waits_for=tuple(engine.id for engine in busy), must_stop=ids)
-    reason = f"takes the place of {_names(chosen)}" if chosen else "fits"
+    reason = f"replaces {_names(chosen)}" if chosen else "fits"
     return EvictionPlan(fits=True, reason=reason, evict=ids, must_stop=ids)
 
 
 def has_room(
     needed_bytes: int, engines: Iterable[LoadedEngine], budget_bytes: int, *, without: Collection[str] = frozenset()
 ) -> bool:
-    """Whether one more engine fits beside all others, those with the ids ``without`` not counted."""
+    """Whether one more engine fits beside all others except those with the ids ``without``."""
     return needed_bytes + sum(engine.needed_bytes for engine in engines if engine.id not in without) <= budget_bytes
 
 
 def may_overtake(
-    needed_bytes: int, first_bytes: int, going: Collection[str], engines: Sequence[LoadedEngine], budget_bytes: int
+    needed_bytes: int, first_bytes: int, stopping: Collection[str], engines: Sequence[LoadedEngine], budget_bytes: int
 ) -> bool:
     """
-    Whether one more engine may begin before another that came first and waits.
+    Whether a load may start before the first one in the queue, which waits.
 
     Args:
-        needed_bytes: What it will take.
-        first_bytes: What the other will take.
-        going: Ids of the engines whose end the other waits for.
-        engines: All that hold memory now.
-        budget_bytes: What all engines together may take.
+        needed_bytes: Memory of the new engine.
+        first_bytes: Memory of the engine that waits.
+        stopping: Ids of the engines that the first load waits for.
+        engines: All engines that hold memory now.
+        budget_bytes: Memory that all engines may take together.
     """
     return has_room(needed_bytes, engines, budget_bytes) and has_room(
-        needed_bytes + first_bytes, engines, budget_bytes, without=going
+        needed_bytes + first_bytes, engines, budget_bytes, without=stopping
     )
 
 
@@ -123,30 +120,30 @@ def why_never_fits(
     needed_bytes: int, engines: Iterable[LoadedEngine], budget_bytes: int, *, cache_bytes: int = 0
 ) -> str:
     """
-    Why an engine has no room even when it is alone with the pinned ones; empty when it has.
+    Return why an engine does not fit even beside the pinned engines alone; empty when it fits.
 
     Args:
-        needed_bytes: What it will take.
-        engines: All that hold memory now.
-        budget_bytes: What all engines together may take.
-        cache_bytes: How much of ``needed_bytes`` is its prompt cache; only for what would help.
+        needed_bytes: Memory of the new engine.
+        engines: All engines that hold memory now.
+        budget_bytes: Memory that all engines may take together.
+        cache_bytes: Prompt cache included in ``needed_bytes``; used for the advice only.
     """
     pinned = [engine for engine in engines if engine.pinned]
     pinned_bytes = sum(engine.needed_bytes for engine in pinned)
     if needed_bytes + pinned_bytes <= budget_bytes:
         return ""
-    limit = f"all engines together may take {_size(budget_bytes)}"
+    limit = f"the budget of all engines is {_size(budget_bytes)}"
     if needed_bytes > budget_bytes:
         helps = _remedies(needed_bytes, cache_bytes, (), budget_bytes)
-        return f"needs {_size(needed_bytes)} of memory and {limit}; {helps} would help"
+        return f"needs {_size(needed_bytes)} of memory, but {limit}; use {helps}"
     beside = f"beside {_names(pinned)} (pinned, {_size(pinned_bytes)})"
     helps = _remedies(needed_bytes, cache_bytes, pinned, budget_bytes)
-    return f"needs {_size(needed_bytes)} of memory {beside}, and {limit}; unpinning, or {helps}, would help"
+    return f"needs {_size(needed_bytes)} of memory {beside}, but {limit}; unpin a model or use {helps}"
 
 
 def _remedies(needed_bytes: int, cache_bytes: int, pinned: Sequence[LoadedEngine], budget_bytes: int) -> str:
-    """What of its settings makes an engine fit; the setting of the prompt cache is one for all engines."""
-    smaller = "a smaller quantisation, less context or fewer slots"
+    """Settings that would make an engine fit; the prompt cache setting applies to all engines."""
+    smaller = "a smaller quantisation, a shorter context or fewer slots"
     caches = cache_bytes + sum(engine.cache_bytes for engine in pinned)
     if not caches:
         return smaller
@@ -161,7 +158,7 @@ def _remedies(needed_bytes: int, cache_bytes: int, pinned: Sequence[LoadedEngine
 
 
 def expired(engines: Iterable[LoadedEngine], now: float) -> tuple[str, ...]:
-    """Ids of the engines that nobody has used for longer than they may be idle."""
+    """Ids of the engines that have been idle for longer than their ``ttl_s``."""
     return tuple(
         engine.id
         for engine in engines
@@ -169,16 +166,16 @@ def expired(engines: Iterable[LoadedEngine], now: float) -> tuple[str, ...]:
     )
 
 
-#: How bad it is to stop a set: how many are busy; seconds to load them again; last uses, the latest first.
+#: Cost of stopping a set: number of busy engines, seconds to reload them, times of last use (latest first).
 _Cost = tuple[int, float, tuple[float, ...]]
 
 
 def _cheapest(engines: Sequence[LoadedEngine], shortfall: int) -> tuple[LoadedEngine, ...]:
     """
-    The set that frees enough at the least cost; all of them together do.
+    Return the cheapest set that frees ``shortfall`` bytes; all ``engines`` together must free it.
 
-    Sets grow engine by engine; one that frees no more than a cheaper one is dropped at once, which
-    keeps some hundreds of the 2^n.
+    Sets grow engine by engine, and a set that frees no more than a cheaper one is dropped at once. That leaves
+    some hundreds of the 2^n sets.
     """
     if shortfall <= 0:
         return ()
@@ -207,4 +204,4 @@ def _names(engines: Sequence[LoadedEngine]) -> str:
 
 
 def _size(amount: int) -> str:
-    return f"{amount / 1e9:.1f} GB" if amount >= 100_000_000 else f"{amount / 1e6:.0f} MB"
+    return f"{amount / 1024**3:.1f} GiB" if amount >= 100 * 1024**2 else f"{amount / 1024**2:.0f} MiB"

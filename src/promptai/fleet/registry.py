@@ -1,20 +1,19 @@
-"""All replicas in one place, whoever knows of them.
+"""Merge the replicas of all sources into one immutable snapshot of the fleet.
 
-A list of boards, the engines of this machine and, later, a cluster each know some replicas and
-learn of changes at their own pace. The router wants one thing that does not change while it
-reads it. So sources publish, and the registry makes a snapshot of what they published last:
+Each source (a list of boards, the engines of this machine, later a cluster) knows some replicas and learns of
+changes at its own pace, while the router needs a view that does not change as it reads it. So sources publish,
+and the registry makes a snapshot of their latest publications:
 
     source ──publish──▶ feed ─┐
     source ──publish──▶ feed ─┼─▶ snapshot, version + 1 ──▶ subscribers
     source ──publish──▶ feed ─┘   (only when something differs)
 
-A source that fails takes nothing with it: its replicas are down, and it is started again after
-a rest. When settings are read again, what has not changed goes on undisturbed, and what was
-removed first finishes what it has. Where another source of its name follows, no model is missing
-in between. Of two replicas with one id the first is kept, because
-requests, caches and breakers are booked under that id.
+When a source fails, its replicas are down and the source restarts after a backoff; other sources are not
+affected. After a reload of the settings, unchanged sources keep running and removed ones drain. When a source
+replaces another of the same name, no model is missing in between. If two replicas share an id, the first is
+kept, because requests, caches and breakers are booked under that id.
 
-Everything happens on one event loop. Subscribers are called at once and must not wait.
+Everything runs on one event loop. Subscribers are called synchronously and must not block.
 """
 
 import asyncio
@@ -30,13 +29,13 @@ from promptai.fleet.source import Source
 
 _LOG = logging.getLogger("promptai.fleet")
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 1.0, 60.0
-#: The longest answer that a removed replica is given time for.
+#: Time that a removed replica has to finish its answers.
 DRAIN_S = 600.0
-_RESTARTING, _REMOVED = "settings were changed; it is started again", "was removed from the settings"
+_RESTARTING, _REMOVED = "restarting with changed settings", "removed from the settings"
 
 
 class _Drain(NamedTuple):
-    """How a removed source drains; see ``_Feed.drain``."""
+    """How a removed source drains; the fields are the arguments of ``_Feed.drain``."""
 
     leaving: bool
     placeholders: bool
@@ -49,12 +48,12 @@ class Registry:
     The fleet as a whole.
 
     Args:
-        sources: In the order in which their replicas are listed; of one name only the first counts.
-        drain_s: After this long the replicas of a removed source are gone, whatever they still do.
-        busy: How many requests are in flight on a replica that has not been forgotten; the router's own count.
+        sources: In the order in which their replicas are listed; the first of each name is used.
+        drain_s: Time after which the replicas of a removed source disappear, even if they are still answering.
+        busy: Requests in flight on a replica, as counted by the router.
 
     Attributes:
-        problems: What is wrong with the fleet's configuration, one line each.
+        problems: Problems of the configuration, one line each.
     """
 
     def __init__(
@@ -77,11 +76,11 @@ class Registry:
 
     @property
     def snapshot(self) -> Snapshot:
-        """The fleet as it is now."""
+        """The current snapshot."""
         return self._snapshot
 
     def subscribe(self, callback: Callable[[Snapshot], None]) -> Callable[[], None]:
-        """Call ``callback`` at every change, until what this returns is called."""
+        """Call ``callback`` at every change; returns the function that ends the subscription."""
         self._subscribers.append(callback)
 
         def unsubscribe() -> None:
@@ -91,14 +90,14 @@ class Registry:
         return unsubscribe
 
     def wake(self, replica_id: str) -> None:
-        """A cold replica is wanted; nothing happens for one that is not known or is being removed."""
+        """Start loading a cold replica; ignores unknown replicas and those being removed."""
         for feed in self._feeds:
             if any(replica.id == replica_id for replica in feed.replicas):
                 feed.source.wake(replica_id)
                 return
 
     def touch(self, replica_id: str) -> None:
-        """A replica is being used: what is ended because nobody needs it looks at that."""
+        """Record that a replica is in use, for sources that stop idle engines."""
         for feed in self._feeds:
             if any(replica.id == replica_id for replica in feed.replicas):
                 feed.source.touch(replica_id)
@@ -106,17 +105,17 @@ class Registry:
 
     def replace(self, sources: Sequence[Source]) -> None:
         """
-        Let these be the sources from now on.
+        Replace the sources.
 
-        One whose name and configuration are already there goes on. The replicas of one that is not
-        named any more drain until each is forgotten; a source of the same name takes them over as
-        soon as it has published for the first time. What that one says is loading goes on until then
-        as its predecessor says, if both name the same URL: it may not have been asked yet.
+        A source with unchanged name and configuration keeps running. The replicas of a removed source drain until
+        each is forgotten; a successor of the same name takes them over with its first publication. Where the
+        successor then publishes a replica as loading, perhaps only because it has not probed it yet, the
+        predecessor's replica with the same URL stays in use.
 
-        A ``exclusive`` source begins when its predecessor has ended. Until it has published, everything that
-        the predecessor had is listed as draining, whether it has something to finish or not, so that
-        requests wait for it; what the successor will not have is listed as leaving, and nobody waits.
-        Models that only the successor has are missing until then.
+        An ``exclusive`` source starts after its predecessor has ended. Until its first publication, all replicas of
+        the predecessor are listed as draining, even idle ones, so that requests wait for the successor. Replicas
+        that the successor will not have are listed as leaving, and no request waits for them. Models that only the
+        successor has are missing until then.
         """
         names = [source.name for source in sources]
         self._repeated = tuple(dict.fromkeys(name for name in names if names.count(name) > 1))
@@ -136,13 +135,13 @@ class Registry:
         self._rebuild()
 
     def forget(self, replica_id: str) -> None:
-        """A replica that is being removed has nothing left to do."""
+        """Drop a removed replica that has no requests left."""
         for feed in self._leaving:
             feed.forget(replica_id)
         self._rebuild()
 
     async def run(self) -> None:
-        """Run all sources until cancelled, and end them then."""
+        """Run all sources until cancelled."""
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
@@ -163,7 +162,7 @@ class Registry:
                 feed.task = group.create_task(feed.run(predecessors))
 
     async def _retire(self, feed: "_Feed") -> None:
-        """Wait until a removed source has nothing left to do, or too long, then end it."""
+        """End a removed source once it is idle, or after ``drain_s``."""
         try:
             async with asyncio.timeout(self._drain_s):
                 await feed.done.wait()
@@ -176,27 +175,27 @@ class Registry:
         self._rebuild()
 
     def _log_cut_off(self, feed: "_Feed") -> None:
-        """Only a exclusive source has engines that end with it: what others list finishes its answers unseen."""
+        """Log the answers that end with a source; only an exclusive source owns engines that end with it."""
         if feed.source.exclusive:
             cut = sum(self._busy(replica.id) for replica in feed.unfinished)
             _LOG.warning(
-                "source %s is ended: its answers had %g s to finish; still under way and cut off: %d",
+                "source %s ended after %g s of draining; answers cut off: %d",
                 feed.source.name,
                 self._drain_s,
                 cut,
             )
 
     def _rebuild(self) -> None:
-        """Make a snapshot of what was published last, and tell it if it differs."""
+        """Make a snapshot of the latest publications; notify the subscribers if it differs."""
         merged: dict[str, Replica] = {}
         origin: dict[str, str] = {}
-        problems = [f"source {name} is there more than once; the first one counts" for name in self._repeated]
+        problems = [f"source {name} is configured more than once; only the first is used" for name in self._repeated]
         for feed in self._feeds:
             for replica in feed.replicas:
                 if replica.id in merged:
                     kept = origin[replica.id]
                     problems.append(
-                        f"replica {replica.id} of {feed.source.name} is left out: {kept} has one of that id"
+                        f"replica {replica.id} of {feed.source.name} is ignored: {kept} has a replica with the same id"
                     )
                 else:
                     merged[replica.id], origin[replica.id] = replica, feed.source.name
@@ -208,7 +207,7 @@ class Registry:
             self._notify()
 
     def _merge_leaving(self, merged: dict[str, Replica]) -> None:
-        """Add what removed sources still have, as what follows each of them makes it."""
+        """Add the replicas that removed sources still have, depending on the successor of each."""
         successors = {feed.source.name: feed for feed in self._feeds}
         staying = []
         for feed in self._leaving:
@@ -238,19 +237,19 @@ class Registry:
         for callback in tuple(self._subscribers):
             try:
                 callback(self._snapshot)
-            except Exception:  # noqa: BLE001  a border: whoever listens must not end the source that just published
-                _LOG.exception("a subscriber of the fleet failed")
+            except Exception:  # noqa: BLE001  a failing subscriber must not end the source that just published
+                _LOG.exception("a fleet subscriber failed")
 
 
 class _Feed:
     """
-    One source as the registry runs it, and what it published last.
+    A running source and its latest publication.
 
     Attributes:
-        replicas: As the fleet sees them.
-        spoken: It has published.
-        done: It was removed, and none of its replicas has anything left to do.
-        ended: It was removed, and does not run any more.
+        replicas: The replicas as listed in the fleet.
+        has_published: It has published at least once.
+        done: It was removed, and its replicas are idle.
+        ended: It was removed and has stopped.
     """
 
     def __init__(self, source: Source, changed: Callable[[], None]) -> None:
@@ -266,7 +265,7 @@ class _Feed:
         self._released: set[str] = set()
 
     async def run(self, predecessors: Sequence[asyncio.Task[None]]) -> None:
-        """Run the source, again and again if need be, once the tasks ``predecessors`` have ended."""
+        """Run the source once the tasks ``predecessors`` have ended; restart it whenever it fails."""
         if predecessors:
             await asyncio.wait(predecessors)
         loop, backoff_s = asyncio.get_running_loop(), _FIRST_BACKOFF_S
@@ -274,13 +273,13 @@ class _Feed:
             began = loop.time()
             try:
                 await self.source.run(self._publish)
-                reason = "it ended by itself"
-            except Exception as error:  # noqa: BLE001  a border: what one source gets wrong must not end the others
+                reason = "it ended unexpectedly"
+            except Exception as error:  # noqa: BLE001  a failing source must not end the others
                 reason = _one_line(error)
                 _LOG.debug("source %s", self.source.name, exc_info=True)
             if loop.time() - began > _LONGEST_BACKOFF_S:
                 backoff_s = _FIRST_BACKOFF_S
-            _LOG.error("source %s failed: %s; it is started again in %.0f s", self.source.name, reason, backoff_s)
+            _LOG.error("source %s failed: %s; restarting in %.0f s", self.source.name, reason, backoff_s)
             self._publish(
                 [
                     msgspec.structs.replace(replica, state=State.DOWN, reason=f"its source failed: {reason}")
@@ -300,32 +299,33 @@ class _Feed:
         still_serving: Container[str] = (),
     ) -> None:
         """
-        Let only those go on that may still be answering, and those drain; nothing that has a new source.
+        List only the replicas that may still be answering, as draining.
 
         Args:
-            leaving: No other source of its name follows: they will not be back.
-            stands_in: Show also what has nothing to finish, until the successor says what there is.
-            returning: Ids of those stand-ins that the successor will have; ``None``: nobody knows, all of them.
-            going_on: Ids of those that stay as they are.
+            taken_over: Ids of replicas that another source publishes now; never listed.
+            leaving: There is no successor: the replicas will not be back.
+            placeholders: List idle replicas too, until the successor publishes.
+            returning: Ids of the placeholders that the successor will have; ``None``: unknown, assume all.
+            still_serving: Ids of replicas to list unchanged.
         """
         self._drain = _Drain(leaving, placeholders, returning, still_serving)
         self._released |= {replica.id for replica in self._published if replica.id in taken_over}
         self._filter()
 
     def still_serving(self, urls: Container[str]) -> list[Replica]:
-        """What takes requests at these URLs and has not been taken over."""
+        """Usable replicas at these URLs that no other source has taken over."""
         return [one for one in self._published if one.url in urls and one.usable and one.id not in self._released]
 
     @property
     def unfinished(self) -> list[Replica]:
-        """What may still be answering."""
+        """Replicas that may still be answering."""
         return [replica for replica in self._published if self._may_be_busy(replica)]
 
     def _may_be_busy(self, replica: Replica) -> bool:
         return replica.state in {State.READY, State.DRAINING} and replica.id not in self._released
 
     def forget(self, replica_id: str) -> None:
-        """Let one replica go that drains."""
+        """Drop a draining replica."""
         if self._drain is not None and replica_id not in self._drain.still_serving:
             self._released.add(replica_id)
 
@@ -362,7 +362,7 @@ def _draining(replica: Replica, drain: _Drain) -> Replica:
 
 
 def _one_line(error: BaseException) -> str:
-    """What went wrong first, without the groups that tasks wrap it in."""
+    """Describe the first error inside the exception groups that tasks add."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     text = " ".join(str(error).split())

@@ -1,9 +1,8 @@
-"""A replica: an engine that the gateway can reach, and what is known of it.
+"""Replicas, the endpoints that the gateway routes to, and immutable snapshots of all of them.
 
-Values only. A snapshot of all replicas is immutable, so that nothing changes under a
-decision that reads it; a change is another snapshot. What is in flight on a replica is not
-here: the gateway counts that itself, because figures that are scraped from an engine are
-seconds old when they arrive.
+A snapshot never changes under a decision that reads it; every change makes a new snapshot. Requests in flight
+are not part of it: the gateway counts them itself, because figures scraped from an engine are seconds old when
+they arrive.
 """
 
 from enum import Enum
@@ -14,22 +13,22 @@ import msgspec
 class State(Enum):
     """Whether a replica takes requests."""
 
-    COLD = "cold"  # not running; asking for its model starts it
-    LOADING = "loading"  # will answer soon
+    COLD = "cold"  # not running; a request for its model starts it
+    LOADING = "loading"  # starting
     READY = "ready"
-    DRAINING = "draining"  # finishes what it has, takes nothing new
-    DOWN = "down"  # does not answer
+    DRAINING = "draining"  # finishes its requests, accepts no new one
+    DOWN = "down"  # not usable
 
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
     """
-    How fast a replica is expected to be, before it has been seen at work.
+    Expected speed of a replica before it has served requests.
 
     Attributes:
-        prefill_tps: Prompt tokens a second; ``None``: not known.
-        decode_tps: Generated tokens a second of a stream that is alone; ``None``: not known.
-        decode_slowdown: What each further stream adds to a decode step, as a share of the step of one.
-        source: ``profile`` (an earlier run), ``forecast``, ``settings``, or ``unknown``.
+        prefill_tps: Prompt tokens per second; ``None``: unknown.
+        decode_tps: Generated tokens per second of a single stream; ``None``: unknown.
+        decode_slowdown: Increase of the decode step per further stream, as a share of the step with one stream.
+        source: ``profile`` (an earlier run), ``forecast``, ``settings`` or ``unknown``.
     """
 
     prefill_tps: float | None = None
@@ -40,24 +39,24 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
 
 class Replica(msgspec.Struct, frozen=True, kw_only=True):
     """
-    One engine with one model.
+    An endpoint that serves one model.
 
     Attributes:
-        id: Unique in the fleet, and the same in every gateway that sees it: rendezvous hashing uses it.
-        url: Scheme, host and port; empty while it is cold.
-        model: The name it answers to; empty while it has never answered.
-        slots: Streams at once.
-        context: Tokens of context of one slot; ``None`` where it does not tell.
-        host_cache_tokens: What its prompt cache beside the slots holds (``--cache-ram``); 0: it has none;
-            ``None``: not known, and llama-server's default is large.
-        state: Whether it takes requests; ``reason`` says why not.
-        leaving: It drains and will not be back: settings do not have it any more, nor the source that it came from.
-        dialect: ``llama-server``, ``promptai`` (another gateway) or ``openai`` (anything else).
-        rates: What is expected of it.
-        progress: Share of its model that is loaded, 0 to 1; ``None`` where nobody knows.
-        load_s: Seconds that loading takes, as far as is known.
-        capability: What ``auto`` orders models by: parameters in billions, unless settings say otherwise.
-        accuracy: Share of Winogrande items it solved in an earlier run; ``None``: not measured.
+        id: Unique in the fleet and the same in every gateway, because rendezvous hashing uses it.
+        url: Scheme, host and port; empty while cold.
+        model: Model name in requests; empty until the server has answered once.
+        slots: Concurrent streams.
+        context: Context of one slot in tokens; ``None``: not reported.
+        host_cache_tokens: Capacity of its prompt cache (``--cache-ram``) in tokens; 0: no prompt cache; ``None``:
+            unknown, and llama-server's default is large.
+        state: Whether it accepts requests; ``reason`` explains why not.
+        leaving: Draining for good: neither the settings nor its source list it any more.
+        dialect: ``llama-server``, ``promptai`` (another gateway) or ``openai`` (any other server).
+        rates: Expected speed.
+        progress: Loaded share of its model, 0 to 1; ``None``: unknown.
+        load_s: Load time in seconds; ``None``: unknown.
+        capability: Rank of the model for ``auto``: parameters in billions unless the settings override it.
+        accuracy: Share of Winogrande items solved in an earlier run; ``None``: not measured.
     """
 
     id: str
@@ -78,7 +77,7 @@ class Replica(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def usable(self) -> bool:
-        """Whether a request may be planned for it, now or when it has loaded."""
+        """Whether requests may be assigned to it, now or once it has loaded."""
         return self.state in {State.COLD, State.LOADING, State.READY}
 
 
@@ -87,21 +86,21 @@ class Snapshot(msgspec.Struct, frozen=True):
     All replicas at one moment.
 
     Attributes:
-        version: Grows with every change.
+        version: Increases with every change.
     """
 
     version: int = 0
     replicas: tuple[Replica, ...] = ()
 
     def of(self, model: str) -> tuple[Replica, ...]:
-        """The replicas of one model, in the fleet's order."""
+        """Return the replicas of one model, in fleet order."""
         return tuple(replica for replica in self.replicas if replica.model == model)
 
     def find(self, replica_id: str) -> Replica | None:
-        """The replica of that id."""
+        """Return the replica with this id; ``None`` when there is none."""
         return next((replica for replica in self.replicas if replica.id == replica_id), None)
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Names of all models, each once, in the fleet's order."""
+        """Distinct model names, in fleet order."""
         return tuple(dict.fromkeys(replica.model for replica in self.replicas if replica.model))

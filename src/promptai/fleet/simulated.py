@@ -1,7 +1,7 @@
-"""Replicas that are pretended: for tests, and for asking what more boards would do.
+"""Simulated replicas: for tests, and for trying out a fleet without the boards.
 
-The engines behind them are somebody else's business (``engine.simulated`` over HTTP, or one in
-this process). Here they are only published, and fail and recover on command.
+This source only publishes them and lets them fail and recover on command. The engines behind them run elsewhere
+(``engine.simulated`` over HTTP, or in this process).
 """
 
 import asyncio
@@ -14,10 +14,10 @@ from promptai.fleet.replica import Replica, State
 
 class SimulatedSource:
     """
-    Publishes replicas as they were given.
+    Publishes a fixed set of replicas.
 
     Args:
-        replicas: With the URL of their engine.
+        replicas: Each with the URL of its engine.
     """
 
     def __init__(self, replicas: Sequence[Replica], *, name: str = "simulated") -> None:
@@ -29,7 +29,7 @@ class SimulatedSource:
         self._publish: Callable[[Sequence[Replica]], None] | None = None
 
     async def run(self, publish: Callable[[Sequence[Replica]], None]) -> None:
-        """Publish them, and again whenever one fails or recovers."""
+        """Publish all replicas at the start and whenever one fails or recovers."""
         self._publish = publish
         try:
             self._notify()
@@ -38,17 +38,17 @@ class SimulatedSource:
             self._publish = None
 
     def touch(self, replica_id: str) -> None:
-        """Nothing here ends for want of use."""
+        """Do nothing: these replicas never expire."""
 
     def wake(self, replica_id: str) -> None:
-        """Nothing: they do not sleep."""
+        """Do nothing: these replicas are never cold."""
 
     def fail(self, replica_id: str, reason: str = "does not answer") -> None:
-        """Let one be down."""
+        """Take a replica down."""
         self._set(replica_id, State.DOWN, reason)
 
     def recover(self, replica_id: str) -> None:
-        """Let one be ready again."""
+        """Make a replica ready again."""
         self._set(replica_id, State.READY, "")
 
     def _set(self, replica_id: str, state: State, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""Where replicas come from, as the registry sees it."""
+"""The interface between the registry and the sources of replicas."""
 
 from collections.abc import Callable, Container, Sequence
 from typing import Protocol
@@ -8,14 +8,14 @@ from promptai.fleet.replica import Replica
 
 class Source(Protocol):
     """
-    One origin of replicas.
+    Publishes replicas.
 
     Attributes:
-        name: What the registry keeps its replicas under.
-        configuration: What it was made from; an equal one goes on when settings are read again.
-        exclusive: Whether another of its name may begin only when this one has ended, because they would
-            compete for something: the memory of this machine.
-        replica_ids: Of all replicas that it will publish; ``None``: it has to ask first.
+        name: Identifies the source across reloads of the settings.
+        configuration: Compared on a reload; a source whose name and configuration are unchanged keeps running.
+        exclusive: A successor of the same name starts only after this source has ended, because both would use the
+            same resource, such as the memory of this machine.
+        replica_ids: Ids of all replicas that it will publish; ``None``: unknown until its servers have answered.
     """
 
     name: str
@@ -24,10 +24,10 @@ class Source(Protocol):
     replica_ids: Container[str] | None
 
     async def run(self, publish: Callable[[Sequence[Replica]], None]) -> None:
-        """Publish all of its replicas whenever one changes, until cancelled; ends what it started."""
+        """Publish all replicas whenever one changes, until cancelled; stops everything that it started."""
 
     def wake(self, replica_id: str) -> None:
-        """A cold replica of this source is wanted: begin to start it, if that has not begun; returns at once."""
+        """Start loading a cold replica unless it is loading already; returns at once."""
 
     def touch(self, replica_id: str) -> None:
-        """A replica of this source has been given a request, or has finished one."""
+        """Record that a replica was assigned a request or finished one."""

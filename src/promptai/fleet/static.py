@@ -1,16 +1,14 @@
-"""Replicas from a list of addresses: engines that somebody else starts and stops.
+"""Replicas from a list of URLs: servers that PromptAI neither starts nor stops.
 
-Asking must never change anything. A health check that runs a prompt takes a board's only slot
-for a minute, and reading the metrics of a server that manages several models has been seen to
-load one. So there are only four questions, all ``GET``: ``/health`` every two seconds, and after
-a target has become ready ``/props``, ``/v1/models`` and, where no llama-server answers,
-``/api/fleet``. What it serves is asked again at every fifth check, because it may have been
-started again with another model between two. How many requests are in flight is not asked: such
-a number is old when it comes.
+A probe must never change the server. A health check that runs a prompt occupies a board's only slot for a
+minute, and reading the metrics of a server that manages several models has been seen to load one. So a probe
+sends only four requests, all ``GET``: ``/health`` every two seconds, and once the server is ready ``/props``,
+``/v1/models`` and, unless it is a llama-server, ``/api/fleet``. Every fifth check reads the served models again,
+because the server may have been restarted with another model between two checks. Requests in flight are not
+read: such a count is outdated on arrival.
 
-Each target is asked by a task of its own, so that a dead board, which costs a whole time limit,
-delays no other one. Another gateway (dialect ``promptai``) is one replica for each model that
-it serves; what it tells is in ``FleetResponse``.
+Each server has a probe task of its own, so that a dead board, which costs a full time limit, delays no other.
+Another gateway (dialect ``promptai``) is one replica per model that it serves; see ``FleetResponse``.
 """
 
 import asyncio
@@ -30,27 +28,27 @@ from promptai.wire.openai import ModelList
 
 T = TypeVar("T")
 
-#: While a target is down the pause doubles up to this.
+#: The pause between probes of a server that is down doubles up to this.
 _LONGEST_PAUSE_S = 15.0
 _LIMIT_S = 3.0
-#: Servers without a health check; whether they are well shows when they are asked for their models.
+#: Status of servers without a health check; their list of models serves as one.
 _NO_HEALTH_CHECK = frozenset({404, 405, 501})
 _USABLE = frozenset(state.value for state in (State.COLD, State.LOADING, State.READY))
-#: How long the first publication waits for slow targets: it takes over from a source that was replaced.
+#: Time that the first publication waits for slow servers: it takes over from the source that it replaces.
 _FIRST_ROUND_S = 1.0
-#: After so many checks a target is asked again what it serves.
+#: Checks after which the served models are read again.
 _LEARN_EVERY = 5
 
 
 class Target(msgspec.Struct, frozen=True):
     """
-    One address, and what settings say of it; that goes before what it says itself.
+    The URL of one server, and settings that override what the server reports.
 
     Attributes:
-        url: Scheme, host and port; a ``/v1`` at the end is left out.
-        name: What its replica is called; ``None``: host and port.
-        model: The model it is asked for; ``None``: the one it serves.
-        slots: Streams at once; ``None``: as it tells, 1 where it does not.
+        url: Scheme, host and port; a trailing ``/v1`` is ignored.
+        name: Replica id; ``None``: host and port.
+        model: Model to use; ``None``: the one that it serves.
+        slots: Concurrent streams; ``None``: as reported, else 1.
     """
 
     url: str
@@ -62,7 +60,7 @@ class Target(msgspec.Struct, frozen=True):
 
     @property
     def base_url(self) -> str:
-        """Where its API is."""
+        """URL of its API, without ``/v1``."""
         return self.url.rstrip("/").removesuffix("/v1")
 
     @property
@@ -86,13 +84,13 @@ class Target(msgspec.Struct, frozen=True):
 
 class FleetModel(msgspec.Struct, frozen=True):
     """
-    One model of another gateway.
+    A model of another gateway.
 
     Attributes:
-        slots: Of its ready replicas together; 0 while none is ready. Only a gateway that does not list its
-            replicas is believed this: a model that is loaded on demand has none until it is asked for.
-        context: Tokens of context of one slot.
-        capability: What ``auto`` orders models by.
+        slots: Slots of its ready replicas; 0 while none is ready. Used only for a gateway that does not list its
+            replicas, because a model that loads on demand has no ready replica until its first request.
+        context: Context of one slot in tokens.
+        capability: Rank of the model for ``auto``.
     """
 
     id: str
@@ -102,7 +100,7 @@ class FleetModel(msgspec.Struct, frozen=True):
 
 
 class FleetReplica(msgspec.Struct, frozen=True):
-    """One replica of another gateway; ``dialect`` is ``promptai`` where it is behind a third one."""
+    """A replica of another gateway; ``dialect`` is ``promptai`` when it is behind a third gateway."""
 
     model: str
     state: str
@@ -111,16 +109,16 @@ class FleetReplica(msgspec.Struct, frozen=True):
 
     @property
     def usable(self) -> bool:
-        """Whether that gateway would take a request for it, now or when it has loaded."""
+        """Whether that gateway accepts requests for it, now or once it has loaded."""
         return self.dialect != "promptai" and self.state in _USABLE
 
 
 class FleetResponse(msgspec.Struct, frozen=True):
     """
-    What is read of ``GET /api/fleet``: ``{"gateway": "promptai", "models": [{"id": …}], "replicas": [{"model": …}]}``.
+    Response to ``GET /api/fleet``: ``{"gateway": "promptai", "models": [{"id": …}], "replicas": [{"model": …}]}``.
 
-    A gateway tells of its own engines here, never of those behind another gateway: two that know
-    each other would count each other's slots for ever.
+    Replicas behind a third gateway are not counted: two gateways that know each other would count each other's slots
+    for ever.
     """
 
     gateway: str
@@ -128,20 +126,20 @@ class FleetResponse(msgspec.Struct, frozen=True):
     replicas: list[FleetReplica] | None = None
 
     def slots(self, model: FleetModel) -> int:
-        """Of the replicas that may answer for a model, those together that are loaded on demand too."""
+        """Slots of all replicas that may answer for a model, those loaded on demand included."""
         if self.replicas is None:
             return max(0, model.slots)
         return sum(max(1, one.slots) for one in self.replicas if one.model == model.id and one.usable)
 
 
 class _Props(Props, frozen=True):
-    """``role`` is ``router`` at a llama-server that manages several models: its other fields are dummies."""
+    """``role`` is ``router`` for a llama-server that manages several models; its other fields are dummies."""
 
     role: str | None = None
 
 
 class _ServedModel(msgspec.Struct, frozen=True):
-    """What a target tells of one model."""
+    """A model that a server serves, as reported."""
 
     model: str
     slots: int
@@ -152,7 +150,7 @@ class _ServedModel(msgspec.Struct, frozen=True):
 
 
 class _Unusable(Exception):  # noqa: N818  never leaves this module
-    """Why a target cannot be used, and what state that is."""
+    """The server cannot be used: the replica's state and the reason."""
 
     def __init__(self, state: State, reason: str) -> None:
         super().__init__(reason)
@@ -162,10 +160,10 @@ class _Unusable(Exception):  # noqa: N818  never leaves this module
 
 class StaticSource:
     """
-    Publishes what a list of targets answers.
+    Probes a list of servers and publishes their replicas.
 
     Args:
-        period_s: Pause between two questions to a target that is not down.
+        period_s: Pause between two probes of a server that is not down.
     """
 
     def __init__(
@@ -179,7 +177,7 @@ class StaticSource:
         self._probes = [_Probe(target, upstream) for target in targets]
 
     async def run(self, publish: Callable[[Sequence[Replica]], None]) -> None:
-        """Ask every target again and again; publish when an answer differs."""
+        """Probe every server periodically and publish the results."""
         probed: set[int] = set()
         loop = asyncio.get_running_loop()
         publish_at = loop.time() + _FIRST_ROUND_S
@@ -208,14 +206,14 @@ class StaticSource:
             await loop.create_future()
 
     def touch(self, replica_id: str) -> None:
-        """Nothing here ends for want of use."""
+        """Do nothing: these servers never expire."""
 
     def wake(self, replica_id: str) -> None:
-        """Nothing: whoever runs these engines starts them."""
+        """Do nothing: PromptAI does not start these servers."""
 
 
 class _Probe:
-    """One target and what it answered last."""
+    """One server and its last response."""
 
     def __init__(self, target: Target, upstream: Upstream) -> None:
         self._target = target
@@ -227,11 +225,11 @@ class _Probe:
         )
         self._learned = False
         self._timeouts = self._checks = 0
-        # Not down: whoever took over from another source would forget a board that is well, and only slow.
-        self.replicas = self._as_replicas(State.LOADING, "was not asked yet")
+        # Not DOWN: a source that takes over from another would drop a board that is healthy but slow.
+        self.replicas = self._as_replicas(State.LOADING, "not probed yet")
 
     async def ask(self) -> bool:
-        """Ask it now; False when it is down."""
+        """Probe the server now; False when it is down."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
@@ -245,7 +243,7 @@ class _Probe:
                 return self._healthy()
             self._learned, self._checks = True, 0
         except EngineDiedError:
-            # A board that computes with all cores may miss one time limit; nobody refuses a connection by mistake.
+            # A board that computes on all cores may miss one time limit; a refused connection is never a mistake.
             self._timeouts += 1
             if self._timeouts == 1 and loop.time() - began >= _LIMIT_S:
                 return True
@@ -276,7 +274,7 @@ class _Probe:
                 slots=max(1, target.slots or served.slots),
                 context=served.context,
                 state=state if served.slots or state is not State.READY else State.DOWN,
-                reason=reason if served.slots or state is not State.READY else "has no engine that is ready",
+                reason=reason if served.slots or state is not State.READY else "no engine is ready",
                 dialect=served.dialect,
                 rates=target.rates,
                 capability=served.capability if target.capability is None else target.capability,
@@ -286,10 +284,10 @@ class _Probe:
 
     async def _check_health(self) -> None:
         """
-        Ask whether it is well.
+        Check the health endpoint.
 
         Raises:
-            _Unusable: It loads its model, or answers something else.
+            _Unusable: The server is loading its model, or is not healthy.
         """
         reply = await self._upstream.get(self._url, "/health", limit_s=_LIMIT_S)
         if reply.status == 503:
@@ -301,10 +299,10 @@ class _Probe:
 
     async def _learn(self) -> tuple[_ServedModel, ...]:
         """
-        Ask what it is and what it serves; at least one thing.
+        Find out what kind of server it is and what it serves: at least one model.
 
         Raises:
-            _Unusable: It does not serve what it should, or does not say which of many.
+            _Unusable: It does not serve the configured model, or serves several and none is configured.
         """
         target = self._target
         props = await self._json("/props", _Props)
@@ -331,29 +329,29 @@ class _Probe:
             )
         models = [target.model] if target.model else await self._listed()
         if len(models) != 1:
-            which = f"serves {len(models)} models; settings must say which" if models else "serves no model"
+            which = f"serves {len(models)} models; set model in [[fleet]]" if models else "serves no model"
             raise _Unusable(State.DOWN, which)
         return (_ServedModel(models[0], 1, None, "openai"),)
 
     async def _learn_again(self) -> tuple[_ServedModel, ...]:
-        """As ``_learn``; what is no llama-server is asked for its list alone while that stays the same."""
+        """Repeat ``_learn``; for an ``openai`` server, read only the list of models while it is unchanged."""
         first = self._served[0]
         if first.dialect == "openai" and (self._target.model or await self._listed() == [first.model]):
             return self._served
         return await self._learn()
 
     async def _listed(self) -> list[str]:
-        """The models that it lists; raises ``_Unusable`` when it does not."""
+        """Return the listed models; raises ``_Unusable`` when there is no list."""
         reply = await self._upstream.get(self._url, "/v1/models", limit_s=_LIMIT_S)
         if reply.status != 200:
             raise _Unusable(State.DOWN, _refusal(reply.status, "/v1/models"))
         models = _decoded(reply.body, ModelList)
         if models is None:
-            raise _Unusable(State.DOWN, "answers no list of models at /v1/models")
+            raise _Unusable(State.DOWN, "/v1/models returns no list of models")
         return [entry.id for entry in models.data or ()]
 
     async def _json(self, path: str, kind: type[T]) -> T | None:
-        """What it answers there; ``None`` where it has nothing of that kind."""
+        """Return the decoded response; ``None`` when it is missing or of another form."""
         reply = await self._upstream.get(self._url, path, limit_s=_LIMIT_S)
         if reply.status == 401:
             raise _Unusable(State.DOWN, _refusal(reply.status, path))
@@ -368,16 +366,16 @@ def _decoded(body: bytes, kind: type[T]) -> T | None:
 
 
 def _is_single_model_engine(props: _Props) -> bool:
-    """Whether a llama-server with one model said this; others answer anything with HTTP 200."""
+    """Whether a llama-server with one model sent this; other servers answer any path with HTTP 200."""
     known = (props.build_info, props.model_path, props.default_generation_settings.n_ctx)
     return props.role != "router" and known != (None, None, None)
 
 
 def _refusal(status: int, path: str) -> str:
-    key = ": is its API key right?" if status in {401, 403} else ""
-    return f"HTTP {status} at {path}{key}"
+    key = "; check its API key" if status in {401, 403} else ""
+    return f"HTTP {status} from {path}{key}"
 
 
 def _model_name(name: str) -> str:
-    """A model's name; of a path its file's, without the ending."""
+    """Return the model name; for a path, the file name without its suffix."""
     return re.split(r"[/\\]", name)[-1].removesuffix(".gguf") if name.endswith(".gguf") else name
