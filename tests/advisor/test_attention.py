@@ -1,4 +1,4 @@
-"""Against kernels whose prices are known because they were chosen."""
+"""Attention prices, against simulated kernels with chosen prices."""
 
 import pytest
 
@@ -18,7 +18,7 @@ BASE_S = 0.0005
 
 
 def readings(prices: AttentionPrices) -> list[AttentionReading]:
-    """What the probes of those lengths would show."""
+    """Readings that the probes of these head lengths would give."""
     found = []
     for probe in ATTENTION_PROBES:
         cost = cost_of_shape(probe.shape, "q4_0")
@@ -29,7 +29,7 @@ def readings(prices: AttentionPrices) -> list[AttentionReading]:
 
 
 @pytest.mark.parametrize("step", [1, 256])
-def test_prices_and_whether_the_engine_rounds_up_come_back_from_what_the_probes_did(step: int) -> None:
+def test_recovers_the_prices_and_the_rounding_step_from_the_probes(step: int) -> None:
     chosen = {
         "64": AttentionPrice(query_s=1.5e-10, kv_s=8e-10),
         "80": AttentionPrice(query_s=6e-10, kv_s=7e-10),
@@ -45,7 +45,7 @@ def test_prices_and_whether_the_engine_rounds_up_come_back_from_what_the_probes_
         assert found.by_head[length].kv_s == pytest.approx(price.kv_s, rel=1e-6, abs=1e-20)
 
 
-def test_a_pass_that_something_disturbed_does_not_count() -> None:
+def test_ignores_a_disturbed_pass() -> None:
     calm = readings(AttentionPrices(by_head={"96": AttentionPrice(query_s=2e-10, kv_s=5e-10)}, step=256))
     disturbed = [
         AttentionReading(cost=reading.cost, decode_s={depth: 10 * s for depth, s in reading.decode_s.items()})
@@ -55,7 +55,7 @@ def test_a_pass_that_something_disturbed_does_not_count() -> None:
     assert fit_attention([*disturbed, *calm]) == fit_attention(calm)
 
 
-def test_a_length_that_was_no_slower_with_more_context_has_no_price() -> None:
+def test_a_head_length_that_was_no_slower_with_more_context_has_no_price() -> None:
     cost = cost_of_shape(ATTENTION_PROBES[0].shape, "q4_0")
 
     found = fit_attention([AttentionReading(cost=cost, decode_s={264: 0.2, 488: 0.2, 1288: 0.1})])
@@ -63,19 +63,19 @@ def test_a_length_that_was_no_slower_with_more_context_has_no_price() -> None:
     assert found.by_head == {}
 
 
-def test_one_depth_tells_no_price() -> None:
+def test_one_depth_gives_no_price() -> None:
     cost = cost_of_shape(ATTENTION_PROBES[0].shape, "q4_0")
 
     with pytest.raises(ValueError, match="two depths"):
         fit_attention([AttentionReading(cost=cost, decode_s={264: 0.1})])
 
 
-def test_from_the_first_step_on_there_is_work_for_the_step_that_was_begun() -> None:
+def test_rounds_work_up_to_the_next_step_after_the_first() -> None:
     assert [tokens_worked(depth, 256) for depth in (0, 255, 256, 511, 512)] == [0, 255, 512, 512, 768]
     assert [tokens_worked(depth, 1) for depth in (0, 255, 256, 511, 512)] == [0, 255, 256, 511, 512]
 
 
-def test_layers_with_a_window_work_for_no_more_than_it_and_a_batch() -> None:
+def test_windowed_layers_work_on_at_most_their_window_and_a_batch() -> None:
     """Five of six layers of Gemma 3."""
     shape = Shape(6, 512, 4, 1, 1024, 3000, architecture="gemma3", head_length=256, sliding_window=512)
     prices = AttentionPrices(by_head={"256": AttentionPrice(query_s=1e-9, kv_s=2e-9)}, step=1)

@@ -1,4 +1,4 @@
-"""The real engine, on probes small enough for a test: the arithmetic is tested without one in test_calibration."""
+"""Calibration of the real engine on small probes; test_calibration covers the arithmetic without an engine."""
 
 import asyncio
 from pathlib import Path
@@ -17,7 +17,7 @@ from support_calibration import CALIBRATION
 KEY = {"engine": CALIBRATION.engine, "cpu": CALIBRATION.cpu, "threads": CALIBRATION.threads}
 
 
-def test_a_calibration_that_cannot_be_kept_is_an_error_of_one_line(tmp_path: Path) -> None:
+def test_a_calibration_that_cannot_be_stored_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
     with pytest.raises(LibraryError, match="Not a directory"):
@@ -25,7 +25,7 @@ def test_a_calibration_that_cannot_be_kept_is_an_error_of_one_line(tmp_path: Pat
 
 
 @pytest.mark.parametrize("change", [{"engine": "another"}, {"cpu": "another"}, {"threads": 2}], ids=str)
-def test_a_calibration_holds_for_its_engine_processor_and_threads_only(
+def test_a_calibration_is_valid_only_for_its_engine_processor_and_threads(
     tmp_path: Path, change: dict[str, object]
 ) -> None:
     save(tmp_path, CALIBRATION)
@@ -34,7 +34,7 @@ def test_a_calibration_holds_for_its_engine_processor_and_threads_only(
     assert load(tmp_path, **(KEY | change)) is None  # type: ignore[arg-type]
 
 
-def test_one_of_another_version_or_a_damaged_one_is_none(tmp_path: Path) -> None:
+def test_ignores_a_calibration_that_is_damaged_or_of_another_version(tmp_path: Path) -> None:
     save(tmp_path, msgspec.structs.replace(CALIBRATION, schema=0))
     assert load(tmp_path, **KEY) is None  # type: ignore[arg-type]
 
@@ -44,7 +44,7 @@ def test_one_of_another_version_or_a_damaged_one_is_none(tmp_path: Path) -> None
 
 
 @pytest.mark.real
-def test_the_real_engine_is_calibrated_and_no_probe_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibrates_the_real_engine_and_removes_probe_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = [
         msgspec.structs.replace(
             probe, shape=msgspec.structs.replace(probe.shape, layers=2, width=256, heads=4, kv_heads=4, ffn=512)

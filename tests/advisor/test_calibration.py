@@ -1,4 +1,4 @@
-"""Against machines whose prices are known because they were chosen."""
+"""Calibration, against simulated machines with chosen prices."""
 
 from random import Random
 
@@ -31,7 +31,7 @@ def decode_s(cost: ModelCost, depth: int) -> float:
 
 
 def readings(noise: float = 0.0) -> list[Reading]:
-    """What the probes would show on that machine, times up to ``noise`` too long."""
+    """Readings of the probes on that machine, with times up to ``noise`` too long."""
     generator = Random(1)
     found = []
     for probe in PROBES:
@@ -70,16 +70,16 @@ def solved(noise: float = 0.0) -> Calibration:
     )
 
 
-def test_probes_with_heads_whose_attention_was_not_measured_are_refused() -> None:
+def test_rejects_probes_whose_head_length_has_no_attention_reading() -> None:
     others = [
         reading for reading in attention_readings() if reading.cost.attention and reading.cost.attention.head != "128"
     ]
 
-    with pytest.raises(ValueError, match="heads of a length"):
+    with pytest.raises(ValueError, match="head length"):
         fit_calibration(readings(), others, engine="", cpu="", threads=1, created="")
 
 
-def test_the_probes_tell_every_price_apart() -> None:
+def test_the_probes_separate_all_prices() -> None:
     found = solved()
 
     assert found.decode_s_per_byte == pytest.approx(BYTE_S, rel=0.01)
@@ -96,7 +96,7 @@ def test_the_probes_tell_every_price_apart() -> None:
     assert found.buffer_scale == pytest.approx(0.9, rel=0.01)
 
 
-def test_no_price_is_negative_however_noisy_the_machine() -> None:
+def test_no_price_is_negative_even_on_a_noisy_machine() -> None:
     found = solved(noise=0.5)
 
     assert min(found.decode_s_per_byte.values()) >= 0
@@ -105,7 +105,7 @@ def test_no_price_is_negative_however_noisy_the_machine() -> None:
 
 
 @pytest.mark.parametrize("quant", ["q4_0", "q4_k_m", "q8_0"])
-def test_a_model_that_was_no_probe_is_forecast_within_2_percent(quant: str) -> None:
+def test_forecasts_an_unprobed_model_within_2_percent(quant: str) -> None:
     cost = cost_of_shape(LLAMA_32_3B, quant)  # type: ignore[arg-type]
 
     found = forecast(cost, solved(), context=4096, depth=1000)
@@ -114,7 +114,7 @@ def test_a_model_that_was_no_probe_is_forecast_within_2_percent(quant: str) -> N
     assert found.unknown == ()
 
 
-def test_noise_of_5_percent_in_the_probes_is_at_most_10_percent_in_a_forecast() -> None:
+def test_5_percent_noise_in_the_probes_is_at_most_10_percent_in_a_forecast() -> None:
     cost = cost_of_shape(LLAMA_32_3B, "q4_k_m")
 
     found = forecast(cost, solved(noise=0.05), context=4096, depth=1000)

@@ -25,7 +25,7 @@ def store(tmp_path: Path) -> Store:
     return write
 
 
-def test_the_embedding_is_looked_up_and_not_read_unless_it_is_the_output_too() -> None:
+def test_the_embedding_is_read_only_if_it_is_also_the_output() -> None:
     """Q6_K holds 256 weights in 210 bytes."""
     untied, tied = cost_of_shape(SHAPE, "q4_0"), cost_of_shape(TIED, "q4_0")
 
@@ -34,7 +34,7 @@ def test_the_embedding_is_looked_up_and_not_read_unless_it_is_the_output_too() -
     assert untied.file_bytes - tied.file_bytes == 3000 * 512 // 32 * 18
 
 
-def test_a_prompt_multiplies_all_but_the_output_and_what_follows_the_last_attention() -> None:
+def test_prefill_skips_the_output_and_the_last_feed_forward() -> None:
     """llama.cpp cuts a batch down to the tokens that need logits before the last layer's feed-forward part."""
     layer = 2 * 512 * 512 + 2 * 256 * 512 + 3 * 512 * 1024
     last = 512 * 512 + 2 * 256 * 512
@@ -43,7 +43,7 @@ def test_a_prompt_multiplies_all_but_the_output_and_what_follows_the_last_attent
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-def test_a_file_and_its_shape_are_the_same_work(tmp_path: Path, quant: Quant) -> None:
+def test_a_file_and_its_shape_have_the_same_cost(tmp_path: Path, quant: Quant) -> None:
     path = write_synthetic(tmp_path / "model.gguf", TIED, name="x", quant=quant)
 
     from_file, from_shape = cost_of_file(read_header(path)), cost_of_shape(TIED, quant)
@@ -62,7 +62,7 @@ def test_a_file_and_its_shape_are_the_same_work(tmp_path: Path, quant: Quant) ->
         assert getattr(from_file, name) == getattr(from_shape, name), name
 
 
-def test_attention_is_as_wide_as_the_heads_of_all_layers() -> None:
+def test_attention_width_sums_the_heads_of_all_layers() -> None:
     wide = Shape(3, 512, 4, 2, 1024, 3000, head_length=256)
 
     assert cost_of_shape(wide, "q4_0").attention == Attention(head="256", query_width=3 * 4 * 256, kv_width=3 * 2 * 256)
@@ -88,7 +88,7 @@ def test_attention_is_as_wide_as_the_heads_of_all_layers() -> None:
         pytest.param(llama(ssm__state_size=128), None, id="recurrent"),
     ],
 )
-def test_a_file_tells_its_attention_by_layer(
+def test_reads_the_attention_of_each_layer_from_a_file(
     store: Store, entries: list[bytes], expected: tuple[str, int, int] | None
 ) -> None:
     found = cost_of_file(read_header(store(gguf(entries)))).attention
@@ -96,11 +96,11 @@ def test_a_file_tells_its_attention_by_layer(
     assert (found and (found.head, found.query_width, found.kv_width)) == expected
 
 
-def test_keys_and_values_of_every_layer_take_two_bytes_a_number() -> None:
+def test_the_kv_cache_takes_two_bytes_per_key_and_value() -> None:
     assert cost_of_shape(SHAPE, "q4_0").kv_bytes(1000) == 1000 * 2 * 2 * (128 * 2) * 2
 
 
-def test_layers_with_a_window_keep_no_more_than_it_and_a_batch() -> None:
+def test_windowed_layers_keep_at_most_their_window_and_a_batch() -> None:
     """Five of six layers of Gemma 3 look back 512 tokens."""
     shape = Shape(6, 512, 4, 1, 1024, 3000, architecture="gemma3", head_length=256, sliding_window=512)
     cost = cost_of_shape(shape, "q4_0")

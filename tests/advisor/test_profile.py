@@ -26,7 +26,7 @@ def write_run(
     facts: TargetFacts = FACTS,
     **protocol: Any,
 ) -> Path:
-    """A finished run, as ``promptai bench`` leaves it."""
+    """Write a finished run like those of ``promptai bench``."""
     directory = runs / name
     directory.mkdir(parents=True)
     write_manifest(directory, make_manifest([talk("a", "hi")], [facts], **protocol))
@@ -45,7 +45,7 @@ def write_run(
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A file of the name and the size that was measured; its bytes do not exist on the disk."""
+    """A sparse file with the name and size of the measured model."""
     path = tmp_path / "models" / MODEL.path
     path.parent.mkdir()
     with path.open("wb") as hole:
@@ -54,14 +54,14 @@ def file(tmp_path: Path) -> Path:
 
 
 def profile(runs: Path, path: Path, *, sha256: str | None = None, engine: ProfileKey = HERE) -> Profile | None:
-    """What is known, with nothing to complain about."""
+    """Look up a profile and expect no notes."""
     notes: list[str] = []
-    found = Profiles(runs, engine, notes.append).of(path, sha256=sha256)
+    found = Profiles(runs, engine, notes.append).find(path, sha256=sha256)
     assert notes == []
     return found
 
 
-def test_a_model_does_what_it_did_in_the_newest_run(tmp_path: Path, file: Path) -> None:
+def test_uses_the_newest_run_of_a_model(tmp_path: Path, file: Path) -> None:
     write_run(tmp_path / "runs", "2026-11-21T08-00-00_m_pi5", prefill=61.0, decode=11.0)
     write_run(tmp_path / "runs", "2026-11-20T08-00-00_m_pi5")
 
@@ -69,7 +69,7 @@ def test_a_model_does_what_it_did_in_the_newest_run(tmp_path: Path, file: Path) 
     assert expected == profile(tmp_path / "runs", file)
 
 
-def test_a_model_is_known_by_its_checksum_whatever_its_name(tmp_path: Path, file: Path) -> None:
+def test_identifies_a_model_by_its_checksum_under_any_name(tmp_path: Path, file: Path) -> None:
     write_run(tmp_path / "runs", "r")
     renamed = file.rename(file.with_name("other.gguf"))
 
@@ -88,7 +88,7 @@ def test_a_model_is_known_by_its_checksum_whatever_its_name(tmp_path: Path, file
     ],
     ids=["processor", "engine", "threads"],
 )
-def test_what_was_measured_under_other_conditions_does_not_count(
+def test_ignores_runs_of_another_processor_engine_or_number_of_threads(
     tmp_path: Path, file: Path, elsewhere: ProfileKey
 ) -> None:
     write_run(tmp_path / "runs", "r")
@@ -107,7 +107,7 @@ def test_what_was_measured_under_other_conditions_does_not_count(
     ],
     ids=["several at once", "no prefill", "no decode", "a server", "another size"],
 )
-def test_a_run_that_does_not_tell_a_lone_stream_s_rates_of_the_file_does_not_count(
+def test_ignores_runs_without_single_stream_rates_of_the_file(
     tmp_path: Path, file: Path, change: dict[str, Any]
 ) -> None:
     write_run(tmp_path / "runs", "r2", **change)
@@ -118,7 +118,7 @@ def test_a_run_that_does_not_tell_a_lone_stream_s_rates_of_the_file_does_not_cou
     assert found.run == "r1"
 
 
-def test_a_broken_run_is_noted_and_hides_no_other(tmp_path: Path, file: Path) -> None:
+def test_reports_broken_runs_and_uses_the_others(tmp_path: Path, file: Path) -> None:
     runs = tmp_path / "runs"
     write_run(runs, "good")
     for name, text in {"summary.json": "{", "manifest.json": '{"created": 1}'}.items():
@@ -128,18 +128,18 @@ def test_a_broken_run_is_noted_and_hides_no_other(tmp_path: Path, file: Path) ->
     (runs / "a file").touch()
     notes: list[str] = []
 
-    found = Profiles(runs, HERE, notes.append).of(file, sha256=None)
+    found = Profiles(runs, HERE, notes.append).find(file, sha256=None)
 
     assert found is not None
     assert found.run == "good"
-    assert [note.partition(" is left out: ")[0] for note in notes] == [
+    assert [note.partition(" is ignored: ")[0] for note in notes] == [
         "run y-no-manifest",
         "run x-summary.json",
         "run x-manifest.json",
     ]
 
 
-def test_accuracy_is_told_where_a_run_has_it(tmp_path: Path, file: Path) -> None:
+def test_reports_the_accuracy_of_a_run(tmp_path: Path, file: Path) -> None:
     directory = write_run(tmp_path / "runs", "r")
     summary = msgspec.json.decode((directory / "summary.json").read_bytes())
     summary["targets"][0]["accuracy"] = {"value": 0.61, "unit": "1", "n": 1267}
@@ -151,5 +151,5 @@ def test_accuracy_is_told_where_a_run_has_it(tmp_path: Path, file: Path) -> None
     assert found.accuracy == 0.61
 
 
-def test_without_runs_nothing_is_known(tmp_path: Path, file: Path) -> None:
+def test_has_no_profile_without_runs(tmp_path: Path, file: Path) -> None:
     assert profile(tmp_path / "absent", file) is None

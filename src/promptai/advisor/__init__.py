@@ -1,1 +1,1 @@
-"""Reasoning about measurements: what a model will do here, before it is downloaded."""
+"""Forecast a model's speed and memory on this machine before it is downloaded."""

@@ -1,10 +1,9 @@
-"""Calibrate this machine: run the probes on its engine, solve, and remember.
+"""Calibrate this machine: run the probe models on its engine, solve for the prices, store them.
 
-Two minutes on a PC, some more on a board; the probe files are written to the cache one at a
-time and removed again. Every probe runs twice, the second time in reverse order: a machine's
-speed drifts by a tenth within minutes (heat, neighbours on the same server), and prices
-that rest on one moment are off by as much. A calibration holds for one engine, one processor and one number of
-threads, and is looked up by these; nothing is measured behind anybody's back.
+Calibration takes two minutes on a PC and longer on a board. Probe files are written to the cache one at a time and
+removed again. Every probe runs twice, the second time in reverse order: a machine's speed drifts by a tenth within
+minutes (heat, neighbours on the same server), and prices from a single moment would be off by as much. A calibration
+is valid for one engine, one processor and one number of threads, and is stored under these. It runs only on request.
 """
 
 import hashlib
@@ -32,8 +31,8 @@ from promptai.wire.malformed import MALFORMED
 
 _CONTEXT = 2560
 _PROMPT_TOKENS, _ANSWER_TOKENS, _TRIES = 512, 24, 3
-#: Next to nothing; behind the start and before the end of a step of 256 (``attention.CELLS``), which cost the same
-#: where an engine rounds up; and so much that the cache is read from memory, as between the weights of a real model.
+#: Almost nothing; the start and the end of a step of 256 (``attention.CELLS``), which take equally long if the engine
+#: rounds up; and enough that the cache is read from memory, as it is between the weights of a real model.
 _DEPTHS = (8, 264, 488, 1288)
 _DEPTH_ANSWER_TOKENS, _DEPTH_TRIES = 12, 4
 
@@ -42,26 +41,26 @@ async def calibrate(
     binary: EngineBinary, *, cpu: str, threads: int, cache: Path, observe: Callable[[int, int, str], None]
 ) -> Calibration:
     """
-    Measure every probe and solve.
+    Measure every probe and solve for the prices.
 
     Args:
-        cpu: The processor's name, as the calibration will be looked up.
-        cache: Where probe files may lie for a moment.
-        observe: Told how many probes are done, of how many, and the name of the next before it runs.
+        cpu: Processor name, part of the key of the calibration.
+        cache: Directory for the temporary probe files.
+        observe: Called before each probe with the number of finished probes, their total and the name of the next.
 
     Raises:
         ModelError: A probe file cannot be written.
-        EngineError: The engine cannot be run, its memory cannot be read, or the readings make no sense.
+        EngineError: The engine cannot run, its memory cannot be read, or the readings are inconsistent.
     """
     readings, attention_readings = [], []
-    there: tuple[Probe | AttentionProbe, ...] = (*PROBES, *ATTENTION_PROBES)
-    order = (*there, *reversed(there))
-    for done, chosen in enumerate(order):
-        observe(done, len(order), chosen.name)
-        if isinstance(chosen, Probe):
-            readings.append(await _run(binary, chosen, threads, cache))
+    probes: tuple[Probe | AttentionProbe, ...] = (*PROBES, *ATTENTION_PROBES)
+    order = (*probes, *reversed(probes))
+    for done, probe_model in enumerate(order):
+        observe(done, len(order), probe_model.name)
+        if isinstance(probe_model, Probe):
+            readings.append(await _measure(binary, probe_model, threads, cache))
         else:
-            attention_readings.append(await _attend(binary, chosen, threads, cache))
+            attention_readings.append(await _measure_attention(binary, probe_model, threads, cache))
     created = datetime.now(UTC).isoformat(timespec="seconds")
     try:
         return fit_calibration(
@@ -69,26 +68,26 @@ async def calibrate(
         )
     except ValueError:
         raise EngineError(
-            "too much else ran meanwhile: more context did not cost more time",
-            hint="calibrate again on a quiet machine",
+            "calibration failed: more context did not take more time, so other programs disturbed it",
+            hint="calibrate again on an idle machine",
         ) from None
 
 
-async def _run(binary: EngineBinary, chosen: Probe, threads: int, cache: Path) -> Reading:
-    with _written(cache, chosen.shape, chosen.quant) as (path, log):
+async def _measure(binary: EngineBinary, probe_model: Probe, threads: int, cache: Path) -> Reading:
+    with _probe_file(cache, probe_model.shape, probe_model.quant) as (path, log):
         flags = EngineFlags(model=str(path), port=free_port(), threads=threads, context=_CONTEXT)
-        seen = await probe(
+        measured = await probe(
             binary, flags, log=log, prompt_tokens=_PROMPT_TOKENS, answer_tokens=_ANSWER_TOKENS, tries=_TRIES
         )
         cost = cost_of_file(read_header(path))
-    loaded, peak, mapped = seen.loaded.anon_bytes, seen.peak.anon_bytes, seen.loaded.file_bytes
+    loaded, peak, mapped = measured.loaded.anon_bytes, measured.peak.anon_bytes, measured.loaded.file_bytes
     if loaded is None or peak is None or mapped is None:
-        raise EngineError("the kernel does not tell the engine's memory", hint="is /proc restricted here?")
+        raise EngineError("the engine's memory cannot be read from /proc", hint="check whether /proc is restricted")
     return Reading(
         cost=cost,
-        decode_s=seen.decode_s,
+        decode_s=measured.decode_s,
         depth=_PROMPT_TOKENS,
-        prefill_s=seen.prefill_s,
+        prefill_s=measured.prefill_s,
         context=_CONTEXT,
         anon_loaded_bytes=loaded,
         anon_peak_bytes=peak,
@@ -96,18 +95,20 @@ async def _run(binary: EngineBinary, chosen: Probe, threads: int, cache: Path) -
     )
 
 
-async def _attend(binary: EngineBinary, chosen: AttentionProbe, threads: int, cache: Path) -> AttentionReading:
-    with _written(cache, chosen.shape, "q4_0") as (path, log):
+async def _measure_attention(
+    binary: EngineBinary, probe_model: AttentionProbe, threads: int, cache: Path
+) -> AttentionReading:
+    with _probe_file(cache, probe_model.shape, "q4_0") as (path, log):
         flags = EngineFlags(model=str(path), port=free_port(), threads=threads, context=_CONTEXT)
-        found = await probe_depths(
+        measured = await probe_depths(
             binary, flags, log=log, depths=_DEPTHS, answer_tokens=_DEPTH_ANSWER_TOKENS, tries=_DEPTH_TRIES
         )
-        return AttentionReading(cost=cost_of_file(read_header(path)), decode_s=found)
+        return AttentionReading(cost=cost_of_file(read_header(path)), decode_s=measured)
 
 
 @contextmanager
-def _written(cache: Path, shape: Shape, quant: Quant) -> Iterator[tuple[Path, Path]]:
-    """A probe's file and where its engine may log, as long as they are needed."""
+def _probe_file(cache: Path, shape: Shape, quant: Quant) -> Iterator[tuple[Path, Path]]:
+    """Write a probe model; yield its path and that of the engine's log, and remove both afterwards."""
     path, log = cache / "probe.gguf", cache / "probe.log"
     try:
         yield write_synthetic(path, shape, name="probe", quant=quant), log
@@ -117,22 +118,22 @@ def _written(cache: Path, shape: Shape, quant: Quant) -> Iterator[tuple[Path, Pa
 
 
 def save(folder: Path, calibration: Calibration) -> None:
-    """Keep a calibration; raises ``LibraryError`` when the disk refuses."""
+    """Store a calibration; raises ``LibraryError`` if it cannot be written."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    write_json(_place(folder, calibration.engine, calibration.cpu, calibration.threads), calibration)
+    write_json(_path(folder, calibration.engine, calibration.cpu, calibration.threads), calibration)
 
 
 def load(folder: Path, *, engine: str, cpu: str, threads: int) -> Calibration | None:
-    """The calibration of this engine here; ``None`` when there is none, or one of another version."""
+    """Load the calibration for this key; ``None`` if it is missing, damaged or of another version."""
     try:
-        found = msgspec.json.decode(_place(folder, engine, cpu, threads).read_bytes(), type=Calibration)
+        measured = msgspec.json.decode(_path(folder, engine, cpu, threads).read_bytes(), type=Calibration)
     except MALFORMED:
         return None  # of another version
     except OSError:
         return None
-    return found if found.schema == SCHEMA else None
+    return measured if measured.schema == SCHEMA else None
 
 
-def _place(folder: Path, engine: str, cpu: str, threads: int) -> Path:
+def _path(folder: Path, engine: str, cpu: str, threads: int) -> Path:
     return folder / f"{hashlib.sha256(f'{engine}/{cpu}/{threads}'.encode()).hexdigest()[:16]}.json"

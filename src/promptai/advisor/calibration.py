@@ -1,21 +1,20 @@
-"""What this machine's engine does with a byte: fitted from a few small models of random weights.
+"""Prices of this machine's engine: seconds per byte, weight and layer, fitted from small random models. Pure.
 
-"Memory bandwidth divided by file size" is a bound, not a forecast: on a server core it is
-three times too high, because unpacking four-bit weights takes the time and not
-reading them, and each type of weights has its own price. So a handful of models of a
-few hundred megabytes, chosen so that their costs differ, are run on the real engine,
-and the prices are solved for. Measuring is in ``engine.probe``; here is the algebra. Pure.
+"Memory bandwidth divided by file size" is a bound, not a forecast: on a server core it is three times too high,
+because unpacking four-bit weights takes longer than reading them, and each type of weights has its own price. So the
+real engine runs a few models of some hundred megabytes whose costs differ, and the prices are solved for.
+``engine.probe`` measures; this module does the algebra.
 
 Decoding one token takes
 
-    sum over types (bytes of the type x seconds a byte) + layers x seconds a layer + attention
+    sum over types (bytes of the type x seconds per byte) + layers x seconds per layer + attention
 
 and the engine's anonymous memory after loading is
 
-    base + KV cache + sum over types (bytes of the type x share of them that the engine copies)
+    base + KV cache + sum over types (bytes of the type x share that the engine copies)
 
-since llama.cpp rearranges the weights of some types for its fastest kernels and keeps both copies.
-What attention costs is in ``advisor.attention``.
+because llama.cpp rearranges the weights of some types for its fastest kernels and keeps both copies.
+The attention term is in ``advisor.attention``.
 """
 
 from collections.abc import Sequence
@@ -30,18 +29,18 @@ from promptai.models.shape import Shape
 from promptai.models.tensors import Quant
 
 SCHEMA = 2
-_FEW_TOKENS = 2100  # promptai-tiny's vocabulary and a little: the output matrix hardly counts
+_FEW_TOKENS = 2100  # slightly above promptai-tiny's vocabulary, so that the output matrix hardly counts
 
 
 class Probe(msgspec.Struct, frozen=True):
-    """One model to run."""
+    """A probe model."""
 
     name: str
     shape: Shape
     quant: Quant
 
 
-#: Each adds what the others cannot tell. Larger than any processor's cache but the last, which is all layers.
+#: Each probe separates a price that the others cannot. All but the last, which is mostly layers, exceed any CPU cache.
 PROBES = (
     Probe("q8_0", Shape(4, 2048, 16, 4, 8192, _FEW_TOKENS), "q8_0"),
     Probe("q4_0", Shape(8, 2048, 16, 16, 8192, _FEW_TOKENS), "q4_0"),
@@ -53,14 +52,14 @@ PROBES = (
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
     """
-    What one probe did.
+    Measurements of one probe.
 
     Attributes:
-        decode_s: Seconds a token with ``depth`` tokens before it.
-        prefill_s: Seconds a prompt token.
-        context: Tokens of context that the engine had.
+        decode_s: Seconds per generated token with ``depth`` tokens before it.
+        prefill_s: Seconds per prompt token.
+        context: Context size of the engine in tokens.
         anon_loaded_bytes: Anonymous memory of the engine after loading; ``anon_peak_bytes`` after a prompt.
-        file_mapped_bytes: Mapped files, the model among them.
+        file_mapped_bytes: Mapped files, the model included.
     """
 
     cost: ModelCost
@@ -78,14 +77,14 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     Prices of one engine on one machine with one number of threads.
 
     Attributes:
-        engine, cpu, threads: What it holds for.
-        decode_s_per_byte: By ggml type.
-        decode_s_per_layer: What a layer costs beside its bytes.
-        attention: What the tokens before it add.
-        prefill_s_per_weight: Of one prompt token, by ggml type.
-        copied_share: By ggml type: the share of its bytes that exist twice in memory.
-        base_anon_bytes, base_file_bytes: The engine without a model.
-        buffer_scale: Compute buffers, seen / ``buffer_bytes``.
+        engine, cpu, threads: The configuration it is valid for.
+        decode_s_per_byte: Seconds per byte read, by ggml type.
+        decode_s_per_layer: Seconds per layer in addition to its bytes.
+        attention: Prices of the cached tokens.
+        prefill_s_per_weight: Seconds per weight and prompt token, by ggml type.
+        copied_share: Share of the bytes that exist twice in memory, by ggml type.
+        base_anon_bytes, base_file_bytes: Memory of the engine without a model.
+        buffer_scale: Measured compute buffers relative to ``buffer_bytes``.
         created: UTC, ISO 8601.
     """
 
@@ -117,7 +116,7 @@ def fit_calibration(
     Solve for the prices.
 
     Raises:
-        ValueError: The form of a probe's cache is not known, or its head length not among those ``attention_readings``.
+        ValueError: A probe's KV cache is of unknown size, or its head length has no attention reading.
     """
     attention = fit_attention(attention_readings)
     types = sorted({kind for reading in readings for kind in reading.cost.decode_bytes})
@@ -138,7 +137,7 @@ def fit_calibration(
         decode_s_per_layer=decode[-1],
         attention=attention,
         prefill_s_per_weight=_prefill_prices(readings),
-        # Either the engine copies a type or it does not; what lies between is noise of the other terms.
+        # The engine copies a type or it does not; fractions are noise of the other terms.
         copied_share={kind: float(round(min(share, 1.0))) for kind, share in zip(types, memory[:-1], strict=True)},
         base_anon_bytes=round(memory[-1]),
         base_file_bytes=round(np.median([max(0, r.file_mapped_bytes - r.cost.file_bytes) for r in readings])),
@@ -149,18 +148,18 @@ def fit_calibration(
 
 def buffer_bytes(cost: ModelCost, *, batch: int = 512) -> int:
     """
-    A rule for the compute buffers that one batch touches: gate and up of a layer, five vectors, samplers.
+    Estimate the compute buffers of one batch: gate and up of a layer, five vectors, samplers.
 
-    Rough on purpose: a few percent of the whole. Its scale is calibrated.
+    Deliberately rough, because they are a few percent of the memory; ``Calibration.buffer_scale`` corrects it.
     """
     return 4 * batch * (2 * cost.ffn + 5 * cost.width) + 50 * cost.vocabulary
 
 
 def _prefill_prices(readings: Sequence[Reading]) -> dict[str, float]:
     """
-    Seconds a weight and prompt token; K-quants share one price: every mix has them together in similar shares.
+    Seconds per weight and prompt token; K-quants share one price, as every mix has them in similar shares.
 
-    A single layer says nothing: nearly all of it is computed for the last token of a prompt only.
+    Probes with a single layer are ignored: nearly all of it is computed for the last prompt token only.
     """
     readings = [reading for reading in readings if reading.cost.layers > 1]
     kinds = sorted({kind for reading in readings for kind in reading.cost.prefill_weights})
@@ -183,12 +182,12 @@ def _group(kind: str) -> str:
 def _kv_bytes(reading: Reading, tokens: int) -> int:
     found = reading.cost.kv_bytes(tokens)
     if found is None:
-        raise ValueError("a probe needs a cache of known form")
+        raise ValueError("a probe needs a KV cache of known size")
     return found
 
 
 def _attention_s(reading: Reading, attention: AttentionPrices) -> float:
     found = attention.seconds(reading.cost, reading.depth)
     if found is None:
-        raise ValueError("a probe needs heads of a length whose attention was measured")
+        raise ValueError("a probe needs a head length whose attention was measured")
     return found

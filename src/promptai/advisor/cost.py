@@ -1,10 +1,10 @@
-"""What a model makes a machine do: bytes to read for a token, weights to multiply for a prompt.
+"""Cost of a model on any machine: bytes read per generated token, weights multiplied per prompt token. Pure.
 
-Speed and memory forecasts need the same few numbers of a model, whether it lies on
-the disk or is only a line of the catalogue. Both become a ``ModelCost`` here. Pure.
+Forecasts of speed and memory need the same few figures whether a model is a file or only a catalogue entry;
+``ModelCost`` holds them for both.
 
-Decoding reads every matrix once a token. The embedding is no matrix then: one row of it is
-looked up, unless it is also the output matrix (tied), which is read as a whole.
+Decoding reads every matrix once per token. The embedding counts only if it is also the output
+matrix (tied); otherwise decoding looks up a single row of it.
 """
 
 from collections.abc import Iterable
@@ -18,17 +18,17 @@ from promptai.models.shape import Shape
 from promptai.models.tensors import Quant, plan_tensors, tensor_bytes
 
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
-#: One layer in so many sees everything, the others a window, in llama.cpp's loaders (src/models/gemma*.cpp).
+#: One layer in this many attends to the whole context, the others to a window (llama.cpp, src/models/gemma*.cpp).
 _WINDOW_PATTERN = {"gemma2": 2, "gemma3": 6}
 
 
 class Attention(msgspec.Struct, frozen=True, kw_only=True):
     """
-    What is compared for each token that stands before the one being decoded.
+    Size of the attention to each cached token.
 
     Attributes:
-        head: Length of a head; ``192/128`` where keys and values differ.
-        query_width, kv_width: Heads, and KV heads, times that length (of a key), summed over the layers.
+        head: Head length; ``192/128`` if keys and values differ.
+        query_width, kv_width: Heads and KV heads, times the key length, summed over the layers.
     """
 
     head: str
@@ -38,17 +38,17 @@ class Attention(msgspec.Struct, frozen=True, kw_only=True):
 
 class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
     """
-    One model as a load.
+    Cost of one model.
 
     Attributes:
-        file_bytes: Size of the file; tensors alone where there is no file yet.
-        decode_bytes: Bytes read for each generated token, by ggml type of the matrix.
-        prefill_weights: Weights multiplied for each prompt token, by ggml type. Not among them: the output
-            matrix, and the last layer behind its attention: llama.cpp computes these for a prompt's last token only.
-        layers, width, ffn, vocabulary: As in its shape.
-        kv_bytes_per_token: Of f16 cache, all layers; ``None`` where the file does not tell.
-        attention: ``None`` where the file does not tell.
-        window: Tokens that sliding-window layers look back, and the share of the layers that do.
+        file_bytes: Size of the file; of the tensors alone if there is no file yet.
+        decode_bytes: Bytes read per generated token, by ggml type of the matrix.
+        prefill_weights: Weights multiplied per prompt token, by ggml type. Excludes the output matrix and the last
+            layer after its attention, which llama.cpp computes for the last prompt token only.
+        layers, width, ffn, vocabulary: As in ``Shape``.
+        kv_bytes_per_token: Size of the f16 KV cache per token, all layers; ``None``: not given in the file.
+        attention: ``None``: not given in the file.
+        window: Length of the sliding window in tokens, and the share of layers that use it; ``None``: no window.
     """
 
     file_bytes: int
@@ -63,7 +63,7 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
     window: tuple[int, float] | None = None
 
     def kv_bytes(self, context: int) -> int | None:
-        """Bytes of KV cache that ``context`` tokens take; windows hold what they look back and one batch of 512."""
+        """Size of the KV cache for ``context`` tokens; ``None``: unknown."""
         return (
             None
             if self.kv_bytes_per_token is None
@@ -71,7 +71,7 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def mean_cached_tokens(self, tokens: int) -> float:
-        """Of so many tokens, those in the cache of a layer: the mean over the layers."""
+        """Mean over the layers of the cached tokens; a windowed layer keeps its window and one batch of 512."""
         if self.window is None:
             return tokens
         length, share = self.window
@@ -79,7 +79,7 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Tensor(Protocol):
-    """What a planned tensor and one of a file have in common."""
+    """The common part of planned tensors and tensors of a file."""
 
     @property
     def name(self) -> str: ...
@@ -92,7 +92,7 @@ class _Tensor(Protocol):
 
 
 def cost_of_shape(shape: Shape, quant: Quant) -> ModelCost:
-    """The work of a model that need not exist; raises ``KeyError`` for an unknown architecture."""
+    """Return the cost of a model from its shape alone; raises ``KeyError`` for an unknown architecture."""
     decode, prefill = _matrices(plan_tensors(shape, quant))
     return ModelCost(
         file_bytes=tensor_bytes(shape, quant),
@@ -113,7 +113,7 @@ def cost_of_shape(shape: Shape, quant: Quant) -> ModelCost:
 
 
 def cost_of_file(header: GgufHeader) -> ModelCost:
-    """The work of a model file, from its header."""
+    """Return the cost of a model file from its header."""
     decode, prefill = _matrices(header.tensors)
     rows = next((tensor.shape[-1] for tensor in header.tensors if tensor.name == _EMBEDDING), 0)
     name = header.architecture

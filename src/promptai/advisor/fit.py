@@ -1,8 +1,7 @@
-"""One model's line in a list: does it fit this machine, and what would it do?
+"""Whether a model fits this machine, and its expected speed. Pure.
 
-Two kinds of figures, never mixed up: forecasts from a calibration of this machine's engine,
-and, where there is none, bounds (at least so much memory, at most so many tokens a second)
-from arithmetic and memory bandwidth alone. Pure.
+The figures are either forecasts from a calibration of this machine's engine or, without one, bounds from arithmetic
+and memory bandwidth alone: a minimum of memory and a maximum of tokens per second. The two are never mixed.
 """
 
 import msgspec
@@ -14,13 +13,13 @@ from promptai.advisor.forecast import decode_bound_tps, forecast
 
 class ModelFit(msgspec.Struct, frozen=True, kw_only=True):
     """
-    What to expect of one model here.
+    Memory and speed of one model on this machine.
 
     Attributes:
-        calibrated: Forecasts; otherwise ``memory_bytes`` is a lower and ``decode_tps`` an upper bound.
-        memory_bytes: Weights, KV cache of ``context`` tokens and buffers; ``None`` for a cache of unknown form.
-        fits: Whether that is available now.
-        unknown: Types of weights, and a length of heads, that the calibration does not know.
+        calibrated: True: the figures are forecasts; false: ``memory_bytes`` is a lower bound, ``decode_tps`` an upper.
+        memory_bytes: Weights, KV cache of ``context`` tokens and buffers; ``None``: KV cache of unknown size.
+        fits: Whether that much memory is available now; ``None``: unknown.
+        unknown: Types of weights and head lengths that are missing in the calibration.
     """
 
     file_bytes: int
@@ -35,11 +34,12 @@ class ModelFit(msgspec.Struct, frozen=True, kw_only=True):
 
 class MachineCapacity(msgspec.Struct, frozen=True, kw_only=True):
     """
-    This machine as far as models matter.
+    Memory and speed of this machine.
 
     Attributes:
-        available_bytes: Memory that a new process could take.
-        calibration: Of its engine; ``None``: there is none, ``read_bytes_per_s`` bounds instead.
+        available_bytes: Memory available to a new process.
+        read_bytes_per_s: Memory bandwidth; bounds the speed without a calibration.
+        calibration: Calibration of its engine; ``None``: not calibrated.
     """
 
     available_bytes: int
@@ -47,24 +47,24 @@ class MachineCapacity(msgspec.Struct, frozen=True, kw_only=True):
     calibration: Calibration | None = None
 
 
-def model_fit(cost: ModelCost, here: MachineCapacity, *, context: int, depth: int) -> ModelFit:
-    """Judge one model; ``context`` tokens take memory, ``depth`` tokens before the next one take time."""
+def model_fit(cost: ModelCost, machine: MachineCapacity, *, context: int, depth: int) -> ModelFit:
+    """Assess a model; ``context`` tokens determine the memory, ``depth`` tokens before the next one the time."""
     unknown: tuple[str, ...] = ()
     prefill: float | None = None
-    if here.calibration is None:
+    if machine.calibration is None:
         kv = cost.kv_bytes(context)
         memory = None if kv is None else cost.file_bytes + kv + buffer_bytes(cost)
-        decode = decode_bound_tps(cost, here.read_bytes_per_s)
+        decode = decode_bound_tps(cost, machine.read_bytes_per_s)
     else:
-        expected = forecast(cost, here.calibration, context=context, depth=depth)
+        expected = forecast(cost, machine.calibration, context=context, depth=depth)
         memory, decode, prefill = expected.needed_bytes, expected.decode_tps, expected.prefill_tps
         unknown = expected.unknown
     return ModelFit(
         file_bytes=cost.file_bytes,
         context=context,
-        calibrated=here.calibration is not None,
+        calibrated=machine.calibration is not None,
         memory_bytes=memory,
-        fits=None if memory is None else memory <= here.available_bytes,
+        fits=None if memory is None else memory <= machine.available_bytes,
         decode_tps=decode,
         prefill_tps=prefill,
         unknown=unknown,

@@ -1,11 +1,10 @@
-"""What a model will do here: tokens a second and bytes, from its shape and this machine's calibration.
+"""Forecast a model's tokens per second and memory from its cost and this machine's calibration. Pure.
 
-Downloading two gigabytes over a slow link to learn that a model makes half a token a
-second is what this saves. Without a calibration there is still a bound: no engine
-decodes faster than memory can be read. A figure that would rest on a type of weights
-or a length of heads that was never measured is ``None``, with what is missing named. Pure.
+A forecast saves the download of two gigabytes over a slow link only to find that a model generates half a token per
+second. Without a calibration there is still a bound: no engine decodes faster than memory can be read. A rate that
+depends on a type of weights or a head length that was never measured is ``None``, and the missing type is named.
 
-Not forecast: heat, swapping, and what other programs take.
+Heat, swapping and other programs are not part of the forecast.
 """
 
 import msgspec
@@ -16,13 +15,14 @@ from promptai.advisor.cost import ModelCost
 
 class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     """
-    Expected of one model on one engine.
+    Forecast for one model on one engine.
 
     Attributes:
-        decode_tps: Tokens a second of one stream, with ``depth`` tokens before it; ``prefill_tps`` of a prompt.
-        anon_bytes: Memory that the kernel cannot drop: KV cache, buffers, rearranged weights.
-        file_bytes: Mapped files; of these ``spare_bytes`` exist a second time and can be dropped.
-        unknown: Types of weights, and a length of heads, that were never measured; they are why a rate is ``None``.
+        decode_tps: Generated tokens per second of a single stream with ``depth`` tokens before it; ``None``: unknown.
+        prefill_tps: Prompt tokens per second; ``None``: unknown.
+        anon_bytes: Memory that the kernel cannot drop: KV cache, buffers, rearranged weights; ``None``: unknown.
+        file_bytes: Mapped files; ``spare_bytes`` of them exist a second time and can be dropped.
+        unknown: Types of weights and head lengths that were never measured: the reason why a rate is unknown.
     """
 
     decode_tps: float | None
@@ -35,22 +35,22 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def resident_bytes(self) -> int | None:
-        """What the process shows as resident while there is plenty of memory."""
+        """Resident memory of the process while memory is plentiful."""
         return None if self.anon_bytes is None else self.anon_bytes + self.file_bytes
 
     @property
     def needed_bytes(self) -> int | None:
-        """What must stay in memory for it to run at this speed."""
+        """Memory that must stay resident to run at the forecast speed."""
         return None if self.anon_bytes is None else self.anon_bytes + self.file_bytes - self.spare_bytes
 
 
 def forecast(cost: ModelCost, calibration: Calibration, *, context: int, depth: int) -> Forecast:
     """
-    Price ``cost``.
+    Forecast speed and memory of a model.
 
     Args:
-        context: Tokens of context that the engine is started with: they take memory.
-        depth: Tokens that stand before the one being generated: they take time.
+        context: Context size of the engine in tokens; determines the memory.
+        depth: Tokens before the one being generated; determines the time.
     """
     copied = sum(calibration.copied_share.get(kind, 0.0) * size for kind, size in cost.decode_bytes.items())
     kv = cost.kv_bytes(context)
@@ -68,7 +68,7 @@ def forecast(cost: ModelCost, calibration: Calibration, *, context: int, depth: 
 
 
 def decode_bound_tps(cost: ModelCost, read_bytes_per_s: float) -> float | None:
-    """Tokens a second that memory bandwidth alone allows; ``None`` without a matrix to read."""
+    """Upper bound of tokens per second by memory bandwidth; ``None`` for a model without matrices."""
     size = sum(cost.decode_bytes.values())
     return read_bytes_per_s / size if size else None
 
@@ -80,7 +80,7 @@ def _unknown(cost: ModelCost, calibration: Calibration) -> tuple[str, ...]:
 
 
 def _decode_tps(cost: ModelCost, calibration: Calibration, depth: int) -> float | None:
-    """``None`` where a type of weights, or what attention costs, is not known."""
+    """Tokens per second; ``None`` if a price of a weight type or of attention is unknown."""
     prices, attention_s = calibration.decode_s_per_byte, calibration.attention.seconds(cost, depth)
     if not cost.decode_bytes or cost.decode_bytes.keys() - prices.keys() or attention_s is None:
         return None

@@ -1,13 +1,12 @@
-"""What earlier runs say of a model on this machine: the best forecast there is, because it was measured.
+"""Speed of a model in earlier runs on this machine: better than a forecast, because it was measured.
 
-``promptai bench`` leaves a directory for each run. Whoever plans (the gateway, before it has seen a
-model at work) wants three numbers of the newest run of the same file, on the same processor, with the
-same engine and as many threads. Everything else is foreign: another board's rates are worse than none,
-for they look like ours. Rates that were measured with several conversations at once are not a stream's
-that is alone, and are left out too.
+``promptai bench`` leaves a directory per run. Before the gateway has served a model, it uses the figures of the newest
+run with the same file, processor, engine and number of threads. Runs that differ in any of these are ignored: rates of
+another board are worse than none, because they look like rates of this one. Runs with concurrent conversations are
+ignored too, because they do not measure a single stream.
 
-Reads ``manifest.json`` and ``summary.json`` as far as they are needed; a run that has no summary, or
-not yet, is not told of. Measures nothing.
+Reads the needed parts of ``manifest.json`` and ``summary.json``; a run without a summary is skipped silently. Measures
+nothing.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,12 +20,12 @@ from promptai.wire.malformed import MALFORMED
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
     """
-    One model as it was seen at work.
+    Measured performance of a model.
 
     Attributes:
-        run: The run's directory, by its name.
-        prefill_tps, decode_tps: With the cache off, of one stream that is alone.
-        load_s: Seconds that loading took.
+        run: Name of the run's directory.
+        prefill_tps, decode_tps: Tokens per second of a single stream, with the cache off.
+        load_s: Load time in seconds; ``None``: not measured.
         accuracy: Share of items solved; ``None``: not measured.
     """
 
@@ -39,10 +38,11 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
 
 class ProfileKey(msgspec.Struct, frozen=True, kw_only=True):
     """
-    What a profile holds for.
+    The configuration that a profile is valid for.
 
     Attributes:
-        cpu: The processor's name; ``label`` is the engine's, see ``EngineBinary.label``.
+        cpu: Processor name.
+        label: Engine, as in ``EngineBinary.label``.
     """
 
     cpu: str
@@ -52,28 +52,28 @@ class ProfileKey(msgspec.Struct, frozen=True, kw_only=True):
 
 class Profiles:
     """
-    The runs of one engine here, the newest first.
+    Profiles of one configuration from a directory of runs.
 
     Args:
-        note: Told of runs that cannot be read, one line each.
+        note: Called with a line for each run that cannot be read.
     """
 
-    def __init__(self, runs: Path, engine: ProfileKey, note: Callable[[str], None]) -> None:
+    def __init__(self, runs: Path, key: ProfileKey, note: Callable[[str], None]) -> None:
         self._measured: list[_MeasuredModel] = []
         for directory in _directories(runs):
             try:
-                self._measured += _read(directory, engine)
+                self._measured += _read(directory, key)
             except OSError as error:
-                note(f"run {directory.name} is left out: {error.strerror}")
+                note(f"run {directory.name} is ignored: {error.strerror}")
             except MALFORMED as error:
-                note(f"run {directory.name} is left out: {error}")
+                note(f"run {directory.name} is ignored: {error}")
 
-    def of(self, path: Path, *, sha256: str | None) -> Profile | None:
+    def find(self, path: Path, *, sha256: str | None) -> Profile | None:
         """
-        The newest profile of a model file.
+        Return the newest profile of a model file; ``None`` if there is none.
 
         Args:
-            sha256: Of the file where it is known; otherwise its name and size must be the same.
+            sha256: Checksum of the file; ``None``: unknown, file name and size must match instead.
         """
         try:
             size = path.stat().st_size
@@ -164,25 +164,25 @@ class _MeasuredModel(msgspec.Struct, frozen=True):
 
 
 def _directories(runs: Path) -> list[Path]:
-    """Directories of runs; their names begin with the time, so that the newest come first."""
+    """Run directories, newest first; their names begin with the time."""
     try:
         return sorted((entry for entry in runs.iterdir() if entry.is_dir()), key=lambda entry: entry.name, reverse=True)
     except OSError:
         return []
 
 
-def _read(directory: Path, engine: ProfileKey) -> Iterator[_MeasuredModel]:
+def _read(directory: Path, key: ProfileKey) -> Iterator[_MeasuredModel]:
     if not (directory / "summary.json").is_file():
         return
     manifest = msgspec.json.decode((directory / "manifest.json").read_bytes(), type=_Manifest)
     alone = manifest.protocol.concurrency == 1 and manifest.protocol.arrivals.kind == "closed"
-    if manifest.machine.cpu.model_name != engine.cpu or not alone:
+    if manifest.machine.cpu.model_name != key.cpu or not alone:
         return
     summary = msgspec.json.decode((directory / "summary.json").read_bytes(), type=_Summary)
     measured = {target.name: target for target in summary.targets}
     for facts in manifest.targets:
         target = measured.get(facts.name)
-        if facts.model is None or facts.engine is None or target is None or not _has_key(facts.engine, engine):
+        if facts.model is None or facts.engine is None or target is None or not _has_key(facts.engine, key):
             continue
         cold = target.cold or _Part({})
         profile = Profile(
@@ -196,6 +196,6 @@ def _read(directory: Path, engine: ProfileKey) -> Iterator[_MeasuredModel]:
             yield _MeasuredModel(facts.model, profile)
 
 
-def _has_key(facts: _EngineFacts, engine: ProfileKey) -> bool:
+def _has_key(facts: _EngineFacts, key: ProfileKey) -> bool:
     label = EngineBinary(facts.source, facts.command, facts.build, facts.features).label
-    return (label, facts.flags.threads) == (engine.label, engine.threads)
+    return (label, facts.flags.threads) == (key.label, key.threads)

@@ -1,4 +1,4 @@
-"""Prices from what was seen: a small least-squares problem whose unknowns are never negative. Pure."""
+"""Solve for unit prices: a small least-squares problem with non-negative unknowns. Pure."""
 
 from collections.abc import Sequence
 
@@ -6,18 +6,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def solve_prices(rows: Sequence[Sequence[float]], seen: Sequence[float]) -> list[float]:
+def solve_prices(quantities: Sequence[Sequence[float]], costs: Sequence[float]) -> list[float]:
     """
-    Least squares with relative errors and without negative prices.
+    Return the non-negative unit prices with the least squared relative error.
 
-    A price that comes out negative is noise around nothing: it becomes 0 and the others are solved again.
+    A negative price is noise around zero: it becomes 0 and the others are solved again.
 
     Args:
-        rows: How much of everything was used, one row a reading.
-        seen: What each reading cost, none of them 0.
+        quantities: One row per reading, one column per unknown price.
+        costs: Measured cost of each reading; never 0.
     """
-    matrix = np.array(rows, dtype=np.float64)
-    values = np.array(seen, dtype=np.float64)
+    matrix = np.array(quantities, dtype=np.float64)
+    values = np.array(costs, dtype=np.float64)
     scale = np.abs(matrix).max(axis=0)
     scale[scale == 0] = 1.0
     weighted = matrix / scale / np.abs(values)[:, None]

@@ -131,7 +131,7 @@ def describe_model(model: ServedModel, setup: EngineSetup) -> LocalModel:
     )
     cost = cost_of_file(header)
     expected = model_fit(cost, here, context=context * slots, depth=min(_DEPTH, context))
-    profile = setup.profiles.of(model.path, sha256=model.sha256)
+    profile = setup.profiles.find(model.path, sha256=model.sha256)
     rates = Rates()
     if profile is not None:
         rates = Rates(prefill_tps=profile.prefill_tps, decode_tps=profile.decode_tps, source="profile")
