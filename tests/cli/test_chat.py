@@ -1,4 +1,4 @@
-"""``promptai chat`` in a terminal, and with something piped into it."""
+"""``promptai chat`` in a terminal and with piped input."""
 
 import contextlib
 import io
@@ -20,27 +20,27 @@ from promptai.wire.openai import ChunkChoice, CompletionChunk, Delta, Usage
 from support_cli import PROMPTAI, clean_environment, promptai, simulated
 from support_gateway_process import Served, serving
 
-#: Escape sequences of a terminal: colours, and the line that shows what is waited for.
+#: Terminal escape sequences: colours and the status line.
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]")
 
 
 class Terminal:
-    """A person's terminal: what is typed, and what stands there."""
+    """A terminal: types input and collects output."""
 
     def __init__(self, master: int) -> None:
         self._master = master
         self.shown = ""
 
     def type(self, text: str) -> None:
-        """Press keys."""
+        """Type text."""
         self.type_bytes(text.encode())
 
     def type_bytes(self, data: bytes) -> None:
-        """Press keys of another keyboard."""
+        """Type bytes in another encoding."""
         os.write(self._master, data)
 
     def until(self, pattern: str, *, after: int = 0, seconds: float = 30.0) -> str:
-        """Wait until something stands there; everything up to and with it."""
+        """Wait for a pattern; return the output up to and including it."""
         deadline = time.monotonic() + seconds
         while (match := re.search(pattern, self.shown[after:], re.DOTALL)) is None:
             assert time.monotonic() < deadline, f"{pattern!r} did not appear in {self.shown!r}"
@@ -74,7 +74,7 @@ def chatting(*arguments: str, cwd: Path) -> Iterator[tuple[Terminal, "subprocess
 
 
 def _own_terminal() -> None:
-    """So that Ctrl-C is a signal, as for a person."""
+    """Make the terminal the controlling one, so that Ctrl-C sends a signal."""
     import fcntl  # noqa: PLC0415
     import termios  # noqa: PLC0415
 
@@ -95,7 +95,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 @pytest.mark.real
-def test_a_conversation_with_its_costs_and_commands(gateway: Served, tmp_path: Path) -> None:
+def test_a_conversation_shows_statistics_and_runs_commands(gateway: Served, tmp_path: Path) -> None:
     with chatting("--url", gateway.url, cwd=tmp_path) as (terminal, process):
         terminal.until(r"simulated at http.*\n> ")
         terminal.type("How is the mast?\n")
@@ -104,15 +104,15 @@ def test_a_conversation_with_its_costs_and_commands(gateway: Served, tmp_path: P
         terminal.type("And now?\n")
         second = terminal.until(r"\d+ of \d+ prompt tokens from the cache, by shelf", after=begun)
         terminal.type("/model fats\n")
-        terminal.until(r"no model is called fats there \(did you mean fast\?\)")
+        terminal.until(r"the server has no model named fats \(did you mean fast\?\)")
         terminal.type("/model fast\n")
-        terminal.until("fast, in the same conversation")
+        terminal.until("fast, same conversation")
         terminal.type("/model\n")
         terminal.until(r"  simulated\s+\* fast")
         terminal.type("/new\n")
-        terminal.until("a new conversation")
+        terminal.until("new conversation")
         terminal.type("/nonsense\n")
-        terminal.until("there is no /nonsense.*/quit")
+        terminal.until("unknown command /nonsense.*/quit")
         terminal.type("/quit\n")
 
         assert process.wait(10) == 0
@@ -128,7 +128,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(gateway: Served, tmp_path: 
     with chatting("--url", gateway.url, cwd=tmp_path) as (terminal, process):
         terminal.until(r"\n> ")
         begun = len(terminal.shown)
-        time.sleep(0.3)  # input() misses a signal of the very moment in which it begins to wait
+        time.sleep(0.3)  # input() misses a signal that arrives just as it starts to wait
         terminal.type("\x03")
         terminal.until(r"\n> ", after=begun)
         terminal.type("Tell me everything about the uplink.\n")
@@ -141,7 +141,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(gateway: Served, tmp_path: 
 
 
 @pytest.mark.real
-def test_what_is_piped_in_is_one_question_and_only_its_answer_comes_out(gateway: Served, tmp_path: Path) -> None:
+def test_piped_input_is_one_question_and_prints_only_the_answer(gateway: Served, tmp_path: Path) -> None:
     done = subprocess.run(
         [*PROMPTAI, "chat", "--url", f"{gateway.url}/v1", "--system", "Be brief."],
         check=True,
@@ -161,11 +161,11 @@ def test_what_is_piped_in_is_one_question_and_only_its_answer_comes_out(gateway:
 @pytest.mark.parametrize(
     ("arguments", "code", "word"),
     [
-        ((), 4, "nobody answers at {nowhere} (promptai serve starts a gateway)"),
+        ((), 4, "no server answers at {nowhere} (start a gateway with promptai serve)"),
         (("--budget", "soon"), 2, "a budget is a time above 0 such as 10s"),
     ],
 )
-def test_a_mistake_is_said_plainly(tmp_path: Path, arguments: tuple[str, ...], code: int, word: str) -> None:
+def test_reports_a_mistake_in_one_line(tmp_path: Path, arguments: tuple[str, ...], code: int, word: str) -> None:
     nowhere = "http://127.0.0.1:9"
 
     done = promptai("chat", "--url", nowhere, *arguments, cwd=tmp_path)
@@ -175,15 +175,15 @@ def test_a_mistake_is_said_plainly(tmp_path: Path, arguments: tuple[str, ...], c
 
 
 @pytest.mark.real
-def test_a_model_that_is_not_there_is_told_with_its_nearest(gateway: Served, tmp_path: Path) -> None:
+def test_an_unknown_model_is_reported_with_the_closest_name(gateway: Served, tmp_path: Path) -> None:
     done = promptai("chat", "simulatde", "--url", gateway.url, cwd=tmp_path)
 
     assert done.returncode == 3
-    assert done.stderr == "promptai: error: no model is called simulatde there (did you mean simulated?)\n"
+    assert done.stderr == "promptai: error: the server has no model named simulatde (did you mean simulated?)\n"
 
 
 @pytest.mark.real
-def test_a_key_that_is_missing_is_told(tmp_path: Path) -> None:
+def test_a_missing_key_is_reported(tmp_path: Path) -> None:
     with serving("--simulate", "1", "--host", "0.0.0.0", cwd=tmp_path) as served:  # noqa: S104  it demands a key
         key = served.line("API key: ").removeprefix("API key: ")
         refused = promptai("chat", "--url", served.url, cwd=tmp_path)
@@ -197,7 +197,7 @@ def test_a_key_that_is_missing_is_told(tmp_path: Path) -> None:
         )
 
     assert refused.returncode == 4
-    assert "wants an API key (set PROMPTAI_API_KEY to one)" in refused.stderr
+    assert "requires an API key (set PROMPTAI_API_KEY)" in refused.stderr
     assert answered.stdout.strip()
 
 
@@ -205,12 +205,12 @@ def test_a_key_that_is_missing_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "typed", "word"),
     [
-        (("simulated", "--budget", "10s"), b"Hello?", "--budget chooses the model, so that it cannot stand beside"),
+        (("simulated", "--budget", "10s"), b"Hello?", "--budget chooses the model and cannot be combined with MODEL"),
         (("--system", os.fsdecode(b"Br\xfcsk")), b"Hello?", "--system is not UTF-8"),
-        ((), b"Gr\xfc\xdfe", "what is piped in is not UTF-8 from byte 2 on"),
+        ((), b"Gr\xfc\xdfe", "standard input is not UTF-8 (byte 2)"),
     ],
 )
-def test_what_cannot_be_asked_is_one_line(
+def test_invalid_input_is_a_one_line_error(
     gateway: Served, tmp_path: Path, arguments: tuple[str, ...], typed: bytes, word: str
 ) -> None:
     done = subprocess.run(
@@ -228,38 +228,38 @@ def test_what_cannot_be_asked_is_one_line(
 
 
 @pytest.mark.real
-def test_what_is_typed_in_another_encoding_ends_no_conversation(gateway: Served, tmp_path: Path) -> None:
+def test_typing_in_another_encoding_does_not_end_the_conversation(gateway: Served, tmp_path: Path) -> None:
     with chatting("--url", gateway.url, "--budget", "10s", cwd=tmp_path) as (terminal, process):
         terminal.until(r"\n> ")
         terminal.type_bytes(b"Gr\xfc\xdfe\n")
-        terminal.until(r"that is not UTF-8.*\n> ")
+        terminal.until(r"the input is not UTF-8.*\n> ")
         terminal.type("/model fast\n")
-        terminal.until("fast, in the same conversation; the budget only counts for auto")
+        terminal.until("fast, same conversation; the budget applies only to auto")
         terminal.type("/quit\n")
 
         assert process.wait(10) == 0
 
 
-def test_pieces_are_not_called_tokens() -> None:
+def test_does_not_count_pieces_as_tokens() -> None:
     chunk = CompletionChunk(choices=[ChunkChoice(delta=Delta(content="a"))])
-    cost = AnswerStats(began=0.0)
-    cost.add(chunk, 1.0, has_text=True)
-    cost.add(chunk, 2.0, has_text=True)
-    before = cost.words("shelf")
-    cost.add(CompletionChunk(usage=Usage(prompt_tokens=3, completion_tokens=11)), 2.0, has_text=False)
+    stats = AnswerStats(began=0.0)
+    stats.add(chunk, 1.0, has_text=True)
+    stats.add(chunk, 2.0, has_text=True)
+    before = stats.summary("shelf")
+    stats.add(CompletionChunk(usage=Usage(prompt_tokens=3, completion_tokens=11)), 2.0, has_text=False)
 
     assert before == "first token after 1.0 s, by shelf"
-    assert cost.words(None) == "11 tokens, 10.0 tokens/s, first token after 1.0 s"
+    assert stats.summary(None) == "11 tokens, 10.0 tokens/s, first token after 1.0 s"
 
 
-def test_what_a_gateway_says_beside_its_answers_cannot_steer_the_terminal() -> None:
+def test_the_status_of_a_gateway_cannot_control_the_terminal() -> None:
     out = io.StringIO()
     line = Console(file=out, force_terminal=True).status("asking")
-    told = _GatewayStatus()
+    shown = _GatewayStatus()
 
-    told.take({"stage": "queued", "place": "\x1b[2J[bold]7"}, line)
+    shown.update({"stage": "queued", "place": "\x1b[2J[bold]7"}, line)
 
-    assert str(line.status) == "?[2J\\[bold]7 before you"
+    assert str(line.status) == "?[2J\\[bold]7 ahead of you"
 
 
 @pytest.mark.parametrize(
@@ -272,14 +272,14 @@ def test_what_a_gateway_says_beside_its_answers_cannot_steer_the_terminal() -> N
         ("naïve 基站", "naïve 基站", "naïve 基站"),
     ],
 )
-def test_what_steers_a_terminal_is_taken_out(text: str, shown: str, named: str) -> None:
+def test_removes_or_replaces_control_characters(text: str, shown: str, named: str) -> None:
     assert (strip_controls(text), one_line(text)) == (shown, named)
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("status", "text"),
     [
-        ({"stage": "queued", "place": 2, "left_s": 41.2}, "2 before you, first token in about 41 s"),
+        ({"stage": "queued", "place": 2, "left_s": 41.2}, "2 ahead of you, first token in about 41 s"),
         ({"stage": "queued", "place": 0}, "waiting"),
         ({"stage": "loading", "percent": 40, "left_s": 7.0}, "loading the model 40 %, first token in about 7 s"),
         ({"stage": "prefill", "percent": 12, "left_s": 0.4}, "reading the prompt 12 %"),
@@ -288,5 +288,5 @@ def test_what_steers_a_terminal_is_taken_out(text: str, shown: str, named: str) 
         ({"stage": "loading", "percent": "many", "left_s": None}, "loading the model"),
     ],
 )
-def test_a_stage_is_told_in_words(said: dict[str, object], words: str) -> None:
-    assert words == describe_stage(said)
+def test_describes_the_stage_of_a_request(status: dict[str, object], text: str) -> None:
+    assert text == describe_stage(status)

@@ -1,4 +1,4 @@
-"""``promptai keys``, as a person runs it."""
+"""``promptai keys`` from the command line."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.real
 
 
 def keys(tmp_path: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """The command with a configuration directory of the test's own."""
+    """Run the command with its own configuration directory."""
     return promptai("keys", *arguments, cwd=tmp_path, XDG_CONFIG_HOME=str(tmp_path))
 
 
@@ -32,13 +32,15 @@ def listed(tmp_path: Path) -> list[dict[str, Any]]:
         (("add",), "Missing argument 'NAME'"),
         (("add", "a", "--scope", "root"), "'root' is not one of"),
         (("add", "a", "--rpm", "0"), "0 is not in the range"),
-        (("add", "a", "--models", " , "), "--models names no model"),
+        (("add", "a", "--models", " , "), "--models lists no model"),
         (("add", "a\nb"), "1 to 64 printable characters"),
         (("revoke", "12345678"), "there is no key 12345678 (promptai keys list shows their ids)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
-def test_bad_input_is_one_line_and_changes_nothing(tmp_path: Path, arguments: tuple[str, ...], word: str) -> None:
+def test_invalid_input_is_a_usage_error_and_changes_nothing(
+    tmp_path: Path, arguments: tuple[str, ...], word: str
+) -> None:
     done = keys(tmp_path, *arguments)
 
     assert (done.returncode, done.stdout) == (2, "")
@@ -46,7 +48,7 @@ def test_bad_input_is_one_line_and_changes_nothing(tmp_path: Path, arguments: tu
     assert not (tmp_path / "promptai" / "keys.json").exists()
 
 
-def test_a_broken_file_is_one_line(tmp_path: Path) -> None:
+def test_a_damaged_key_file_is_a_one_line_error(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     path.write_text("{")
     path.chmod(0o600)
@@ -57,7 +59,7 @@ def test_a_broken_file_is_one_line(tmp_path: Path) -> None:
     assert f"keys in {path} cannot be read" in done.stderr
 
 
-def test_the_secret_alone_is_on_stdout_and_works_until_it_is_revoked(tmp_path: Path) -> None:
+def test_prints_only_the_secret_on_stdout_and_it_works_until_revoked(tmp_path: Path) -> None:
     added = keys(tmp_path, "add", "laptop", "--models", "tiny, small", "--rpm", "30", "--tpm", "9000")
     secret = added.stdout.strip()
     store = KeyStore(keys_path({"XDG_CONFIG_HOME": str(tmp_path)}))
@@ -67,12 +69,12 @@ def test_the_secret_alone_is_on_stdout_and_works_until_it_is_revoked(tmp_path: P
     assert secret not in added.stderr
     assert key.id in added.stderr
     revoked = keys(tmp_path, "revoke", key.id)
-    assert revoked.stdout == f"key {key.id} for laptop is revoked\n"
+    assert revoked.stdout == f"revoked key {key.id} for laptop\n"
     store.reload()
     assert store.find(secret) is None
 
 
-def test_the_list_for_programs_has_everything_but_secrets_and_digests(tmp_path: Path) -> None:
+def test_the_json_list_has_everything_but_secrets_and_digests(tmp_path: Path) -> None:
     added = json.loads(
         keys(
             tmp_path, "add", "a", "--scope", "admin", "--scope", "metrics", "--concurrent", "2", "--tpm", "5", "--json"
@@ -86,7 +88,7 @@ def test_the_list_for_programs_has_everything_but_secrets_and_digests(tmp_path: 
     assert (added["limits"], "sha256" in added) == (limits, False)
 
 
-def test_the_list_for_people_shows_names_as_they_are(tmp_path: Path) -> None:
+def test_the_table_shows_names_unchanged(tmp_path: Path) -> None:
     keys(tmp_path, "add", "[red]alert[/red]", "--models", "tiny", "--rpm", "3")
     keys(tmp_path, "revoke", listed(tmp_path)[0]["id"])
     shown = keys(tmp_path, "list").stdout
@@ -96,7 +98,7 @@ def test_the_list_for_people_shows_names_as_they_are(tmp_path: Path) -> None:
     assert "3 requests/min; only tiny" in shown
 
 
-def test_keys_are_where_the_given_settings_say(tmp_path: Path) -> None:
+def test_uses_the_key_file_of_the_given_settings(tmp_path: Path) -> None:
     config, path = tmp_path / "other.toml", tmp_path / "others.json"
     config.write_text(f"[gateway]\nkeys = '{path}'\n")
 
@@ -107,18 +109,18 @@ def test_keys_are_where_the_given_settings_say(tmp_path: Path) -> None:
     revoked = keys(tmp_path, "revoke", added["id"], "--config", str(config))
     absent = keys(tmp_path, "list", "--config", "absent.toml")
 
-    assert empty == f"{path}: no keys; promptai keys add NAME --config {config} makes one\n"
+    assert empty == f"no keys in {path}; create one with promptai keys add NAME --config {config}\n"
     assert "laptop" in shown
     assert elsewhere == []
     assert (revoked.returncode, KeyStore(path).list()[0].revoked) == (0, True)
     assert (absent.returncode, len(absent.stderr.splitlines())) == (2, 1)
 
 
-def test_without_keys_the_list_says_how_to_make_one(tmp_path: Path) -> None:
+def test_an_empty_list_shows_how_to_create_a_key(tmp_path: Path) -> None:
     done = keys(tmp_path, "list")
 
     assert (done.returncode, done.stdout) == (
         0,
-        f"{tmp_path}/promptai/keys.json: no keys; promptai keys add NAME makes one\n",
+        f"no keys in {tmp_path}/promptai/keys.json; create one with promptai keys add NAME\n",
     )
     assert listed(tmp_path) == []

@@ -1,7 +1,7 @@
-"""``promptai chat``: a conversation in the terminal, with a gateway or any OpenAI-compatible server.
+"""``promptai chat``: a conversation in the terminal with a gateway or any OpenAI-compatible server.
 
-Every question goes with the whole conversation before it, as every client of such servers does, so
-that the server's cache is used as it will be in earnest. What the answer cost stands below it.
+Every request contains the whole conversation, as with every client of such servers, so the server's prompt cache is
+used as in production. Tokens, speed and cache hits are printed below each answer.
 """
 
 import asyncio
@@ -34,14 +34,15 @@ from promptai.wire.llamaserver import Timings
 from promptai.wire.openai import CompletionChunk, Usage
 
 _HELP = """\
-/new            begin a new conversation
-/model NAME     go on with another model; without a name, list them
-/quit           leave, as Ctrl-D does
+/new            start a new conversation
+/model NAME     continue with another model; without a name, list the models
+/quit           leave (also Ctrl-D)
 Ctrl-C          stop the answer"""
 _URL = "http://127.0.0.1:8400"
 
-
+#: Called with the kind of a piece (``text`` or ``thought``) and the piece.
 OnPiece = Callable[[str, str], None]
+#: Called with each status event of a gateway, and with the headers of the response.
 OnStatus = Callable[[Mapping[str, Any]], None]
 
 
@@ -50,8 +51,8 @@ class ChatSession:
     One conversation.
 
     Attributes:
-        model: Who is asked.
-        budget: What ``auto`` keeps to, and nobody else.
+        model: Model of the next request.
+        budget: Time limit for ``auto``; other models ignore it. ``None``: no limit.
     """
 
     def __init__(self, url: str, model: str, *, system: str | None, budget: str | None, api_key: str | None) -> None:
@@ -64,27 +65,23 @@ class ChatSession:
         self._messages: list[dict[str, str]] = []
 
     def restart(self) -> None:
-        """Forget what was said."""
+        """Start a new conversation."""
         self._messages = []
 
-    async def ask(self, question: str, on_piece: OnPiece, beside: OnStatus) -> "AnswerStats":
+    async def ask(self, question: str, on_piece: OnPiece, on_status: OnStatus) -> "AnswerStats":
         """
-        Ask; the answer is told piece by piece, and kept, also when it is stopped.
-
-        Args:
-            hear: Told the kind of each piece, ``text`` or ``thought``, and the piece.
-            beside: As of ``EngineClient``.
+        Send a question and stream the answer; an interrupted answer stays in the conversation.
 
         Raises:
-            EngineError: There is no answer, or no end of it.
+            EngineError: The answer is missing or incomplete.
         """
         loop, answer = asyncio.get_running_loop(), ""
-        cost = AnswerStats(began=loop.time())
+        stats = AnswerStats(began=loop.time())
         asked = [*self._messages, {"role": "user", "content": question}]
         body = {"model": self.model, "messages": [*self._system, *asked]}
         try:
             async with (
-                EngineClient(self._url, api_key=self._api_key, headers=self._headers, on_status=beside) as client,
+                EngineClient(self._url, api_key=self._api_key, headers=self._headers, on_status=on_status) as client,
                 contextlib.aclosing(client.stream_chat(body)) as arrivals,
             ):
                 async for arrival in arrivals:
@@ -94,19 +91,19 @@ class ChatSession:
                     if text:
                         on_piece("text", text)
                     answer += text
-                    cost.add(arrival.chunk, loop.time(), has_text=bool(thought or text))
+                    stats.add(arrival.chunk, loop.time(), has_text=bool(thought or text))
         finally:
             if answer:
                 self._messages = [*asked, {"role": "assistant", "content": answer}]
-        return cost
+        return stats
 
 
 class AnswerStats(msgspec.Struct):
     """
-    What an answer took.
+    Timing and token counts of an answer.
 
     Attributes:
-        began: When it was asked for; ``first`` and ``last``: when pieces of it came.
+        began: Time of the request; ``first`` and ``last``: times of the first and last piece with text.
     """
 
     began: float
@@ -116,20 +113,20 @@ class AnswerStats(msgspec.Struct):
     usage: Usage | None = None
 
     def add(self, chunk: CompletionChunk, now: float, *, has_text: bool) -> None:
-        """Another chunk has come."""
+        """Add a chunk."""
         if has_text:
             self.first = now if self.first is None else self.first
             self.last = now
         self.timings = chunk.timings or self.timings
         self.usage = chunk.usage or self.usage
 
-    def words(self, replica: str | None) -> str:
-        """One line."""
+    def summary(self, replica: str | None) -> str:
+        """Describe the answer in one line."""
         if self.first is None or self.last is None:
             return "no answer"
         parts = []
         counts = self.usage.exact() if self.usage is not None else None
-        if counts is not None:  # a piece is no token, so that nothing else tells how many there were
+        if counts is not None:  # pieces are not tokens, so they cannot be counted instead
             tokens = counts.completion_tokens
             parts.append(f"{tokens} tokens")
             if tokens > 1 and self.last > self.first:
@@ -156,15 +153,15 @@ Examples:
 """
 )
 @click.argument("model", required=False)
-@click.option("--url", default=_URL, show_default=True, help="The server; its key in PROMPTAI_API_KEY.")
-@click.option("--system", help="What the model is told before everything else.")
-@click.option("--budget", help="Seconds for a whole answer, e.g. 10s; the best model that keeps to it is asked.")
+@click.option("--url", default=_URL, show_default=True, help="URL of the server; PROMPTAI_API_KEY holds its API key.")
+@click.option("--system", help="System prompt.")
+@click.option("--budget", help="Time limit for a whole answer, e.g. 10s; the best model that meets it answers.")
 def chat(*, model: str | None, url: str, system: str | None, budget: str | None) -> None:
     """
-    Talk to a gateway or any OpenAI-compatible server.
+    Chat with a gateway or any OpenAI-compatible server.
 
-    In a terminal it is a conversation; /help says what else can be typed. Something piped in is one
-    question, and nothing but its answer is printed.
+    In a terminal this is a conversation; /help lists the commands. Piped input is a single question, and only
+    its answer is printed.
     """
     if budget is not None:
         try:
@@ -172,9 +169,7 @@ def chat(*, model: str | None, url: str, system: str | None, budget: str | None)
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="--budget") from None
         if model not in {None, AUTO}:
-            raise SettingsError(
-                "--budget chooses the model, so that it cannot stand beside a MODEL", hint="leave one of them out"
-            )
+            raise SettingsError("--budget chooses the model and cannot be combined with MODEL", hint="use one of them")
     _check_utf8(system)
     key = load_secrets().api_key
     known = asyncio.run(_models(url, key))
@@ -188,51 +183,51 @@ def chat(*, model: str | None, url: str, system: str | None, budget: str | None)
 
 
 def _piped() -> str:
-    """The question that was piped in."""
+    """Read the question from standard input."""
     try:
         return sys.stdin.buffer.read().decode().strip()
     except UnicodeDecodeError as error:
         raise SettingsError(
-            f"what is piped in is not UTF-8 from byte {error.start} on", hint="iconv -t utf-8 converts it"
+            f"standard input is not UTF-8 (byte {error.start})", hint="convert it with iconv -t utf-8"
         ) from None
 
 
 def _check_utf8(system: str | None) -> None:
-    """Bytes that are no UTF-8 stand in a text of the command line as halves of characters, which no server takes."""
+    """Reject a system prompt that is not UTF-8: Python decodes its bytes to lone surrogates, which servers reject."""
     try:
         (system or "").encode()
     except UnicodeEncodeError:
-        raise SettingsError("--system is not UTF-8", hint="set the terminal to it") from None
+        raise SettingsError("--system is not UTF-8", hint="use a UTF-8 terminal") from None
 
 
 async def _models(url: str, key: str | None) -> list[str]:
-    """What the server serves; raises where there is none."""
+    """List the models of the server; raises ``EngineError`` if it does not answer."""
     async with EngineClient(url, api_key=key) as client:
         try:
             return await client.models()
         except EngineDiedError as error:
-            raise EngineDiedError(f"nobody answers at {url}", hint="promptai serve starts a gateway") from error
+            raise EngineDiedError(f"no server answers at {url}", hint="start a gateway with promptai serve") from error
         except EngineRefusedError as error:
             if error.status == 401:
-                raise EngineError(f"{url} wants an API key", hint="set PROMPTAI_API_KEY to one") from None
+                raise EngineError(f"{url} requires an API key", hint="set PROMPTAI_API_KEY") from None
             raise
 
 
 def _resolve(name: str, known: list[str]) -> str:
-    """A name that the server lists; one that lists none is left to say so itself."""
+    """Check a model name against the server's list; without a list, the server checks it."""
     if not known or name in known:
         return name
-    near = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, known, n=1)
     raise ModelNotFoundError(
-        f"no model is called {name} there",
-        hint=f"did you mean {near[0]}?" if near else f"known: {', '.join(known[:8])}",
+        f"the server has no model named {name}",
+        hint=f"did you mean {close[0]}?" if close else f"known: {', '.join(known[:8])}",
     )
 
 
 def _run_conversation(session: ChatSession, known: list[str], url: str) -> None:
-    """Question and answer in turns, until somebody has had enough."""
+    """Read questions and print answers until the user leaves."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401, PLC0415  input() edits lines and remembers them once it is there
+        import readline  # noqa: F401, PLC0415  gives input() line editing and history
     console = Console(highlight=False, emoji=False)
     console.print(f"[bold]{_name(session.model or 'the server')}[/] at {_name(url)}; /help for help", soft_wrap=True)
     while True:
@@ -242,7 +237,7 @@ def _run_conversation(session: ChatSession, known: list[str], url: str) -> None:
         except KeyboardInterrupt:
             continue
         except UnicodeError:
-            console.print("that is not UTF-8; set the terminal to it")
+            console.print("the input is not UTF-8; use a UTF-8 terminal")
             continue
         except EOFError:
             console.print()
@@ -259,29 +254,29 @@ def _command(session: ChatSession, line: str, known: list[str], console: Console
     word, _, rest = line.partition(" ")
     if word == "/new":
         session.restart()
-        console.print("[dim]a new conversation[/]")
+        console.print("[dim]new conversation[/]")
     elif word == "/model" and not rest:
         console.print("\n".join(f"{'*' if name == session.model else ' '} {_name(name)}" for name in known))
     elif word == "/model":
         try:
             session.model = _resolve(rest.strip(), known)
-            freely = f"; the budget only counts for {AUTO}" if session.budget and session.model != AUTO else ""
-            console.print(f"[dim]{_name(session.model)}, in the same conversation{freely}[/]")
+            note = f"; the budget applies only to {AUTO}" if session.budget and session.model != AUTO else ""
+            console.print(f"[dim]{_name(session.model)}, same conversation{note}[/]")
         except PromptAIError as error:
             console.print(one_line(str(error)), markup=False)
     else:
-        console.print(_HELP if word == "/help" else f"there is no {word}\n{_HELP}", markup=False)
+        console.print(_HELP if word == "/help" else f"unknown command {word}\n{_HELP}", markup=False)
 
 
 def _turn(session: ChatSession, question: str, console: Console) -> None:
-    """One answer, with what happens before it in a line that goes away."""
-    waiting, told = console.status("asking"), _GatewayStatus()
+    """Print one answer; a status line shows the progress before it starts."""
+    spinner, status_line = console.status("waiting for the server"), _GatewayStatus()
     begun = False
 
     def on_piece(kind: str, piece: str) -> None:
         nonlocal begun
         if not begun:
-            waiting.stop()
+            spinner.stop()
             begun = True
         if kind == "thought":
             console.print(f"[dim]{escape(strip_controls(piece))}[/]", end="", soft_wrap=True)
@@ -289,11 +284,11 @@ def _turn(session: ChatSession, question: str, console: Console) -> None:
             _print(piece)
 
     try:
-        with waiting:
-            cost = asyncio.run(session.ask(question, on_piece, lambda status: told.take(status, waiting)))
-        console.print(f"\n[dim]{_name(cost.words(told.replica))}[/]", soft_wrap=True)
+        with spinner:
+            stats = asyncio.run(session.ask(question, on_piece, lambda status: status_line.update(status, spinner)))
+        console.print(f"\n[dim]{_name(stats.summary(status_line.replica))}[/]", soft_wrap=True)
     except KeyboardInterrupt:
-        console.print("\n[dim]stopped[/]" if begun else "[dim]stopped before it began[/]")
+        console.print("\n[dim]stopped[/]" if begun else "[dim]stopped before the answer started[/]")
     except EngineError as error:
         if begun:
             console.print()
@@ -301,27 +296,27 @@ def _turn(session: ChatSession, question: str, console: Console) -> None:
 
 
 class _GatewayStatus:
-    """What a gateway says beside its answers."""
+    """The status that a gateway reports during an answer."""
 
     def __init__(self) -> None:
         self.replica: str | None = None
 
-    def take(self, status: Mapping[str, Any], line: Status) -> None:
-        """Show the stage, remember the replica."""
+    def update(self, status: Mapping[str, Any], line: Status) -> None:
+        """Show the stage and record the replica."""
         replica = status.get("replica") or status.get("x-promptai-replica")
         self.replica = str(replica) if replica else self.replica
-        words = describe_stage(status)
-        if words:
-            line.update(_name(words))
+        text = describe_stage(status)
+        if text:
+            line.update(_name(text))
 
 
 def describe_stage(status: Mapping[str, Any]) -> str:
-    """Where a request is, for a person: ``2 before you, about 40 s left``."""
+    """Describe the stage of a request: ``2 ahead of you, first token in about 40 s``; empty for other events."""
     stage, place, percent, left = (status.get(name) for name in ("stage", "place", "percent", "left_s"))
-    words = {"queued": "waiting", "loading": "loading the model", "prefill": "reading the prompt"}.get(str(stage), "")
-    if not words:
+    text = {"queued": "waiting", "loading": "loading the model", "prefill": "reading the prompt"}.get(str(stage), "")
+    if not text:
         return ""
-    parts = [f"{place} before you" if stage == "queued" and place else words]
+    parts = [f"{place} ahead of you" if stage == "queued" and place else text]
     if isinstance(percent, int | float):
         parts[0] += f" {percent:.0f} %"
     if isinstance(left, int | float) and left >= 1:
@@ -340,5 +335,5 @@ def _print(text: str) -> None:
 
 
 def _name(text: str) -> str:
-    """A name from outside, or a line with one in it, between marks of ours."""
+    """Escape a line that contains a foreign name, for rich markup."""
     return escape(one_line(text))

@@ -1,6 +1,6 @@
-"""``promptai keys``: who may use the gateway.
+"""``promptai keys``: manage the API keys of the gateway.
 
-The gateway need not run, and one that does learns of a change within a second.
+The gateway need not be running; a running one applies a change within a second.
 """
 
 import os
@@ -19,17 +19,15 @@ from promptai.gateway.limits import KeyLimits
 from promptai.settings import keys_path, load_settings
 
 _AT_LEAST_ONE = click.IntRange(min=1)
-_CONFIG = click.option(
-    "--config", type=click.Path(path_type=Path), help="The promptai.toml that promptai serve was given."
-)
+_CONFIG = click.option("--config", type=click.Path(path_type=Path), help="The promptai.toml of promptai serve.")
 
 
 @click.group()
 def keys() -> None:
     """
-    API keys of the gateway: add, list, revoke.
+    Add, list and revoke API keys of the gateway.
 
-    Bound to loopback the gateway is open as long as there is no key. Bound wider it demands one.
+    A gateway on loopback needs no key until one exists. On any other address it always requires one.
     """
 
 
@@ -45,12 +43,12 @@ def keys() -> None:
     multiple=True,
     default=("infer",),
     show_default=True,
-    help="What it opens; may be repeated. admin opens everything.",
+    help="Permissions of the key; repeatable. admin permits everything.",
 )
-@click.option("--models", metavar="A,B", help="All that it may ask for: models, aliases, or auto.")
-@click.option("--rpm", type=_AT_LEAST_ONE, help="Requests a minute.")
-@click.option("--tpm", type=_AT_LEAST_ONE, help="Tokens a minute, of prompts and answers.")
-@click.option("--concurrent", type=_AT_LEAST_ONE, help="Requests at once.")
+@click.option("--models", metavar="A,B", help="Models, aliases or auto that the key may use.  [default: all]")
+@click.option("--rpm", type=_AT_LEAST_ONE, help="Requests per minute.  [default: unlimited]")
+@click.option("--tpm", type=_AT_LEAST_ONE, help="Tokens per minute, prompts and answers.  [default: unlimited]")
+@click.option("--concurrent", type=_AT_LEAST_ONE, help="Concurrent requests.  [default: unlimited]")
 @_CONFIG
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def add(
@@ -64,7 +62,7 @@ def add(
     config: Path | None,
     as_json: bool,
 ) -> None:
-    """Make a key for NAME and print it, this once."""
+    """Create a key for NAME and print it; it cannot be shown again."""
     limits = KeyLimits(requests_per_min=rpm, tokens_per_min=tpm, concurrent=concurrent, models=_models(models))
     key, secret = _store(config).add(name, scopes=scopes, limits=limits)
     if as_json:
@@ -78,18 +76,18 @@ def add(
 @_CONFIG
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_keys(*, config: Path | None, as_json: bool) -> None:
-    """List all keys, without their secrets."""
+    """List all keys without their secrets."""
     store = _store(config)
     if as_json:
         click.echo(msgspec.json.encode([_shown(key) for key in store.list()]))
         return
     if not store.list():
-        click.echo(f"{store.path}: no keys; {add_command(config)} makes one")
+        click.echo(f"no keys in {store.path}; create one with {add_command(config)}")
         return
-    table = Table("id", "name", "begins with", "opens", "limits", "created")
+    table = Table("id", "name", "begins with", "scope", "limits", "created")
     for key in store.list():
         scope = "revoked" if key.revoked else ", ".join(key.scopes)
-        table.add_row(key.id, escape(key.name), key.prefix, scope, escape(_words(key.limits)), key.created[:10])
+        table.add_row(key.id, escape(key.name), key.prefix, scope, escape(_describe(key.limits)), key.created[:10])
     Console(highlight=False).print(table)
 
 
@@ -97,13 +95,13 @@ def list_keys(*, config: Path | None, as_json: bool) -> None:
 @click.argument("key_id", metavar="ID")
 @_CONFIG
 def revoke(*, key_id: str, config: Path | None) -> None:
-    """Let a key open nothing any more; running gateways follow within a second."""
+    """Revoke a key; running gateways refuse it within a second."""
     key = _store(config).revoke(key_id)
-    click.echo(f"key {key.id} for {key.name} is revoked")
+    click.echo(f"revoked key {key.id} for {key.name}")
 
 
 def add_command(config: Path | None) -> str:
-    """The command that makes a key where ``promptai serve --config`` looks for it."""
+    """Return the command that adds a key to the file that ``promptai serve --config`` reads."""
     return "promptai keys add NAME" + ("" if config is None else f" --config {shlex.quote(str(config))}")
 
 
@@ -116,22 +114,22 @@ def _models(option: str | None) -> tuple[str, ...] | None:
         return None
     names = tuple(dict.fromkeys(name.strip() for name in option.split(",") if name.strip()))
     if not names:
-        raise SettingsError("--models names no model", hint="leave it out to allow all of them")
+        raise SettingsError("--models lists no model", hint="omit --models to allow all models")
     return names
 
 
 def _shown(key: Key) -> dict[str, object]:
-    """A key for a program that lists keys: all but the digest."""
+    """Return the fields of a key for JSON, without its digest."""
     facts: dict[str, object] = msgspec.to_builtins(key)
     del facts["sha256"]
     return facts
 
 
-def _words(limits: KeyLimits) -> str:
-    words = [
+def _describe(limits: KeyLimits) -> str:
+    parts = [
         None if limits.requests_per_min is None else f"{limits.requests_per_min} requests/min",
         None if limits.tokens_per_min is None else f"{limits.tokens_per_min} tokens/min",
-        None if limits.concurrent is None else f"{limits.concurrent} at once",
+        None if limits.concurrent is None else f"{limits.concurrent} concurrent",
         None if limits.models is None else "only " + ", ".join(limits.models),
     ]
-    return "; ".join(word for word in words if word)
+    return "; ".join(part for part in parts if part)

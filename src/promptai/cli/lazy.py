@@ -1,7 +1,7 @@
-"""Groups whose commands are imported when they run.
+"""Command groups that import a command only when it runs.
 
-``promptai --help`` must answer at once on a board, and NumPy alone takes longer
-than that. So a group knows its commands by name, place and one line of help.
+``promptai --help`` must be instant on a board, where importing NumPy alone takes longer. So a group knows the name,
+location and one line of help of each command.
 """
 
 import importlib
@@ -13,10 +13,10 @@ import click
 
 class LazyGroup(click.Group):
     """
-    A group that imports a command when it is asked for.
+    A group that imports its commands lazily.
 
     Args:
-        verbs: Command -> where it is (``module:attribute``), and its line in the help.
+        verbs: Command -> location (``module:attribute``) and line of help.
     """
 
     def __init__(self, *args: Any, verbs: Mapping[str, tuple[str, str]], **kwargs: Any) -> None:
@@ -24,7 +24,7 @@ class LazyGroup(click.Group):
         self.verbs = verbs
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names, in the order in which a newcomer meets them."""
+        """Names in the order of the table, which a newcomer reads."""
         del ctx
         return list(self.verbs)
 
@@ -35,11 +35,11 @@ class LazyGroup(click.Group):
             return None
         module, attribute = self.verbs[cmd_name][0].split(":")
         command = getattr(importlib.import_module(module), attribute)
-        assert isinstance(command, click.Command)  # noqa: S101  our own table
+        assert isinstance(command, click.Command)  # noqa: S101  the table is ours
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The table of commands, without importing them."""
+        """Write the table of commands without importing them."""
         del ctx
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, line) in self.verbs.items()])

@@ -1,4 +1,4 @@
-"""What comes from outside, without what would steer a terminal: escapes, bells, marks that turn the writing round."""
+"""Make foreign text safe to print: without escapes, bells and marks that reverse the writing direction."""
 
 import unicodedata
 
@@ -7,10 +7,10 @@ _HARMLESS = "\n\t\u200c\u200d"
 
 
 def strip_controls(text: str) -> str:
-    """Somebody's words, such as a model's; what steers is left out."""
+    """Remove control characters from text such as a model's answer; line feeds and tabs stay."""
     return "".join(c for c in text if c.isprintable() or c in _HARMLESS or unicodedata.category(c) == "Zs")
 
 
 def one_line(text: str) -> str:
-    """A name or a reason, which stands in a line of ours; what steers is a question mark there."""
+    """Replace control characters by question marks, in a name or reason that is printed within a line."""
     return "".join(c if c.isprintable() else "?" for c in text)
