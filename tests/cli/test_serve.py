@@ -1,4 +1,4 @@
-"""``promptai serve`` as somebody has it who has just installed it: the real engine, the bundled model."""
+"""``promptai serve`` right after installation: the real engine, the bundled model."""
 
 import json
 import shlex
@@ -11,14 +11,14 @@ from pathlib import Path
 import openai
 import pytest
 
-from promptai.cli.serve import _with_options
+from promptai.cli.serve import ServeOptions, _with_options
 from promptai.settings import EngineSettings, ServeEntry, Settings
 from support_cli import ONE_THREAD, alive, children_of, clean_environment, promptai, simulated, wait_for
 from support_gateway_process import QUESTION, Served, serving
 
 pytestmark = pytest.mark.real
 
-#: A board whose answer of seventy tokens takes five seconds.
+#: A board that needs five seconds for an answer of seventy tokens.
 SLOW = ("--decode-tps", "14", "--slots", "2")
 
 
@@ -30,7 +30,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield served
 
 
-def test_the_curl_line_works_as_it_is_printed(gateway: Served) -> None:
+def test_the_printed_curl_line_works(gateway: Served) -> None:
     done = subprocess.run(
         ["bash", "-c", gateway.line("curl ")], check=True, capture_output=True, text=True, env=clean_environment()
     )
@@ -68,7 +68,7 @@ def test_the_official_client_gets_whole_answers_and_streams(gateway: Served) -> 
     assert listed == ["promptai-tiny"]
 
 
-def test_the_log_has_a_line_for_each_request_and_nobodys_words(gateway: Served) -> None:
+def test_logs_a_line_per_request_and_no_prompt(gateway: Served) -> None:
     word = "xylophone"
     before = len(gateway.logged)
 
@@ -80,7 +80,7 @@ def test_the_log_has_a_line_for_each_request_and_nobodys_words(gateway: Served) 
     assert word not in "\n".join(gateway.logged)
 
 
-def test_a_taken_port_is_one_line_and_starts_no_engine(gateway: Served, tmp_path: Path) -> None:
+def test_a_port_in_use_is_a_one_line_error_and_starts_no_engine(gateway: Served, tmp_path: Path) -> None:
     port = gateway.url.rpartition(":")[2]
 
     done = promptai("serve", "--port", port, cwd=tmp_path)
@@ -94,8 +94,8 @@ def test_a_taken_port_is_one_line_and_starts_no_engine(gateway: Served, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "settings", "code", "word"),
     [
-        (("absent-model",), "", 3, "no model named 'absent-model'"),
-        (("http://pi-1:8080",), "", 2, "is a server, not a model (give it with --board"),
+        (("absent-model",), "", 3, "there is no model absent-model"),
+        (("http://pi-1:8080",), "", 2, "is a server, not a model (pass it with --board"),
         (("--board", "pi-1"), "", 2, "'pi-1' is no address of an engine (write it as http://host:port)"),
         (("--config", "absent.toml"), "", 2, "settings absent.toml cannot be read"),
         ((), "[gateway]\nprot = 1", 2, "unknown field `prot` - at `$.gateway` (did you mean port?)"),
@@ -107,7 +107,9 @@ def test_a_taken_port_is_one_line_and_starts_no_engine(gateway: Served, tmp_path
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_a_mistake_is_one_line(tmp_path: Path, arguments: tuple[str, ...], settings: str, code: int, word: str) -> None:
+def test_invalid_input_is_a_one_line_error(
+    tmp_path: Path, arguments: tuple[str, ...], settings: str, code: int, word: str
+) -> None:
     (tmp_path / "promptai.toml").write_text(settings)
 
     done = promptai("serve", "--port", "0", *arguments, cwd=tmp_path, PROMPTAI_KEYS=str(tmp_path / "keys.json"))
@@ -116,7 +118,7 @@ def test_a_mistake_is_one_line(tmp_path: Path, arguments: tuple[str, ...], setti
     assert word in done.stderr.replace(f"{tmp_path}/", "")
 
 
-def test_sigterm_lets_a_stream_finish_takes_nothing_new_and_ends_the_engine(tmp_path: Path) -> None:
+def test_sigterm_drains_and_ends_the_engine(tmp_path: Path) -> None:
     with serving(*ONE_THREAD, cwd=tmp_path) as served:
         served.ready()
         engines = children_of(served.process.pid, "promptai.engine")
@@ -135,14 +137,14 @@ def test_sigterm_lets_a_stream_finish_takes_nothing_new_and_ends_the_engine(tmp_
     wait_for(lambda: not any(map(alive, engines)), what="the engine's end", seconds=5)
 
 
-def test_a_second_ctrl_c_ends_at_once_and_leaves_no_engine(tmp_path: Path) -> None:
+def test_a_second_ctrl_c_stops_at_once_and_leaves_no_engine(tmp_path: Path) -> None:
     with serving(*ONE_THREAD, "--quiet", cwd=tmp_path) as served:
         served.ready()
         engines = children_of(served.process.pid, "promptai.engine")
         answer = served.stream(max_tokens=3000, ignore_eos=True)
         answer.until_it_speaks()
         served.process.send_signal(signal.SIGINT)
-        wait_for(lambda: any("ending: 1 under way" in line for line in served.logged), what="draining")
+        wait_for(lambda: any("draining: 1 requests in progress" in line for line in served.logged), what="draining")
         began = time.monotonic()
         served.process.send_signal(signal.SIGINT)
 
@@ -155,7 +157,7 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_no_engine(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("how", ["SIGHUP", "file"])
-def test_settings_are_read_again_while_a_stream_goes_on(tmp_path: Path, how: str) -> None:
+def test_reloads_settings_during_a_stream(tmp_path: Path, how: str) -> None:
     config = tmp_path / "promptai.toml"
     with simulated(*SLOW, cwd=tmp_path) as board, serving("--board", board, cwd=tmp_path) as served:
         served.ready()
@@ -165,11 +167,11 @@ def test_settings_are_read_again_while_a_stream_goes_on(tmp_path: Path, how: str
         if how == "SIGHUP":
             config.write_text("[aliases.short]\nmodle = 'x'\n")
             served.process.send_signal(signal.SIGHUP)
-            wait_for(lambda: any("settings stay as they were" in line for line in served.logged), what="a refusal")
+            wait_for(lambda: any("settings not reloaded" in line for line in served.logged), what="a refusal")
         config.write_text("[aliases.short]\nmodel = 'simulated'\nparams = { max_tokens = 3 }\n")
         if how == "SIGHUP":
             served.process.send_signal(signal.SIGHUP)
-        wait_for(lambda: any("settings were read again" in line for line in served.logged), what="the reading")
+        wait_for(lambda: any("settings reloaded" in line for line in served.logged), what="the reload")
         known = served.get("/v1/models/short")
 
         assert unknown == 404
@@ -203,7 +205,7 @@ def test_a_removed_board_finishes_its_stream_while_another_takes_over(tmp_path: 
             wait_for(lambda: served.states() == {"two": "ready"}, what="the removed board's end")
 
 
-def test_a_gateway_for_other_machines_makes_a_key_and_demands_it(tmp_path: Path) -> None:
+def test_a_gateway_for_other_machines_creates_and_requires_a_key(tmp_path: Path) -> None:
     keys = tmp_path / "config" / "promptai" / "keys.json"
     with serving(*ONE_THREAD, "--host", "0.0.0.0", cwd=tmp_path) as served:  # noqa: S104  what is tested
         served.ready()
@@ -229,62 +231,62 @@ def test_a_gateway_for_other_machines_makes_a_key_and_demands_it(tmp_path: Path)
     assert '-H "Authorization: Bearer $PROMPTAI_API_KEY"' in curl_again
 
 
-def read_again(served: Served, config: Path, text: str) -> str:
-    """Change the settings, and what the log says to that."""
+def reload_settings(served: Served, config: Path, text: str) -> str:
+    """Change the settings and return the line logged for the reload."""
     before = len(served.logged)
     config.write_text(text)
     served.process.send_signal(signal.SIGHUP)
 
-    def said() -> list[str]:
+    def logged() -> list[str]:
         return [line for line in served.logged[before:] if "settings " in line]
 
-    wait_for(lambda: bool(said()), what="the reading")
-    return said()[0]
+    wait_for(lambda: bool(logged()), what="the reload")
+    return logged()[0]
 
 
-def test_the_log_says_what_only_counts_from_the_next_start_as_long_as_it_is_not_in_force(tmp_path: Path) -> None:
+def test_logs_settings_that_need_a_restart_until_they_are_reverted(tmp_path: Path) -> None:
     config = tmp_path / "promptai.toml"
     with serving("--simulate", "1", cwd=tmp_path) as served:
         for _ in range(2):
-            said = read_again(served, config, "[gateway]\nmemory_mib = 700\n")
-            assert said.endswith("settings were read again; gateway.memory_mib only counts from the next start")
-        said = read_again(served, config, "[gateway]\nmemory_mib = 700\nstrategy = 'round-robin'\n")
-        assert said.endswith("; gateway.strategy, gateway.memory_mib only count from the next start")
-        # With what engines are started is settled when there is a first one.
-        said = read_again(served, config, "[gateway]\ncache_ram_mib = 7\n[engine]\nslots = 2\n")
-        assert said.endswith("settings were read again")
-        assert read_again(served, config, "# as at the start\n").endswith("settings were read again")
+            logged = reload_settings(served, config, "[gateway]\nmemory_mib = 700\n")
+            assert logged.endswith("settings reloaded; restart to apply gateway.memory_mib")
+        logged = reload_settings(served, config, "[gateway]\nmemory_mib = 700\nstrategy = 'round-robin'\n")
+        assert logged.endswith("; restart to apply gateway.strategy, gateway.memory_mib")
+        # Engine settings stay open until the first model is served.
+        logged = reload_settings(served, config, "[gateway]\ncache_ram_mib = 7\n[engine]\nslots = 2\n")
+        assert logged.endswith("settings reloaded")
+        assert reload_settings(served, config, "# as at the start\n").endswith("settings reloaded")
 
 
-def test_settings_that_were_emptied_stay_as_they_were(tmp_path: Path) -> None:
-    """A full disk, or an editor that is just writing; what was empty at the start may be so again."""
+def test_an_emptied_settings_file_is_not_applied(tmp_path: Path) -> None:
+    """The disk may be full, or an editor still writing; a file that was empty at the start may stay empty."""
     config = tmp_path / "promptai.toml"
     config.write_text("")
     with serving("--simulate", "1", cwd=tmp_path) as served:
-        assert "settings were read again" in read_again(served, config, "\n")
-        assert "read again" in read_again(served, config, "[aliases.short]\nmodel = 'simulated-1.5b'\n")
+        assert "settings reloaded" in reload_settings(served, config, "\n")
+        assert "reloaded" in reload_settings(served, config, "[aliases.short]\nmodel = 'simulated-1.5b'\n")
         for text in ("", " \n"):
-            said = read_again(served, config, text)
-            assert "settings stay as they were: settings promptai.toml is empty" in said
+            logged = reload_settings(served, config, text)
+            assert "settings not reloaded: settings promptai.toml is empty" in logged
             assert served.get("/v1/models/short")[0] == 200
-        assert "settings were read again" in read_again(served, config, "# none\n")
+        assert "settings reloaded" in reload_settings(served, config, "# none\n")
         assert served.get("/v1/models/short")[0] == 404
 
 
-def test_where_nothing_can_be_asked_no_example_is_printed(tmp_path: Path) -> None:
+def test_prints_no_example_if_no_model_is_available(tmp_path: Path) -> None:
     (tmp_path / "promptai.toml").write_text("[gateway]\nmemory_mib = 500\ncache_ram_mib = 1024\n")
     with serving(*ONE_THREAD, cwd=tmp_path) as served:
-        said = served.line("nothing can be asked now: local/promptai-tiny: needs 1.1 GB of memory")
+        logged = served.line("no model is available yet: local/promptai-tiny: needs 1.0 GiB of memory")
 
-    assert said.endswith("a smaller [gateway] cache_ram_mib (now 1024) would help")
+    assert logged.endswith("use a smaller [gateway] cache_ram_mib (now 1024)")
     assert not any(line.startswith(("try it", "curl ")) for line in served.printed)
 
 
-def test_the_greeting_makes_keys_where_the_gateway_looks_for_them(tmp_path: Path) -> None:
+def test_the_printed_command_adds_keys_to_the_file_of_the_gateway(tmp_path: Path) -> None:
     config = tmp_path / "our gateway.toml"
     config.write_text(f"[gateway]\nkeys = '{tmp_path}/ours.json'\n")
     with serving("--simulate", "1", "--config", str(config), "--host", "0.0.0.0", cwd=tmp_path) as served:  # noqa: S104
-        command = served.line("More of them: promptai ").removeprefix("More of them: promptai ")
+        command = served.line("add more with: promptai ").removeprefix("add more with: promptai ")
         added = promptai(*shlex.split(command), cwd=tmp_path)
         key = added.stdout.strip()
         wait_for(lambda: served.chat(key=key)[0] == 200, what="the key", seconds=10)
@@ -293,28 +295,30 @@ def test_the_greeting_makes_keys_where_the_gateway_looks_for_them(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
-    [({"slots": 8}, (8, None, 900)), ({"context": 512}, (1, 2, None)), ({}, (1, 2, 900))],
-    ids=str,
+    ("options", "expected"),
+    [
+        (ServeOptions(models=("named",), slots=8), (8, None, 900)),
+        (ServeOptions(models=("named",), context=512), (1, 2, None)),
+        (ServeOptions(models=("named",)), (1, 2, 900)),
+    ],
+    ids=["slots", "context", "neither"],
 )
-def test_the_command_line_beats_what_the_file_says_of_a_model(
-    given: dict[str, int], expected: tuple[int, int | None, int | None]
+def test_the_command_line_overrides_the_settings_of_a_model(
+    options: ServeOptions, expected: tuple[int, int | None, int | None]
 ) -> None:
-    names = ("host", "port", "strategy", "slots", "context", "threads")
-    options = dict.fromkeys(names) | {"boards": (), "models": ("named",)} | given
     entries = (ServeEntry("named", slots=2, context=900), ServeEntry("other", slots=2, context=900))
 
     settings = _with_options(Settings(engine=EngineSettings(), serve=entries), options)
 
     assert settings.engine.slots == expected[0]
-    assert settings.engine.context == given.get("context")
+    assert settings.engine.context == options.context
     assert [(entry.model, entry.slots, entry.context) for entry in settings.serve] == [
         ("named", *expected[1:]),
         ("other", *expected[1:]),
     ]
 
 
-def test_pretended_boards_need_no_model_and_no_engine(tmp_path: Path) -> None:
+def test_simulated_boards_need_no_model_and_no_engine(tmp_path: Path) -> None:
     with serving("--simulate", "4", cwd=tmp_path) as served:
         fleet = served.get("/api/fleet")[1]
         status, answer = served.chat(messages=QUESTION, max_tokens=3)
@@ -325,7 +329,7 @@ def test_pretended_boards_need_no_model_and_no_engine(tmp_path: Path) -> None:
         assert children_of(served.process.pid, "promptai.engine") == []
 
 
-def test_models_of_the_library_load_when_they_are_asked_for(tmp_path: Path, small_model: Path) -> None:
+def test_library_models_load_on_their_first_request(tmp_path: Path, small_model: Path) -> None:
     for name in ("first", "second"):
         folder = tmp_path / "models" / name
         folder.mkdir(parents=True)
@@ -340,7 +344,7 @@ def test_models_of_the_library_load_when_they_are_asked_for(tmp_path: Path, smal
     assert after == {"local/first": "cold", "local/second": "ready"}
 
 
-def test_a_model_that_is_added_lets_the_others_finish_and_come_back(tmp_path: Path, small_model: Path) -> None:
+def test_adding_a_model_drains_and_restarts_the_others(tmp_path: Path, small_model: Path) -> None:
     config = tmp_path / "promptai.toml"
     config.write_text("[[serve]]\nmodel = 'promptai-tiny'\npreload = true\n")
     with serving(*ONE_THREAD, cwd=tmp_path) as served:

@@ -1,4 +1,4 @@
-"""Boards as ``promptai serve`` takes them from its settings, and the memory that it shares out."""
+"""Boards of ``promptai serve``, and its memory budget."""
 
 import pytest
 
@@ -13,7 +13,7 @@ PI = "http://pi-1:8080"
 
 
 class Site:
-    """A machine with 10 GiB whose readings a test sets; this process itself holds 1 GiB."""
+    """A machine with 10 GiB and simulated readings; this process itself holds 1 GiB."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.available = 6 * GIB
@@ -24,22 +24,22 @@ class Site:
         monkeypatch.setattr("time.monotonic", lambda: self.now)
 
     def memory(self) -> MemoryFacts:
-        """Of the whole machine; a tenth of it is 1 GiB."""
+        """Memory of the whole machine; a tenth of it is 1 GiB."""
         return MemoryFacts(total_bytes=10 * GIB, available_bytes=self.available, swap_total_bytes=0, swap_used_bytes=0)
 
     def read(self) -> TreeReading:
-        """Of this process and its engines."""
+        """Memory of this process and its engines."""
         memory = ProcessMemory(anon_bytes=self.anonymous, file_bytes=0, shmem_bytes=0, swap_bytes=0, major_faults=0)
         return TreeReading(memory=memory, cpu_s=0.0, processes=2)
 
 
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Site:
-    """A machine of which everything is known."""
+    """A machine with known readings."""
     return Site(monkeypatch)
 
 
-def test_what_engines_hold_is_in_the_budget(site: Site) -> None:
+def test_memory_of_running_engines_is_in_the_budget(site: Site) -> None:
     budget = MemoryBudget(None)
     first = budget()
 
@@ -48,8 +48,8 @@ def test_what_engines_hold_is_in_the_budget(site: Site) -> None:
     assert [first, budget()] == [5 * GIB, 5 * GIB]
 
 
-def test_while_an_engine_ends_and_nobody_tells_what_it_holds_the_budget_stays(site: Site) -> None:
-    """Half of its memory may be back already: neither nothing nor all that it held may be added to that."""
+def test_keeps_the_budget_while_the_memory_of_an_ending_engine_is_unknown(site: Site) -> None:
+    """Part of its memory may be available again, so neither 0 nor its last memory may be added to that."""
     budget = MemoryBudget(None)
     site.anonymous, site.available = 4 * GIB, 3 * GIB
     before = budget()
@@ -61,7 +61,7 @@ def test_while_an_engine_ends_and_nobody_tells_what_it_holds_the_budget_stays(si
     assert [before, during, budget()] == [5 * GIB, 5 * GIB, 4 * GIB]
 
 
-def test_where_nobody_ever_tells_it_is_what_there_was_at_the_start(site: Site) -> None:
+def test_keeps_the_first_budget_if_memory_is_never_known(site: Site) -> None:
     site.anonymous = None
     budget = MemoryBudget(None)
     first = budget()
@@ -71,7 +71,7 @@ def test_where_nobody_ever_tells_it_is_what_there_was_at_the_start(site: Site) -
     assert [first, budget()] == [5 * GIB, 5 * GIB]
 
 
-def test_a_budget_that_is_set_stays(site: Site) -> None:
+def test_a_configured_budget_is_fixed(site: Site) -> None:
     site.anonymous = None
 
     assert MemoryBudget(2048)() == 2 * GIB
@@ -80,24 +80,22 @@ def test_a_budget_that_is_set_stays(site: Site) -> None:
 @pytest.mark.parametrize(
     "entries",
     [
-        pytest.param([FleetEntry(PI, name="pi-1", slots=2), FleetEntry(PI)], id="the-command-line-repeats-the-file"),
-        pytest.param([FleetEntry(PI), FleetEntry(PI, name="pi-1", slots=2)], id="the-other-way-round"),
-        pytest.param(
-            [FleetEntry(PI, name="pi-1", slots=2), FleetEntry("HTTP://Pi-1:8080/v1/")], id="the-same-written-otherwise"
-        ),
+        pytest.param([FleetEntry(PI, name="pi-1", slots=2), FleetEntry(PI)], id="command-line-repeats-file"),
+        pytest.param([FleetEntry(PI), FleetEntry(PI, name="pi-1", slots=2)], id="file-repeats-command-line"),
+        pytest.param([FleetEntry(PI, name="pi-1", slots=2), FleetEntry("HTTP://Pi-1:8080/v1/")], id="other-spelling"),
     ],
 )
-def test_an_address_alone_adds_nothing_to_an_entry_that_says_more(entries: list[FleetEntry]) -> None:
+def test_a_bare_url_adds_nothing_to_a_fuller_entry(entries: list[FleetEntry]) -> None:
     (target,) = parse_boards(entries, {}).targets
 
     assert (target.name, target.slots, target.base_url) == ("pi-1", 2, PI)
 
 
-def test_the_same_address_twice_is_one_board() -> None:
+def test_a_repeated_url_is_one_board() -> None:
     assert len(parse_boards([FleetEntry(PI), FleetEntry(PI)], {}).targets) == 1
 
 
-def test_a_repeated_address_brings_its_key_where_there_is_none() -> None:
+def test_a_repeated_url_adds_its_key_if_there_is_none() -> None:
     entries = [FleetEntry(PI, name="pi-1"), FleetEntry(PI, api_key_env="PROMPTAI_API_KEY")]
 
     assert parse_boards(entries, {"PROMPTAI_API_KEY": "sesame"}).keys == {PI: "sesame"}
@@ -107,15 +105,15 @@ def test_a_repeated_address_brings_its_key_where_there_is_none() -> None:
     ("one", "other"),
     [(None, None), ("yi", "yi"), ("yi", None), (None, "yi")],
 )
-def test_a_board_under_two_names_is_refused_with_both(one: str | None, other: str | None) -> None:
-    """It would be given twice as many streams as it has slots."""
+def test_rejects_a_board_with_two_names(one: str | None, other: str | None) -> None:
+    """Otherwise it would get twice as many streams as it has slots."""
     entries = [FleetEntry(PI, name="pi-1", model=one), FleetEntry(f"{PI}/", name="kitchen", model=other)]
 
-    with pytest.raises(SettingsError, match=f"^pi-1 and kitchen are the same board, at {PI} "):
+    with pytest.raises(SettingsError, match=f"^pi-1 and kitchen are the same board at {PI} "):
         parse_boards(entries, {})
 
 
-def test_two_models_of_one_server_and_two_servers_of_one_machine_are_two_boards() -> None:
+def test_two_models_of_a_server_or_two_ports_of_a_machine_are_two_boards() -> None:
     models = [FleetEntry(PI, name="a", model="yi"), FleetEntry(PI, name="b", model="gemma")]
     ports = [FleetEntry("http://pi-1:8080", name="a"), FleetEntry("http://pi-1:8081", name="b")]
 
@@ -131,8 +129,8 @@ def test_two_models_of_one_server_and_two_servers_of_one_machine_are_two_boards(
         ([FleetEntry(PI, model="yi"), FleetEntry("http://pi-2:8080")], ["pi-1:8080", "pi-2:8080"]),
     ],
 )
-def test_boards_without_names_are_called_by_what_tells_them_apart(entries: list[FleetEntry], names: list[str]) -> None:
-    """Of two that were called alike only the first one was in the fleet."""
+def test_names_boards_by_what_distinguishes_them(entries: list[FleetEntry], names: list[str]) -> None:
+    """Of two boards with the same name, only the first would be in the fleet."""
     assert [target.replica_id for target in parse_boards(entries, {}).targets] == names
 
 
@@ -144,13 +142,13 @@ def test_boards_without_names_are_called_by_what_tells_them_apart(entries: list[
         [FleetEntry("http://pi-1:443"), FleetEntry("https://pi-1")],
     ],
 )
-def test_two_boards_of_one_name_are_refused(entries: list[FleetEntry]) -> None:
-    with pytest.raises(SettingsError, match=r"^2 boards are called (kitchen|pi-2:80|pi-1:443) "):
+def test_rejects_two_boards_with_the_same_name(entries: list[FleetEntry]) -> None:
+    with pytest.raises(SettingsError, match=r"^2 boards are named (kitchen|pi-2:80|pi-1:443) "):
         parse_boards(entries, {})
 
 
 @pytest.mark.parametrize("url", ["http://user:secret@pi:8080", "http://secret@pi:8080", "user:se/cret@pi:8080"])
-def test_an_address_with_a_secret_is_refused_without_repeating_it(url: str) -> None:
+def test_rejects_a_url_with_a_password_without_repeating_it(url: str) -> None:
     with pytest.raises(SettingsError, match=r"^the address of pi:8080 holds a user or a password ") as refusal:
         parse_boards([FleetEntry(url, api_key_env="NOT_SET")], {})
 

@@ -1,4 +1,4 @@
-"""The life of a gateway: what a change of its settings may do, and may not."""
+"""Reloading the settings of a running gateway."""
 
 import asyncio
 import gc
@@ -26,7 +26,7 @@ from promptai.settings import EngineSettings, GatewaySettings, Settings
 
 PLAN = ServePlan(settings=Settings(gateway=GatewaySettings(port=0)), boards=Boards((), {}))
 
-MACHINE = EngineSetup(
+SETUP = EngineSetup(
     binary=EngineBinary("PATH", ("llama-server",), "b1", None),
     threads=4,
     engine=EngineSettings(slots=2),
@@ -38,7 +38,7 @@ MACHINE = EngineSetup(
 
 @pytest.fixture(autouse=True)
 def _usual_collector() -> Iterator[None]:
-    """A gateway puts away what is there for good; a test must not."""
+    """Restore the collector, which a gateway freezes and tunes."""
     before = gc.get_threshold()
     yield
     gc.unfreeze()
@@ -54,8 +54,8 @@ def run(
     seen: tuple[int, ...] | None = None,
     signals: bool = False,
 ) -> int:
-    """A gateway until something has happened; it is told to read its settings again, or finds out itself."""
-    running = ServeSession(
+    """Run a gateway until a condition holds; SIGHUP makes it reload, or a changed file does."""
+    session = ServeSession(
         PLAN,
         Guard(KeyStore(tmp_path / "keys.json"), open=True, bind="127.0.0.1"),
         file=lambda: file,
@@ -77,47 +77,47 @@ def run(
         ending.append(asyncio.get_running_loop().create_task(end()))
 
     with LoadingProgress(Console(file=io.StringIO())) as loading:
-        return asyncio.run(running.run(started, loading))
+        return asyncio.run(session.run(started, loading))
 
 
 @pytest.mark.real
-def test_a_bug_in_reading_settings_again_ends_no_gateway(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_in_a_reload_does_not_end_the_gateway(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def replan(_setup: EngineSetup | None) -> ServePlan:
         raise PermissionError(13, "Permission denied", "/secret")
 
     monitored = logging.getLogger("promptai.serve")
     monitored.addHandler(caplog.handler)
     try:
-        code = run(tmp_path, replan, lambda: "settings stay" in caplog.text, signals=True)
+        code = run(tmp_path, replan, lambda: "not reloaded" in caplog.text, signals=True)
     finally:
         monitored.removeHandler(caplog.handler)
 
     assert code == 0
-    assert "settings stay as they were" in caplog.text
+    assert "settings not reloaded" in caplog.text
     assert "/secret" in caplog.text
 
 
 @pytest.mark.real
-def test_how_engines_are_started_is_settled_when_the_first_model_is_served(
+def test_engine_settings_are_fixed_when_the_first_model_is_served(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Until then nobody has looked at this machine; what was read with the first model is in force then."""
+    """The settings read together with the first model apply."""
     sizes = iter([7, 8])
 
     def replan(_setup: EngineSetup | None) -> ServePlan:
         gateway = GatewaySettings(port=0, cache_ram_mib=next(sizes))
-        return ServePlan(settings=Settings(gateway=gateway, engine=EngineSettings(slots=2)), setup=MACHINE)
+        return ServePlan(settings=Settings(gateway=gateway, engine=EngineSettings(slots=2)), setup=SETUP)
 
-    def told(times: int) -> bool:
-        return caplog.text.count("were read again") == times
+    def reloaded(times: int) -> bool:
+        return caplog.text.count("settings reloaded") == times
 
     again = iter([signal.SIGHUP])
 
     def until() -> bool:
-        if told(1):
+        if reloaded(1):
             for number in again:
                 os.kill(os.getpid(), number)
-        return told(2)
+        return reloaded(2)
 
     monitored = logging.getLogger("promptai.serve")
     monkeypatch.setattr(monitored, "propagate", False)
@@ -128,14 +128,14 @@ def test_how_engines_are_started_is_settled_when_the_first_model_is_served(
     finally:
         monitored.removeHandler(caplog.handler)
 
-    assert [line for line in caplog.messages if "read again" in line] == [
-        "settings were read again",
-        "settings were read again; gateway.cache_ram_mib only counts from the next start",
+    assert [line for line in caplog.messages if "reloaded" in line] == [
+        "settings reloaded",
+        "settings reloaded; restart to apply gateway.cache_ram_mib",
     ]
 
 
 @pytest.mark.real
-def test_what_changes_between_the_reading_and_the_start_is_read_again(tmp_path: Path) -> None:
+def test_reloads_a_change_between_reading_and_start(tmp_path: Path) -> None:
     file, replanned = tmp_path / "promptai.toml", []
     file.write_text("")
     seen = file_identity(file)

@@ -1,4 +1,4 @@
-"""What ``promptai serve`` prints."""
+"""Output of ``promptai serve``."""
 
 import errno
 import io
@@ -29,12 +29,12 @@ LOADING = Replica(id="local/m", url="", model="m", state=State.LOADING, load_s=4
 
 
 class Failing(io.StringIO):
-    """A terminal that can be lost, or a disk that can be full."""
+    """A stream that can fail like a lost terminal or a full disk."""
 
     error: OSError | None = None
 
     def write(self, text: str) -> int:
-        """Write, while that is possible."""
+        """Write, or raise the configured error."""
         if self.error is not None:
             raise self.error
         return super().write(text)
@@ -46,14 +46,14 @@ def plain(thing: object) -> str:
     return out.getvalue()
 
 
-def test_names_from_outside_are_shown_as_they_are() -> None:
+def test_shows_foreign_names_unchanged() -> None:
     shown = plain(table([Replica(id="[red]x", url="u", model="[bold]m")], [], []))
 
     assert "[bold]m" in shown
     assert "[red]x" in shown
 
 
-def test_names_from_outside_do_not_steer_the_terminal() -> None:
+def test_foreign_names_cannot_control_the_terminal() -> None:
     shown = plain(
         table(
             [Replica(id="x\x1b[2J", url="u", model="m\x1b]0;title\x07\n")],
@@ -68,7 +68,7 @@ def test_names_from_outside_do_not_steer_the_terminal() -> None:
     assert all(c.isprintable() or c == "\n" for c in shown)
 
 
-def test_a_board_that_has_not_answered_yet_is_in_the_table() -> None:
+def test_lists_a_board_that_has_not_answered_yet() -> None:
     shown = plain(table([READY], [], [Target("http://pi-1:80"), Target("http://pi-2:80/v1")]))
 
     assert "2×4096" in shown  # noqa: RUF001
@@ -76,7 +76,7 @@ def test_a_board_that_has_not_answered_yet_is_in_the_table() -> None:
     assert "pi-2:80" in shown
 
 
-def test_who_is_down_is_told_with_the_reason() -> None:
+def test_lists_replicas_that_are_down_with_the_reason() -> None:
     down = Replica(id="pi-3:80", url="u", model="", state=State.DOWN, reason="does not answer")
 
     assert down_reasons([READY, down]) == ["pi-3:80: does not answer"]
@@ -92,7 +92,7 @@ def test_the_curl_line_survives_a_shell(model: str) -> None:
     assert json.loads(words[-1])["model"] == model
 
 
-def test_without_a_terminal_loading_is_a_line_a_quarter_and_one_at_the_end() -> None:
+def test_without_a_terminal_logs_a_load_every_quarter_and_at_the_end() -> None:
     out = io.StringIO()
     console = Console(file=out, width=200)
     log = logging.getLogger("promptai.serve")
@@ -120,7 +120,7 @@ def test_without_a_terminal_loading_is_a_line_a_quarter_and_one_at_the_end() -> 
     ]
 
 
-def test_a_log_line_cannot_steer_the_terminal() -> None:
+def test_a_log_line_cannot_control_the_terminal() -> None:
     out = io.StringIO()
     LogHandler(Console(file=out, width=200)).emit(
         logging.LogRecord("promptai", logging.INFO, "", 0, "[red]a\x1b[2Jb", None, None)
@@ -130,12 +130,10 @@ def test_a_log_line_cannot_steer_the_terminal() -> None:
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.EIO, "lost"), OSError(errno.ENOSPC, "full")])
-def test_a_line_that_cannot_be_written_is_dropped_and_ends_nothing(
-    error: OSError, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ignores_a_log_line_that_cannot_be_written(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
     out = Failing()
     console = Console(file=out, width=200)
-    monkeypatch.setattr("os.dup2", lambda *_: None)  # rich would turn stdout away
+    monkeypatch.setattr("os.dup2", lambda *_: None)  # rich would redirect stdout
     handler = LogHandler(console)
     out.error = error
 
@@ -150,7 +148,7 @@ def test_a_line_that_cannot_be_written_is_dropped_and_ends_nothing(
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.EIO, "lost")])
-def test_a_lost_terminal_ends_no_gateway_that_draws_on_it(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_terminal_does_not_end_the_gateway(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
     out = Failing()
     monkeypatch.setattr("os.dup2", lambda *_: None)
     with LoadingProgress(Console(file=out, width=200, force_terminal=True)) as loading:
@@ -159,7 +157,7 @@ def test_a_lost_terminal_ends_no_gateway_that_draws_on_it(error: OSError, monkey
         loading.update(Snapshot(1, (msgspec.structs.replace(LOADING, progress=0.5),)), 1.0)
 
 
-def test_a_bar_goes_with_its_replica_and_has_no_share_before_one_is_known() -> None:
+def test_a_bar_disappears_with_its_replica_and_shows_only_a_known_share() -> None:
     out = io.StringIO()
     with LoadingProgress(Console(file=out, width=200, force_terminal=True)) as loading:
         loading.update(Snapshot(0, (LOADING,)), 0.0)
@@ -172,11 +170,11 @@ def test_a_bar_goes_with_its_replica_and_has_no_share_before_one_is_known() -> N
 
     assert "loading local/m" in unknown
     assert "%" not in unknown
-    assert "40%" in known
+    assert "40 %" in known
     assert "loading" not in out.getvalue()[left:]
 
 
-def test_the_example_asks_a_board_that_answers() -> None:
+def test_the_example_uses_a_model_that_is_available() -> None:
     down = Replica(id="a", url="u", model="gone", state=State.DOWN)
     cold = Replica(id="b", url="", model="cold", state=State.COLD)
 
@@ -185,17 +183,17 @@ def test_the_example_asks_a_board_that_answers() -> None:
     assert example_model([]) == "default"
 
 
-def test_where_nothing_can_be_asked_one_line_says_why() -> None:
-    down = Replica(id="local/m", url="", model="m", state=State.DOWN, reason="needs 9.0 GB of memory")
+def test_reports_in_one_line_why_no_model_is_available() -> None:
+    down = Replica(id="local/m", url="", model="m", state=State.DOWN, reason="needs 9.0 GiB of memory")
 
     assert why_unavailable([down, READY]) == ""
-    assert why_unavailable([down]) == "nothing can be asked now: local/m: needs 9.0 GB of memory"
-    assert why_unavailable([down, down, down]).endswith("needs 9.0 GB of memory (and 2 more cannot serve)")
-    assert why_unavailable([]) == "nothing can be asked yet: no board has answered so far"
+    assert why_unavailable([down]) == "no model is available yet: local/m: needs 9.0 GiB of memory"
+    assert why_unavailable([down, down, down]).endswith("needs 9.0 GiB of memory (2 more replicas are not available)")
+    assert why_unavailable([]) == "no model is available yet: no board has answered"
 
 
 @pytest.mark.parametrize(
     ("host", "url"), [("2001:db8::5", "http://[2001:db8::5]:8400"), ("192.0.2.5", "http://192.0.2.5:8400")]
 )
-def test_the_address_for_other_machines_can_be_used_as_it_is_printed(host: str, url: str) -> None:
+def test_the_url_for_other_machines_is_valid(host: str, url: str) -> None:
     assert external_url(host, 8400) == url

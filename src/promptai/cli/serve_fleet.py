@@ -1,4 +1,4 @@
-"""Where the replicas of ``promptai serve`` come from: this machine, addresses, and pretended boards."""
+"""Sources of replicas for ``promptai serve``: boards, simulated boards, and the memory budget of this machine."""
 
 import os
 import time
@@ -24,7 +24,7 @@ from promptai.router.schedule.dispatcher import QueueLimits
 from promptai.router.selection import Alias, ModelNames
 from promptai.settings import FleetEntry, Settings, board_key
 
-#: A pretended Raspberry Pi 5 with a model of 1.5 billion parameters.
+#: A simulated Raspberry Pi 5 with a model of 1.5 billion parameters.
 PI5 = SimulationConfig(
     prefill_tps=60.0, decode_tps=10.0, slots=2, context=8192, batch=32, answer_tokens=120, model="simulated-1.5b"
 )
@@ -34,10 +34,10 @@ _READ_PERIOD_S = 2.0
 
 class Boards(NamedTuple):
     """
-    Servers that somebody else starts.
+    Servers that PromptAI does not start.
 
     Attributes:
-        keys: Their API keys, by their URLs.
+        keys: Their API keys, by URL.
     """
 
     targets: tuple[Target, ...]
@@ -46,10 +46,10 @@ class Boards(NamedTuple):
 
 def parse_boards(entries: Sequence[FleetEntry], environ: Mapping[str, str] = os.environ) -> Boards:
     """
-    The addresses that settings and options name.
+    Return the boards of the settings and the command line.
 
     Raises:
-        SettingsError: One is no address, or holds a secret, or is there twice, or its key is not there.
+        SettingsError: A URL is invalid, contains a password or is repeated, or its API key is not set.
     """
     targets, keys = [], {}
     for entry in _without_duplicates(entries):
@@ -75,10 +75,10 @@ def parse_boards(entries: Sequence[FleetEntry], environ: Mapping[str, str] = os.
 
 def _with_unique_names(targets: Sequence[Target]) -> tuple[Target, ...]:
     """
-    No two of one name: several models of one server, or servers behind one host, are called by what tells them apart.
+    Give every board a name of its own: path or model are added where host and port are the same.
 
     Raises:
-        SettingsError: Settings call two by one name.
+        SettingsError: The settings use a name twice.
     """
     ids = Counter(target.replica_id for target in targets)
     found = []
@@ -90,19 +90,18 @@ def _with_unique_names(targets: Sequence[Target]) -> tuple[Target, ...]:
             found.append(target)
     called, times = Counter(target.replica_id for target in found).most_common(1)[0] if found else ("", 0)
     if times > 1:
-        raise SettingsError(f"{times} boards are called {called}", hint="give each a name of its own")
+        raise SettingsError(f"{times} boards are named {called}", hint="give each board a unique name")
     return tuple(found)
 
 
 def _without_duplicates(entries: Sequence[FleetEntry]) -> list[FleetEntry]:
     """
-    Every board once: twice in the fleet, it would be given twice as many streams as it has slots.
+    Merge entries for the same board, which would otherwise get twice as many streams as it has slots.
 
-    An entry that says no more than an address, as of ``--board``, adds nothing to one that says more;
-    its key does, where the other has none.
+    A bare entry, as from ``--board``, merges into an entry with more fields, and adds its API key if that has none.
 
     Raises:
-        SettingsError: One is no address, or holds a secret, or two mean the same board.
+        SettingsError: A URL is invalid or contains a password, or two entries describe the same board.
     """
     kept: list[FleetEntry] = []
     for entry in entries:
@@ -135,7 +134,7 @@ def _location(entry: FleetEntry) -> tuple[str, str | None, int | None, str]:
 
 
 def _is_bare(entry: FleetEntry) -> bool:
-    """Whether it says nothing but an address, and perhaps where the key is."""
+    """Whether an entry has only a URL and perhaps an API key."""
     return entry == FleetEntry(entry.url, api_key_env=entry.api_key_env)
 
 
@@ -144,23 +143,23 @@ def _with_key_of(entry: FleetEntry, other: FleetEntry) -> FleetEntry:
 
 
 def _refuse_overlap(one: FleetEntry, other: FleetEntry) -> None:
-    """Two models of one server are two entries; without a model an entry means whatever it serves."""
+    """Reject entries for one server unless they name different models; without a model, an entry means all of them."""
     if one.model is not None and other.model is not None and one.model != other.model:
         return
     called = " and ".join(entry.name or entry.url for entry in (one, other))
     raise SettingsError(
-        f"{called} are the same board, at {Target(one.url).base_url}",
-        hint="list it once, or give each entry a model of its own",
+        f"{called} are the same board at {Target(one.url).base_url}",
+        hint="list it once, or set a different model in each entry",
     )
 
 
 def static_sources(targets: Sequence[Target], upstream: Upstream) -> list[Source]:
-    """One source a board, so that a change of one leaves the others alone."""
+    """Return one source per board, so that a change of one does not affect the others."""
     return [StaticSource([target], upstream, name=f"fleet:{target.replica_id}") for target in targets]
 
 
 def simulated_source(engines: Sequence[SimulatedEngine]) -> SimulatedSource:
-    """Pretended boards, as soon as they listen."""
+    """Return the source of the simulated boards, which must be listening."""
     return SimulatedSource(
         [
             Replica(
@@ -183,7 +182,7 @@ def simulated_source(engines: Sequence[SimulatedEngine]) -> SimulatedSource:
 
 
 def admission_rules(settings: Settings) -> AdmissionRules:
-    """What may change while the gateway runs."""
+    """Rules of admission; they may change while the gateway runs."""
     gateway = settings.gateway
     return AdmissionRules(
         names=ModelNames(
@@ -198,16 +197,16 @@ def admission_rules(settings: Settings) -> AdmissionRules:
 
 
 def queue_limits(settings: Settings) -> QueueLimits:
-    """How many may wait, and how long for a replica that is away."""
+    """Limits of the queue; they may change while the gateway runs."""
     return QueueLimits(queue=settings.gateway.queue, outage_s=settings.gateway.outage_s)
 
 
 class MemoryBudget:
     """
-    What all engines of this machine together may take: as set, or what there is now, less a reserve.
+    Memory that all engines of this machine may take together: as configured, or what is available less a reserve.
 
-    Anonymous memory of engines that run is not available to others, but is in the budget;
-    their mapped weights are page cache, which counts as available anyway.
+    The anonymous memory of running engines is not available to other processes but belongs to the budget; their mapped
+    weights are page cache and count as available.
     """
 
     def __init__(self, memory_mib: int | None) -> None:
@@ -218,7 +217,7 @@ class MemoryBudget:
         self._read_at: float | None = None
 
     def __call__(self) -> int:
-        """Bytes; looked at now and then."""
+        """Return the budget in bytes; measured at most every two seconds."""
         if self._fixed is not None:
             return self._fixed
         now = time.monotonic()
@@ -229,11 +228,11 @@ class MemoryBudget:
 
     def _measure(self) -> int:
         """
-        What it is now; as it was, while nobody tells what engines hold.
+        Measure the budget; keep the last one while the memory of the engines is unknown.
 
-        That is so while one ends, and on old kernels always. The last budget stays as a whole: an engine that
-        ends has given its memory back, which would be counted twice if only what engines held stayed. The
-        first look comes before any engine runs: then they hold nothing.
+        It is unknown while an engine ends, and always on old kernels. The budget is kept as a whole: the ending engine
+        has already returned memory, which would count twice if only the last memory of the engines were kept. The first
+        measurement precedes any engine, so their memory is then 0.
         """
         anonymous = self._anonymous()
         if anonymous is None and self._last is not None:
@@ -244,6 +243,6 @@ class MemoryBudget:
         return max(0, memory.available_for_new_process() + engines - round(_RESERVED_SHARE * whole))
 
     def _anonymous(self) -> int | None:
-        """Of this process and its engines; ``None``: not known."""
+        """Anonymous memory of this process and its engines; ``None``: unknown."""
         reading = self._tree.read()
         return None if reading is None else reading.memory.anon_bytes

@@ -1,8 +1,8 @@
-"""Which models of this machine ``promptai serve`` offers, and what is expected of each.
+"""Select the models of this machine for ``promptai serve`` and estimate their memory and speed.
 
-Expected is what was measured here (``promptai bench``), else what a calibration forecasts
-(``promptai models calibrate``), else nothing: then the gateway learns it from the first answers.
-Nothing is loaded, and of a model file only its header is read.
+The speed is the one measured in an earlier run (``promptai bench``), otherwise the forecast of a calibration
+(``promptai models calibrate``), otherwise unknown until the gateway learns it from the first answers. Only the headers
+of model files are read; nothing is loaded.
 """
 
 import math
@@ -31,9 +31,9 @@ from promptai.models.library import Library, StoredModel, resolve
 from promptai.settings import EngineSettings, ServeEntry, Settings, cache_directory, models_directory
 
 CONTEXT = 4096
-#: Tokens before the one that a forecast is for: the middle of a short conversation.
+#: Depth of the forecast in tokens: the middle of a short conversation.
 _DEPTH = 512
-#: What bounds of memory leave out, as a share of them.
+#: Memory beyond the lower bound, as a share of it.
 _UNBOUNDED_SHARE = 0.1
 _MOST_CACHE_MIB = 1024
 _LEAST_BATCH, _USUAL_BATCH, _BATCH_S = 32, 128, 0.5
@@ -41,13 +41,13 @@ _LEAST_BATCH, _USUAL_BATCH, _BATCH_S = 32, 128, 0.5
 
 class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
     """
-    This machine as an engine finds it; looked at once, so that a change of settings changes nothing that runs.
+    How engines are started on this machine; determined once, so that reloaded settings do not affect running engines.
 
     Attributes:
-        engine: Settings of engines, the command line's among them.
+        engine: Engine settings with the options of the command line applied.
         cache_ram_mib: Prompt cache of each engine.
-        calibration: Of this engine; ``None``: there is none.
-        profiles: Of earlier runs.
+        calibration: Calibration of this engine; ``None``: not calibrated.
+        profiles: Speeds measured in earlier runs.
     """
 
     binary: EngineBinary
@@ -60,10 +60,10 @@ class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
 
 def find_engine_setup(settings: Settings, note: Callable[[str], None]) -> EngineSetup:
     """
-    Find the engine and what is known of it.
+    Find the engine, its calibration and its profiles.
 
     Raises:
-        EngineError: There is none that starts.
+        EngineError: No engine was found that starts.
     """
     cpu = read_cpu()
     threads = settings.engine.threads or default_threads(cpu)
@@ -82,12 +82,12 @@ def find_engine_setup(settings: Settings, note: Callable[[str], None]) -> Engine
 
 class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     """
-    A model file that is to be served.
+    A model file to serve.
 
     Attributes:
-        name: What requests call it.
-        sha256: As its sidecar says; ``None`` without one.
-        entry: What settings say of it.
+        name: Model name in requests.
+        sha256: Checksum from its sidecar; ``None``: no sidecar.
+        entry: Its settings.
     """
 
     path: Path
@@ -98,11 +98,11 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
 
 def select_models(settings: Settings, note: Callable[[str], None]) -> list[ServedModel]:
     """
-    The files that settings name; where nothing is named at all, the whole library, or the bundled model.
+    Return the models named in the settings; if neither models nor boards are named, the library or the bundled model.
 
     Raises:
-        ModelError: One that is named is not there, or may mean several.
-        SettingsError: One is named twice, or is no model.
+        ModelError: A model does not exist, or its name is ambiguous.
+        SettingsError: A model is named twice, or is not a model.
     """
     library = Library(models_directory(settings))
     if settings.serve:
@@ -117,10 +117,10 @@ def select_models(settings: Settings, note: Callable[[str], None]) -> list[Serve
 
 def describe_model(model: ServedModel, setup: EngineSetup) -> LocalModel:
     """
-    Everything that is known of a model before it runs.
+    Estimate memory, speed and limits of a model before it runs.
 
     Raises:
-        ModelError: Its file cannot be used.
+        ModelError: The model file cannot be used.
     """
     header, entry = _header(model.path), model.entry
     slots = entry.slots or setup.engine.slots
@@ -160,7 +160,7 @@ def describe_model(model: ServedModel, setup: EngineSetup) -> LocalModel:
 
 
 def flags_for(setup: EngineSetup) -> Callable[[LocalModel, int], EngineFlags]:
-    """How an engine is started for a model, on a port."""
+    """Return the function that makes the engine flags for a model and a port."""
     engine = setup.engine
 
     def flags(model: LocalModel, port: int) -> EngineFlags:
@@ -184,10 +184,10 @@ def flags_for(setup: EngineSetup) -> Callable[[LocalModel, int], EngineFlags]:
 
 def batch_for(prefill_tps: float | None, *, at_most: int = 512) -> int:
     """
-    Prompt tokens of one step of a serving engine: those of about half a second, a power of two.
+    Return the prompt tokens per step of a serving engine: about half a second of prefill, a power of two.
 
-    Between two steps, and only there, an engine notices that a client has gone, and sends the
-    tokens of its other streams: a step of 512 tokens on a Pi would hold both up for ten seconds.
+    Only between two steps does an engine detect a disconnected client and send the tokens of its other streams. A step
+    of 512 tokens on a Pi would delay both by ten seconds.
     """
     if prefill_tps is None:
         return min(_USUAL_BATCH, at_most)
@@ -196,28 +196,28 @@ def batch_for(prefill_tps: float | None, *, at_most: int = 512) -> int:
 
 
 def _prompt_cache_mib(settings: Settings) -> int:
-    """As set, else a sixteenth of the memory: 512 MiB of a board with 8 GB hold some 18,000 tokens of a 1.5 B model."""
+    """As set, else 1/16 of the memory: 512 MiB on an 8 GiB board hold some 18,000 tokens of a 1.5 B model."""
     if settings.gateway.cache_ram_mib is not None:
         return settings.gateway.cache_ram_mib
     return min(_MOST_CACHE_MIB, read_memory().total_bytes // 16 // 1024**2)
 
 
 def _cached_tokens(header: GgufHeader, setup: EngineSetup) -> int:
-    """Tokens of conversations that the prompt cache holds; none where the form of the cache is not known."""
+    """Capacity of the prompt cache in tokens; 0 if the size of a token is unknown."""
     per_token = header.kv_bytes_per_token(bytes_per_value=BYTES_PER_VALUE[setup.engine.cache_type])
     return int(setup.cache_ram_mib * 1024**2 // per_token) if per_token else 0
 
 
 def _saved_bytes(f16_bytes: int, cache_type: str) -> int:
-    """What a KV cache takes less than one of f16, for which forecasts are."""
+    """Memory that a smaller cache type saves compared with f16, which forecasts assume."""
     return round(f16_bytes * (1 - BYTES_PER_VALUE[cache_type] / BYTES_PER_VALUE["f16"]))
 
 
 def _named(entry: ServeEntry, library: Library) -> ServedModel:
     if entry.model.startswith(("http://", "https://")):
         shown = entry.model.rpartition("@")[2]  # without a password
-        raise SettingsError(f"{shown} is a server, not a model", hint="give it with --board, or as [[fleet]]")
-    # Not Path.exists, which raises for a name that is too long and below a folder that one may not enter.
+        raise SettingsError(f"{shown} is a server, not a model", hint="pass it with --board or list it in [[fleet]]")
+    # Not Path.exists: it raises for a name that is too long, and for a path in a folder without permission.
     there = os.path.exists(entry.model)  # noqa: PTH110
     kept = None if there else library.find(entry.model)
     if kept is not None:
@@ -243,11 +243,11 @@ def _bundled(entry: ServeEntry) -> ServedModel:
 
 
 def _usable(kept: StoredModel, note: Callable[[str], None]) -> bool:
-    """Whether a file of the library is a model that can be served, the first part of one included."""
+    """Whether a library file can be served; of a split model, only the first part."""
     try:
         header = _header(kept.path)
     except ModelError as error:
-        note(f"{kept.name} is not served: {error.message}")
+        note(f"not serving {kept.name}: {error.message}")
         return False
     return header.split is None or header.split[0] == 0
 
@@ -261,27 +261,27 @@ def _header(path: Path) -> GgufHeader:
 
 def _with_unique_names(found: Sequence[ServedModel]) -> list[ServedModel]:
     """
-    Each with a name of its own: two quantisations of one model are called by their files, or folders and files.
+    Give every model a unique name: two quantisations of one model are named after their files, if needed with folders.
 
     Raises:
-        SettingsError: One is named twice, or two differ by nothing that makes a name.
+        SettingsError: A model is listed twice, or two have no distinct names.
     """
     named: dict[str, ServedModel] = {}
     paths = [model.path for model in found]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice is not None:
-        raise SettingsError(f"{twice.name} is to be served twice", hint="name it once")
+        raise SettingsError(f"{twice.name} is listed twice", hint="list it once")
     for model, name in zip(found, _shortest_unique_names(found), strict=True):
         if name in named:
             raise SettingsError(
-                f"{named[name].path} and {model.path} would both be called {name}", hint="rename one of the files"
+                f"{named[name].path} and {model.path} would both be named {name}", hint="rename one of the files"
             )
         named[name] = msgspec.structs.replace(model, name=name)
     return list(named.values())
 
 
 def _shortest_unique_names(found: Sequence[ServedModel]) -> Iterator[str]:
-    """The shortest of each that no other has: its name, its file, or that behind as many folders as it takes."""
+    """Yield the shortest unique name of each model: its name, its file name, or the file name below its folders."""
     deepest = max((len(model.path.parts) for model in found), default=0)
     ways: list[Callable[[ServedModel], str]] = [lambda one: one.name]
     ways += [partial(_name_below_folders, folders=folders) for folders in range(deepest - 1)]

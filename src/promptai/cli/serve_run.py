@@ -1,11 +1,11 @@
-"""The life of one gateway: put together, listening, read again, drained, gone.
+"""The life cycle of one gateway: assemble, listen, serve, reload settings, drain, end.
 
-    plan ──▶ listen ──▶ engines start ──▶ serve ──(file changes, SIGHUP)──▶ plan again
+    plan ──▶ listen ──▶ engines start ──▶ serve ──(file changes, SIGHUP)──▶ new plan
                                             │
                           SIGTERM, SIGINT ──▶ drain ──▶ (second one, or nothing left) ──▶ engines end
 
-What a plan may change while streams go on: which models and boards there are, aliases, fallbacks, limits. Where
-it listens, who may come in and how engines are started is settled at the start.
+A new plan may change models, boards, aliases, fallbacks and limits while streams continue. The address, access control
+and the way engines are started are fixed at the start.
 """
 
 import asyncio
@@ -52,25 +52,26 @@ from promptai.settings import Settings, cache_directory
 _log = logging.getLogger("promptai.serve")
 
 _LOOK_PERIOD_S, _FILE_PERIOD_S = 0.5, 2.0
-#: How long the start waits for boards to say what they serve, before it prints what it knows.
+#: How long the start waits for boards to report their models before it prints the table.
 _WAIT_FOR_BOARDS_S = 0.7
 _EXIT_SIGNAL_BASE = 128
-#: Settings of the gateway that only count at its start.
+#: Settings of ``[gateway]`` that take effect only at the start.
 _FIXED_AT_START = (
     *("host", "port", "strategy", "ping_s", "body_mib"),
     *("keys", "hosts", "cors_origins", "cache_ram_mib", "memory_mib"),
 )
-#: Of objects, of young collections, of middle ones. A request leaves a few cycles behind, so that it is some MB.
+#: Thresholds of the three generations. A request leaves a few reference cycles, so garbage grows to some MiB.
 _GC_THRESHOLDS = (20_000, 50, 100)
 
 
 class ServePlan(msgspec.Struct, frozen=True, kw_only=True):
     """
-    What is to be served.
+    What the gateway serves.
 
     Attributes:
-        settings: With the command line's word in them.
-        models: Of this machine.
+        settings: The settings with the options of the command line applied.
+        models: Models of this machine.
+        setup: How their engines are started; ``None``: no model of this machine was served yet.
     """
 
     settings: Settings
@@ -83,14 +84,14 @@ def make_plan(
     settings: Settings, *, setup: EngineSetup | None, simulated: bool, note: Callable[[str], None]
 ) -> ServePlan:
     """
-    Decide what is served; reads the library and headers of models, starts nothing.
+    Decide what to serve; reads the library and model headers, starts nothing.
 
     Args:
-        machine: As it was looked at before; ``None``: it is looked at now, if models of it are served.
-        simulated: Pretended boards are served, so that nothing else is unless it was named.
+        setup: From an earlier plan; ``None``: determined now if models of this machine are served.
+        simulated: Simulated boards are served, so the library is not served unless its models are named.
 
     Raises:
-        PromptAIError: Something that is named is not there, or cannot be used.
+        PromptAIError: A named model or board does not exist or cannot be used.
     """
     found = parse_boards(settings.fleet)
     chosen = [] if simulated and not settings.serve else select_models(settings, note)
@@ -102,14 +103,14 @@ def make_plan(
 
 class ServeSession:
     """
-    One gateway, from its start to its end.
+    One run of the gateway, from start to end.
 
     Args:
-        plan: What it begins with.
-        simulated: How many pretended boards it starts beside.
-        file: Where settings are, if there are any.
-        seen: The ``file_identity`` of that file before the plan was made.
-        replan: Makes another plan from the settings as they are now.
+        plan: The initial plan.
+        simulated: Number of simulated boards to start.
+        file: Returns the path of the settings file; ``None``: there is no file.
+        seen: ``file_identity`` of that file before the plan was made.
+        replan: Makes a new plan from the current settings.
     """
 
     def __init__(
@@ -137,13 +138,13 @@ class ServeSession:
 
     async def run(self, started: Callable[["ServeSession", GatewayServer], None], loading: LoadingProgress) -> int:
         """
-        Serve until a signal ends it; the exit code.
+        Serve until a signal arrives; returns the exit code.
 
         Args:
-            started: Told when it listens and knows what it serves.
+            started: Called once the gateway listens and knows its replicas.
 
         Raises:
-            SettingsError: It cannot listen there.
+            SettingsError: The gateway cannot listen on its address.
         """
         gateway_settings = self.plan.settings.gateway
         loop = asyncio.get_running_loop()
@@ -166,7 +167,7 @@ class ServeSession:
                 limits=GatewayLimits(body_bytes=gateway_settings.body_mib * 1024**2),
             )
             self._catch_signals(loop, stack)
-            # The door closes before the engines end, and a door that cannot be had starts none.
+            # The server stops before the engines end; if it cannot listen, no engine starts.
             tasks: list[asyncio.Task[None]] = []
             stack.push_async_callback(_end, tasks)
             server = GatewayServer(self._gateway, gateway_settings.host, gateway_settings.port)
@@ -199,32 +200,32 @@ class ServeSession:
         stack.callback(loop.remove_signal_handler, signal.SIGHUP)
 
     async def _wait_for_boards(self) -> None:
-        """Give boards a moment to say what they serve."""
+        """Give boards a moment to report their models."""
         expected = len(self.plan.models) + len(self._engines) + len(self.plan.boards.targets)
-        there = asyncio.Event()
+        reported = asyncio.Event()
 
         def look(snapshot: Snapshot) -> None:
             if len(snapshot.replicas) >= expected:
-                there.set()
+                reported.set()
 
         leave = self.registry.subscribe(look)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_WAIT_FOR_BOARDS_S):
-                await there.wait()
+                await reported.wait()
         leave()
 
     async def _until_end(self, tasks: Sequence["asyncio.Task[None]"]) -> int:
-        """Wait for a signal, then for the answers that are under way, or for another signal."""
+        """Wait for a signal, then until the answers in progress have finished or another signal arrives."""
         signalled = asyncio.ensure_future(self._signals.get())
         await asyncio.wait([signalled, *tasks], return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
             if task.done():
                 signalled.cancel()
-                task.result()  # a bug: it never ends by itself
+                task.result()  # raises: a task that ends before a signal is a bug
         limit_s = self.plan.settings.gateway.drain_s
         if self._gateway.open_requests:
             _log.info(
-                "ending: %d under way may go on for %g s; the same signal again ends at once",
+                "draining: %d requests in progress may finish for %g s; send the signal again to stop at once",
                 self._gateway.open_requests,
                 limit_s,
             )
@@ -233,13 +234,13 @@ class ServeSession:
         await asyncio.wait([again, drained], return_when=asyncio.FIRST_COMPLETED)
         drained.cancel()
         if again.done() and not drained.done():
-            _log.info("ended at once: %d were under way", self._gateway.open_requests)
+            _log.info("stopped at once: %d requests were cut off", self._gateway.open_requests)
             return _EXIT_SIGNAL_BASE + again.result()
         again.cancel()
         return 0
 
     async def _watch(self, loading: LoadingProgress) -> None:
-        """What needs a look now and then: loading, and the file of settings."""
+        """Periodically update the load progress and check the settings file."""
         loop = asyncio.get_running_loop()
         look_at = loop.time()
         while True:
@@ -256,15 +257,15 @@ class ServeSession:
                     await self._reload_requested.wait()
 
     async def _reload(self) -> None:
-        """Take over what the file says now; a file that is wrong changes nothing."""
+        """Apply the current settings; invalid settings change nothing."""
         try:
             plan = await asyncio.to_thread(self._replan, self.plan.setup)
             rules, limits, sources = admission_rules(plan.settings), queue_limits(plan.settings), self._sources(plan)
         except PromptAIError as error:
-            _log.error("settings stay as they were: %s", error)
+            _log.error("settings not reloaded: %s", error)
             return
-        except Exception:  # noqa: BLE001  a border: no file, and no bug in reading it, ends what is under way
-            _log.exception("settings stay as they were: they could not be read again")
+        except Exception:  # noqa: BLE001  neither a file nor a bug in reading it may end the gateway
+            _log.exception("settings not reloaded: unexpected error")
             return
         if self.plan.setup is None:
             self._active = _with_engine_settings_of(self._active, plan.settings)
@@ -277,28 +278,24 @@ class ServeSession:
         self.registry.replace(sources)
         for problem in self.registry.problems:
             _log.warning("%s", problem)
-        _log.info("settings were read again%s", f"; {pending}" if pending else "")
+        _log.info("settings reloaded%s", f"; {pending}" if pending else "")
 
 
 def _waiting_for_restart(active: Settings, read: Settings) -> str:
-    """That settings differ from those in force and nothing can be done about it now; empty where none does."""
-    pending = [
-        f"gateway.{name}" for name in _FIXED_AT_START if getattr(active.gateway, name) != getattr(read.gateway, name)
-    ]
-    pending += ["engine"] if active.engine != read.engine else []
-    return (
-        f"{', '.join(pending)} only {'counts' if len(pending) == 1 else 'count'} from the next start" if pending else ""
-    )
+    """Name the changed settings that take effect only after a restart; empty if there are none."""
+    changed = [name for name in _FIXED_AT_START if getattr(active.gateway, name) != getattr(read.gateway, name)]
+    pending = [f"gateway.{name}" for name in changed] + (["engine"] if active.engine != read.engine else [])
+    return f"restart to apply {', '.join(pending)}" if pending else ""
 
 
 def _with_engine_settings_of(active: Settings, read: Settings) -> Settings:
-    """With what engines are started by: it is settled when the first model of this machine is served."""
+    """Take over the engine settings, which stay open until the first model of this machine is served."""
     gateway = msgspec.structs.replace(active.gateway, cache_ram_mib=read.gateway.cache_ram_mib)
     return msgspec.structs.replace(active, engine=read.engine, gateway=gateway)
 
 
 def file_identity(path: Path | None) -> tuple[int, ...] | None:
-    """What changes when the file does."""
+    """Return values that change when the file changes; ``None`` if it does not exist."""
     try:
         found = path.stat() if path is not None else None
     except OSError:
@@ -308,10 +305,10 @@ def file_identity(path: Path | None) -> tuple[int, ...] | None:
 
 def _freeze_gc() -> None:
     """
-    Keep the collector away from what has been imported: it is there to stay.
+    Exclude imported modules from garbage collection and collect the rest less often.
 
-    A full collection walks it all, and every stream stands still meanwhile: 20 ms on a server core. What is left is
-    looked at seldom: with Python's own thresholds, 200 streams stood still for 0.5 to 9 ms seven times a second.
+    A full collection walks all objects, and every stream pauses meanwhile: 20 ms on a server core. With Python's
+    default thresholds, 200 streams paused for 0.5 to 9 ms seven times a second.
     """
     gc.collect()
     gc.freeze()

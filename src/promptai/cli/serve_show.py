@@ -1,7 +1,7 @@
-"""What ``promptai serve`` prints: what is served, how to ask, and how loading goes.
+"""Output of ``promptai serve``: the table of replicas, an example request, and load progress.
 
-What a person reads goes to stdout once, at the start. Everything that happens later goes to
-stderr, a line each; on a terminal a bar shows what loads, with the time that is left.
+The greeting goes to stdout once. Later events go to stderr, one line each; on a terminal, bars show loading models and
+the remaining time.
 """
 
 import contextlib
@@ -28,14 +28,15 @@ from promptai.gateway.server import url_host
 _log = logging.getLogger("promptai.serve")
 
 _COLOURS = {State.READY: "green", State.DOWN: "red", State.LOADING: "yellow"}
-#: Where nothing is redrawn: a line each quarter, for what takes longer than a moment.
+#: Without a terminal: log a load every 25 %, if it takes longer than this.
 _LOG_EVERY, _NO_LOG_BEFORE_S = 0.25, 2.0
-#: The file is read; what the engine makes of it takes as long as it takes.
+#: The file is read; the remaining time for the engine to prepare it is unknown.
 _ALL_READ = 0.99
+_GIB = 1024**3
 
 
 def table(replicas: Sequence[Replica], models: Sequence[LocalModel], targets: Sequence[Target]) -> Table:
-    """One line a replica, and one a board that has not said anything yet."""
+    """Build the table: a row per replica, and per board that has not answered yet."""
     local = {model.name: model for model in models}
     shown = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("model", "where", "state", "slots", *(["memory"] if local else []), "prefill", "decode", "rates"):
@@ -49,7 +50,7 @@ def table(replicas: Sequence[Replica], models: Sequence[LocalModel], targets: Se
             "here" if model is not None else _name(replica.id),
             f"[{colour}]{replica.state.value}[/]",
             f"{replica.slots}×{'?' if replica.context is None else replica.context}",  # noqa: RUF001
-            *(["–" if model is None else f"{model.needed_bytes / 1e9:.2f}"] if local else []),
+            *(["–" if model is None else f"{model.needed_bytes / _GIB:.2f}"] if local else []),
             _rate(rates.prefill_tps),
             _rate(rates.decode_tps),
             rates.source if rates.source != "unknown" else "learned",
@@ -57,45 +58,45 @@ def table(replicas: Sequence[Replica], models: Sequence[LocalModel], targets: Se
     answered = {replica.url for replica in replicas}
     for target in targets:
         if target.base_url not in answered:
-            shown.add_row(_name(target.model or "?"), _name(target.replica_id), "[dim]asked[/]")
+            shown.add_row(_name(target.model or "?"), _name(target.replica_id), "[dim]not answered yet[/]")
     return shown
 
 
 def down_reasons(replicas: Sequence[Replica]) -> list[str]:
-    """Why some do not serve, a line each."""
+    """Return a line per replica that is down, with the reason."""
     return [f"{replica.id}: {replica.reason}" for replica in replicas if replica.state is State.DOWN]
 
 
 def legend(replicas: Sequence[Replica], budget_bytes: int | None) -> str:
-    """The table's units, and what its words mean."""
-    units = "slots: conversations × tokens; prefill and decode in tokens/s"  # noqa: RUF001
-    lines = [units if budget_bytes is None else f"memory in GB, of {budget_bytes / 1e9:.1f} for all engines; {units}"]
+    """Explain the units and words of the table."""
+    units = "slots: conversations × tokens of context; prefill and decode in tokens/s"  # noqa: RUF001
+    lines = [units] if budget_bytes is None else [f"memory in GiB (all engines: {budget_bytes / _GIB:.1f}); {units}"]
     if any(replica.rates.source == "unknown" for replica in replicas):
-        before = "; promptai bench or promptai models calibrate tell before" if budget_bytes is not None else ""
-        lines.append(f"learned: from the first answers{before}")
+        advice = "" if budget_bytes is None else "; promptai bench or promptai models calibrate measure it in advance"
+        lines.append(f"learned: no speed known yet, taken from the first answers{advice}")
     if any(replica.state is State.COLD for replica in replicas):
-        lines.append("cold: loaded when it is asked for")
+        lines.append("cold: loaded on its first request")
     return "\n".join(lines)
 
 
 def example_model(replicas: Sequence[Replica]) -> str:
-    """The model of an example: one that answers, if there is one; else whichever will."""
+    """Return the model for the example request: one that is usable, else ``default``."""
     return next((replica.model for replica in replicas if replica.model and replica.usable), "default")
 
 
 def why_unavailable(replicas: Sequence[Replica]) -> str:
-    """Why nothing can be asked now; empty where something can."""
+    """Return why no model is available; empty if one is."""
     if any(replica.usable for replica in replicas):
         return ""
     if not replicas:
-        return "nothing can be asked yet: no board has answered so far"
+        return "no model is available yet: no board has answered"
     first = replicas[0]
-    others = f" (and {len(replicas) - 1} more cannot serve)" if len(replicas) > 1 else ""
-    return f"nothing can be asked now: {first.id}: {first.reason or first.state.value}{others}"
+    others = f" ({len(replicas) - 1} more replicas are not available)" if len(replicas) > 1 else ""
+    return f"no model is available yet: {first.id}: {first.reason or first.state.value}{others}"
 
 
 def curl_line(url: str, model: str, key: str | None) -> str:
-    """A request that works as it is printed; ``key``: as it stands in the header, ``None`` where none is needed."""
+    """Return an example request that works as printed; ``key``: API key or shell variable, ``None``: not required."""
     body = {"model": model, "messages": [{"role": "user", "content": "What is a base station?"}], "max_tokens": 60}
     words = ["curl", f"{url}/v1/chat/completions", "-H", "'Content-Type: application/json'"]
     if key is not None:
@@ -104,25 +105,25 @@ def curl_line(url: str, model: str, key: str | None) -> str:
 
 
 def external_url(host: str, port: int) -> str:
-    """Where other machines reach a gateway that is not bound to loopback."""
+    """Return the URL for other machines of a gateway that is not bound to loopback."""
     name = socket.gethostname() if host in {"0.0.0.0", "::"} else url_host(host)  # noqa: S104  compared, not bound
     return f"http://{name}:{port}"
 
 
 @contextlib.contextmanager
 def _ignore_write_errors(console: Console) -> Iterator[None]:
-    """Drop what cannot be written: the terminal is lost, the disk full, or who read it has gone."""
+    """Ignore output that cannot be written: the terminal is lost, the disk full or the pipe closed."""
     try:
         yield
-    except (Exception, SystemExit):  # noqa: BLE001  rich makes SystemExit of a broken pipe; nobody could be told
+    except (Exception, SystemExit):  # noqa: BLE001  rich raises SystemExit on a broken pipe; there is nowhere to report it
         silent, console.quiet = console.quiet, True
         with contextlib.suppress(Exception):
-            console.print()  # rich keeps what it could not write, and forgets it only in silence
+            console.print()  # rich buffers what it could not write, and drops it only while quiet
         console.quiet = silent
 
 
 class LogHandler(logging.Handler):
-    """Log lines that do not tear the bars."""
+    """A log handler that does not break the progress bars."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -130,21 +131,21 @@ class LogHandler(logging.Handler):
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one; as everywhere in logging, one that cannot be printed ends nothing."""
+        """Print a record; as usual in logging, a failure is ignored."""
         with _ignore_write_errors(self._console):
             shown = "\n".join(map(one_line, self.format(record).split("\n")))
             self._console.print(shown, markup=False, highlight=False, soft_wrap=True, emoji=False)
 
 
 class LoadingProgress:
-    """Tells what becomes of engines, from one snapshot to the next; a context manager."""
+    """Shows and logs the state changes of replicas from snapshot to snapshot; a context manager."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[share]:>4}"),
+            TextColumn("{task.fields[share]:>5}"),
             TextColumn("{task.fields[left]}"),
             console=console,
             disable=not console.is_terminal,
@@ -157,16 +158,16 @@ class LoadingProgress:
         self._logged: dict[str, float] = {}
 
     def __enter__(self) -> Self:
-        """Begin to draw."""
+        """Return itself; drawing starts with the first load."""
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        """Leave the terminal as it was."""
+        """Remove the bars from the terminal."""
         with _ignore_write_errors(self._console):
             self._progress.stop()
 
     def update(self, snapshot: Snapshot, now: float) -> None:
-        """Say what is new since the last look."""
+        """Show the changes since the last snapshot."""
         for gone in self._before.keys() - {replica.id for replica in snapshot.replicas}:
             del self._before[gone]
             self._stop_loading(gone)
@@ -189,8 +190,8 @@ class LoadingProgress:
             if replica.id not in self._tasks:
                 name = one_line(replica.id)
                 self._tasks[replica.id] = self._progress.add_task(f"loading {name}", total=None, share="", left="")
-            if replica.progress is not None:  # until then the bar only says that something goes on
-                self._progress.update(self._tasks[replica.id], total=1.0, completed=share, share=f"{share:.0%}")
+            if replica.progress is not None:  # until then the bar only pulses
+                self._progress.update(self._tasks[replica.id], total=1.0, completed=share, share=f"{100 * share:.0f} %")
             self._progress.update(self._tasks[replica.id], left=words)
         elif not known:
             _log.info("%s: loading%s", one_line(replica.id), f", {words}" if words else "")
@@ -207,7 +208,7 @@ class LoadingProgress:
             _log.info("%s: %s%s", name, replica.state.value, f", {reason}" if reason else "")
 
     def _stop_loading(self, replica_id: str) -> float | None:
-        """It loads no longer; gives when it began."""
+        """Remove the bar of a replica; returns when its load began, ``None`` if it did not load."""
         task = self._tasks.pop(replica_id, None)
         if task is not None:
             self._progress.remove_task(task)
@@ -224,7 +225,7 @@ class LoadingProgress:
 
 
 def _left_s(replica: Replica, elapsed_s: float) -> float | None:
-    """Seconds until it is loaded, from an earlier time or from how far it came in this one."""
+    """Estimate the remaining load time from its progress, else from its last load; ``None``: unknown."""
     if replica.progress and replica.progress >= _ALL_READ:
         return None
     if replica.progress:
@@ -233,7 +234,7 @@ def _left_s(replica: Replica, elapsed_s: float) -> float | None:
 
 
 def _name(text: str) -> str:
-    """A name from outside, as a table takes it."""
+    """Escape a foreign name for the table."""
     return escape(one_line(text))
 
 
