@@ -25,7 +25,7 @@ from promptai.settings import (
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty directory to be in: whoever runs the tests may have settings of their own."""
+    """Change to an empty directory: the user who runs the tests may have settings."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -37,7 +37,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         pytest.param("[bench]\nthreads = 4", "unknown field `threads`", "repeats", id="key-of-another-section"),
         pytest.param("[engin]\nthreads = 4", "unknown field `engin`", "did you mean engine?", id="misspelt-section"),
         pytest.param("rums = 'x'", "unknown field `rums`", "did you mean runs?", id="misspelt-top-key"),
-        pytest.param("zzz = 1", "unknown field `zzz`", "known here: engine, bench, runs", id="nothing-near"),
+        pytest.param("zzz = 1", "unknown field `zzz`", "known keys: engine, bench, runs", id="nothing-near"),
         pytest.param(
             "[engine]\nthreads = '4'", "Expected `int | null`, got `str`", "settings.md", id="text-for-number"
         ),
@@ -63,14 +63,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         pytest.param("[fleet]\nurl = 'a'", "Expected `array`, got `object`", "settings.md", id="list-without-list"),
         pytest.param("[gateway]\nstrategy = 'random'", "Invalid enum value 'random'", "settings.md", id="strategy"),
         pytest.param("[gateway]\nport = 70000", "gateway.port must be between 0 and 65535", "settings.md", id="port"),
-        pytest.param("[gateway]\ndrain_s = -1", "gateway.drain_s must not be below 0", "settings.md", id="drain"),
-        pytest.param("[gateway]\nping_s = nan", "gateway.ping_s must not be below 0", "settings.md", id="ping"),
+        pytest.param("[gateway]\ndrain_s = -1", "gateway.drain_s must be at least 0", "settings.md", id="drain"),
+        pytest.param("[gateway]\nping_s = nan", "gateway.ping_s must be at least 0", "settings.md", id="ping"),
         pytest.param("[engine", "Expected ']'", "settings.md", id="not-toml"),
         pytest.param("runs = '\udcff'", "utf-8", "settings.md", id="not-utf-8"),
     ],
 )
-def test_a_mistake_is_refused_with_file_reason_and_remedy(here: Path, text: str, reason: str, hint: str) -> None:
-    """A key that is silently ignored is a benchmark that measured something else."""
+def test_rejects_a_mistake_with_file_reason_and_hint(here: Path, text: str, reason: str, hint: str) -> None:
+    """If a key were silently ignored, a benchmark would measure something else."""
     (here / CONFIG_NAME).write_bytes(text.encode(errors="surrogateescape"))
 
     with pytest.raises(SettingsError) as refusal:
@@ -89,7 +89,7 @@ def test_a_mistake_is_refused_with_file_reason_and_remedy(here: Path, text: str,
         *("gateway.wait_s", "gateway.stall_s", "gateway.attempts", "gateway.body_mib", "gateway.memory_mib"),
     ],
 )
-def test_what_is_counted_must_be_above_zero(here: Path, setting: str) -> None:
+def test_counts_must_be_above_zero(here: Path, setting: str) -> None:
     section, key = setting.split(".")
     (here / CONFIG_NAME).write_text(f"[{section}]\n{key} = 0")
 
@@ -98,11 +98,11 @@ def test_what_is_counted_must_be_above_zero(here: Path, setting: str) -> None:
 
 
 @pytest.mark.parametrize("section", ["engine", "gateway"])
-def test_a_prompt_cache_is_never_below_nothing(here: Path, section: str) -> None:
-    """An engine takes -1 as "no limit", and a forecast of memory as less than none."""
+def test_a_prompt_cache_must_not_be_negative(here: Path, section: str) -> None:
+    """For an engine, -1 means "no limit"; in a memory forecast it would be a negative size."""
     (here / CONFIG_NAME).write_text(f"[{section}]\ncache_ram_mib = -1")
 
-    with pytest.raises(SettingsError, match=f"{section}.cache_ram_mib must not be below 0, but is -1"):
+    with pytest.raises(SettingsError, match=f"{section}.cache_ram_mib must be at least 0, not -1"):
         load_settings(environ={})
 
     (here / CONFIG_NAME).write_text(f"[{section}]\ncache_ram_mib = 0")
@@ -111,7 +111,7 @@ def test_a_prompt_cache_is_never_below_nothing(here: Path, section: str) -> None
 
 @pytest.mark.parametrize("by", ["option", "environment"])
 @pytest.mark.parametrize(("name", "reason"), [("absent.toml", "No such file"), (".", "Is a directory")])
-def test_a_file_that_was_named_must_be_there(by: str, name: str, reason: str) -> None:
+def test_a_named_file_must_exist(by: str, name: str, reason: str) -> None:
     config, environ = (Path(name), {}) if by == "option" else (None, {"PROMPTAI_CONFIG": name})
 
     with pytest.raises(SettingsError, match=reason):
@@ -123,8 +123,8 @@ def test_without_a_file_everything_has_a_default() -> None:
 
 
 @pytest.mark.parametrize("text", ["", " \n\t\n"])
-def test_an_empty_file_is_valid_unless_it_is_to_be_refused(here: Path, text: str) -> None:
-    """A comment is a word: with it somebody says that there are no settings."""
+def test_an_empty_file_is_valid_unless_refused(here: Path, text: str) -> None:
+    """A comment makes the file non-empty: it states that there are no settings."""
     file = here / CONFIG_NAME
     file.write_text(text)
 
@@ -136,19 +136,19 @@ def test_an_empty_file_is_valid_unless_it_is_to_be_refused(here: Path, text: str
     assert (load_settings(environ={}, refuse_empty=True), is_empty(file)) == (Settings(), False)
 
 
-def test_a_file_that_is_not_there_is_empty_and_a_pipe_is_not_read_for_that(here: Path) -> None:
+def test_a_missing_file_is_empty_and_a_pipe_is_not_read(here: Path) -> None:
     os.mkfifo(here / "pipe")
 
     assert [is_empty(None), is_empty(here / "absent"), is_empty(here / "pipe")] == [True, True, True]
 
 
-def test_the_file_beats_the_defaults(here: Path) -> None:
+def test_the_file_overrides_the_defaults(here: Path) -> None:
     (here / CONFIG_NAME).write_text("runs = 'elsewhere'\n[engine]\nthreads = 3\ncache_type = 'q8_0'\n")
 
     assert Settings(EngineSettings(threads=3, cache_type="q8_0"), runs="elsewhere") == load_settings(environ={})
 
 
-def test_the_environment_beats_the_file(here: Path) -> None:
+def test_the_environment_overrides_the_file(here: Path) -> None:
     (here / CONFIG_NAME).write_text("runs = 'file'\n[engine]\npath = 'file'\nthreads = 3\n")
 
     settings = load_settings(
@@ -158,7 +158,7 @@ def test_the_environment_beats_the_file(here: Path) -> None:
     assert Settings(EngineSettings("/opt/llama-server", threads=3), runs="/data/runs", models="/sd") == settings
 
 
-def test_an_empty_variable_is_none(here: Path) -> None:
+def test_an_empty_variable_counts_as_unset(here: Path) -> None:
     (here / CONFIG_NAME).write_text("runs = 'file'")
 
     empty = dict.fromkeys(("PROMPTAI_CONFIG", "PROMPTAI_ENGINE", "PROMPTAI_RUNS", "PROMPTAI_MODELS"), "")
@@ -166,7 +166,7 @@ def test_an_empty_variable_is_none(here: Path) -> None:
     assert Settings(runs="file") == load_settings(environ=empty)
 
 
-def test_an_option_beats_the_environment_and_that_the_directory(here: Path) -> None:
+def test_prefers_the_option_to_the_environment_to_the_directory(here: Path) -> None:
     for name in ("option.toml", "environment.toml", CONFIG_NAME):
         (here / name).write_text(f"runs = '{name}'")
     environ = {"PROMPTAI_CONFIG": "environment.toml"}
@@ -178,7 +178,7 @@ def test_an_option_beats_the_environment_and_that_the_directory(here: Path) -> N
     ] == ["option.toml", "environment.toml", CONFIG_NAME]
 
 
-def test_what_is_served_is_read_as_it_stands(here: Path) -> None:
+def test_reads_what_is_served(here: Path) -> None:
     (here / CONFIG_NAME).write_text("""
 [gateway]
 port = 9000
@@ -210,7 +210,7 @@ params = { temperature = 0.2 }
 
 
 @pytest.mark.parametrize("key", ["slots", "prefill_tps", "decode_tps", "capability"])
-def test_what_is_known_of_a_board_must_be_above_zero(here: Path, key: str) -> None:
+def test_figures_of_a_board_must_be_above_zero(here: Path, key: str) -> None:
     (here / CONFIG_NAME).write_text(f"[[fleet]]\nurl = 'http://a'\n{key} = 0")
 
     with pytest.raises(SettingsError, match=f"fleet.{key} must be above 0, not 0"):
@@ -218,19 +218,19 @@ def test_what_is_known_of_a_board_must_be_above_zero(here: Path, key: str) -> No
 
 
 @pytest.mark.parametrize("key", ["slots", "context", "ttl_s", "capability"])
-def test_what_is_wanted_of_a_model_must_be_above_zero(here: Path, key: str) -> None:
+def test_figures_of_a_model_must_be_above_zero(here: Path, key: str) -> None:
     (here / CONFIG_NAME).write_text(f"[[serve]]\nmodel = 'a'\n{key} = 0")
 
     with pytest.raises(SettingsError, match=f"serve.{key} must be above 0, not 0"):
         load_settings(environ={})
 
 
-def test_a_board_s_key_is_in_the_variable_that_is_named_for_it() -> None:
+def test_reads_the_key_of_a_board_from_its_variable() -> None:
     board = FleetEntry("http://pi-1:8080", api_key_env="PI_KEY")
 
     assert [board_key(board, {"PI_KEY": "sesame"}), board_key(FleetEntry("http://a"), {})] == ["sesame", None]
     for environ in ({}, {"PI_KEY": ""}):
-        with pytest.raises(SettingsError, match=r"of http://pi-1:8080 should be in \$PI_KEY, which is not set"):
+        with pytest.raises(SettingsError, match=r"^\$PI_KEY, the API key of http://pi-1:8080, is not set"):
             board_key(board, environ)
 
 
@@ -242,7 +242,7 @@ def test_keys_are_kept_where_the_environment_says_or_else_the_settings() -> None
     assert keys_path({"XDG_CONFIG_HOME": "/home/x"}, Settings()) == Path("/home/x/promptai/keys.json")
 
 
-def test_the_file_is_the_one_that_is_named_or_else_lies_here(here: Path) -> None:
+def test_uses_the_named_file_or_the_one_in_the_directory(here: Path) -> None:
     assert settings_file(environ={}) is None
     (here / CONFIG_NAME).touch()
 
@@ -251,17 +251,17 @@ def test_the_file_is_the_one_that_is_named_or_else_lies_here(here: Path) -> None
     assert settings_file(Path("o.toml"), {"PROMPTAI_CONFIG": "e.toml"}) == Path("o.toml")
 
 
-def test_a_secret_comes_from_the_environment_alone() -> None:
+def test_secrets_come_only_from_the_environment() -> None:
     assert load_secrets({"PROMPTAI_API_KEY": "sesame"}).api_key == "sesame"
     assert [load_secrets(environ).api_key for environ in ({}, {"PROMPTAI_API_KEY": ""})] == [None, None]
 
 
-def test_the_cache_is_where_the_desktop_standard_says() -> None:
+def test_the_cache_directory_follows_the_xdg_standard() -> None:
     assert Path("/data/cache/promptai") == cache_directory({"XDG_CACHE_HOME": "/data/cache"})
     assert Path.home() / ".cache" / "promptai" == cache_directory({})
 
 
-def test_models_are_kept_where_the_desktop_standard_says_unless_set() -> None:
+def test_the_models_directory_follows_the_xdg_standard_unless_set() -> None:
     assert Path("/data/share/promptai/models") == models_directory(Settings(), {"XDG_DATA_HOME": "/data/share"})
     assert Path.home() / ".local/share/promptai/models" == models_directory(Settings(), {})
     assert Path.home() / "sd" == models_directory(Settings(models="~/sd"), {"XDG_DATA_HOME": "/data/share"})

@@ -1,12 +1,10 @@
 """Settings from ``promptai.toml`` and the environment; the only module that reads either.
 
-A misspelt key that is silently ignored is a benchmark that measured something
-else. So unknown keys are refused, with the nearest known one. Everything has a
-default; the file is optional. Looked for: ``--config``, else ``$PROMPTAI_CONFIG``,
-else ``./promptai.toml``. An option on the command line beats the file.
+If a misspelt key were silently ignored, a benchmark would measure something else. So unknown keys are rejected, and the
+error suggests the closest known key. Every setting has a default, and the file is optional: ``--config``, else
+``$PROMPTAI_CONFIG``, else ``./promptai.toml``. Options on the command line override the file.
 
-Every field's docstring line is its documentation: docs/reference/settings.md is
-generated from here.
+The attribute lines of the docstrings are the reference: docs/reference/settings.md is generated from them.
 """
 
 import difflib
@@ -33,7 +31,7 @@ def _positive(section: str, **values: float | None) -> None:
 def _not_negative(section: str, **values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not value >= 0:
-            raise ValueError(f"{section}.{name} must not be below 0, but is {value}")
+            raise ValueError(f"{section}.{name} must be at least 0, not {value}")
 
 
 class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,15 +39,15 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     How engines are started.
 
     Attributes:
-        path: A llama-server to use instead of looking for one; ``$PROMPTAI_ENGINE``.
-        threads: CPU threads; absent: the physical cores that cpuset and CPU quota leave.
-        context: Tokens of context of one slot; absent: what the workload needs, or 4096 when serving; the model's own
-            at most.
-        slots: Conversations that one engine holds at once.
-        batch: Most prompt tokens of one step; serving takes fewer where that many take longer than half a second.
-        cache_type: Type of the KV cache's numbers: f16, or q8_0 for half the memory.
-        cache_ram_mib: Prompt cache beside the KV cache when measuring, in MiB; 0 turns it off.
-        mmap: Map the model file instead of reading it.
+        path: Path of the llama-server to use; absent: the first one found; ``$PROMPTAI_ENGINE``.
+        threads: CPU threads; absent: the physical cores within the cpuset and CPU quota of the process.
+        context: Context of one slot in tokens, limited to that of the model; absent: as the workload needs, or 4096
+            when serving.
+        slots: Slots (concurrent conversations) per engine.
+        batch: Maximum prompt tokens per step; serving uses fewer if a step would take longer than half a second.
+        cache_type: Type of the KV cache: f16, or q8_0 for half the memory.
+        cache_ram_mib: Prompt cache when measuring, in MiB, in addition to the KV cache; 0 turns it off.
+        mmap: Map the model file into memory instead of reading it.
     """
 
     path: str | None = None
@@ -72,10 +70,10 @@ class BenchSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         workload: edge-50, oasst1 or the path of a .jsonl file.
-        max_tokens: Cap of generated tokens an answer.
-        repeats: Times the workload is played.
-        seed: For the engine's sampler, arrivals and the choice of conversations.
-        timeout_s: Longest silence in the middle of an answer, in seconds.
+        max_tokens: Maximum generated tokens per answer.
+        repeats: Number of times the workload runs.
+        seed: Seed of the engine's sampler, the arrivals and the choice of conversations.
+        timeout_s: Longest pause within an answer, in seconds.
     """
 
     workload: str = "edge-50"
@@ -90,28 +88,30 @@ class BenchSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
-    How ``promptai serve`` takes requests.
+    How ``promptai serve`` handles requests.
 
     Attributes:
-        host: Address to listen at; one that is not loopback demands API keys.
-        port: Port to listen at; 0 takes a free one.
-        strategy: How a replica is chosen: affinity (by estimated seconds, caches included), least-busy or round-robin.
-        queue: Requests for one model that may wait, beside those that have a slot.
-        wait_s: The longest that one waits, in seconds.
-        outage_s: The longest that an accepted one waits for a replica to come back, in seconds.
-        stall_s: Silence of an engine beyond what computing explains, after which it counts as dead, in seconds.
-        attempts: How often one request may be sent to an engine before it fails.
-        drain_s: How long answers that are under way may go on when the gateway ends, in seconds.
-        ping_s: Between comments that keep a waiting stream open, in seconds; 0: none, for clients that choke on them.
-        body_mib: Largest body of a request, in MiB.
-        keys: File of the API keys; absent: ``$XDG_CONFIG_HOME/promptai/keys.json``; ``$PROMPTAI_KEYS``.
-        hosts: Further names under which a gateway on loopback may be called, behind a proxy for instance.
-        cors_origins: Origins whose pages may use it, as ``https://host``; ``*``: all.
-        default: The model of requests that name none; absent: the only one, if there is just one.
-        cache_ram_mib: Prompt cache of each engine that is started for serving, in MiB, where conversations go that
-            leave their slot; absent: a sixteenth of the memory, at most 1024; 0 turns it off.
-        memory_mib: What all engines of this machine together may take, in MiB; absent: what is available, less a
-            tenth of the memory.
+        host: Address to listen on; any address other than loopback requires API keys.
+        port: Port to listen on; 0: any free port.
+        strategy: How a request is assigned to a replica: affinity (least estimated seconds, caches included),
+            least-busy or round-robin.
+        queue: Maximum queued requests per model, in addition to those that have a slot.
+        wait_s: Longest time in the queue, in seconds.
+        outage_s: Longest time that an accepted request waits for a replica to return, in seconds.
+        stall_s: Silence of an engine, beyond its expected computing time, after which it counts as dead, in seconds.
+        attempts: Maximum number of times a request is sent to an engine before it fails.
+        drain_s: Time for answers in progress to finish when the gateway stops, in seconds.
+        ping_s: Interval of the comments that keep a waiting stream open, in seconds; 0: no comments, for clients that
+            reject them.
+        body_mib: Maximum size of a request body, in MiB.
+        keys: File with the API keys; absent: ``$XDG_CONFIG_HOME/promptai/keys.json``; ``$PROMPTAI_KEYS``.
+        hosts: Additional host names of a gateway on loopback, for example behind a proxy.
+        cors_origins: Origins whose web pages may use the gateway, as ``https://host``; ``*``: all.
+        default: Model of requests that name no model; absent: the only model, if there is just one.
+        cache_ram_mib: Prompt cache per engine when serving, in MiB, for conversations that have left their slot;
+            absent: a sixteenth of the memory, at most 1024; 0 turns it off.
+        memory_mib: Memory that all engines of this machine may take together, in MiB; absent: the available memory
+            less a tenth of the total.
     """
 
     host: str = "127.0.0.1"
@@ -149,17 +149,17 @@ class GatewaySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class FleetEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
-    A running llama-server, another PromptAI, or another OpenAI-compatible server; one ``[[fleet]]`` each.
+    A running llama-server, another PromptAI or another OpenAI-compatible server; one ``[[fleet]]`` each.
 
     Attributes:
-        url: Where it is, as ``http://pi-1:8080``.
-        name: What it is called in answers and logs; absent: host and port.
-        model: The model that it is asked for; absent: the one that it says it serves.
-        slots: Streams at once; absent: as it says, 1 where it does not.
-        prefill_tps: Prompt tokens a second that are expected of it; absent: learned from what it does.
-        decode_tps: Generated tokens a second of one stream that are expected of it; absent: learned.
-        capability: What ``auto`` orders models by, in billions of parameters; absent: as it says.
-        api_key_env: Name of the environment variable that holds its API key; keys never stand in the file.
+        url: URL of the server, as ``http://pi-1:8080``.
+        name: Name in responses and logs; absent: host and port.
+        model: Model to use; absent: the one that the server reports.
+        slots: Concurrent streams; absent: as the server reports, otherwise 1.
+        prefill_tps: Expected prompt tokens per second; absent: learned from its answers.
+        decode_tps: Expected generated tokens per second of a single stream; absent: learned from its answers.
+        capability: Rank of the model for ``auto``, in billions of parameters; absent: as the server reports.
+        api_key_env: Environment variable with its API key; the file never contains keys.
     """
 
     url: str
@@ -183,16 +183,16 @@ class FleetEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class ServeEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
-    A model that this machine serves itself; one ``[[serve]]`` each.
+    A model that this machine serves; one ``[[serve]]`` each.
 
     Attributes:
-        model: A model of the library, by its name or its name in the catalogue, or the path of a .gguf file.
-        slots: Conversations that its engine holds at once; absent: as in ``[engine]``.
-        context: Tokens of context of one slot; absent: as in ``[engine]``.
-        pinned: It is always loaded and makes room for no other.
-        preload: It is loaded at the start if there is room; otherwise when it is asked for.
-        ttl_s: How long it stays loaded without being used, in seconds; absent: until another needs the room.
-        capability: What ``auto`` orders models by; absent: its parameters in billions.
+        model: A model of the library (its name or its name in the catalogue), or the path of a .gguf file.
+        slots: Slots (concurrent conversations) of its engine; absent: as in ``[engine]``.
+        context: Context of one slot in tokens; absent: as in ``[engine]``.
+        pinned: Keep the model loaded; it is never evicted.
+        preload: Load the model at the start if it fits; otherwise it loads on its first request.
+        ttl_s: Idle time before the model is unloaded, in seconds; absent: until another model needs its memory.
+        capability: Rank of the model for ``auto``; absent: its parameters in billions.
     """
 
     model: str
@@ -209,11 +209,11 @@ class ServeEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class AliasEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
-    Another name of a model; ``[aliases.NAME]`` each.
+    Another name of a model; one ``[aliases.NAME]`` each.
 
     Attributes:
-        model: The model that is meant, another alias, or ``auto``.
-        params: Fields of a request, such as ``temperature``, for those that do not set them.
+        model: The model, another alias or ``auto``.
+        params: Default fields of a request, such as ``temperature``.
     """
 
     model: str
@@ -227,13 +227,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         engine: How engines are started.
         bench: How ``promptai bench`` measures.
-        runs: Directory where runs are collected; ``$PROMPTAI_RUNS``.
-        models: Directory where models are kept; absent: ``$XDG_DATA_HOME/promptai/models``; ``$PROMPTAI_MODELS``.
-        gateway: How ``promptai serve`` takes requests.
-        fleet: Engines that somebody else starts and stops.
+        runs: Directory of the runs; ``$PROMPTAI_RUNS``.
+        models: Library: the directory of the models; absent: ``$XDG_DATA_HOME/promptai/models``; ``$PROMPTAI_MODELS``.
+        gateway: How ``promptai serve`` handles requests.
+        fleet: Servers that PromptAI does not start.
         serve: Models of this machine.
         aliases: Other names of models.
-        fallbacks: For prompts that a model cannot hold: the model that takes them, by the name of the first.
+        fallbacks: Model name -> model that takes the prompts that exceed its context.
     """
 
     engine: EngineSettings = EngineSettings()
@@ -247,7 +247,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fallbacks: dict[str, str] = {}
 
 
-#: Sections by the word that they begin with in the file.
+#: Sections by their name in the file.
 SECTIONS: dict[str, type[msgspec.Struct]] = {
     "engine": EngineSettings,
     "bench": BenchSettings,
@@ -259,7 +259,7 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
 
 
 class Secrets(msgspec.Struct, frozen=True):
-    """What must not stand in a file or a command line: ``$PROMPTAI_API_KEY``, for servers that demand one."""
+    """Secrets, which never belong in a file or on a command line: ``$PROMPTAI_API_KEY`` for servers that require it."""
 
     api_key: str | None = None
 
@@ -271,12 +271,12 @@ def load_settings(
     Read the settings.
 
     Args:
-        config: A file that must exist; ``None``: wherever one is found, if at all.
-        refuse_empty: A file without a word is an error: it had some before, and a full disk or an editor that is
-            just writing it leaves none.
+        config: A file that must exist; ``None``: search for one.
+        refuse_empty: Reject an empty file: on a reload, it may be the result of a full disk or of an editor that is
+            still writing.
 
     Raises:
-        SettingsError: The file cannot be read, has an unknown key or a value of the wrong kind, or is empty.
+        SettingsError: The file cannot be read, has an unknown key or an invalid value, or is empty.
     """
     path = settings_file(config, environ)
     settings = _read(path, refuse_empty=refuse_empty) if path is not None else Settings()
@@ -291,7 +291,7 @@ def load_settings(
 
 
 def settings_file(config: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path | None:
-    """The file that ``load_settings`` reads; ``None``: there is none, and none was named."""
+    """Return the file that ``load_settings`` reads; ``None`` if there is none."""
     if config is not None:
         return config
     if environ.get("PROMPTAI_CONFIG"):
@@ -300,7 +300,7 @@ def settings_file(config: Path | None = None, environ: Mapping[str, str] = os.en
 
 
 def is_empty(path: Path | None) -> bool:
-    """Whether a file of settings holds nothing, not even a comment; one that is not there holds nothing either."""
+    """Whether a settings file has no content, not even a comment; a missing file counts as empty."""
     try:
         # A pipe can be read only once.
         return path is None or not path.is_file() or not path.read_bytes().strip()
@@ -309,30 +309,30 @@ def is_empty(path: Path | None) -> bool:
 
 
 def load_secrets(environ: Mapping[str, str] = os.environ) -> Secrets:
-    """Read the secrets, which come from the environment alone."""
+    """Read the secrets from the environment."""
     return Secrets(api_key=environ.get("PROMPTAI_API_KEY") or None)
 
 
 def board_key(entry: FleetEntry, environ: Mapping[str, str] = os.environ) -> str | None:
     """
-    The API key of a server of the fleet.
+    Return the API key of a server of the fleet; ``None`` if it needs no key.
 
     Raises:
-        SettingsError: The variable that should hold it is not set.
+        SettingsError: The environment variable with the key is not set.
     """
     if entry.api_key_env is None:
         return None
     key = environ.get(entry.api_key_env)
     if not key:
         raise SettingsError(
-            f"the API key of {entry.name or entry.url} should be in ${entry.api_key_env}, which is not set",
-            hint="set it where the gateway is started, or leave out api_key_env",
+            f"${entry.api_key_env}, the API key of {entry.name or entry.url}, is not set",
+            hint="set it in the environment of the gateway, or remove api_key_env",
         )
     return key
 
 
 def models_directory(settings: Settings, environ: Mapping[str, str] = os.environ) -> Path:
-    """Where models are kept: as set, else ``$XDG_DATA_HOME/promptai/models``."""
+    """Return the directory of the models: as set, else ``$XDG_DATA_HOME/promptai/models``."""
     if settings.models is not None:
         return Path(settings.models).expanduser()
     base = environ.get("XDG_DATA_HOME")
@@ -340,7 +340,7 @@ def models_directory(settings: Settings, environ: Mapping[str, str] = os.environ
 
 
 def keys_path(environ: Mapping[str, str] = os.environ, settings: Settings | None = None) -> Path:
-    """The file with the API keys: ``$PROMPTAI_KEYS``, as set, else ``$XDG_CONFIG_HOME/promptai/keys.json``."""
+    """Return the file of the API keys: ``$PROMPTAI_KEYS``, as set, else ``$XDG_CONFIG_HOME/promptai/keys.json``."""
     named = environ.get("PROMPTAI_KEYS") or (settings.gateway.keys if settings is not None else None)
     if named:
         return Path(named).expanduser()
@@ -349,7 +349,7 @@ def keys_path(environ: Mapping[str, str] = os.environ, settings: Settings | None
 
 
 def cache_directory(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where things that can be made again are kept: ``$XDG_CACHE_HOME/promptai``."""
+    """Return the directory of files that can be recreated: ``$XDG_CACHE_HOME/promptai``."""
     base = environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "promptai"
 
@@ -358,7 +358,7 @@ def _read(path: Path, *, refuse_empty: bool) -> Settings:
     try:
         text = path.read_bytes()
         if refuse_empty and not text.strip():
-            raise SettingsError(f"settings {path} is empty", hint="for no settings at all write a comment: # none")
+            raise SettingsError(f"settings {path} is empty", hint="to use no settings, write a comment such as # none")
         return msgspec.toml.decode(text, type=Settings)
     except OSError as error:
         raise SettingsError(f"settings {path} cannot be read: {error.strerror}", hint="check the path") from None
@@ -373,4 +373,4 @@ def _suggest(error: str) -> str:
     section = SECTIONS.get(unknown[2] or "", Settings)
     names = [field.encode_name for field in msgspec.structs.fields(section)]
     near = difflib.get_close_matches(unknown[1], names, n=1)
-    return f"did you mean {near[0]}?" if near else f"known here: {', '.join(names)}"
+    return f"did you mean {near[0]}?" if near else f"known keys: {', '.join(names)}"

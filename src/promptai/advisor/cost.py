@@ -41,7 +41,7 @@ class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
     Cost of one model.
 
     Attributes:
-        file_bytes: Size of the file; of the tensors alone if there is no file yet.
+        file_bytes: Size of the file, or of the tensors alone if there is no file yet.
         decode_bytes: Bytes read per generated token, by ggml type of the matrix.
         prefill_weights: Weights multiplied per prompt token, by ggml type. Excludes the output matrix and the last
             layer after its attention, which llama.cpp computes for the last prompt token only.

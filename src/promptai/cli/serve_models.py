@@ -243,7 +243,7 @@ def _bundled(entry: ServeEntry) -> ServedModel:
 
 
 def _usable(kept: StoredModel, note: Callable[[str], None]) -> bool:
-    """Whether a library file can be served; of a split model, only the first part."""
+    """Whether a library file can be served; for a split model, only its first part can."""
     try:
         header = _header(kept.path)
     except ModelError as error:
