@@ -234,7 +234,7 @@ def test_reads_the_key_of_a_board_from_its_variable() -> None:
             board_key(board, environ)
 
 
-def test_keys_are_kept_where_the_environment_says_or_else_the_settings() -> None:
+def test_finds_the_key_file_by_environment_then_settings() -> None:
     settings = Settings(gateway=GatewaySettings(keys="/etc/promptai/keys.json"))
 
     assert keys_path({"PROMPTAI_KEYS": "/run/keys"}, settings) == Path("/run/keys")

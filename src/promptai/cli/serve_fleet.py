@@ -84,13 +84,13 @@ def _with_unique_names(targets: Sequence[Target]) -> tuple[Target, ...]:
     found = []
     for target in targets:
         if target.name is None and ids[target.replica_id] > 1:
-            apart = [urlsplit(target.base_url).path.strip("/"), target.model]
-            found.append(msgspec.structs.replace(target, name="/".join([target.replica_id, *filter(None, apart)])))
+            suffix = [urlsplit(target.base_url).path.strip("/"), target.model]
+            found.append(msgspec.structs.replace(target, name="/".join([target.replica_id, *filter(None, suffix)])))
         else:
             found.append(target)
-    called, times = Counter(target.replica_id for target in found).most_common(1)[0] if found else ("", 0)
-    if times > 1:
-        raise SettingsError(f"{times} boards are named {called}", hint="give each board a unique name")
+    name, count = Counter(target.replica_id for target in found).most_common(1)[0] if found else ("", 0)
+    if count > 1:
+        raise SettingsError(f"{count} boards are named {name}", hint="give each board a unique name")
     return tuple(found)
 
 
@@ -106,14 +106,14 @@ def _without_duplicates(entries: Sequence[FleetEntry]) -> list[FleetEntry]:
     kept: list[FleetEntry] = []
     for entry in entries:
         place = _location(entry)
-        same = [number for number, other in enumerate(kept) if _location(other) == place]
-        if same and _is_bare(entry):
-            for number in same:
+        matches = [number for number, other in enumerate(kept) if _location(other) == place]
+        if matches and _is_bare(entry):
+            for number in matches:
                 kept[number] = _with_key_of(kept[number], entry)
-        elif len(same) == 1 and _is_bare(kept[same[0]]):
-            kept[same[0]] = _with_key_of(entry, kept[same[0]])
+        elif len(matches) == 1 and _is_bare(kept[matches[0]]):
+            kept[matches[0]] = _with_key_of(entry, kept[matches[0]])
         else:
-            for number in same:
+            for number in matches:
                 _refuse_overlap(kept[number], entry)
             kept.append(entry)
     return kept
@@ -146,9 +146,9 @@ def _refuse_overlap(one: FleetEntry, other: FleetEntry) -> None:
     """Reject entries for one server unless they name different models; without a model, an entry means all of them."""
     if one.model is not None and other.model is not None and one.model != other.model:
         return
-    called = " and ".join(entry.name or entry.url for entry in (one, other))
+    names = " and ".join(entry.name or entry.url for entry in (one, other))
     raise SettingsError(
-        f"{called} are the same board at {Target(one.url).base_url}",
+        f"{names} are the same board at {Target(one.url).base_url}",
         hint="list it once, or set a different model in each entry",
     )
 

@@ -35,8 +35,8 @@ CONTEXT = 4096
 _DEPTH = 512
 #: Memory beyond the lower bound, as a share of it.
 _UNBOUNDED_SHARE = 0.1
-_MOST_CACHE_MIB = 1024
-_LEAST_BATCH, _USUAL_BATCH, _BATCH_S = 32, 128, 0.5
+_MAX_CACHE_MIB = 1024
+_MIN_BATCH, _DEFAULT_BATCH, _STEP_S = 32, 128, 0.5
 
 
 class EngineSetup(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,14 +69,14 @@ def find_engine_setup(settings: Settings, note: Callable[[str], None]) -> Engine
     threads = settings.engine.threads or default_threads(cpu)
     named = settings.engine.path
     binary = locate(Path(named) if named else None, cache=cache_directory() / "engines")
-    holds_for = ProfileKey(cpu=cpu.model_name, label=binary.label, threads=threads)
+    key = ProfileKey(cpu=cpu.model_name, label=binary.label, threads=threads)
     return EngineSetup(
         binary=binary,
         threads=threads,
         engine=settings.engine,
         cache_ram_mib=_prompt_cache_mib(settings),
         calibration=load(cache_directory() / "calibrations", engine=binary.label, cpu=cpu.model_name, threads=threads),
-        profiles=Profiles(Path(settings.runs), holds_for, note),
+        profiles=Profiles(Path(settings.runs), key, note),
     )
 
 
@@ -124,8 +124,8 @@ def describe_model(model: ServedModel, setup: EngineSetup) -> LocalModel:
     """
     header, entry = _header(model.path), model.entry
     slots = entry.slots or setup.engine.slots
-    wanted = entry.context or setup.engine.context or CONTEXT
-    context = min(wanted, header.context_length or wanted)
+    requested_context = entry.context or setup.engine.context or CONTEXT
+    context = min(requested_context, header.context_length or requested_context)
     here = MachineCapacity(
         available_bytes=read_memory().available_for_new_process(), read_bytes_per_s=0.0, calibration=setup.calibration
     )
@@ -140,11 +140,11 @@ def describe_model(model: ServedModel, setup: EngineSetup) -> LocalModel:
     bound = header.file_bytes
     if expected.memory_bytes:
         bound = expected.memory_bytes - _saved_bytes(cost.kv_bytes(context * slots) or 0, setup.engine.cache_type)
-    beyond = 0.0 if expected.calibrated and expected.memory_bytes else _UNBOUNDED_SHARE
+    margin = 0.0 if expected.calibrated and expected.memory_bytes else _UNBOUNDED_SHARE
     return LocalModel(
         name=model.name,
         path=model.path,
-        needed_bytes=round(bound * (1 + beyond)) + setup.cache_ram_mib * 1024**2,
+        needed_bytes=round(bound * (1 + margin)) + setup.cache_ram_mib * 1024**2,
         slots=slots,
         context=context,
         cache_ram_mib=setup.cache_ram_mib,
@@ -190,16 +190,16 @@ def batch_for(prefill_tps: float | None, *, at_most: int = 512) -> int:
     of 512 tokens on a Pi would delay both by ten seconds.
     """
     if prefill_tps is None:
-        return min(_USUAL_BATCH, at_most)
-    fitting = 1 << round(math.log2(max(1.0, _BATCH_S * prefill_tps)))
-    return min(max(fitting, _LEAST_BATCH), at_most)
+        return min(_DEFAULT_BATCH, at_most)
+    fitting = 1 << round(math.log2(max(1.0, _STEP_S * prefill_tps)))
+    return min(max(fitting, _MIN_BATCH), at_most)
 
 
 def _prompt_cache_mib(settings: Settings) -> int:
     """As set, else 1/16 of the memory: 512 MiB on an 8 GiB board hold some 18,000 tokens of a 1.5 B model."""
     if settings.gateway.cache_ram_mib is not None:
         return settings.gateway.cache_ram_mib
-    return min(_MOST_CACHE_MIB, read_memory().total_bytes // 16 // 1024**2)
+    return min(_MAX_CACHE_MIB, read_memory().total_bytes // 16 // 1024**2)
 
 
 def _cached_tokens(header: GgufHeader, setup: EngineSetup) -> int:
@@ -218,8 +218,8 @@ def _named(entry: ServeEntry, library: Library) -> ServedModel:
         shown = entry.model.rpartition("@")[2]  # without a password
         raise SettingsError(f"{shown} is a server, not a model", hint="pass it with --board or list it in [[fleet]]")
     # Not Path.exists: it raises for a name that is too long, and for a path in a folder without permission.
-    there = os.path.exists(entry.model)  # noqa: PTH110
-    kept = None if there else library.find(entry.model)
+    exists = os.path.exists(entry.model)  # noqa: PTH110
+    kept = None if exists else library.find(entry.model)
     if kept is not None:
         return _kept(kept, entry)
     if entry.model == NAME:
@@ -268,9 +268,9 @@ def _with_unique_names(found: Sequence[ServedModel]) -> list[ServedModel]:
     """
     named: dict[str, ServedModel] = {}
     paths = [model.path for model in found]
-    twice = next((path for path in paths if paths.count(path) > 1), None)
-    if twice is not None:
-        raise SettingsError(f"{twice.name} is listed twice", hint="list it once")
+    repeated = next((path for path in paths if paths.count(path) > 1), None)
+    if repeated is not None:
+        raise SettingsError(f"{repeated.name} is listed twice", hint="list it once")
     for model, name in zip(found, _shortest_unique_names(found), strict=True):
         if name in named:
             raise SettingsError(
@@ -283,14 +283,14 @@ def _with_unique_names(found: Sequence[ServedModel]) -> list[ServedModel]:
 def _shortest_unique_names(found: Sequence[ServedModel]) -> Iterator[str]:
     """Yield the shortest unique name of each model: its name, its file name, or the file name below its folders."""
     deepest = max((len(model.path.parts) for model in found), default=0)
-    ways: list[Callable[[ServedModel], str]] = [lambda one: one.name]
-    ways += [partial(_name_below_folders, folders=folders) for folders in range(deepest - 1)]
+    namings: list[Callable[[ServedModel], str]] = [lambda one: one.name]
+    namings += [partial(_name_below_folders, folders=folders) for folders in range(deepest - 1)]
     for model in found:
-        names = (way(model) for way in ways if [way(other) for other in found].count(way(model)) == 1)
+        names = (naming(model) for naming in namings if [naming(other) for other in found].count(naming(model)) == 1)
         yield next(names, model.name)
 
 
 def _name_below_folders(model: ServedModel, folders: int) -> str:
     path = model.path
-    above = path.parts[1:-1]
-    return "/".join((*above[max(0, len(above) - folders) :], path.stem))
+    folders_above = path.parts[1:-1]
+    return "/".join((*folders_above[max(0, len(folders_above) - folders) :], path.stem))

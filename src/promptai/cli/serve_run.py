@@ -51,7 +51,7 @@ from promptai.settings import Settings, cache_directory
 
 _log = logging.getLogger("promptai.serve")
 
-_LOOK_PERIOD_S, _FILE_PERIOD_S = 0.5, 2.0
+_PROGRESS_PERIOD_S, _FILE_PERIOD_S = 0.5, 2.0
 #: How long the start waits for boards to report their models before it prints the table.
 _WAIT_FOR_BOARDS_S = 0.7
 _EXIT_SIGNAL_BASE = 128
@@ -93,12 +93,12 @@ def make_plan(
     Raises:
         PromptAIError: A named model or board does not exist or cannot be used.
     """
-    found = parse_boards(settings.fleet)
+    boards = parse_boards(settings.fleet)
     chosen = [] if simulated and not settings.serve else select_models(settings, note)
     if chosen and setup is None:
         setup = find_engine_setup(settings, note)
     models = tuple(describe_model(one, setup) for one in chosen) if setup is not None else ()
-    return ServePlan(settings=settings, models=models, boards=found, setup=setup)
+    return ServePlan(settings=settings, models=models, boards=boards, setup=setup)
 
 
 class ServeSession:
@@ -204,15 +204,15 @@ class ServeSession:
         expected = len(self.plan.models) + len(self._engines) + len(self.plan.boards.targets)
         reported = asyncio.Event()
 
-        def look(snapshot: Snapshot) -> None:
+        def check(snapshot: Snapshot) -> None:
             if len(snapshot.replicas) >= expected:
                 reported.set()
 
-        leave = self.registry.subscribe(look)
+        unsubscribe = self.registry.subscribe(check)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_WAIT_FOR_BOARDS_S):
                 await reported.wait()
-        leave()
+        unsubscribe()
 
     async def _until_end(self, tasks: Sequence["asyncio.Task[None]"]) -> int:
         """Wait for a signal, then until the answers in progress have finished or another signal arrives."""
@@ -242,18 +242,18 @@ class ServeSession:
     async def _watch(self, loading: LoadingProgress) -> None:
         """Periodically update the load progress and check the settings file."""
         loop = asyncio.get_running_loop()
-        look_at = loop.time()
+        check_file_at = loop.time()
         while True:
             loading.update(self.registry.snapshot, loop.time())
-            wanted = self._reload_requested.is_set()
-            if wanted or loop.time() >= look_at:
-                look_at, now = loop.time() + _FILE_PERIOD_S, file_identity(self._file())
-                if wanted or now != self._seen:
+            requested = self._reload_requested.is_set()
+            if requested or loop.time() >= check_file_at:
+                check_file_at, now = loop.time() + _FILE_PERIOD_S, file_identity(self._file())
+                if requested or now != self._seen:
                     self._seen = now
                     self._reload_requested.clear()
                     await self._reload()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK_PERIOD_S):
+                async with asyncio.timeout(_PROGRESS_PERIOD_S):
                     await self._reload_requested.wait()
 
     async def _reload(self) -> None:
@@ -281,26 +281,26 @@ class ServeSession:
         _log.info("settings reloaded%s", f"; {pending}" if pending else "")
 
 
-def _waiting_for_restart(active: Settings, read: Settings) -> str:
+def _waiting_for_restart(active: Settings, current: Settings) -> str:
     """Name the changed settings that take effect only after a restart; empty if there are none."""
-    changed = [name for name in _FIXED_AT_START if getattr(active.gateway, name) != getattr(read.gateway, name)]
-    pending = [f"gateway.{name}" for name in changed] + (["engine"] if active.engine != read.engine else [])
+    changed = [name for name in _FIXED_AT_START if getattr(active.gateway, name) != getattr(current.gateway, name)]
+    pending = [f"gateway.{name}" for name in changed] + (["engine"] if active.engine != current.engine else [])
     return f"restart to apply {', '.join(pending)}" if pending else ""
 
 
-def _with_engine_settings_of(active: Settings, read: Settings) -> Settings:
+def _with_engine_settings_of(active: Settings, current: Settings) -> Settings:
     """Take over the engine settings, which stay open until the first model of this machine is served."""
-    gateway = msgspec.structs.replace(active.gateway, cache_ram_mib=read.gateway.cache_ram_mib)
-    return msgspec.structs.replace(active, engine=read.engine, gateway=gateway)
+    gateway = msgspec.structs.replace(active.gateway, cache_ram_mib=current.gateway.cache_ram_mib)
+    return msgspec.structs.replace(active, engine=current.engine, gateway=gateway)
 
 
 def file_identity(path: Path | None) -> tuple[int, ...] | None:
     """Return values that change when the file changes; ``None`` if it does not exist."""
     try:
-        found = path.stat() if path is not None else None
+        stat = path.stat() if path is not None else None
     except OSError:
         return None
-    return None if found is None else (found.st_mtime_ns, found.st_ino, found.st_size)
+    return None if stat is None else (stat.st_mtime_ns, stat.st_ino, stat.st_size)
 
 
 def _freeze_gc() -> None:

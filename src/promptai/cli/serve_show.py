@@ -182,22 +182,22 @@ class LoadingProgress:
             self._draw()
 
     def _load(self, replica: Replica, now: float) -> None:
-        known = replica.id in self._since
+        is_new = replica.id not in self._since
         since = self._since.setdefault(replica.id, now)
         share, left = replica.progress or 0.0, _left_s(replica, now - since)
-        words = "" if left is None else f"about {duration(left)} left"
+        text = "" if left is None else f"about {duration(left)} left"
         if self._console.is_terminal:
             if replica.id not in self._tasks:
                 name = one_line(replica.id)
                 self._tasks[replica.id] = self._progress.add_task(f"loading {name}", total=None, share="", left="")
             if replica.progress is not None:  # until then the bar only pulses
                 self._progress.update(self._tasks[replica.id], total=1.0, completed=share, share=f"{100 * share:.0f} %")
-            self._progress.update(self._tasks[replica.id], left=words)
-        elif not known:
-            _log.info("%s: loading%s", one_line(replica.id), f", {words}" if words else "")
+            self._progress.update(self._tasks[replica.id], left=text)
+        elif is_new:
+            _log.info("%s: loading%s", one_line(replica.id), f", {text}" if text else "")
         elif now - since >= _NO_LOG_BEFORE_S and share - self._logged.get(replica.id, 0.0) >= _LOG_EVERY:
             self._logged[replica.id] = share
-            _log.info("%s: %.0f %% loaded%s", one_line(replica.id), 100 * share, f", {words}" if words else "")
+            _log.info("%s: %.0f %% loaded%s", one_line(replica.id), 100 * share, f", {text}" if text else "")
 
     def _log_change(self, replica: Replica, before: State | None, now: float) -> None:
         since = self._stop_loading(replica.id)

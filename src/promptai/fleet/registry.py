@@ -303,7 +303,7 @@ class _Feed:
 
         Args:
             taken_over: Ids of replicas that another source publishes now; never listed.
-            leaving: There is no successor: the replicas will not be back.
+            leaving: The replicas will not be back: no source lists them any more.
             placeholders: List idle replicas too, until the successor publishes.
             returning: Ids of the placeholders that the successor will have; ``None``: unknown, assume all.
             still_serving: Ids of replicas to list unchanged.
