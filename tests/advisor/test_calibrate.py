@@ -56,14 +56,16 @@ def test_calibrates_the_real_engine_and_removes_probe_files(tmp_path: Path, monk
     monkeypatch.setattr(module, "ATTENTION_PROBES", ATTENTION_PROBES[:2])
     monkeypatch.setattr(module, "_DEPTHS", (8, 776))
     monkeypatch.setattr(module, "_ANSWER_TOKENS", 4)
-    told: list[str] = []
+    observed: list[str] = []
 
     found = asyncio.run(
-        calibrate(locate(), cpu="a processor", threads=1, cache=tmp_path, observe=lambda *said: told.append(said[2]))
+        calibrate(
+            locate(), cpu="a processor", threads=1, cache=tmp_path, observe=lambda *event: observed.append(event[2])
+        )
     )
 
-    there = [*(probe.name for probe in PROBES), *(probe.name for probe in ATTENTION_PROBES[:2])]
-    assert told == [*there, *reversed(there)]
+    names = [*(probe.name for probe in PROBES), *(probe.name for probe in ATTENTION_PROBES[:2])]
+    assert observed == [*names, *reversed(names)]
     assert list(tmp_path.iterdir()) == []
     assert found.decode_s_per_byte.keys() == {"Q4_0", "Q4_K", "Q6_K", "Q8_0"}
     assert found.attention.by_head.keys() == {"64"}

@@ -251,8 +251,8 @@ def test_logs_answers_that_are_cut_off_once(caplog: pytest.LogCaptureFixture, *,
     with caplog.at_level(logging.INFO, "promptai.fleet"):
         play(registry, test)
 
-    said = "source list ended after 30 s of draining; answers cut off: 3"
-    assert caplog.messages == ([said] if exclusive else [])
+    message = "source list ended after 30 s of draining; answers cut off: 3"
+    assert caplog.messages == ([message] if exclusive else [])
 
 
 def test_logs_nothing_about_answers_that_end_in_time(caplog: pytest.LogCaptureFixture) -> None:

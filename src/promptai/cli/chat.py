@@ -77,8 +77,8 @@ class ChatSession:
         """
         loop, answer = asyncio.get_running_loop(), ""
         stats = AnswerStats(began=loop.time())
-        asked = [*self._messages, {"role": "user", "content": question}]
-        body = {"model": self.model, "messages": [*self._system, *asked]}
+        messages = [*self._messages, {"role": "user", "content": question}]
+        body = {"model": self.model, "messages": [*self._system, *messages]}
         try:
             async with (
                 EngineClient(self._url, api_key=self._api_key, headers=self._headers, on_status=on_status) as client,
@@ -94,7 +94,7 @@ class ChatSession:
                     stats.add(arrival.chunk, loop.time(), has_text=bool(thought or text))
         finally:
             if answer:
-                self._messages = [*asked, {"role": "assistant", "content": answer}]
+                self._messages = [*messages, {"role": "assistant", "content": answer}]
         return stats
 
 
