@@ -94,7 +94,7 @@ def test_a_port_in_use_is_a_one_line_error_and_starts_no_engine(gateway: Served,
 @pytest.mark.parametrize(
     ("arguments", "settings", "code", "word"),
     [
-        (("absent-model",), "", 3, "there is no model absent-model"),
+        (("absent-model",), "", 3, "no model named 'absent-model'"),
         (("http://pi-1:8080",), "", 2, "is a server, not a model (pass it with --board"),
         (("--board", "pi-1"), "", 2, "'pi-1' is no address of an engine (write it as http://host:port)"),
         (("--config", "absent.toml"), "", 2, "settings absent.toml cannot be read"),

@@ -102,7 +102,7 @@ def test_rejects_files_without_distinct_names(tmp_path: Path, small_model: Path)
 
 
 def test_a_name_too_long_for_a_file_is_an_unknown_model(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFoundError, match="there is no model xxx"):
+    with pytest.raises(ModelNotFoundError, match="no model named 'xxx"):
         select_models(settings(tmp_path, "x" * 300), lambda _: None)
 
 
