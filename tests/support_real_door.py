@@ -51,7 +51,7 @@ class Site(NamedTuple):
         fleet_state = self.dispatcher.fleet_state
         return {
             "engine": sum(map(self.busy, self.engines)),
-            "grants": sum(fleet_state.running(replica.id) for replica in self.registry.snapshot.replicas),
+            "leases": sum(fleet_state.running(replica.id) for replica in self.registry.snapshot.replicas),
             "queue": len(self.dispatcher.queued(served)),
             "gateway": self.door.gateway.open_requests,
             "meter": self.guard.meter.running("local"),

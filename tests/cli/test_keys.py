@@ -34,7 +34,7 @@ def listed(tmp_path: Path) -> list[dict[str, Any]]:
         (("add", "a", "--rpm", "0"), "0 is not in the range"),
         (("add", "a", "--models", " , "), "--models lists no model"),
         (("add", "a\nb"), "1 to 64 printable characters"),
-        (("revoke", "12345678"), "there is no key 12345678 (promptai keys list shows their ids)"),
+        (("revoke", "12345678"), "no key with id '12345678' (see promptai keys list for all ids)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

@@ -108,7 +108,7 @@ def test_a_port_in_use_is_a_one_line_error_and_starts_no_engine(gateway: Served,
             "$NOT_SET, the API key of http://a:1, is not set",
         ),
         ((), "[[serve]]\nmodel = 'a.gguf'", 3, "model a.gguf does not exist"),
-        (("--host", "192.0.2.1"), "", 2, "192.0.2.1 is no address of this machine"),
+        (("--host", "192.0.2.1"), "", 2, "192.0.2.1 is not an address of this machine"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

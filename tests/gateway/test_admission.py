@@ -1,4 +1,4 @@
-"""Which model a request is for: by alias, within a budget, by the length of its prompt."""
+"""The model of a request: by alias, by budget, by the length of the prompt."""
 
 import asyncio
 from collections.abc import Callable
@@ -20,8 +20,8 @@ SMALL = msgspec.structs.replace(ALONE, model="small", decode_tps=40.0)
 LARGE = msgspec.structs.replace(ALONE, model="large", context=2048)
 
 
-def pair(**settings: Any) -> Callable[[], World]:
-    """A small fast model and a large slow one."""
+def small_and_large(**settings: Any) -> Callable[[], World]:
+    """Return a factory of a small fast model and a large slow one."""
 
     def make() -> World:
         world = World({"s": SMALL, "l": LARGE}, **settings)
@@ -33,7 +33,7 @@ def pair(**settings: Any) -> Callable[[], World]:
     return make
 
 
-def test_auto_takes_the_larger_model_while_it_is_idle_and_the_smaller_when_it_is_busy() -> None:
+def test_auto_chooses_the_larger_model_when_idle_and_the_smaller_when_busy() -> None:
     async def use(world: World) -> list[AdmittedRequest]:
         party = Party(world)
         budget = {"x-promptai-budget": "10s"}
@@ -46,7 +46,7 @@ def test_auto_takes_the_larger_model_while_it_is_idle_and_the_smaller_when_it_is
         await party.all()
         return [idle, busy, patient, hasty]
 
-    idle, busy, patient, hasty = play(pair(), use)
+    idle, busy, patient, hasty = play(small_and_large(), use)
 
     assert [admitted.model for admitted in (idle, busy, patient, hasty)] == ["large", "small", "large", "small"]
     assert idle.reason.startswith("auto: large, predicted 5.")
@@ -55,41 +55,41 @@ def test_auto_takes_the_larger_model_while_it_is_idle_and_the_smaller_when_it_is
     assert "too long, but the fastest" in hasty.reason
 
 
-def test_the_reason_is_in_the_headers() -> None:
+def test_the_response_headers_contain_the_reason() -> None:
     async def use(at: Door) -> Answer:
         return await at.chat(model="auto", headers={"x-promptai-budget": "10s"}, max_tokens=50)
 
-    answer = visit(pair(), use)
+    answer = visit(small_and_large(), use)
 
     assert answer.headers["x-promptai-model"] == "large"
     assert answer.headers["x-promptai-route-reason"].startswith("auto: large, predicted 5.")
     assert "; lowest cost: first token in" in answer.headers["x-promptai-route-reason"]
 
 
-def test_an_alias_fills_only_what_the_request_leaves_open() -> None:
+def test_an_alias_sets_only_fields_that_the_request_leaves_open() -> None:
     names = ModelNames(aliases={"small:short": Alias("small", {"max_tokens": 3, "temperature": 0.2})})
 
     async def use(world: World) -> list[Any]:
         open_ = world.admitted(TALK, model="small:short")
         set_ = world.admitted(TALK, model="small:short", max_completion_tokens=7, temperature=0.9)
-        heard = [await listen(open_), await listen(set_)]
-        return [len(one.text.split()) for one in heard] + [
-            t.routed.client_request.body["temperature"] for t in (open_, set_)
+        answers = [await listen(open_), await listen(set_)]
+        return [len(answer.text.split()) for answer in answers] + [
+            admitted.routed.client_request.body["temperature"] for admitted in (open_, set_)
         ]
 
-    assert play(pair(rules=AdmissionRules(names=names)), use) == [3, 7, 0.2, 0.9]
+    assert play(small_and_large(rules=AdmissionRules(names=names)), use) == [3, 7, 0.2, 0.9]
 
 
-def test_what_one_model_does_not_hold_goes_to_its_fallback_or_is_refused_with_the_numbers() -> None:
+def test_a_prompt_too_long_for_its_model_goes_to_the_fallback_or_is_refused() -> None:
     huge = [{"role": "user", "content": "cell " * 3000}]
     fallbacks = {"large": "small"}
 
     async def use(world: World) -> AdmittedRequest:
         return world.admitted(huge, model="large")
 
-    moved = play(pair(rules=AdmissionRules(fallbacks=fallbacks)), use)
+    moved = play(small_and_large(rules=AdmissionRules(fallbacks=fallbacks)), use)
     with pytest.raises(RequestRefusedError) as refused:
-        play(pair(), use)
+        play(small_and_large(), use)
 
     assert (moved.model, moved.routed.route_request.model) == ("small", "small")
     assert moved.reason == "large holds 2048 tokens, the prompt has about 4173"
@@ -99,7 +99,7 @@ def test_what_one_model_does_not_hold_goes_to_its_fallback_or_is_refused_with_th
 
 
 @pytest.mark.parametrize("name", ["auto", "small"])
-def test_where_nobody_is_there_it_is_not_the_prompt_that_is_blamed(name: str) -> None:
+def test_reports_no_capacity_when_all_replicas_are_down(name: str) -> None:
     async def use(world: World) -> NoCapacityError:
         world.source.fail("s", "is unplugged")
         world.source.fail("l", "is unplugged")
@@ -107,10 +107,10 @@ def test_where_nobody_is_there_it_is_not_the_prompt_that_is_blamed(name: str) ->
             await listen(world.admitted(TALK, model=name))
         return refused.value
 
-    assert "can serve now" in play(pair(), use).message
+    assert "can serve now" in play(small_and_large(), use).message
 
 
-def test_auto_of_an_empty_fleet_is_no_fault_of_the_request() -> None:
+def test_auto_reports_no_capacity_for_an_empty_fleet() -> None:
     async def use(world: World) -> None:
         world.admitted(TALK, model="auto")
 
@@ -118,25 +118,25 @@ def test_auto_of_an_empty_fleet_is_no_fault_of_the_request() -> None:
         play(lambda: World({}), use)
 
 
-def test_auto_leaves_out_what_does_not_answer() -> None:
+def test_auto_ignores_models_that_are_down() -> None:
     async def use(world: World) -> AdmittedRequest:
         world.source.fail("l", "is unplugged")
         return world.admitted(TALK, model="auto", max_tokens=4)
 
-    assert play(pair(), use).model == "small"
+    assert play(small_and_large(), use).model == "small"
 
 
 @pytest.mark.parametrize("role", [None, 1, ["user"]])
-def test_a_message_without_a_role_is_refused_before_an_engine_stumbles_over_it(role: Any) -> None:
+def test_refuses_a_message_without_a_role(role: Any) -> None:
     async def use(world: World) -> None:
         world.admitted([*TALK, {"role": role, "content": "a"} if role else {"content": "a"}], model="small")
 
     with pytest.raises(RequestRefusedError, match="message 1 has no role"):
-        play(pair(), use)
+        play(small_and_large(), use)
 
 
-def test_of_two_boards_the_one_whose_context_holds_the_prompt_is_waited_for() -> None:
-    """The other one would refuse it."""
+def test_waits_for_the_replica_whose_context_holds_the_prompt() -> None:
+    """The other replica would refuse the prompt."""
     boards = {"short": msgspec.structs.replace(ALONE, context=1024), "long": ALONE}
     prompt = [{"role": "user", "content": "cell " * 1500}]
 
@@ -164,38 +164,36 @@ def test_of_two_boards_the_one_whose_context_holds_the_prompt_is_waited_for() ->
         (EMBED, "prompt", [1], TEXT),
     ],
 )
-def test_a_field_of_another_path_is_refused_and_the_path_that_takes_it_is_named(
-    path: str, field: str, value: Any, home: str
-) -> None:
-    """Whichever of the two were answered, the other one would have been dropped."""
+def test_refuses_a_field_of_another_path_and_names_that_path(path: str, field: str, value: Any, home: str) -> None:
+    """If the gateway accepted both fields, it would have to ignore one of them."""
 
     async def use(world: World) -> None:
         world.admission.admit(path, {**asking(path, {field: value}), "model": "small"}, {}, Caller(key_id="local"))
 
     with pytest.raises(RequestRefusedError, match=f"{path} does not take {field}") as refused:
-        play(pair(), use)
+        play(small_and_large(), use)
 
     assert (refused.value.status, refused.value.code, refused.value.param) == (400, "wrong_field", field)
     assert f"send {field} to {home}" in refused.value.hint
 
 
 @pytest.mark.parametrize(("path", "field"), [(CHAT, "prompt"), (TEXT, "messages"), (EMBED, "messages")])
-def test_a_field_of_another_path_that_is_null_is_as_good_as_none(path: str, field: str) -> None:
+def test_accepts_a_null_field_of_another_path(path: str, field: str) -> None:
     async def use(world: World) -> AdmittedRequest:
         body = {**asking(path, {field: None}), "model": "small"}
         return world.admission.admit(path, body, {}, Caller(key_id="local"))
 
-    assert play(pair(), use).model == "small"
+    assert play(small_and_large(), use).model == "small"
 
 
-def test_a_request_without_a_path_belongs_where_its_field_is_that_is_not_null() -> None:
+def test_path_for_follows_the_first_field_that_is_not_null() -> None:
     assert path_for({"messages": None, "prompt": "a"}) == TEXT
     assert path_for({"messages": None, "prompt": None, "input": "a"}) == EMBED
     assert path_for({"messages": None}) == CHAT
 
 
-def small_and_large_boards() -> World:
-    """Two models; of each a board with a small context and one with a large one."""
+def two_contexts_per_model() -> World:
+    """Two models, each on one replica with a small and one with a large context."""
     boards = {
         f"{model}-{context}": msgspec.structs.replace(ALONE, model=model, context=context)
         for model in ("small", "large")
@@ -204,7 +202,7 @@ def small_and_large_boards() -> World:
     return World(boards)
 
 
-def test_a_prompt_that_only_boards_hold_that_are_away_for_the_moment_is_not_too_long_for_auto() -> None:
+def test_auto_reports_no_capacity_if_only_unavailable_replicas_hold_the_prompt() -> None:
     long = [{"role": "user", "content": "cell " * 2000}]
 
     async def use(world: World) -> NoCapacityError:
@@ -214,36 +212,36 @@ def test_a_prompt_that_only_boards_hold_that_are_away_for_the_moment_is_not_too_
             world.admitted(long, model="auto")
         return refused.value
 
-    assert "is unplugged" in play(small_and_large_boards, use).message
+    assert "is unplugged" in play(two_contexts_per_model, use).message
 
 
-def test_a_prompt_that_no_board_holds_is_too_long_for_auto_whoever_is_away() -> None:
+def test_auto_refuses_a_prompt_longer_than_every_context() -> None:
     async def use(world: World) -> RequestRefusedError:
         world.source.fail("large-4096", "is unplugged")
         with pytest.raises(RequestRefusedError) as refused:
             world.admitted([{"role": "user", "content": "cell " * 9000}], model="auto")
         return refused.value
 
-    refused = play(small_and_large_boards, use)
+    refused = play(two_contexts_per_model, use)
 
     assert (refused.status, refused.code, refused.param) == (400, "context_length_exceeded", "messages")
 
 
 @pytest.mark.parametrize("limit", [100_000, 2**63 - 1])
-def test_auto_expects_no_more_of_an_answer_than_the_context_leaves(limit: int) -> None:
-    """The large model makes ten tokens a second in a context of 2048."""
+def test_auto_limits_the_expected_answer_to_the_remaining_context(limit: int) -> None:
+    """The large model generates 10 tokens/s in a context of 2048."""
 
     async def use(world: World) -> AdmittedRequest:
         return world.admitted(TALK, model="auto", headers={"x-promptai-budget": "4m"}, max_tokens=limit)
 
-    admitted = play(pair(), use)
+    admitted = play(small_and_large(), use)
 
     assert admitted.model == "large"
     assert admitted.reason.startswith("auto: large, predicted 203")
 
 
-def accepted(path: str, **fields: Any) -> Callable[[World], Any]:
-    """Accepts a request of that path."""
+def admit(path: str, **fields: Any) -> Callable[[World], Any]:
+    """Return a function that admits a request for this path."""
 
     async def use(world: World) -> AdmittedRequest:
         return world.admission.admit(
@@ -260,9 +258,9 @@ BATCHES = pytest.mark.parametrize(
 
 @BATCHES
 @pytest.mark.parametrize("one", ["cell " * 15, list(range(100_000, 100_015))], ids=["text", "ids"])
-def test_of_many_prompts_a_context_has_to_hold_only_the_longest(path: str, field: str, one: Any) -> None:
+def test_the_context_only_has_to_hold_the_longest_of_several_prompts(path: str, field: str, one: Any) -> None:
     async def use(world: World) -> tuple[AdmittedRequest, int]:
-        admitted = await accepted(path, **{field: [one] * 150})(world)
+        admitted = await admit(path, **{field: [one] * 150})(world)
         return admitted, len(world.fleet_state.candidates(admitted.routed.route_request))
 
     admitted, boards = play(lambda: World({"l": msgspec.structs.replace(LARGE, context=1024)}), use)
@@ -283,36 +281,34 @@ def test_of_many_prompts_a_context_has_to_hold_only_the_longest(path: str, field
     ],
     ids=["texts", "text", "ids", "lists-of-ids", "both"],
 )
-def test_the_longest_prompt_that_no_context_holds_is_refused_by_its_field_and_length(
-    path: str, field: str, given: Any, tokens: int
-) -> None:
+def test_refuses_the_longest_prompt_with_its_field_and_length(path: str, field: str, given: Any, tokens: int) -> None:
     with pytest.raises(RequestRefusedError) as refused:
-        play(pair(), accepted(path, **{field: given}))
+        play(small_and_large(), admit(path, **{field: given}))
 
     assert (refused.value.code, refused.value.param) == ("context_length_exceeded", field)
-    told = int(refused.value.message.split("has about ")[1].split()[0])
-    assert told == pytest.approx(tokens, rel=0.2 if tokens > 6000 else 0)
+    reported = int(refused.value.message.split("has about ")[1].split()[0])
+    assert reported == pytest.approx(tokens, rel=0.2 if tokens > 6000 else 0)
 
 
 @BATCHES
-def test_token_ids_are_counted_by_their_number(path: str, field: str) -> None:
-    one = play(pair(), accepted(path, **{field: [151_643] * 2047}))
-    several = play(pair(), accepted(path, **{field: [[151_643] * 500, [7] * 300]}))
+def test_counts_token_ids_exactly(path: str, field: str) -> None:
+    one = play(small_and_large(), admit(path, **{field: [151_643] * 2047}))
+    several = play(small_and_large(), admit(path, **{field: [[151_643] * 500, [7] * 300]}))
 
     assert (one.routed.route_request.prompt_tokens, several.routed.route_request.prompt_tokens) == (2047, 800)
 
 
 @BATCHES
 @pytest.mark.parametrize("given", ["", [""], [[]]], ids=str)
-def test_an_empty_text_is_one(path: str, field: str, given: Any) -> None:
-    assert play(pair(), accepted(path, **{field: given})).model == "large"
+def test_accepts_empty_texts(path: str, field: str, given: Any) -> None:
+    assert play(small_and_large(), admit(path, **{field: given})).model == "large"
 
 
 @pytest.mark.parametrize(("path", "field"), [(CHAT, "messages"), (TEXT, "prompt"), (EMBED, "input")])
 @pytest.mark.parametrize("nothing", [None, []], ids=str)
-def test_a_request_without_what_its_path_needs_is_refused(path: str, field: str, nothing: Any) -> None:
+def test_refuses_a_request_without_the_required_field(path: str, field: str, nothing: Any) -> None:
     with pytest.raises(RequestRefusedError, match=f"the request has no {field}") as refused:
-        play(pair(), accepted(path, **{field: nothing}))
+        play(small_and_large(), admit(path, **{field: nothing}))
 
     assert (refused.value.code, refused.value.param) == ("missing_field", field)
 
@@ -327,8 +323,8 @@ def test_a_request_without_what_its_path_needs_is_refused(path: str, field: str,
         (EMBED, {"input": ["a", "b"]}, 1),
     ],
 )
-def test_a_job_says_how_many_answers_are_asked_for(path: str, fields: dict[str, Any], answers: int) -> None:
-    assert play(pair(), accepted(path, **fields)).routed.route_request.answers == answers
+def test_counts_the_requested_answers(path: str, fields: dict[str, Any], answers: int) -> None:
+    assert play(small_and_large(), admit(path, **fields)).routed.route_request.answers == answers
 
 
 @pytest.mark.parametrize(
@@ -344,6 +340,6 @@ def test_a_job_says_how_many_answers_are_asked_for(path: str, fields: dict[str, 
         (EMBED, {"input": [7] * 100}, 100),
     ],
 )
-def test_a_ticket_says_how_many_tokens_will_probably_be_used(path: str, fields: dict[str, Any], tokens: int) -> None:
-    """Answers are expected to have 200, and no number is so large that sums would lose what others use."""
-    assert play(pair(), accepted(path, **fields)).tokens == tokens
+def test_estimates_the_total_tokens(path: str, fields: dict[str, Any], tokens: int) -> None:
+    """Unlimited answers count 200 tokens; limits keep huge numbers from drowning the use of others."""
+    assert play(small_and_large(), admit(path, **fields)).tokens == tokens

@@ -1,4 +1,4 @@
-"""Who gets in, who comes next, who is turned away, and whether what they are told comes true."""
+"""Queueing and refusals of the whole admission path, and the accuracy of the announced waiting times."""
 
 import asyncio
 import itertools
@@ -21,7 +21,7 @@ def refusals(found: dict[str, Heard | BaseException]) -> list[str]:
 
 
 @pytest.mark.parametrize("bound", [0, 1, 5, 64])
-def test_as_many_as_there_are_slots_and_the_bound_are_taken_and_the_next_one_is_not(bound: int) -> None:
+def test_refuses_requests_beyond_the_slots_and_the_queue_limit(bound: int) -> None:
     async def use(world: World) -> list[str]:
         party = Party(world)
         for number in range(2 + bound + 3):
@@ -33,8 +33,8 @@ def test_as_many_as_there_are_slots_and_the_bound_are_taken_and_the_next_one_is_
 
 
 @pytest.mark.parametrize(("tokens", "slots"), [(20, 1), (100, 1), (50, 2)])
-def test_retry_after_comes_true_within_a_factor_of_two(tokens: int, slots: int) -> None:
-    """Whoever comes back so much later is taken; whoever comes back in half the time is not."""
+def test_retry_after_is_accurate_within_a_factor_of_two(tokens: int, slots: int) -> None:
+    """A retry after that time is admitted; a retry after half of it is not."""
 
     async def use(world: World) -> tuple[float, float]:
         loop = asyncio.get_running_loop()
@@ -54,19 +54,19 @@ def test_retry_after_comes_true_within_a_factor_of_two(tokens: int, slots: int) 
                 break
             except SaturatedError:
                 continue
-        moved = loop.time() - since
+        actual_s = loop.time() - since
         del party.tasks["first"]
         await party.all()
-        return refused.value.retry_after_s, moved
+        return refused.value.retry_after_s, actual_s
 
     config = msgspec.structs.replace(BOARD, slots=slots)
-    told, moved = play(one(config, limits=QueueLimits(queue=8 - slots)), use)
+    retry_after_s, actual_s = play(one(config, limits=QueueLimits(queue=8 - slots)), use)
 
-    assert moved / 2 <= told <= max(2 * moved, 1.0)
+    assert actual_s / 2 <= retry_after_s <= max(2 * actual_s, 1.0)
 
 
-def test_a_queue_full_of_one_key_does_not_shut_out_another() -> None:
-    """The newest of the heavy key makes room; nobody of the light key is refused."""
+def test_a_queue_full_of_one_key_still_accepts_another_key() -> None:
+    """The newest requests of the heavy key are dropped; none of the light key is refused."""
 
     async def use(world: World) -> tuple[list[str], list[str]]:
         party = Party(world)
@@ -84,7 +84,7 @@ def test_a_queue_full_of_one_key_does_not_shut_out_another() -> None:
     assert answered == ["light 0", "light 1", "light 2"]
 
 
-def test_a_hundred_of_a_heavy_key_delay_a_light_key_by_one_request_at_most() -> None:
+def test_a_heavy_key_delays_a_light_key_by_at_most_one_request() -> None:
     async def use(world: World) -> tuple[list[float], list[str]]:
         party = Party(world)
         for number in range(100):
@@ -108,8 +108,8 @@ def test_a_hundred_of_a_heavy_key_delay_a_light_key_by_one_request_at_most() -> 
     assert len([name for name in ended if name.startswith("heavy")]) >= 5
 
 
-def test_batch_waits_behind_everybody_but_not_for_ever() -> None:
-    """Somebody asks all the time; the batch request is answered five minutes after it came."""
+def test_batch_requests_wait_at_most_five_minutes() -> None:
+    """Interactive requests never pause; the batch request is answered after five minutes."""
 
     async def use(world: World) -> tuple[float, int]:
         party = Party(world)
@@ -132,7 +132,7 @@ def test_batch_waits_behind_everybody_but_not_for_ever() -> None:
     assert behind > 70
 
 
-def test_whoever_names_a_deadline_is_told_when_it_is_over() -> None:
+def test_refuses_a_request_when_its_deadline_has_passed() -> None:
     async def use(world: World) -> tuple[BaseException | Heard, float]:
         party = Party(world)
         party.ask("before", tokens=100)
@@ -153,7 +153,7 @@ def test_whoever_names_a_deadline_is_told_when_it_is_over() -> None:
 
 @pytest.mark.parametrize("name", ["x-promptai-deadline", "x-promptai-budget"])
 @pytest.mark.parametrize("value", ["soon", "0", "-1s", "1e3", "9" * 400, "nan"])
-def test_a_time_that_is_none_is_refused(name: str, value: str) -> None:
+def test_refuses_an_invalid_time(name: str, value: str) -> None:
     async def use(world: World) -> RequestRefusedError:
         with pytest.raises(RequestRefusedError) as refused:
             world.admitted(TALK, model="auto", headers={name: value})
@@ -165,7 +165,7 @@ def test_a_time_that_is_none_is_refused(name: str, value: str) -> None:
     assert len(refused.message) < 200
 
 
-def test_a_herd_at_a_cold_model_loads_it_once_and_all_are_answered() -> None:
+def test_many_requests_for_a_cold_model_load_it_once() -> None:
     async def use(world: Cold) -> tuple[list[str], list[float]]:
         party = Party(world)
         for number in range(50):
@@ -180,8 +180,8 @@ def test_a_herd_at_a_cold_model_loads_it_once_and_all_are_answered() -> None:
     assert min(firsts) == pytest.approx(10.0, abs=1.0)
 
 
-def test_a_busy_model_is_never_ended_for_another() -> None:
-    """Room for one; who asks for the other waits until the long answer is there, however often they ask."""
+def test_never_unloads_a_busy_model() -> None:
+    """Memory holds one model; a request for the other waits until the long answer has ended."""
 
     async def use(world: Cold) -> tuple[list[Any], Heard, Heard]:
         party = Party(world)
@@ -198,7 +198,7 @@ def test_a_busy_model_is_never_ended_for_another() -> None:
     assert (other.first_s or 0.0) > 28
 
 
-def test_what_failed_on_one_board_comes_before_all_that_wait() -> None:
+def test_a_retried_request_precedes_queued_requests() -> None:
     async def use(world: World) -> list[str]:
         world.engines["sim://a"].fault = Fault(kind="cut", after_tokens=0, times=1)
         party = Party(world)
@@ -214,7 +214,7 @@ def test_what_failed_on_one_board_comes_before_all_that_wait() -> None:
     assert play(lambda: World(boards), use)[0] == "failing"
 
 
-def test_who_leaves_the_queue_leaves_no_trace() -> None:
+def test_a_client_that_disconnects_in_the_queue_leaves_nothing_behind() -> None:
     async def use(world: World) -> tuple[list[str], int]:
         party = Party(world)
         for name in ("running", "leaving", "staying"):
@@ -231,7 +231,7 @@ def test_who_leaves_the_queue_leaves_no_trace() -> None:
     assert (waiting, sent) == (["staying"], 2)
 
 
-def test_in_the_queue_the_time_left_shrinks() -> None:
+def test_the_estimated_time_left_decreases_in_the_queue() -> None:
     async def use(world: World) -> list[tuple[float, float]]:
         party = Party(world)
         for number in range(4):
@@ -247,7 +247,7 @@ def test_in_the_queue_the_time_left_shrinks() -> None:
                 seen.append((loop.time(), left))
         await mine
         await party.all()
-        return [(grant_in, left) for grant_in, left in seen]
+        return [(at_s, left) for at_s, left in seen]
 
     seen = play(one(ALONE), use)
 
@@ -258,8 +258,8 @@ def test_in_the_queue_the_time_left_shrinks() -> None:
     assert all(left == pytest.approx(end - t, rel=0.25, abs=3.0) for t, left in seen)
 
 
-def test_a_model_that_nobody_serves_any_more_is_waited_for_and_then_refused() -> None:
-    """An accepted request outlasts a short outage, and not a long one."""
+def test_a_queued_request_survives_a_short_outage_but_not_a_long_one() -> None:
+    """An admitted request waits through a short outage, but not a long one."""
 
     async def use(world: World) -> tuple[Heard | BaseException, Heard | BaseException, float]:
         party, loop = Party(world), asyncio.get_running_loop()

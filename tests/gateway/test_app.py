@@ -1,4 +1,4 @@
-"""What every request has in common, and what the gateway tells of itself while they run."""
+"""The HTTP application: headers of responses, metrics, views, draining and the access log."""
 
 import asyncio
 import logging
@@ -26,13 +26,13 @@ ROUTED = {
 }
 
 
-def told(headers: dict[str, str]) -> set[str]:
-    """The headers of ours."""
+def gateway_headers(headers: dict[str, str]) -> set[str]:
+    """Return the names of the gateway's own headers."""
     return {name for name in headers if name.startswith("x-promptai-")}
 
 
 def counters(text: str) -> dict[str, float]:
-    """Every series of a page of metrics."""
+    """Parse every series of a metrics page."""
     return {name: float(value) for name, value in re.findall(r"^([^#\s]\S*(?: \S+=\S+)*?) (\S+)$", text, re.MULTILINE)}
 
 
@@ -42,24 +42,24 @@ async def metrics(at: Door) -> dict[str, float]:
     return counters(answer.body.decode())
 
 
-async def together(*work: Awaitable[Any]) -> list[Any]:
+async def gather(*work: Awaitable[Any]) -> list[Any]:
     return list(await asyncio.gather(*work))
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT, EMBED])
-def test_an_answer_says_who_gave_it_and_why(path: str) -> None:
+def test_response_headers_name_model_replica_and_reason(path: str) -> None:
     answer = visit(one(), lambda at: at.chat(path))
 
-    assert (answer.status, told(answer.headers)) == (200, ROUTED)
+    assert (answer.status, gateway_headers(answer.headers)) == (200, ROUTED)
     assert answer.headers["x-promptai-model"] == "yi"
     assert answer.headers["x-promptai-replica"] == "a"
     assert "first token in" in answer.headers["x-promptai-route-reason"]
 
 
-def test_a_follow_up_says_how_many_tokens_were_cached_and_who_waited_how_long() -> None:
+def test_response_headers_report_cached_tokens_and_queue_time() -> None:
     async def use(at: Door) -> list[Any]:
         await at.chat(messages=LONG)
-        return await together(at.chat(messages=LONG, max_tokens=50), at.chat(messages=LONG))
+        return await gather(at.chat(messages=LONG, max_tokens=50), at.chat(messages=LONG))
 
     first, second = visit(one(), use)
 
@@ -69,10 +69,10 @@ def test_a_follow_up_says_how_many_tokens_were_cached_and_who_waited_how_long() 
     assert 4900 <= int(second.headers["x-promptai-queue-ms"]) <= 5500
 
 
-def test_a_stream_that_begins_at_once_says_the_same() -> None:
+def test_a_stream_has_the_same_headers() -> None:
     answer = visit(one(FAST), lambda at: at.stream())
 
-    assert (answer.status, told(answer.headers), answer.whole) == (200, ROUTED, True)
+    assert (answer.status, gateway_headers(answer.headers), answer.whole) == (200, ROUTED, True)
     assert answer.headers["x-accel-buffering"] == "no"
 
 
@@ -94,20 +94,20 @@ def test_a_stream_that_begins_at_once_says_the_same() -> None:
         (CHAT, "POST", 400),
     ],
 )
-def test_every_answer_names_the_request(path: str, method: str, status: int) -> None:
+def test_every_response_has_the_request_id(path: str, method: str, status: int) -> None:
     answer = visit(one(), lambda at: at.ask(path, method, headers={"X-Request-Id": "abc-1"}))
 
     assert (answer.status, answer.headers["x-promptai-request-id"]) == (status, "abc-1")
 
 
-def test_a_refusal_of_the_engine_says_where_it_came_from() -> None:
+def test_an_engine_refusal_names_its_source() -> None:
     answer = visit(one(msgspec.structs.replace(SLOW, context=580)), lambda at: at.chat(messages=LONG))
 
     assert (answer.status, answer.error["src"], answer.error["n_ctx"]) == (400, "engine", 580)
-    assert told(answer.headers) == ROUTED
+    assert gateway_headers(answer.headers) == ROUTED
 
 
-def test_metrics_count_what_happened_and_show_what_is() -> None:
+def test_metrics_count_events_and_show_current_state() -> None:
     async def use(at: Door) -> tuple[dict[str, float], dict[str, float]]:
         await at.chat(messages=LONG)
         await at.chat(messages=LONG)
@@ -137,8 +137,8 @@ def test_metrics_count_what_happened_and_show_what_is() -> None:
     assert during['promptai_breaker_state{replica="a"}'] == 0
 
 
-def test_looking_wakes_nothing() -> None:
-    """Of all that somebody may look at, a hundred times, nothing loads a model or keeps it from being ended."""
+def test_reading_state_never_loads_a_model_or_keeps_it_loaded() -> None:
+    """Polling every read-only endpoint neither loads a model nor keeps it from being unloaded."""
     world: list[Cold] = []
 
     def cold() -> Cold:
@@ -163,7 +163,7 @@ def test_looking_wakes_nothing() -> None:
     assert visit(cold, use) == ["start", "stop"]
 
 
-def test_the_fleet_is_shown_with_what_was_learned() -> None:
+def test_the_fleet_view_contains_learned_rates() -> None:
     async def use(at: Door) -> Any:
         await at.chat(messages=LONG)
         return await at.get("/api/fleet")
@@ -179,14 +179,13 @@ def test_the_fleet_is_shown_with_what_was_learned() -> None:
     assert replica["cached_chars"] > 3000
 
 
-def test_the_queue_is_shown_by_the_ids_of_keys_and_without_words(tmp_path: Path) -> None:
+def test_the_queue_view_contains_key_ids_but_no_text(tmp_path: Path) -> None:
     store = KeyStore(tmp_path / "keys.json")
     key, secret = store.add("radio team", scopes=("admin",))
     headers = {"Authorization": f"Bearer {secret}"}
 
     async def use(at: Door) -> Any:
-        asked = [at.chat(headers=headers, messages=LONG, max_tokens=50) for _ in range(3)]
-        busy = asyncio.gather(*asked)
+        busy = asyncio.gather(*[at.chat(headers=headers, messages=LONG, max_tokens=50) for _ in range(3)])
         await asyncio.sleep(7)
         answer = await at.ask("/api/queue", headers=headers)
         await busy
@@ -207,7 +206,7 @@ def test_the_queue_is_shown_by_the_ids_of_keys_and_without_words(tmp_path: Path)
 
 
 @pytest.mark.parametrize("body", [{"messages": TALK}, {"prompt": "a"}, {"input": "a"}], ids=str)
-def test_where_a_request_would_go_is_said_without_sending_it(body: dict[str, Any]) -> None:
+def test_decide_shows_the_route_without_sending_the_request(body: dict[str, Any]) -> None:
     worlds: list[World] = []
 
     def world() -> World:
@@ -221,7 +220,7 @@ def test_where_a_request_would_go_is_said_without_sending_it(body: dict[str, Any
     assert worlds[0].engines["sim://a"].sent == []
 
 
-def test_while_it_drains_nothing_new_is_taken_and_what_runs_ends() -> None:
+def test_draining_refuses_new_requests_and_finishes_running_ones() -> None:
     async def use(at: Door) -> Any:
         running = asyncio.create_task(at.stream(max_tokens=50))
         await asyncio.sleep(1)
@@ -240,7 +239,7 @@ def test_while_it_drains_nothing_new_is_taken_and_what_runs_ends() -> None:
     assert (answer.whole, len(answer.text.split())) == (True, 50)
 
 
-def test_whose_body_is_still_coming_when_it_begins_to_drain_is_refused() -> None:
+def test_draining_refuses_a_request_whose_body_is_incomplete() -> None:
     async def use(at: Door) -> tuple[bytes, float]:
         body = b'{"messages": [{"role": "user", "content": "a"}]}'
         head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
@@ -255,7 +254,7 @@ def test_whose_body_is_still_coming_when_it_begins_to_drain_is_refused() -> None
     assert b'"code":"draining"' in answer
 
 
-def test_draining_has_an_end(caplog: pytest.LogCaptureFixture) -> None:
+def test_draining_stops_at_its_limit(caplog: pytest.LogCaptureFixture) -> None:
     async def use(at: Door) -> float:
         running = asyncio.create_task(at.stream(max_tokens=500))
         await asyncio.sleep(1)
@@ -271,7 +270,7 @@ def test_draining_has_an_end(caplog: pytest.LogCaptureFixture) -> None:
     assert "1 requests were still running after 5 s" in caplog.text
 
 
-def test_the_page_for_people_has_examples_that_reach_this_gateway() -> None:
+def test_the_docs_page_has_examples_with_this_gateways_url() -> None:
     async def use(at: Door) -> tuple[str, bytes]:
         return at.url, (await at.ask("/docs")).body
 
@@ -280,7 +279,7 @@ def test_the_page_for_people_has_examples_that_reach_this_gateway() -> None:
     assert f"curl {url}/v1/chat/completions".encode() in page
 
 
-def test_it_is_ready_when_somebody_could_answer() -> None:
+def test_is_ready_while_a_replica_is_usable() -> None:
     worlds: list[World] = []
 
     def world() -> World:
@@ -298,7 +297,7 @@ def test_it_is_ready_when_somebody_could_answer() -> None:
     assert visit(world, use) == [200, 503, 200]
 
 
-def test_a_client_that_leaves_frees_its_slot_and_is_counted() -> None:
+def test_a_disconnected_client_frees_its_slot_and_is_counted() -> None:
     async def use(at: Door) -> tuple[dict[str, float], Any]:
         leaving = [asyncio.create_task(at.stream(messages=LONG * 5)) for _ in range(2)]
         await asyncio.sleep(3)
@@ -315,7 +314,7 @@ def test_a_client_that_leaves_frees_its_slot_and_is_counted() -> None:
     assert found['promptai_requests_total{model="yi",replica="unknown",status="499"}'] == 1
 
 
-def test_the_log_has_one_line_for_each_request_and_no_words_of_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_access_log_has_one_line_per_request_and_no_text(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, logger="promptai")
 
     visit(one(), lambda at: at.chat(headers={"X-Request-Id": "abc-1"}))

@@ -1,4 +1,4 @@
-"""Nobody gets in without a key where keys are, and no web page through the back door."""
+"""Keys, scopes, limits and models; and protection from web pages."""
 
 import asyncio
 import logging
@@ -20,16 +20,19 @@ CHAT = "/v1/chat/completions"
 ADMIN: tuple[Scope, ...] = ("admin",)
 
 
-async def who(request: web.Request) -> web.Response:
-    """Answers with the name of the caller."""
+async def caller_name(request: web.Request) -> web.Response:
+    """Respond with the name of the caller."""
     return web.Response(text=request[CALLER].name)
 
 
 ROUTES = [
-    *(web.get(path, who) for path in ("/", "/healthz", "/readyz", "/metrics", "/v1/models", "/v1/models/{model}")),
-    *(web.get(path, who) for path in ("/api/fleet", "/api/queue")),
-    web.post("/api/decide", who),
-    web.post(CHAT, who),
+    *(
+        web.get(path, caller_name)
+        for path in ("/", "/healthz", "/readyz", "/metrics", "/v1/models", "/v1/models/{model}")
+    ),
+    *(web.get(path, caller_name) for path in ("/api/fleet", "/api/queue")),
+    web.post("/api/decide", caller_name),
+    web.post(CHAT, caller_name),
 ]
 
 
@@ -39,7 +42,7 @@ def store(tmp_path: Path) -> KeyStore:
     return KeyStore(tmp_path / "keys.json")
 
 
-def asked(guard: Callable[[], Guard], path: str, method: str = "GET", **headers: str) -> Answer:
+def request(guard: Callable[[], Guard], path: str, method: str = "GET", **headers: str) -> Answer:
     async def use(site: Site) -> Answer:
         return await site.ask(path, method, headers={name.replace("_", "-"): text for name, text in headers.items()})
 
@@ -51,13 +54,13 @@ def open_gateway(**fields: Any) -> Callable[[], Guard]:
     return lambda: Guard(None, open=True, **fields)
 
 
-def closed(store: KeyStore | None) -> Callable[[], Guard]:
-    return lambda: Guard(store, open=False, bind="0.0.0.0")  # noqa: S104  nothing is bound by that
+def with_keys(store: KeyStore | None) -> Callable[[], Guard]:
+    return lambda: Guard(store, open=False, bind="0.0.0.0")  # noqa: S104  only compared
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/api/fleet"])
-def test_bound_wider_without_keys_nobody_gets_in(store: KeyStore, path: str) -> None:
-    assert [asked(closed(it), path, Authorization="Bearer pk-x").status for it in (None, store)] == [401, 401]
+def test_refuses_every_request_beyond_loopback_while_no_key_exists(store: KeyStore, path: str) -> None:
+    assert [request(with_keys(it), path, Authorization="Bearer pk-x").status for it in (None, store)] == [401, 401]
 
 
 @pytest.mark.parametrize(
@@ -72,37 +75,37 @@ def test_bound_wider_without_keys_nobody_gets_in(store: KeyStore, path: str) -> 
     ],
     ids=str,
 )
-def test_a_request_without_a_key_is_told_how_to_send_one(store: KeyStore, headers: dict[str, str]) -> None:
+def test_a_request_without_a_key_gets_instructions(store: KeyStore, headers: dict[str, str]) -> None:
     store.add("a")
 
-    answer = asked(closed(store), "/v1/models", **headers)
+    answer = request(with_keys(store), "/v1/models", **headers)
 
     assert (*answer.line[:2], answer.error["code"]) == (401, "authentication_error", "missing_api_key")
     assert answer.headers["www-authenticate"] == 'Bearer realm="promptai"'
     assert "Authorization: Bearer" in answer.error["message"]
 
 
-def test_a_wrong_key_is_refused_and_neither_shown_nor_logged(store: KeyStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_wrong_key_is_neither_returned_nor_logged(store: KeyStore, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     key, secret = store.add("a")
     store.revoke(key.id)
 
     for wrong in ("pk-wrong-secret", secret):
-        answer = asked(closed(store), "/v1/models", Authorization=f"Bearer {wrong}")
+        answer = request(with_keys(store), "/v1/models", Authorization=f"Bearer {wrong}")
         assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
         assert 'error="invalid_token"' in answer.headers["www-authenticate"]
         assert wrong not in answer.body.decode() + caplog.text
 
 
 @pytest.mark.parametrize(
-    ("scope", "opened"),
+    ("scope", "permitted"),
     [
         ("infer", {CHAT, "/v1/models", "/v1/models/a", "/api/decide", "/api/fleet"}),
         ("metrics", {"/metrics"}),
         ("admin", {CHAT, "/v1/models", "/v1/models/a", "/api/decide", "/metrics", "/api/fleet", "/api/queue"}),
     ],
 )
-def test_a_key_opens_what_its_scope_says_and_no_more(store: KeyStore, scope: Scope, opened: set[str]) -> None:
+def test_a_key_permits_exactly_its_scope(store: KeyStore, scope: Scope, permitted: set[str]) -> None:
     _, secret = store.add("a", scopes=(scope,))
     paths = [CHAT, "/v1/models", "/v1/models/a", "/api/decide", "/metrics", "/api/fleet", "/api/queue"]
 
@@ -113,69 +116,71 @@ def test_a_key_opens_what_its_scope_says_and_no_more(store: KeyStore, scope: Sco
             for path in paths
         }
 
-    answers = visit(ROUTES, use, closed(store))
+    answers = visit(ROUTES, use, with_keys(store))
 
-    assert opened == {path for path, answer in answers.items() if answer.status == 200}
-    refused = [answer for path, answer in answers.items() if path not in opened]
+    assert permitted == {path for path, answer in answers.items() if answer.status == 200}
+    refused = [answer for path, answer in answers.items() if path not in permitted]
     assert all((answer.status, answer.error["code"]) == (403, "missing_scope") for answer in refused)
 
 
 @pytest.mark.parametrize("path", ["/", "/healthz", "/readyz"])
-def test_what_a_probe_asks_is_always_open(store: KeyStore, path: str) -> None:
+def test_probes_need_no_key(store: KeyStore, path: str) -> None:
     store.add("a")
 
-    assert asked(closed(store), path).status == 200
+    assert request(with_keys(store), path).status == 200
 
 
-def test_an_unknown_route_belongs_to_the_admin() -> None:
+def test_unknown_routes_require_admin() -> None:
     assert [scope_of(route) for route in ("/anything", "/api/decide/x", "/healthz/x", "/v2/x")] == ["admin"] * 4
 
 
-def test_an_unknown_path_is_not_found_with_or_without_a_key(store: KeyStore) -> None:
+def test_an_unknown_path_is_not_found_without_a_key(store: KeyStore) -> None:
     store.add("a")
 
-    assert [asked(closed(store), path).status for path in ("/nothing", "/api//fleet", "/v1/../nothing")] == [404] * 3
+    assert [request(with_keys(store), path).status for path in ("/nothing", "/api//fleet", "/v1/../nothing")] == [
+        404
+    ] * 3
 
 
 @pytest.mark.parametrize("header", ["Authorization", "x_api_key"])
-def test_either_header_carries_the_key(store: KeyStore, header: str) -> None:
+def test_accepts_a_key_in_either_header(store: KeyStore, header: str) -> None:
     _, secret = store.add("laptop")
     value = f"Bearer {secret}" if header == "Authorization" else secret
 
-    answer = asked(closed(store), "/v1/models", **{header: value})
+    answer = request(with_keys(store), "/v1/models", **{header: value})
 
     assert answer.body == b"laptop"
 
 
-def test_on_loopback_without_keys_it_is_open_and_any_key_will_do(store: KeyStore) -> None:
-    """Clients that insist on sending one send a dummy."""
+def test_loopback_without_keys_is_open_and_ignores_keys(store: KeyStore) -> None:
+    """Some clients always send a key, such as a dummy."""
     answers = [
-        asked(lambda: Guard(store, open=True), "/api/fleet"),
-        asked(open_gateway(), CHAT, "POST", Authorization="Bearer sk-dummy"),
+        request(lambda: Guard(store, open=True), "/api/fleet"),
+        request(open_gateway(), CHAT, "POST", Authorization="Bearer sk-dummy"),
     ]
 
     assert [answer.body for answer in answers] == [b"local", b"local"]
 
 
-def test_with_a_key_it_is_closed_and_revoking_the_last_does_not_open_it(store: KeyStore) -> None:
+def test_revoking_the_last_key_does_not_open_the_gateway(store: KeyStore) -> None:
     key, _ = store.add("a")
-    assert asked(lambda: Guard(store, open=True), "/v1/models").status == 401
+    assert request(lambda: Guard(store, open=True), "/v1/models").status == 401
     store.revoke(key.id)
-    assert asked(lambda: Guard(store, open=True), "/v1/models").status == 401
+    assert request(lambda: Guard(store, open=True), "/v1/models").status == 401
 
 
-def test_a_key_file_that_cannot_be_read_closes_it(store: KeyStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreadable_key_file_closes_the_gateway(store: KeyStore, caplog: pytest.LogCaptureFixture) -> None:
     _, secret = store.add("a")
     store.path.chmod(0o644)
 
-    answer = asked(lambda: Guard(store, open=True), "/v1/models", Authorization=f"Bearer {secret}")
+    answer = request(lambda: Guard(store, open=True), "/v1/models", Authorization=f"Bearer {secret}")
 
     assert (answer.status, answer.error["code"]) == (503, "keys_unreadable")
     assert str(store.path) not in answer.body.decode()
     assert str(store.path) in caplog.text
 
 
-def test_a_key_beyond_its_limit_is_told_when_to_come_again(store: KeyStore) -> None:
+def test_a_key_beyond_its_limit_gets_retry_after(store: KeyStore) -> None:
     _, secret = store.add("a", limits=KeyLimits(requests_per_min=2))
 
     async def use(site: Site) -> list[Answer]:
@@ -183,14 +188,14 @@ def test_a_key_beyond_its_limit_is_told_when_to_come_again(store: KeyStore) -> N
         seen = [await site.ask("/v1/models", headers=headers) for _ in range(5)]
         return seen + [await site.ask(CHAT, "POST", headers=headers) for _ in range(3)]
 
-    answers = visit(ROUTES, use, closed(store))
+    answers = visit(ROUTES, use, with_keys(store))
 
     assert [answer.status for answer in answers] == [200] * 7 + [429]
     assert (answers[-1].error["type"], answers[-1].headers["retry-after"]) == ("rate_limit_error", "30")
-    assert "limited to 2 requests a minute" in answers[-1].error["message"]
+    assert "limited to 2 requests per minute" in answers[-1].error["message"]
 
 
-def test_requests_at_once_are_counted_until_they_end_however_they_end(store: KeyStore) -> None:
+def test_counts_concurrent_requests_until_they_end_or_are_cancelled(store: KeyStore) -> None:
     key, secret = store.add("a", limits=KeyLimits(concurrent=1))
     guards: list[Guard] = []
 
@@ -217,7 +222,7 @@ def test_requests_at_once_are_counted_until_they_end_however_they_end(store: Key
     assert visit([web.post(CHAT, hang)], use, guard) == [429]
 
 
-def test_tokens_are_charged_to_the_key(store: KeyStore) -> None:
+def test_charges_tokens_to_the_key(store: KeyStore) -> None:
     _, secret = store.add("a", limits=KeyLimits(tokens_per_min=10))
     guards: list[Guard] = []
 
@@ -235,10 +240,10 @@ def test_tokens_are_charged_to_the_key(store: KeyStore) -> None:
     answers = visit([web.post(CHAT, spend)], use, guard)
 
     assert [answer.status for answer in answers] == [200, 429]
-    assert "10 tokens a minute" in answers[1].error["message"]
+    assert "10 tokens per minute" in answers[1].error["message"]
 
 
-def test_a_model_that_a_key_may_not_use_is_refused() -> None:
+def test_refuses_a_model_that_the_key_does_not_permit() -> None:
     caller = Caller(limits=KeyLimits(models=("small", "tiny")))
     caller.demand_model("tiny")
 
@@ -272,66 +277,66 @@ def test_a_model_that_a_key_may_not_use_is_refused() -> None:
         ("", 403),
     ],
 )
-def test_on_loopback_it_answers_to_names_of_loopback_only(host: str, status: int) -> None:
-    """A page whose name resolves to loopback still sends its own name."""
-    assert asked(open_gateway(), "/healthz", Host=host).status == status
+def test_loopback_accepts_only_loopback_hosts(host: str, status: int) -> None:
+    """A page whose host name resolves to loopback still sends its own name as Host."""
+    assert request(open_gateway(), "/healthz", Host=host).status == status
 
 
-def test_it_also_answers_to_its_own_address_and_to_further_names() -> None:
+def test_accepts_its_own_address_and_configured_hosts() -> None:
     guard = open_gateway(bind="127.0.0.2", hosts=["ai.lan"])
 
-    assert [asked(guard, "/healthz", Host=host).status for host in ("127.0.0.2:8400", "AI.lan", "b.lan")] == [
+    assert [request(guard, "/healthz", Host=host).status for host in ("127.0.0.2:8400", "AI.lan", "b.lan")] == [
         200,
         200,
         403,
     ]
 
 
-def test_bound_wider_it_answers_to_any_name() -> None:
-    guard = open_gateway(bind="0.0.0.0")  # noqa: S104  nothing is bound by that
+def test_accepts_any_host_beyond_loopback() -> None:
+    guard = open_gateway(bind="0.0.0.0")  # noqa: S104  only compared
 
-    assert asked(guard, "/healthz", Host="promptai.lan").status == 200
+    assert request(guard, "/healthz", Host="promptai.lan").status == 200
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:3000", "file://"])
-def test_a_page_from_elsewhere_may_not_post(origin: str) -> None:
-    """A form needs no permission to be sent, and would keep the board busy for hours."""
-    answer = asked(open_gateway(), CHAT, "POST", Origin=origin)
+def test_refuses_posts_from_foreign_pages(origin: str) -> None:
+    """Browsers send a form without a preflight; it could keep the board busy for hours."""
+    answer = request(open_gateway(), CHAT, "POST", Origin=origin)
 
     assert (answer.status, answer.error["code"]) == (403, "origin_not_allowed")
     assert not [name for name in answer.headers if name.startswith("access-control-")]
 
 
-def test_a_page_of_the_gateway_itself_may_post() -> None:
-    answer = asked(open_gateway(), CHAT, "POST", Origin="http://localhost:8400", Host="localhost:8400")
+def test_accepts_posts_from_its_own_page() -> None:
+    answer = request(open_gateway(), CHAT, "POST", Origin="http://localhost:8400", Host="localhost:8400")
 
     assert answer.status == 200
 
 
 @pytest.mark.parametrize("allowed", ["https://ui.example", "https://UI.example/", "*"])
-def test_a_page_of_an_allowed_origin_may_post_and_read_the_answer(allowed: str) -> None:
-    answer = asked(open_gateway(cors_origins=[allowed]), CHAT, "POST", Origin="https://ui.example")
+def test_accepts_posts_from_an_allowed_origin(allowed: str) -> None:
+    answer = request(open_gateway(cors_origins=[allowed]), CHAT, "POST", Origin="https://ui.example")
 
     assert (answer.status, answer.headers["access-control-allow-origin"]) == (200, "https://ui.example")
     assert "x-promptai-request-id" in answer.headers["access-control-expose-headers"]
     assert answer.headers["vary"] == "Origin"
 
 
-def test_an_allowed_page_reads_refusals_too(store: KeyStore) -> None:
+def test_an_allowed_origin_can_read_refusals(store: KeyStore) -> None:
     store.add("a")
     guard = lambda: Guard(store, open=True, cors_origins=["https://ui.example"])  # noqa: E731
 
-    answer = asked(guard, "/v1/models", Origin="https://ui.example")
+    answer = request(guard, "/v1/models", Origin="https://ui.example")
 
     assert (answer.status, answer.headers["access-control-allow-origin"]) == (401, "https://ui.example")
 
 
 @pytest.mark.parametrize("path", [CHAT, "/healthz", "/nothing"])
-def test_a_browser_that_asks_first_needs_no_key(store: KeyStore, path: str) -> None:
+def test_a_preflight_needs_no_key(store: KeyStore, path: str) -> None:
     store.add("a")
     guard = lambda: Guard(store, open=True, cors_origins=["https://ui.example"])  # noqa: E731
 
-    answer = asked(
+    answer = request(
         guard,
         path,
         "OPTIONS",
@@ -348,8 +353,8 @@ def test_a_browser_that_asks_first_needs_no_key(store: KeyStore, path: str) -> N
     assert "POST" in answer.headers["access-control-allow-methods"]
 
 
-def test_a_browser_that_asks_for_another_page_is_refused() -> None:
-    answer = asked(
+def test_refuses_a_preflight_from_a_foreign_origin() -> None:
+    answer = request(
         open_gateway(cors_origins=["https://ui.example"]),
         CHAT,
         "OPTIONS",
@@ -361,8 +366,8 @@ def test_a_browser_that_asks_for_another_page_is_refused() -> None:
     assert "access-control-allow-origin" not in answer.headers
 
 
-def test_headers_that_are_no_names_are_not_repeated() -> None:
-    answer = asked(
+def test_a_preflight_does_not_echo_invalid_header_names() -> None:
+    answer = request(
         open_gateway(cors_origins=["*"]),
         CHAT,
         "OPTIONS",
@@ -378,11 +383,11 @@ def test_headers_that_are_no_names_are_not_repeated() -> None:
     ("host", "name"),
     [("A.b:1", "a.b"), ("[::1]:2", "::1"), ("a:b:c", ""), ("a b", ""), ("::1", ""), ("a/b", ""), ("a.", "a")],
 )
-def test_a_host_header_is_taken_apart(host: str, name: str) -> None:
+def test_host_name_parses_the_header(host: str, name: str) -> None:
     assert host_name(host) == name
 
 
-def test_loopback_is_this_machine_and_nothing_else() -> None:
+def test_is_loopback() -> None:
     here = ["localhost", "127.0.0.1", "::1", "127.255.255.254"]
     elsewhere = ["0.0.0.0", "::", "10.0.0.1", "promptai.lan", "", "localhost.lan"]  # noqa: S104  not bound
 

@@ -1,4 +1,4 @@
-"""Bodies that are too large, too slow or no JSON object are refused in time, with a reason."""
+"""Bodies that are too large, too slow or not a JSON object are refused with a reason."""
 
 import asyncio
 import json
@@ -42,15 +42,15 @@ def sent_raw(head: bytes, body: bytes = b"") -> Answer:
         (b"[1]", "an array, not a JSON object"),
         (b'"a"', "a string, not"),
         (b"1", "a number, not"),
-        (b"true", "a truth value, not"),
+        (b"true", "a boolean, not"),
         (b"null", "null, not"),
         (b'{"a": ' + b"1" * 5000 + b"}", "not JSON"),
-        (b'{"a":' * 5000, "nests deeper"),
-        (b'{"a":' * 101 + b"1" + b"}" * 101, "nests deeper"),
+        (b'{"a":' * 5000, "nested deeper"),
+        (b'{"a":' * 101 + b"1" + b"}" * 101, "nested deeper"),
     ],
     ids=lambda value: str(value)[:24],
 )
-def test_what_is_no_json_object_is_refused_with_the_reason(data: bytes, word: str) -> None:
+def test_refuses_invalid_json_objects_with_the_reason(data: bytes, word: str) -> None:
     with pytest.raises(ApiError, match=word) as caught:
         decode_object(data)
 
@@ -69,26 +69,26 @@ def test_what_is_no_json_object_is_refused_with_the_reason(data: bytes, word: st
     ],
     ids=lambda value: str(value)[:24],
 )
-def test_what_is_one_can_be_encoded_again(value: dict[str, Any]) -> None:
+def test_an_accepted_object_can_be_encoded_again(value: dict[str, Any]) -> None:
     assert value == msgspec.json.decode(msgspec.json.encode(decode_object(json.dumps(value).encode())))
 
 
-def test_the_deepest_nesting_that_is_allowed_is_read() -> None:
+def test_accepts_the_maximum_nesting() -> None:
     assert decode_object(b'{"a":' * MAX_DEPTH + b"1" + b"}" * MAX_DEPTH)
 
 
-def test_of_a_key_that_comes_twice_the_last_counts() -> None:
+def test_the_last_of_two_equal_keys_counts() -> None:
     assert decode_object(b'{"a": 1, "a": 2}') == {"a": 2}
 
 
-def test_a_body_that_is_announced_too_large_is_refused_before_it_comes() -> None:
+def test_refuses_a_too_large_content_length_before_the_body_arrives() -> None:
     answer = sent_raw(b"Content-Length: 1001")
 
     assert (answer.status, answer.error["code"]) == (413, "request_too_large")
     assert "1,000 bytes" in answer.error["message"]
 
 
-def test_a_body_that_turns_out_too_large_is_refused() -> None:
+def test_refuses_a_streamed_body_that_is_too_large() -> None:
     async def endless() -> Any:
         for _ in range(100):
             yield b" " * 100
@@ -96,23 +96,23 @@ def test_a_body_that_turns_out_too_large_is_refused() -> None:
     assert posted(endless()).status == 413
 
 
-def test_a_small_body_that_unpacks_large_is_refused() -> None:
+def test_refuses_a_body_that_is_too_large_after_decompression() -> None:
     answer = posted(b'{"a": "' + b" " * 100_000 + b'"}', **{"Content-Encoding": "gzip"})
 
     assert answer.status == 413
 
 
-def test_a_body_that_is_not_packed_as_it_says_is_refused() -> None:
+def test_refuses_a_body_with_a_wrong_content_encoding() -> None:
     answer = sent_raw(b"Content-Encoding: gzip\r\nContent-Length: 4", b"abcd")
 
     assert (answer.status, answer.error["code"]) == (400, "invalid_json")
 
 
-def test_broken_chunks_are_refused() -> None:
+def test_refuses_malformed_chunks() -> None:
     assert sent_raw(b"Transfer-Encoding: chunked", b"zz\r\n").status == 400
 
 
-def test_a_client_that_dribbles_is_cut_off() -> None:
+def test_cuts_off_a_slow_body() -> None:
     async def dribble() -> Any:
         for _ in range(100):
             yield b" "
@@ -124,7 +124,7 @@ def test_a_client_that_dribbles_is_cut_off() -> None:
     assert "within 0.2 s" in answer.error["message"]
 
 
-def test_a_client_that_goes_away_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_disconnected_client_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     async def use(site: Site) -> None:
         _, writer = await asyncio.open_connection("127.0.0.1", site.port)
         writer.write(b"POST /it HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
@@ -137,7 +137,7 @@ def test_a_client_that_goes_away_is_no_error(caplog: pytest.LogCaptureFixture) -
     assert caplog.text == ""
 
 
-def test_the_body_arrives() -> None:
+def test_returns_the_body() -> None:
     answer = posted(b'{"model": "auto"}')
 
     assert (answer.status, answer.body) == (200, b'{"model": "auto"}')

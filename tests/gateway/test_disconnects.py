@@ -1,8 +1,7 @@
-"""Whoever hangs up frees everything within a second, wherever its request is; and who does not read holds up nobody.
+"""A disconnected client frees everything within a second, at every stage; a client that does not read blocks no other.
 
-A board computes for one conversation at a time: a minute for somebody who has gone is a minute that
-everybody else waits. Clients, gateway and engines are on real sockets here, because that is where
-leaving is noticed, or not.
+A board computes one conversation at a time: every minute spent on a client that has gone delays all others. Clients,
+gateway and engines use real sockets here, because only they show whether a disconnect is noticed.
 """
 
 import asyncio
@@ -20,18 +19,18 @@ from support_site import SLOW
 
 pytestmark = pytest.mark.timeout(30)
 
-NOTHING = {"engine": 0, "grants": 0, "queue": 0, "gateway": 0, "meter": 0}
-#: Three seconds of reading at 100 tokens a second.
+NOTHING = {"engine": 0, "leases": 0, "queue": 0, "gateway": 0, "meter": 0}
+#: Three seconds of prefill at 100 tokens/s.
 LONG = [{"role": "user", "content": "cell 12 " * 150}]
 STAGES = ("queued", "loading", "prefill", "decode")
-#: Reads in steps of 80 ms, then says ten words a second for as long as anybody listens.
+#: Prefill in steps of 80 ms, then 10 tokens/s until the client disconnects.
 ONE_SLOT = SimulationConfig(prefill_tps=100.0, decode_tps=10.0, batch=8, model="yi")
-#: As fast as the loop turns.
-TALKATIVE = SimulationConfig(prefill_tps=1e6, decode_tps=1e6, slots=2, context=10**9, model="yi")
+#: As fast as the event loop allows.
+UNLIMITED = SimulationConfig(prefill_tps=1e6, decode_tps=1e6, slots=2, context=10**9, model="yi")
 
 
 class Client:
-    """A client that can do what no library does."""
+    """A raw client that can end its connection in ways that HTTP libraries cannot."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -42,17 +41,17 @@ class Client:
         self.writer.close()
 
     def half_close(self) -> None:
-        """Say that nothing more will be sent; whatever comes could still be read."""
+        """Close the sending side only; the response could still be read."""
         self.writer.write_eof()
 
     def abort(self) -> None:
-        """As a program that is killed."""
+        """Reset the connection, as a killed program does."""
         self.writer.transport.abort()
 
 
 @contextlib.asynccontextmanager
 async def client(found: Site, **fields: object) -> AsyncGenerator[Client, None]:
-    """Somebody who has asked."""
+    """Yield a client that has sent a request."""
     reader, writer = await asyncio.open_connection("127.0.0.1", found.door.port)
     try:
         writer.write(request_of(**fields))
@@ -64,7 +63,7 @@ async def client(found: Site, **fields: object) -> AsyncGenerator[Client, None]:
 
 
 def reached(found: Site, stage: str) -> bool:
-    """Whether the last request is where a test wants it."""
+    """Whether the last request has reached a stage."""
     if stage in {"queued", "loading"}:
         model, state = ("yi", State.READY) if stage == "queued" else (COLD, State.LOADING)
         replica = "a" if stage == "queued" else f"local/{COLD}"
@@ -76,22 +75,22 @@ def reached(found: Site, stage: str) -> bool:
     return bool(requests) and requests[0].prefilled > 0 and leases[0].first_token_at is None
 
 
-async def leave_at(stage: str, leave: Callable[[Client], None], *, streamed: bool) -> None:
-    asked: dict[str, object] = {"max_tokens": 1000, "stream": streamed}
+async def disconnect_at(stage: str, leave: Callable[[Client], None], *, streamed: bool) -> None:
+    fields: dict[str, object] = {"max_tokens": 1000, "stream": streamed}
     if stage == "loading":
-        asked["model"] = COLD
+        fields["model"] = COLD
     if stage == "prefill":
-        asked["messages"] = LONG
+        fields["messages"] = LONG
     async with site(ONE_SLOT) as found, contextlib.AsyncExitStack() as stack:
         if stage == "queued":
             holder = await stack.enter_async_context(client(found, max_tokens=1000, stream=True))
             await soon(lambda: found.busy() == 1)
-        leaver = await stack.enter_async_context(client(found, **asked))
+        leaving = await stack.enter_async_context(client(found, **fields))
         await soon(lambda: reached(found, stage))
 
-        leave(leaver)
+        leave(leaving)
 
-        rest = {"engine": 1, "grants": 1, "gateway": 1, "meter": 1} if stage == "queued" else {}
+        rest = {"engine": 1, "leases": 1, "gateway": 1, "meter": 1} if stage == "queued" else {}
         model = COLD if stage == "loading" else "yi"
         await soon(lambda: found.counts(model) == NOTHING | rest, within_s=1.0)
         if stage == "queued":
@@ -104,11 +103,11 @@ async def leave_at(stage: str, leave: Callable[[Client], None], *, streamed: boo
 @pytest.mark.parametrize("leave", [Client.hang_up, Client.half_close, Client.abort])
 @pytest.mark.parametrize("kind", ["streamed", "whole"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_who_leaves_frees_everything_within_a_second(stage: str, kind: str, leave: Callable[[Client], None]) -> None:
-    asyncio.run(leave_at(stage, leave, streamed=kind == "streamed"))
+def test_a_disconnect_frees_everything_within_a_second(stage: str, kind: str, leave: Callable[[Client], None]) -> None:
+    asyncio.run(disconnect_at(stage, leave, streamed=kind == "streamed"))
 
 
-def test_who_leaves_in_the_middle_of_its_own_request_leaves_nothing() -> None:
+def test_a_disconnect_while_sending_the_request_leaves_nothing() -> None:
     async def play() -> None:
         async with site(SLOW) as found:
             _, writer = await asyncio.open_connection("127.0.0.1", found.door.port)
@@ -120,13 +119,13 @@ def test_who_leaves_in_the_middle_of_its_own_request_leaves_nothing() -> None:
     asyncio.run(play())
 
 
-def test_a_hundred_that_leave_at_once_leave_nothing() -> None:
+def test_many_disconnects_at_once_leave_nothing() -> None:
     async def play() -> None:
         async with site(ONE_SLOT) as found, contextlib.AsyncExitStack() as stack:
-            crowd = [await stack.enter_async_context(client(found, max_tokens=1000)) for _ in range(50)]
-            crowd += [await stack.enter_async_context(client(found, stream=True)) for _ in range(10)]
-            await soon(lambda: len(found.dispatcher.queued("yi")) == len(crowd) - 1)
-            for one in crowd:
+            clients = [await stack.enter_async_context(client(found, max_tokens=1000)) for _ in range(50)]
+            clients += [await stack.enter_async_context(client(found, stream=True)) for _ in range(10)]
+            await soon(lambda: len(found.dispatcher.queued("yi")) == len(clients) - 1)
+            for one in clients:
                 one.abort()
             await soon(lambda: found.counts() == NOTHING, within_s=1.0)
             assert (await found.door.chat(max_tokens=1)).status == 200
@@ -134,7 +133,7 @@ def test_a_hundred_that_leave_at_once_leave_nothing() -> None:
     asyncio.run(play())
 
 
-def test_an_embedding_that_nobody_waits_for_is_given_up() -> None:
+def test_cancels_an_embedding_after_a_disconnect() -> None:
     async def play() -> None:
         async with site(ONE_SLOT) as found:
             stalled = asyncio.Event()
@@ -153,51 +152,51 @@ def test_an_embedding_that_nobody_waits_for_is_given_up() -> None:
     asyncio.run(play())
 
 
-def test_who_does_not_read_makes_the_gateway_stop_reading_and_holds_up_nobody() -> None:
-    """What the kernel's buffers take is gone; beyond that nothing may pile up."""
+def test_a_client_that_does_not_read_stops_only_its_own_stream() -> None:
+    """The kernel's buffers fill up; beyond them the gateway must not buffer."""
 
     async def play() -> None:
-        async with site(TALKATIVE) as found:
-            deaf = socket.socket()
-            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            deaf.connect(("127.0.0.1", found.door.port))
-            deaf.sendall(request_of(max_tokens=10**8, stream=True))
+        async with site(UNLIMITED) as found:
+            not_reading = socket.socket()
+            not_reading.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            not_reading.connect(("127.0.0.1", found.door.port))
+            not_reading.sendall(request_of(max_tokens=10**8, stream=True))
 
-            (lease,) = await _grant(found)
-            passed = await _standstill(lambda: lease.generated)
+            (lease,) = await _wait_for_lease(found)
+            generated = await _wait_until_constant(lambda: lease.generated)
             answer = await found.door.chat(max_tokens=1)
             assert answer.status == 200
-            assert passed == lease.generated, "it went on reading"
+            assert generated == lease.generated, "the gateway continued to read from the engine"
 
-            deaf.close()
+            not_reading.close()
             await soon(lambda: found.counts() == NOTHING, within_s=1.0)
 
     asyncio.run(play())
 
 
-def test_who_does_not_read_for_too_long_gives_the_slot_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its connection lives, and it will never hang up."""
+def test_a_client_that_does_not_read_for_too_long_loses_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection stays open and is never closed by the client."""
     monkeypatch.setattr("promptai.gateway.streaming._UNREAD_S", 0.3)
 
     async def play() -> None:
-        async with site(TALKATIVE) as found:
-            with socket.socket() as deaf:
-                deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                deaf.connect(("127.0.0.1", found.door.port))
-                deaf.sendall(request_of(max_tokens=10**8, stream=True))
-                await _grant(found)
+        async with site(UNLIMITED) as found:
+            with socket.socket() as not_reading:
+                not_reading.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                not_reading.connect(("127.0.0.1", found.door.port))
+                not_reading.sendall(request_of(max_tokens=10**8, stream=True))
+                await _wait_for_lease(found)
                 await soon(lambda: found.counts() == NOTHING, within_s=5.0)
 
     asyncio.run(play())
 
 
-async def _grant(found: Site) -> tuple[SlotLease, ...]:
+async def _wait_for_lease(found: Site) -> tuple[SlotLease, ...]:
     await soon(lambda: bool(found.dispatcher.fleet_state.leases("a")))
     return found.dispatcher.fleet_state.leases("a")
 
 
-async def _standstill(number: Callable[[], int]) -> int:
-    """Wait until a number that grew does not grow any more."""
+async def _wait_until_constant(number: Callable[[], int]) -> int:
+    """Wait until a growing number stays constant, and return it."""
     await soon(lambda: number() > 0)
     before = -1
     while number() > before:

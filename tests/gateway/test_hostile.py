@@ -1,4 +1,4 @@
-"""Whatever is written into a socket: an answer in the envelope or a closed connection, and a gateway that lives."""
+"""Hostile bytes on a socket get the error envelope or a closed connection, and the gateway survives."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 def post(*lines: bytes, body: bytes = BODY, path: str = CHAT, version: bytes = b"1.1") -> bytes:
-    """A request as bytes; ``lines`` instead of the length of its body."""
+    """Return a request as bytes; ``lines`` replace its Content-Length."""
     length = [b"Content-Length: %d" % len(body)] if not lines else []
     head = [b"POST %b HTTP/%b" % (path.encode(), version), b"Host: localhost", *length, *lines]
     return b"\r\n".join(head) + b"\r\n" + KEY + b"\r\n" + body
@@ -37,23 +37,23 @@ def get(path: bytes, method: bytes = b"GET") -> bytes:
     return method + b" " + path + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n" + KEY + b"\r\n"
 
 
-def attack(use: Callable[[Door], Awaitable[bytes]], **options: object) -> bytes:
-    """What a hostile client hears; afterwards the gateway answers, and nothing is left over."""
+def run_attack(use: Callable[[Door], Awaitable[bytes]], **options: object) -> bytes:
+    """Return the bytes that a hostile client receives; checks that the gateway works and has no open request."""
 
     async def play(at: Door) -> bytes:
-        heard = await use(at)
+        received = await use(at)
         await asyncio.sleep(1)
         assert (await at.ask("/healthz")).status == 200
         assert at.gateway.open_requests == 0
-        return heard
+        return received
 
     return visit(one(FAST), play, **options)
 
 
-def sent(*parts: bytes, pause_s: float = 0.0, finish: bool = False) -> list[int]:
-    """The statuses of what comes back; each in the envelope."""
-    heard = attack(lambda at: at.raw(*parts, pause_s=pause_s, finish=finish))
-    return [sound(answer) for answer in answers(heard)]
+def statuses_of(*parts: bytes, pause_s: float = 0.0, finish: bool = False) -> list[int]:
+    """Return the statuses of the responses, each checked for the envelope."""
+    received = run_attack(lambda at: at.raw(*parts, pause_s=pause_s, finish=finish))
+    return [sound(answer) for answer in answers(received)]
 
 
 @pytest.mark.parametrize(
@@ -79,12 +79,12 @@ def sent(*parts: bytes, pause_s: float = 0.0, finish: bool = False) -> list[int]
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_lies_about_a_body_end_in_a_refusal(lines: list[bytes], statuses: list[int]) -> None:
-    assert sent(post(*lines)) == statuses
+def test_refuses_false_headers_about_the_body(lines: list[bytes], statuses: list[int]) -> None:
+    assert statuses_of(post(*lines)) == statuses
 
 
-def test_a_body_that_ends_before_it_said_is_nobody_any_more() -> None:
-    assert sent(post(b"Content-Length: 1000"), finish=True) == []
+def test_a_body_shorter_than_its_content_length_gets_no_response() -> None:
+    assert statuses_of(post(b"Content-Length: 1000"), finish=True) == []
 
 
 @pytest.mark.parametrize(
@@ -99,12 +99,12 @@ def test_a_body_that_ends_before_it_said_is_nobody_any_more() -> None:
     ],
     ids=["flood", "good", "huge", "extension", "trailers", "negative"],
 )
-def test_chunks_are_counted(chunks: bytes, status: int) -> None:
-    assert sent(post(b"Transfer-Encoding: chunked", body=chunks))[:1] == [status]
+def test_limits_chunked_bodies(chunks: bytes, status: int) -> None:
+    assert statuses_of(post(b"Transfer-Encoding: chunked", body=chunks))[:1] == [status]
 
 
 @pytest.mark.parametrize("announced", [True, False])
-def test_a_hundred_megabytes_are_refused_early_and_held_nowhere(announced: bool) -> None:  # noqa: FBT001
+def test_refuses_a_hundred_megabytes_early_without_storing_them(announced: bool) -> None:  # noqa: FBT001
     piece, most = b" " * 1_000_000, 0
     rss = psutil.Process().memory_info
 
@@ -119,24 +119,24 @@ def test_a_hundred_megabytes_are_refused_early_and_held_nowhere(announced: bool)
                 writer.write(piece if announced else b"%x\r\n" % len(piece) + piece + b"\r\n")
                 await writer.drain()
                 most = max(most, rss().rss - before)
-        heard = await reader.readuntil(b"}")
+        received = await reader.readuntil(b"}")
         writer.close()
-        return heard + await reader.read()
+        return received + await reader.read()
 
-    heard = attack(use, limits=GatewayLimits(body_bytes=1_000_000))
+    received = run_attack(use, limits=GatewayLimits(body_bytes=1_000_000))
 
-    assert error_of(answers(heard)[0])["code"] == "request_too_large"
-    assert b"Connection: close" in heard
+    assert error_of(answers(received)[0])["code"] == "request_too_large"
+    assert b"Connection: close" in received
     assert most < 30_000_000
 
 
-def test_a_body_that_dribbles_is_given_half_a_minute() -> None:
+def test_a_slow_body_is_cut_off_after_thirty_seconds() -> None:
     begun = post(b"Content-Length: 100", body=b"")
 
-    assert sent(begun, *[b" "] * 35, pause_s=1.0) == [408]
+    assert statuses_of(begun, *[b" "] * 35, pause_s=1.0) == [408]
 
 
-def test_headers_that_dribble_are_given_a_minute_and_a_quarter() -> None:
+def test_slow_headers_are_cut_off_after_75_seconds() -> None:
     async def use(at: Door) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", at.port)
         writer.write(b"POST /v1/chat/completions HTTP/1.1\r\n")
@@ -152,7 +152,7 @@ def test_headers_that_dribble_are_given_a_minute_and_a_quarter() -> None:
         writer.close()
         return b""
 
-    attack(use)
+    run_attack(use)
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,8 @@ def test_headers_that_dribble_are_given_a_minute_and_a_quarter() -> None:
     ],
     ids=lambda value: str(value[:40] if isinstance(value, bytes) else value),
 )
-def test_what_is_no_proper_head_is_refused(data: bytes, status: int) -> None:
-    assert sent(data)[:1] == [status]
+def test_refuses_malformed_request_heads(data: bytes, status: int) -> None:
+    assert statuses_of(data)[:1] == [status]
 
 
 @pytest.mark.parametrize(
@@ -216,16 +216,16 @@ def test_what_is_no_proper_head_is_refused(data: bytes, status: int) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("method", [b"GET", b"POST", b"HEAD"])
-def test_no_path_leads_around_the_scope_of_a_key(path: bytes, method: bytes, tmp_path: Path) -> None:
+def test_no_path_bypasses_the_scope_of_a_key(path: bytes, method: bytes, tmp_path: Path) -> None:
     store = KeyStore(tmp_path / "keys.json")
     _, secret = store.add("app", scopes=("infer",))
     data = get(path, method).replace(SECRET.encode(), secret.encode())
 
-    heard = attack(lambda at: at.raw(data), guard=Guard(store, open=False))
+    received = run_attack(lambda at: at.raw(data), guard=Guard(store, open=False))
 
-    assert b"bound" not in heard
-    assert b"set-cookie" not in heard.lower().partition(b"\r\n\r\n")[0]
-    first = answers(heard)[0]
+    assert b"bound" not in received
+    assert b"set-cookie" not in received.lower().partition(b"\r\n\r\n")[0]
+    first = answers(received)[0]
     assert first.status in {400, 403, 404, 405}
     if method != b"HEAD":
         error_of(first)
@@ -233,40 +233,40 @@ def test_no_path_leads_around_the_scope_of_a_key(path: bytes, method: bytes, tmp
 
 @pytest.mark.parametrize("method", [b"PUT", b"DELETE", b"PATCH", b"TRACE", b"OPTIONS", b"BREW", b"get", b"PROPFIND"])
 @pytest.mark.parametrize("path", [b"/v1/chat/completions", b"/healthz", b"/nowhere"])
-def test_other_methods_are_refused(method: bytes, path: bytes) -> None:
-    found = sent(get(path, method))
+def test_refuses_other_methods(method: bytes, path: bytes) -> None:
+    found = statuses_of(get(path, method))
 
     assert len(found) == 1
     assert found[0] in ({404, 400} if path == b"/nowhere" else {400, 405})
 
 
-def test_connect_opens_nothing() -> None:
-    assert sent(b"CONNECT example.com:443 HTTP/1.1\r\nHost: localhost\r\n\r\n")[:1] in ([400], [404], [405])
+def test_refuses_connect() -> None:
+    assert statuses_of(b"CONNECT example.com:443 HTTP/1.1\r\nHost: localhost\r\n\r\n")[:1] in ([400], [404], [405])
 
 
-def test_requests_that_come_at_once_are_answered_in_their_order() -> None:
+def test_pipelined_requests_are_answered_in_order() -> None:
     names = [b"one", b"two", b"three"]
     data = b"".join(post(b"X-Request-Id: " + name, b"Content-Length: %d" % len(BODY)) for name in names)
 
-    heard = attack(lambda at: at.raw(data))
+    received = run_attack(lambda at: at.raw(data))
 
-    found = answers(heard)
+    found = answers(received)
     assert [answer.status for answer in found] == [200] * 3
     assert [answer.headers["x-promptai-request-id"].encode() for answer in found] == names
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_http_1_0_gets_its_answer_and_the_end_of_the_connection(stream: bool) -> None:  # noqa: FBT001
+def test_http_1_0_gets_an_answer_and_a_closed_connection(stream: bool) -> None:  # noqa: FBT001
     body = BODY.replace(b"}]", b'}], "stream": true') if stream else BODY
 
-    heard = attack(lambda at: at.raw(post(body=body, version=b"1.0")))
+    received = run_attack(lambda at: at.raw(post(body=body, version=b"1.0")))
 
-    found = answers(heard)[0]
+    found = answers(received)[0]
     assert (found.status, "transfer-encoding" in found.headers) == (200, False)
     assert (b"data: [DONE]" in found.body) is stream
 
 
-def test_clients_that_hang_up_anywhere_leave_nothing_behind() -> None:
+def test_disconnects_at_any_byte_leave_nothing_behind() -> None:
     data = post(body=BODY.replace(b"}]", b'}], "stream": true'))
 
     async def use(at: Door) -> bytes:
@@ -280,15 +280,15 @@ def test_clients_that_hang_up_anywhere_leave_nothing_behind() -> None:
                 writer.close()
         return b""
 
-    attack(use)
+    run_attack(use)
 
 
-def test_a_client_that_closes_only_its_side_is_gone() -> None:
-    """As a hung-up one: who waits for an answer keeps both sides open."""
-    assert sent(post(), finish=True) in ([], [200])
+def test_a_half_closed_connection_counts_as_a_disconnect() -> None:
+    """A client that waits for a response keeps both sides open."""
+    assert statuses_of(post(), finish=True) in ([], [200])
 
 
-def test_hundreds_of_connections_that_say_nothing_are_let_go() -> None:
+def test_closes_hundreds_of_silent_connections() -> None:
     async def use(at: Door) -> bytes:
         pairs = [await asyncio.open_connection("127.0.0.1", at.port) for _ in range(300)]
         assert (await at.ask("/healthz")).status == 200
@@ -298,4 +298,4 @@ def test_hundreds_of_connections_that_say_nothing_are_let_go() -> None:
             writer.close()
         return b"".join(ends)
 
-    assert attack(use) == b""
+    assert run_attack(use) == b""

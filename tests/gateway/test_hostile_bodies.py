@@ -1,4 +1,4 @@
-"""Whatever stands in a body: a refusal with a reason or an answer, and no connection to where it points."""
+"""Hostile bodies and headers get an answer or a refusal with a reason, and cause no outgoing connection."""
 
 import asyncio
 import gzip
@@ -20,7 +20,7 @@ from support_simulated_upstream import SimulatedUpstream
 from support_site import CHAT, EMBED, FAST, SLOW, TEXT, Door, asking, one, visit
 
 HEADERS = {"Authorization": f"Bearer {SECRET}"}
-SAID = [{"role": "user", "content": WORD}]
+MESSAGES = [{"role": "user", "content": WORD}]
 SCHEMAS = {CHAT: "ChatRequest", TEXT: "CompletionRequest", EMBED: "EmbeddingRequest"}
 
 
@@ -28,15 +28,15 @@ SCHEMAS = {CHAT: "ChatRequest", TEXT: "CompletionRequest", EMBED: "EmbeddingRequ
 def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     caplog.set_level(logging.DEBUG)
     yield
-    records = caplog.get_records("call")  # at the end of a test caplog itself has none of them any more
-    said = "\n".join(map(caplog.handler.format, records))
-    assert SECRET not in said
-    assert WORD not in said
+    records = caplog.get_records("call")  # after the test, caplog.records is empty
+    logged = "\n".join(map(caplog.handler.format, records))
+    assert SECRET not in logged
+    assert WORD not in logged
     assert [one.getMessage() for one in records if one.levelno >= logging.ERROR] == []
 
 
-async def thrown(at: Door, path: str, body: dict[str, Any] | bytes) -> int:
-    """The status of an answer in the envelope; a stream that has begun counts by its status."""
+async def send(at: Door, path: str, body: dict[str, Any] | bytes) -> int:
+    """Return the status of a response, whose error is checked for the envelope."""
     data = body if isinstance(body, bytes) else msgspec.json.encode(body)
     answer = await at.ask(path, "POST", data=data, headers=HEADERS)
     return 200 if answer.status == 200 else sound(answer)
@@ -46,17 +46,17 @@ async def thrown(at: Door, path: str, body: dict[str, Any] | bytes) -> int:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", [CHAT, TEXT, EMBED])
 def test_any_type_in_any_field(path: str, stream: bool) -> None:  # noqa: FBT001
-    """Of every field that is described, and of one that is not."""
+    """Every documented field, and one that is unknown."""
     fields = [*document()["components"]["schemas"][SCHEMAS[path]]["properties"], "unheard_of"]
-    usual: dict[str, dict[str, Any]] = {
-        CHAT: {"messages": SAID, "stream": stream},
+    required: dict[str, dict[str, Any]] = {
+        CHAT: {"messages": MESSAGES, "stream": stream},
         TEXT: {"prompt": WORD, "stream": stream},
         EMBED: {"input": WORD},
     }
 
     async def use(at: Door) -> set[int]:
-        body = asking(path, usual[path])
-        found = {await thrown(at, path, {**body, field: value}) for field in fields for value in ODD}
+        body = asking(path, required[path])
+        found = {await send(at, path, {**body, field: value}) for field in fields for value in ODD}
         assert (await at.chat()).status == 200
         return found
 
@@ -65,14 +65,16 @@ def test_any_type_in_any_field(path: str, stream: bool) -> None:  # noqa: FBT001
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", [CHAT, TEXT, EMBED])
-def test_the_fields_of_several_paths_in_one_request(path: str, stream: bool) -> None:  # noqa: FBT001
-    """Of whatever kind they are: no answer is computed that cannot be put together."""
-    fields: dict[str, Any] = {"messages": SAID, "prompt": WORD, "input": WORD}
+def test_fields_of_several_paths_in_one_request(path: str, stream: bool) -> None:  # noqa: FBT001
+    """Whatever their types, no answer is computed that cannot be assembled."""
+    fields: dict[str, Any] = {"messages": MESSAGES, "prompt": WORD, "input": WORD}
 
     async def use(at: Door) -> set[int]:
-        bodies = [{**asking(path, {"stream": stream}), field: value} for field in fields for value in (*ODD, "a", SAID)]
+        bodies = [
+            {**asking(path, {"stream": stream}), field: value} for field in fields for value in (*ODD, "a", MESSAGES)
+        ]
         bodies = [body for body in bodies if sum(body.get(field) is not None for field in fields) > 1]
-        return {await thrown(at, path, body) for body in [*bodies, {**asking(path, {"stream": stream}), **fields}]}
+        return {await send(at, path, body) for body in [*bodies, {**asking(path, {"stream": stream}), **fields}]}
 
     assert visit(one(FAST), use) == {400}
 
@@ -93,8 +95,10 @@ def test_the_fields_of_several_paths_in_one_request(path: str, stream: bool) -> 
 )
 def test_any_message(message: Any) -> None:
     async def use(at: Door) -> set[int]:
-        bodies = [asking(CHAT, {"messages": messages}) for messages in ([message], [*SAID, message], [message, *SAID])]
-        return {await thrown(at, CHAT, body) for body in bodies}
+        bodies = [
+            asking(CHAT, {"messages": messages}) for messages in ([message], [*MESSAGES, message], [message, *MESSAGES])
+        ]
+        return {await send(at, CHAT, body) for body in bodies}
 
     assert visit(one(FAST), use) <= {200, 400}
 
@@ -130,8 +134,8 @@ def test_any_message(message: Any) -> None:
     ids=lambda data: str(data[:40]),
 )
 @pytest.mark.parametrize("path", [CHAT, "/api/decide"])
-def test_what_is_no_request_is_refused(path: str, data: bytes) -> None:
-    assert visit(one(FAST), lambda at: thrown(at, path, data)) == 400
+def test_refuses_malformed_bodies(path: str, data: bytes) -> None:
+    assert visit(one(FAST), lambda at: send(at, path, data)) == 400
 
 
 @pytest.mark.parametrize("parts", [(b"abcd",), (b"a", b"bcd")], ids=["at-once", "in-parts"])
@@ -139,10 +143,8 @@ def test_what_is_no_request_is_refused(path: str, data: bytes) -> None:
     ("line", "status"),
     [(f"POST {CHAT}", 400), ("POST /api/decide", 400), ("POST /nowhere", 404), ("GET /healthz", 200)],
 )
-def test_a_body_that_is_not_packed_as_it_says_is_nothing_for_the_log(
-    line: str, status: int, parts: tuple[bytes, ...]
-) -> None:
-    """Neither where it is read, nor where the rest is only taken in after the answer."""
+def test_a_wrong_content_encoding_is_not_logged_as_an_error(line: str, status: int, parts: tuple[bytes, ...]) -> None:
+    """Whether the handler reads the body, or aiohttp discards it after the response."""
     head = f"{line} HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\n".encode()
 
     found = visit(one(FAST), lambda at: at.raw(head + parts[0], *parts[1:], pause_s=0.1))
@@ -152,8 +154,8 @@ def test_a_body_that_is_not_packed_as_it_says_is_nothing_for_the_log(
     assert status != 400 or answer.headers["connection"] == "close"
 
 
-def test_what_follows_a_body_that_is_not_packed_as_it_says_is_not_read() -> None:
-    """Nobody knows where it begins."""
+def test_does_not_read_beyond_a_body_with_a_wrong_content_encoding() -> None:
+    """Its beginning is unknown."""
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\n".encode()
     second = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -162,7 +164,7 @@ def test_what_follows_a_body_that_is_not_packed_as_it_says_is_not_read() -> None
     assert [answer.status for answer in answers(found)] == [400]
 
 
-def test_a_body_that_turns_out_broken_behind_its_limit_is_nothing_for_the_log() -> None:
+def test_a_malformed_rest_beyond_the_size_limit_is_not_logged_as_an_error() -> None:
     packed = gzip.compress(b" " * 1_000_000)[:-8] + b"\xff" * 8
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: gzip\r\nContent-Length: {len(packed)}\r\n\r\n"
     limits = GatewayLimits(body_bytes=10_000)
@@ -172,9 +174,9 @@ def test_a_body_that_turns_out_broken_behind_its_limit_is_nothing_for_the_log() 
     assert [answer.status for answer in answers(found)] == [413]
 
 
-def test_of_a_field_that_comes_twice_the_last_counts_here_and_at_the_engine() -> None:
-    said = b'"messages": [{"role": "user", "content": "a"}]'
-    data = b'{"max_tokens": 1, "model": "x", ' + said + b', "max_tokens": 3, "model": "yi"}'
+def test_the_last_of_two_equal_fields_counts_in_gateway_and_engine() -> None:
+    messages = b'"messages": [{"role": "user", "content": "a"}]'
+    data = b'{"max_tokens": 1, "model": "x", ' + messages + b', "max_tokens": 3, "model": "yi"}'
 
     answer = visit(one(FAST), lambda at: at.ask(CHAT, "POST", data=data))
 
@@ -211,7 +213,7 @@ def test_of_a_field_that_comes_twice_the_last_counts_here_and_at_the_engine() ->
     ],
     ids=lambda name: ascii(name[:20]),
 )
-def test_a_model_that_is_none_is_not_found(name: str) -> None:
+def test_odd_model_names_are_not_found(name: str) -> None:
     async def use(at: Door) -> None:
         for path in (CHAT, TEXT, EMBED):
             answer = await at.chat(path, model=name)
@@ -221,8 +223,8 @@ def test_a_model_that_is_none_is_not_found(name: str) -> None:
     visit(one(FAST), use)
 
 
-def test_names_of_models_and_replicas_cannot_make_headers() -> None:
-    """They come from files and from other servers."""
+def test_names_of_models_and_replicas_cannot_inject_headers() -> None:
+    """The names come from files and from other servers."""
     evil = "yi\r\nX-Evil: 1\u2028é\x7f"
 
     def world() -> World:
@@ -243,16 +245,16 @@ def test_names_of_models_and_replicas_cannot_make_headers() -> None:
     assert b"\nX-Evil" not in metrics.body
 
 
-def test_nothing_that_a_request_names_is_fetched() -> None:
-    """Neither pictures nor files nor schemas; no name is looked up and nobody is connected to but the gateway."""
-    heard: list[bytes] = []
+def test_fetches_no_url_from_a_request() -> None:
+    """No image, file or schema: no host name is resolved, and only the gateway is connected to."""
+    received: list[bytes] = []
 
-    async def trap(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        heard.append(await reader.read(100))
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        received.append(await reader.read(100))
         writer.close()
 
     async def use(at: Door) -> list[tuple[str, Any]]:
-        server = await asyncio.start_server(trap, "127.0.0.1", 0)
+        server = await asyncio.start_server(accept, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         urls = [
             f"http://127.0.0.1:{port}/x",
@@ -263,19 +265,19 @@ def test_nothing_that_a_request_names_is_fetched() -> None:
         ]
         with connections() as seen:
             for url in urls:
-                for body in _pointing(url):
-                    await thrown(at, CHAT, {"model": "yi", "max_tokens": 2, **body})
-                await thrown(at, EMBED, {"model": "yi", "input": url})
+                for body in _bodies_with(url):
+                    await send(at, CHAT, {"model": "yi", "max_tokens": 2, **body})
+                await send(at, EMBED, {"model": "yi", "input": url})
                 for name in ("Referer", "X-Forwarded-Host", "Forwarded", "Origin", "X-Original-URL", "Host"):
                     await at.ask("/v1/models", headers={name: url})
         server.close()
         return [one for one in seen if one != ("socket.connect", ("127.0.0.1", at.port))]
 
     assert visit(one(FAST), use) == []
-    assert heard == []
+    assert received == []
 
 
-def _pointing(url: str) -> Iterator[dict[str, Any]]:
+def _bodies_with(url: str) -> Iterator[dict[str, Any]]:
     part: dict[str, Any]
     for part in (
         {"type": "image_url", "image_url": {"url": url}},
@@ -296,7 +298,7 @@ def _pointing(url: str) -> Iterator[dict[str, Any]]:
         {"chat_template": url, "chat_template_kwargs": {"url": url}},
     )
     for extra in extras:
-        yield {"messages": SAID, **extra}
+        yield {"messages": MESSAGES, **extra}
 
 
 @pytest.mark.parametrize(
@@ -318,31 +320,31 @@ def _pointing(url: str) -> Iterator[dict[str, Any]]:
 @pytest.mark.parametrize("path", [CHAT, "/api/decide"])
 def test_any_header(path: str, name: str, value: str) -> None:
     async def use(at: Door) -> int:
-        answer = await at.ask(path, "POST", json=asking(CHAT, {"messages": SAID}), headers={**HEADERS, name: value})
+        answer = await at.ask(path, "POST", json=asking(CHAT, {"messages": MESSAGES}), headers={**HEADERS, name: value})
         assert len(answer.headers.get("x-promptai-request-id", "")) <= 64
         return sound(answer)
 
     assert visit(one(FAST), use) in {200, 400, 403}
 
 
-class _Picky(SimulatedUpstream):
-    """Engines that answer some requests as llama-server answers what it cannot read: with HTTP 500."""
+class _FailingUpstream(SimulatedUpstream):
+    """Engines that respond to some requests with HTTP 500, as llama-server does for input that it cannot parse."""
 
     broken = ""
 
     async def stream(self, url: str, path: str, body: bytes, **settings: Any) -> Any:
-        """As an engine does it."""
+        """Fail for images, and for every request to the broken engine."""
         if b"image_url" in body or url == self.broken:
-            said = {"error": {"code": 500, "message": "image input is not supported", "type": "server_error"}}
-            raise refused(url, 500, msgspec.json.encode(said))
+            error = {"error": {"code": 500, "message": "image input is not supported", "type": "server_error"}}
+            raise refused(url, 500, msgspec.json.encode(error))
         async for piece in super().stream(url, path, body, **settings):
             yield piece
 
 
-def picky(broken: str = "") -> Callable[[], World]:
+def failing_engines(broken: str = "") -> Callable[[], World]:
     def make() -> World:
         world = World(dict.fromkeys("abc", SLOW))
-        upstream = _Picky(world.upstream.engines)
+        upstream = _FailingUpstream(world.upstream.engines)
         upstream.broken = broken
         world.upstream = upstream
         world.admission.upstream = upstream
@@ -351,13 +353,13 @@ def picky(broken: str = "") -> Callable[[], World]:
     return make
 
 
-def test_a_request_that_engines_stumble_over_takes_none_of_them_out() -> None:
-    """If two say the same it is the request, and no client should send that again by itself."""
+def test_a_request_that_fails_on_every_engine_opens_no_breaker() -> None:
+    """If two engines fail alike, the request is at fault: 400, which clients do not retry."""
     worlds: list[World] = []
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]
 
     def world() -> World:
-        worlds.append(picky()())
+        worlds.append(failing_engines()())
         return worlds[-1]
 
     async def use(at: Door) -> list[tuple[int, str, str]]:
@@ -370,12 +372,12 @@ def test_a_request_that_engines_stumble_over_takes_none_of_them_out() -> None:
     assert set(visit(world, use)) == {(400, "engine", "image input is not supported")}
 
 
-def test_an_engine_that_stumbles_over_what_others_answer_is_taken_out() -> None:
-    """Every request of them is answered all the same."""
+def test_an_engine_that_fails_where_others_succeed_is_taken_out() -> None:
+    """Its requests are answered by the others."""
     worlds: list[World] = []
 
     def world() -> World:
-        worlds.append(picky("sim://a")())
+        worlds.append(failing_engines("sim://a")())
         return worlds[-1]
 
     async def use(at: Door) -> tuple[set[int], Replica]:
@@ -385,7 +387,7 @@ def test_an_engine_that_stumbles_over_what_others_answer_is_taken_out() -> None:
             found.add(answer.status)
             if worlds[0].fleet_state.breaker("a").state(worlds[0].fleet_state.now()) is not BreakerState.CLOSED:
                 return found, worlds[0].registry.snapshot.replicas[0]
-        raise AssertionError("it was asked again and again")
+        raise AssertionError("its breaker never opened")
 
     statuses, _ = visit(world, use)
 

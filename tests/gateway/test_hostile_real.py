@@ -1,4 +1,4 @@
-"""Odd values in every field, before the real engine: it may fail at them, and neither of the two may fall over."""
+"""Odd values in every field against the real engine: it may refuse them, but engine and gateway must survive."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ from support_site import CHAT, TEXT
 pytestmark = pytest.mark.real
 
 SCHEMAS = {CHAT: "ChatRequest", TEXT: "CompletionRequest"}
-#: Fields of llama-server that nobody described, and that mean something to it.
+#: Undocumented fields that have a meaning for llama-server.
 FURTHER = [
     "n_predict",
     "t_max_predict_ms",
@@ -31,7 +31,7 @@ TALK = [{"role": "user", "content": "What is a base station?"}]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealSite]:
-    """Contexts that are short, for answers that have no limit."""
+    """A short context, for answers without a limit."""
     with real_site(tmp_path_factory.mktemp("engine") / "engine.log", context=256) as found:
         yield found
 
@@ -39,18 +39,18 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealSite]:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_any_type_in_any_field(site: RealSite, path: str, stream: bool) -> None:  # noqa: FBT001
-    """What is refused is refused in the envelope; what the gateway itself refuses is no 5xx."""
-    usual: dict[str, Any] = {"messages": TALK} if path == CHAT else {"prompt": "A base station"}
+    """Every refusal has the envelope; refusals of the gateway itself are never 5xx."""
+    required: dict[str, Any] = {"messages": TALK} if path == CHAT else {"prompt": "A base station"}
     found = set()
     for field in [*document()["components"]["schemas"][SCHEMAS[path]]["properties"], *FURTHER]:
         for value in ODD:
             status, answer = asked(
-                site.gateway, path, {"model": NAME, "max_tokens": 2, **usual, "stream": stream, field: value}
+                site.gateway, path, {"model": NAME, "max_tokens": 2, **required, "stream": stream, field: value}
             )
             if status != 200:
                 assert set(answer["error"]) >= FIELDS, (field, value)
                 found.add((status, answer["error"]["src"]))
 
     assert found <= {(400, "gateway"), (400, "engine"), (404, "gateway"), (502, "engine")}
-    assert asked(site.gateway, path, {"model": NAME, "max_tokens": 2, **usual})[0] == 200
+    assert asked(site.gateway, path, {"model": NAME, "max_tokens": 2, **required})[0] == 200
     assert asked(site.gateway, "/api/decide", {"messages": TALK})[1]["replica"] is not None

@@ -1,4 +1,4 @@
-"""Which models a key may use: by their own names, by what stands for them, and what is chosen for it."""
+"""Models that a key permits: by name, by alias, as a default or fallback, and chosen by auto."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,8 +33,8 @@ def only_small() -> World:
     return World({"s": SMALL})
 
 
-def taken(made: Callable[[], World], models: tuple[str, ...], words: int = 1, **fields: Any) -> str:
-    """The model that a request of a key is for."""
+def admitted_model(new_world: Callable[[], World], models: tuple[str, ...], words: int = 1, **fields: Any) -> str:
+    """Return the model that a request with a key is admitted for."""
 
     async def use(world: World) -> str:
         messages = [{"role": "user", "content": "cell " * words}]
@@ -42,86 +42,88 @@ def taken(made: Callable[[], World], models: tuple[str, ...], words: int = 1, **
         caller = Caller(key_id="k", limits=KeyLimits(models=models))
         return world.admission.admit(CHAT, body, {}, caller).model
 
-    return play(made, use)
+    return play(new_world, use)
 
 
-def refused(made: Callable[[], World], models: tuple[str, ...], **fields: Any) -> str:
-    """What a key is told that may not use what it asks for."""
+def refusal(new_world: Callable[[], World], models: tuple[str, ...], **fields: Any) -> str:
+    """Return the message for a model that a key does not permit."""
     with pytest.raises(ApiError) as caught:
-        taken(made, models, **fields)
+        admitted_model(new_world, models, **fields)
     assert (caught.value.status, caught.value.code) == (403, "model_not_allowed")
     return caught.value.message
 
 
 @pytest.mark.parametrize("fields", [{}, {"model": None}, {"model": ""}, {"model": "default"}], ids=str)
-def test_a_request_without_a_model_needs_permission_for_the_default_alone(fields: dict[str, Any]) -> None:
+def test_a_request_without_a_model_needs_permission_for_the_default(fields: dict[str, Any]) -> None:
     default = world(msgspec.structs.replace(NAMES, default="small"))
 
-    assert taken(only_small, ("small",), **fields) == "small"
-    assert taken(default, ("small",), **fields) == "small"
-    assert refused(only_small, ("large",), **fields) == "this API key may not use small"
-    assert refused(default, ("large",), **fields) == "this API key may not use small"
+    assert admitted_model(only_small, ("small",), **fields) == "small"
+    assert admitted_model(default, ("small",), **fields) == "small"
+    assert refusal(only_small, ("large",), **fields) == "this API key may not use small"
+    assert refusal(default, ("large",), **fields) == "this API key may not use small"
 
 
 @pytest.mark.parametrize("default", ["quick", "best", "auto"])
-def test_a_default_that_is_an_alias_or_auto_may_be_used_by_whoever_may_use_that(default: str) -> None:
-    made = world(msgspec.structs.replace(NAMES, default=default))
+def test_permission_for_an_alias_permits_it_as_the_default(default: str) -> None:
+    new_world = world(msgspec.structs.replace(NAMES, default=default))
 
-    assert taken(made, (default,)) in {"small", "large"}
+    assert admitted_model(new_world, (default,)) in {"small", "large"}
 
 
 @pytest.mark.parametrize("words", [1, 900])
-def test_a_fallback_that_a_key_may_not_use_is_none_for_it(words: int) -> None:
-    """A prompt that may well fit stays with the model that it may use."""
-    assert taken(world(small="large"), ("small",), words, model="small") == "small"
-    assert taken(world(small="large"), ("small", "large"), words, model="small") == ("small", "large")[words > 1]
+def test_ignores_a_fallback_that_the_key_does_not_permit(words: int) -> None:
+    """A prompt that probably fits stays with the permitted model."""
+    assert admitted_model(world(small="large"), ("small",), words, model="small") == "small"
+    assert (
+        admitted_model(world(small="large"), ("small", "large"), words, model="small") == ("small", "large")[words > 1]
+    )
 
 
-def test_a_prompt_that_only_a_forbidden_fallback_holds_is_too_long() -> None:
+def test_a_prompt_that_fits_only_a_forbidden_fallback_is_too_long() -> None:
     with pytest.raises(RequestRefusedError, match="small holds 1024, the answer included") as caught:
-        taken(world(small="large"), ("small",), 2000, model="small")
+        admitted_model(world(small="large"), ("small",), 2000, model="small")
 
     assert caught.value.code == "context_length_exceeded"
 
 
 @pytest.mark.parametrize("alias", ["quick", "small:short"])
-def test_permission_for_an_alias_is_one_for_what_it_stands_for_by_that_name_alone(alias: str) -> None:
-    assert taken(world(), (alias,), model=alias) == "small"
+def test_permission_for_an_alias_permits_only_that_name(alias: str) -> None:
+    assert admitted_model(world(), (alias,), model=alias) == "small"
     for other in ("small", "large", "auto", "best", *({"quick", "small:short"} - {alias})):
-        assert refused(world(), (alias,), model=other) == f"this API key may not use {other}"
+        assert refusal(world(), (alias,), model=other) == f"this API key may not use {other}"
 
 
-def test_permission_for_a_model_is_none_for_its_aliases() -> None:
-    assert refused(world(), ("small",), model="quick") == "this API key may not use quick"
+def test_permission_for_a_model_does_not_permit_its_aliases() -> None:
+    assert refusal(world(), ("small",), model="quick") == "this API key may not use quick"
 
 
 @pytest.mark.parametrize("name", ["auto", "best"])
-def test_permission_for_auto_lets_it_take_any_model(name: str) -> None:
+def test_permission_for_auto_permits_any_model_that_auto_chooses(name: str) -> None:
     long = 2000
 
-    assert taken(world(), (name,), long, model=name) == "large"
-    assert taken(world(), (name, "small"), long, model=name) == "large"
+    assert admitted_model(world(), (name,), long, model=name) == "large"
+    assert admitted_model(world(), (name, "small"), long, model=name) == "large"
 
 
-def test_a_default_of_auto_takes_only_what_a_key_may_use() -> None:
-    made = world(msgspec.structs.replace(NAMES, default="auto"))
+def test_a_default_of_auto_chooses_among_permitted_models() -> None:
+    new_world = world(msgspec.structs.replace(NAMES, default="auto"))
 
-    assert [taken(made, (model,)) for model in ("small", "large")] == ["small", "large"]
-    assert refused(made, ("other",)) == "this API key may not use auto"
+    assert [admitted_model(new_world, (model,)) for model in ("small", "large")] == ["small", "large"]
+    assert refusal(new_world, ("other",)) == "this API key may not use auto"
 
 
 @pytest.mark.parametrize("models", [("small",), ("other",), ()])
-def test_a_key_that_may_not_use_auto_is_told_so(models: tuple[str, ...]) -> None:
-    assert refused(world(), models, model="auto") == "this API key may not use auto"
+def test_refuses_auto_without_permission(models: tuple[str, ...]) -> None:
+    assert refusal(world(), models, model="auto") == "this API key may not use auto"
 
 
-def test_where_nothing_is_served_it_is_not_the_key_that_is_blamed() -> None:
+def test_an_empty_fleet_is_no_capacity_rather_than_a_missing_permission() -> None:
     with pytest.raises(NoCapacityError, match="no model is available for auto"):
-        taken(lambda: World({}), ("auto",), model="auto")
+        admitted_model(lambda: World({}), ("auto",), model="auto")
 
 
 @pytest.mark.parametrize("models", [("quick",), ("auto",), ("small",), ("best", "large"), None])
-def test_what_a_key_is_shown_it_may_ask_for_and_nothing_else(models: tuple[str, ...] | None, tmp_path: Path) -> None:
+def test_a_key_may_use_exactly_the_listed_models(models: tuple[str, ...] | None, tmp_path: Path) -> None:
     store = KeyStore(tmp_path / "keys.json")
     _, secret = store.add("a", limits=KeyLimits(models=models))
     headers = {"Authorization": f"Bearer {secret}"}
@@ -129,9 +131,9 @@ def test_what_a_key_is_shown_it_may_ask_for_and_nothing_else(models: tuple[str, 
 
     async def use(at: Door) -> tuple[set[str], set[str]]:
         listed = msgspec.json.decode((await at.ask("/v1/models", headers=headers)).body)["data"]
-        asked = {name: await at.chat(model=name, messages=TALK, headers=headers) for name in names}
-        return {entry["id"] for entry in listed}, {name for name, answer in asked.items() if answer.status == 200}
+        answers = {name: await at.chat(model=name, messages=TALK, headers=headers) for name in names}
+        return {entry["id"] for entry in listed}, {name for name, answer in answers.items() if answer.status == 200}
 
-    shown, answered = visit(world(), use, guard=Guard(store, open=False), rules=AdmissionRules(names=NAMES))
+    listed, usable = visit(world(), use, guard=Guard(store, open=False), rules=AdmissionRules(names=NAMES))
 
-    assert shown == answered == (set(names) if models is None else set(models))
+    assert listed == usable == (set(names) if models is None else set(models))

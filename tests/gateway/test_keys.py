@@ -1,4 +1,4 @@
-"""The key file: nobody else reads it, no crash tears it, and a change is seen within a second."""
+"""The key file: only its owner reads it, a crash cannot damage it, and changes apply within a second."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from promptai.gateway.limits import KeyLimits
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where no file is yet, nor its directory."""
+    """A path without a file or directory."""
     return tmp_path / "promptai" / "keys.json"
 
 
@@ -41,7 +41,7 @@ def rewrite(path: Path, change: Callable[[dict[str, object]], object]) -> None:
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_a_broken_file_is_an_error_of_one_line(path: Path, content: bytes, word: str) -> None:
+def test_a_malformed_file_is_a_one_line_error(path: Path, content: bytes, word: str) -> None:
     path.parent.mkdir()
     path.write_bytes(content)
     path.chmod(0o600)
@@ -56,7 +56,7 @@ def test_a_broken_file_is_an_error_of_one_line(path: Path, content: bytes, word:
 @pytest.mark.parametrize(
     ("field", "value"), [("sha256", "short"), ("scopes", ["root"]), ("limits", {"concurrent": 0}), ("secret", "x")]
 )
-def test_a_key_that_makes_no_sense_is_an_error(path: Path, field: str, value: object) -> None:
+def test_an_invalid_key_is_an_error(path: Path, field: str, value: object) -> None:
     KeyStore(path).add("a")
     rewrite(path, lambda data: data["keys"][0].update({field: value}))  # type: ignore[index]
 
@@ -64,7 +64,7 @@ def test_a_key_that_makes_no_sense_is_an_error(path: Path, field: str, value: ob
         KeyStore(path)
 
 
-def test_a_key_that_is_there_twice_is_an_error(path: Path) -> None:
+def test_a_duplicate_key_is_an_error(path: Path) -> None:
     KeyStore(path).add("a")
     rewrite(path, lambda data: data.update(keys=data["keys"] * 2))  # type: ignore[operator]
 
@@ -73,7 +73,7 @@ def test_a_key_that_is_there_twice_is_an_error(path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o604, 0o602, 0o620])
-def test_a_file_that_others_may_read_or_change_is_an_error(path: Path, mode: int) -> None:
+def test_a_file_that_other_users_can_read_or_change_is_an_error(path: Path, mode: int) -> None:
     KeyStore(path).add("a")
     path.chmod(mode)
 
@@ -81,7 +81,7 @@ def test_a_file_that_others_may_read_or_change_is_an_error(path: Path, mode: int
         KeyStore(path)
 
 
-def test_the_group_may_read_it_as_kubernetes_wants(path: Path) -> None:
+def test_the_group_may_read_the_file_for_kubernetes(path: Path) -> None:
     KeyStore(path).add("a")
     path.chmod(0o440)
 
@@ -89,14 +89,14 @@ def test_the_group_may_read_it_as_kubernetes_wants(path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+def test_a_read_only_directory_is_an_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
 
     with pytest.raises(SettingsError, match="cannot be written"):
         KeyStore(tmp_path / "keys.json").add("a")
 
 
-def test_a_folder_that_is_a_file_is_an_error(tmp_path: Path) -> None:
+def test_a_file_instead_of_the_directory_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "promptai").write_text("")
 
     with pytest.raises(SettingsError, match="cannot be"):
@@ -104,30 +104,30 @@ def test_a_folder_that_is_a_file_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a" * 65, "a\nb", "a\x1b[31m", "\u202eevil"])
-def test_a_name_that_cannot_be_shown_is_refused(path: Path, name: str) -> None:
+def test_refuses_an_unprintable_name(path: Path, name: str) -> None:
     with pytest.raises(SettingsError, match="1 to 64 printable"):
         KeyStore(path).add(name)
 
     assert not path.exists()
 
 
-def test_two_keys_of_one_name_are_refused_until_one_is_revoked(path: Path) -> None:
+def test_refuses_a_duplicate_name_until_the_first_key_is_revoked(path: Path) -> None:
     store = KeyStore(path)
     first, _ = store.add("laptop")
 
-    with pytest.raises(SettingsError, match="there is a key laptop already"):
+    with pytest.raises(SettingsError, match="a key named laptop already exists"):
         store.add("laptop")
     store.revoke(first.id)
     store.add("laptop")
 
 
-def test_a_key_that_opens_nothing_is_refused(path: Path) -> None:
-    with pytest.raises(SettingsError, match="would open nothing"):
+def test_refuses_a_key_without_a_scope(path: Path) -> None:
+    with pytest.raises(SettingsError, match="key a has no scope"):
         KeyStore(path).add("a", scopes=())
 
 
-def test_revoking_what_is_not_there_is_an_error(path: Path) -> None:
-    with pytest.raises(SettingsError, match="there is no key 12345678"):
+def test_revoking_an_unknown_key_is_an_error(path: Path) -> None:
+    with pytest.raises(SettingsError, match="no key with id '12345678'"):
         KeyStore(path).revoke("12345678")
 
 
@@ -139,7 +139,7 @@ def test_a_wrong_secret_finds_nothing(path: Path, secret: str) -> None:
     assert store.find(secret) is None
 
 
-def test_a_key_is_found_by_its_secret_and_not_once_revoked(path: Path) -> None:
+def test_finds_a_key_by_its_secret_until_it_is_revoked(path: Path) -> None:
     store = KeyStore(path)
     limits = KeyLimits(requests_per_min=5, models=("a", "b"))
     key, secret = store.add("a", scopes=("infer", "metrics"), limits=limits)
@@ -150,7 +150,7 @@ def test_a_key_is_found_by_its_secret_and_not_once_revoked(path: Path) -> None:
     assert KeyStore(path).find(secret) is None
 
 
-def test_secrets_are_long_random_and_nowhere_in_the_file(path: Path) -> None:
+def test_secrets_are_long_random_and_not_in_the_file(path: Path) -> None:
     store = KeyStore(path)
     secrets = [store.add(f"k{number}")[1] for number in range(20)]
 
@@ -159,7 +159,7 @@ def test_secrets_are_long_random_and_nowhere_in_the_file(path: Path) -> None:
     assert not any(secret[8:] in path.read_text() for secret in secrets)
 
 
-def test_only_the_owner_gets_at_the_file_and_its_folder(path: Path) -> None:
+def test_only_the_owner_can_access_the_file_and_its_directory(path: Path) -> None:
     old = os.umask(0)
     try:
         KeyStore(path).add("a")
@@ -169,7 +169,7 @@ def test_only_the_owner_gets_at_the_file_and_its_folder(path: Path) -> None:
     assert (stat.S_IMODE(path.stat().st_mode), stat.S_IMODE(path.parent.stat().st_mode)) == (0o600, 0o700)
 
 
-def test_writing_leaves_no_other_file_behind(path: Path) -> None:
+def test_writing_leaves_no_temporary_file(path: Path) -> None:
     store = KeyStore(path)
     store.add("a")
     store.add("b")
@@ -177,8 +177,8 @@ def test_writing_leaves_no_other_file_behind(path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["keys.json"]
 
 
-def test_the_file_is_replaced_and_never_written_into(path: Path) -> None:
-    """So that a reader, or a crash, sees the old one or the new one."""
+def test_replaces_the_file_instead_of_overwriting_it(path: Path) -> None:
+    """A reader sees the old or the new file, even after a crash."""
     store = KeyStore(path)
     store.add("a")
     with path.open() as old:
@@ -189,7 +189,7 @@ def test_the_file_is_replaced_and_never_written_into(path: Path) -> None:
         assert old.read() == before
 
 
-def test_two_who_add_at_once_both_succeed(path: Path) -> None:
+def test_two_stores_can_add_keys_in_turn(path: Path) -> None:
     first, second = KeyStore(path), KeyStore(path)
     first.add("a")
     second.add("b")
@@ -198,7 +198,7 @@ def test_two_who_add_at_once_both_succeed(path: Path) -> None:
     assert [key.name for key in KeyStore(path).list()] == ["a", "b", "c"]
 
 
-def test_a_revocation_is_seen_within_a_second_and_the_file_looked_at_no_more_often(path: Path) -> None:
+def test_checks_the_file_for_a_revocation_once_a_second(path: Path) -> None:
     key, secret = KeyStore(path).add("a")
     gateway = KeyStore(path)
     gateway.refresh(100.0)
@@ -210,7 +210,7 @@ def test_a_revocation_is_seen_within_a_second_and_the_file_looked_at_no_more_oft
     assert gateway.find(secret) is None
 
 
-def test_a_file_that_breaks_while_it_is_used_opens_nothing_until_it_is_well(path: Path) -> None:
+def test_a_damaged_file_permits_nothing_until_it_is_repaired(path: Path) -> None:
     key, secret = KeyStore(path).add("a")
     gateway = KeyStore(path)
     good = path.read_bytes()
@@ -225,7 +225,7 @@ def test_a_file_that_breaks_while_it_is_used_opens_nothing_until_it_is_well(path
     assert gateway.find(secret) == key
 
 
-def test_a_file_that_appears_or_goes_is_seen(path: Path) -> None:
+def test_notices_a_new_and_a_removed_file(path: Path) -> None:
     gateway = KeyStore(path)
     assert gateway.list() == ()
     KeyStore(path).add("a")
@@ -236,7 +236,7 @@ def test_a_file_that_appears_or_goes_is_seen(path: Path) -> None:
     assert gateway.list() == ()
 
 
-def test_that_the_file_has_gone_is_said_once(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_logs_a_removed_file_once(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = KeyStore(path)
     store.add("laptop")
     path.unlink()
@@ -244,10 +244,12 @@ def test_that_the_file_has_gone_is_said_once(path: Path, caplog: pytest.LogCaptu
     store.reload()
     store.reload()
 
-    assert [record.getMessage() for record in caplog.records] == [f"{path} is gone: nobody is let in until it is back"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path} is missing: no API key is valid until it is restored"
+    ]
 
 
-def test_that_there_was_a_key_is_not_forgotten_when_the_file_goes(path: Path) -> None:
+def test_remembers_that_a_key_existed_after_the_file_is_removed(path: Path) -> None:
     gateway = KeyStore(path)
     assert not gateway.had_keys
     _, secret = KeyStore(path).add("a")
@@ -259,17 +261,17 @@ def test_that_there_was_a_key_is_not_forgotten_when_the_file_goes(path: Path) ->
     assert not KeyStore(path).had_keys
 
 
-def test_admin_opens_everything_and_others_what_they_name(path: Path) -> None:
+def test_admin_permits_every_scope_and_others_only_themselves(path: Path) -> None:
     store = KeyStore(path)
     admin, _ = store.add("admin", scopes=("admin",))
     metrics, _ = store.add("metrics", scopes=("metrics",))
 
-    assert [admin.opens(scope) for scope in ("infer", "metrics", "admin")] == [True, True, True]
-    assert [metrics.opens(scope) for scope in ("infer", "metrics", "admin")] == [False, True, False]
+    assert [admin.permits(scope) for scope in ("infer", "metrics", "admin")] == [True, True, True]
+    assert [metrics.permits(scope) for scope in ("infer", "metrics", "admin")] == [False, True, False]
 
 
-def test_the_digest_is_that_of_the_secret(path: Path) -> None:
-    """Another tool can make the file: Python's hashlib, or sha256sum."""
+def test_stores_the_sha256_of_the_secret(path: Path) -> None:
+    """Other tools can create the file, for instance with sha256sum."""
     _, secret = KeyStore(path).add("a")
 
     (key,) = msgspec.json.decode(path.read_bytes())["keys"]

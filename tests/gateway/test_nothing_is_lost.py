@@ -1,4 +1,4 @@
-"""Boards die in the middle of answers, and nobody who asked notices: real engines that are killed, and real sockets."""
+"""Clients do not notice when engines die during an answer: real engines that are killed, and real sockets."""
 
 import asyncio
 import contextlib
@@ -19,15 +19,28 @@ from support_referee import TIE_NATS, Question, Referee, Run, Tally
 pytestmark = pytest.mark.real
 
 WANTED = 10
-PRETENDED = SimulationConfig(prefill_tps=20_000, decode_tps=1000, slots=2)
+SIMULATED = SimulationConfig(prefill_tps=20_000, decode_tps=1000, slots=2)
 RATES = Rates(prefill_tps=20_000, decode_tps=1000, source="settings")
 
 
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Question]:
+    """Forty prompts and their undisturbed answers; they are the same every time."""
+
+    async def ask_all() -> list[Question]:
+        async with Referee(tmp_path_factory.mktemp("referee")) as referee:
+            return await referee.questions(40)
+
+    return asyncio.run(ask_all())
+
+
 @pytest.mark.parametrize(("slots", "how"), [(1, "text"), (2, "ids")])
-def test_kill_9_in_the_middle_loses_nothing(tmp_path: Path, slots: int, how: Literal["ids", "text"]) -> None:
+def test_answers_survive_kill_9_of_their_engine(
+    tmp_path: Path, questions: list[Question], slots: int, how: Literal["ids", "text"]
+) -> None:
     async def play() -> Tally:
         async with Referee(tmp_path) as referee, Boards(2, slots, tmp_path) as boards:
-            run = Run(await referee.questions(40), referee, how, WANTED)
+            run = Run(questions, referee, how, WANTED)
             await run.play(boards, slots)
             return run.tally
 
@@ -36,22 +49,22 @@ def test_kill_9_in_the_middle_loses_nothing(tmp_path: Path, slots: int, how: Lit
     assert tally.failed == []
     assert tally.hung == tally.torn == tally.odd == 0
     assert tally.interrupted >= WANTED
-    # Of a hundred, five or so are those where rounding decides between two words (``make bench-failover`` counts
-    # them); more than four of ten would come by chance once in ten thousand runs.
+    # In about five of a hundred, rounding decides between two tokens (``make bench-failover`` counts them); more than
+    # four of ten would happen by chance once in ten thousand runs.
     assert tally.same >= tally.interrupted - 4
     assert len(tally.worse) > 5 * WANTED
     assert max(tally.worse) <= TIE_NATS
     assert tally.unscored == 0
 
 
-def test_the_official_client_does_not_notice_that_an_engine_was_killed(tmp_path: Path) -> None:
-    """Ten answers, each from two engines of which the one that speaks is killed after a few words."""
+def test_the_openai_client_does_not_notice_a_killed_engine(tmp_path: Path, questions: list[Question]) -> None:
+    """Ten answers on two engines; the answering engine is killed after a few tokens."""
 
-    async def one(client: openai.AsyncOpenAI, boards: Boards, asked: Question, seed: int) -> str:
+    async def answer(client: openai.AsyncOpenAI, boards: Boards, question: Question, seed: int) -> str:
         text, at = "", random.Random(seed).randint(3, 10)
         raw = await client.chat.completions.with_raw_response.create(
             model=NAME,
-            messages=[{"role": "user", "content": message["content"]} for message in asked.messages],
+            messages=[{"role": "user", "content": message["content"]} for message in question.messages],
             max_tokens=MAX_TOKENS,
             temperature=0,
             seed=seed,
@@ -68,34 +81,34 @@ def test_the_official_client_does_not_notice_that_an_engine_was_killed(tmp_path:
         return text
 
     async def play() -> tuple[list[str], list[str], int]:
-        async with Referee(tmp_path) as referee, Boards(2, 1, tmp_path) as boards:
-            alone = [asked for asked in await referee.questions(40) if len(asked.messages) == 1][:WANTED]
+        async with Boards(2, 1, tmp_path) as boards:
+            single = [question for question in questions if len(question.messages) == 1][:WANTED]
             async with (
                 front(boards.urls) as (server, registry, recorder),
                 openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
             ):
                 found = []
-                for seed, asked in enumerate(alone):
+                for seed, question in enumerate(single):
                     await boards.restart()
                     await all_ready(registry, 2)
-                    found.append(await asyncio.wait_for(one(client, boards, asked, seed), HANG_S))
-                return found, [asked.text for asked in alone], len(recorder.joints)
+                    found.append(await asyncio.wait_for(answer(client, boards, question, seed), HANG_S))
+                return found, [question.text for question in single], len(recorder.joints)
 
-    found, usual, interrupted = asyncio.run(play())
+    found, expected, interrupted = asyncio.run(play())
 
     assert len(found) == WANTED
-    assert interrupted >= 1  # the others had come to their end: it says 4,000 tokens a second
-    assert sum(one == other for one, other in zip(found, usual, strict=True)) >= WANTED - 1
+    assert interrupted >= 1  # the others had already ended: the engine generates 4,000 tokens/s
+    assert sum(one == other for one, other in zip(found, expected, strict=True)) >= WANTED - 1
 
 
 @pytest.mark.parametrize("kind", ["refuse", "stall", "cut", "malformed", "error"])
-def test_other_failures_over_real_sockets_change_nothing_either(kind: Literal["refuse", "stall", "cut"]) -> None:
+def test_answers_survive_other_failures_over_real_sockets(kind: Literal["refuse", "stall", "cut"]) -> None:
     async def play() -> list[tuple[str, str, str]]:
         found = []
         async with (
-            SimulatedEngine(PRETENDED) as one,
-            SimulatedEngine(PRETENDED) as other,
-            SimulatedEngine(PRETENDED) as reference,
+            SimulatedEngine(SIMULATED) as one,
+            SimulatedEngine(SIMULATED) as other,
+            SimulatedEngine(SIMULATED) as reference,
             front([one.base_url, other.base_url], stall_s=0.3, rates=RATES) as (server, _, _recorder),
         ):
             for number in range(WANTED):
@@ -103,26 +116,26 @@ def test_other_failures_over_real_sockets_change_nothing_either(kind: Literal["r
                 for engine in (one, other):
                     after = 0 if kind == "refuse" else 1 + 5 * number
                     engine.simulator.fault = Fault(kind=kind, after_tokens=after, times=1, stall_s=HANG_S)
-                usual = await ask(reference.base_url, body)
-                heard = await asyncio.wait_for(ask(server.url, body), HANG_S)
-                found.append((heard.failure, heard.text, usual.text))
+                expected = await ask(reference.base_url, body)
+                stream = await asyncio.wait_for(ask(server.url, body), HANG_S)
+                found.append((stream.failure, stream.text, expected.text))
         return found
 
     found = asyncio.run(play())
 
     assert [failure for failure, _, _ in found] == [""] * WANTED
-    assert [usual for _, _, usual in found] == [text for _, text, _ in found]
+    assert [expected for _, _, expected in found] == [text for _, text, _ in found]
 
 
-def test_what_cannot_go_on_ends_in_an_error_event_that_says_why() -> None:
+def test_an_answer_that_cannot_be_resumed_ends_with_an_error_event() -> None:
     async def play() -> tuple[str, str]:
         async with (
-            SimulatedEngine(PRETENDED, fault=Fault(kind="cut", after_tokens=5)) as one,
+            SimulatedEngine(SIMULATED, fault=Fault(kind="cut", after_tokens=5)) as one,
             front([one.base_url], rates=RATES) as (server, _, _recorder),
         ):
             tools = [{"type": "function", "function": {"name": "ping"}}]
-            heard = await ask(server.url, chat([{"role": "user", "content": "How is site 1?"}], tools=tools))
-            return heard.text, heard.failure
+            stream = await ask(server.url, chat([{"role": "user", "content": "How is site 1?"}], tools=tools))
+            return stream.text, stream.failure
 
     text, failure = asyncio.run(play())
 

@@ -1,4 +1,4 @@
-"""The official openai package against the gateway, unchanged, with pretended engines behind it."""
+"""The official openai package, unchanged, against the gateway with simulated engines."""
 
 import asyncio
 import threading
@@ -25,54 +25,54 @@ from support_site import FAST, SLOW, Threaded, one, threaded
 
 TALK: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Is cell 12 up?"}]
 LONG: list[ChatCompletionMessageParam] = [{"role": "user", "content": "cell " * 8400}]
-#: Half a second for an answer of fifty tokens; a slot.
+#: One slot; an answer of fifty tokens takes half a second.
 BUSY = msgspec.structs.replace(FAST, decode_tps=100.0, slots=1)
 
 
-class _Noting(SimulatedUpstream):
-    """Keeps the bodies that engines get."""
+class _RecordingUpstream(SimulatedUpstream):
+    """Records the bodies that engines receive."""
 
     def __init__(self, inner: SimulatedUpstream) -> None:
         super().__init__(inner.engines)
         self.bodies: list[dict[str, Any]] = []
 
     def stream(self, url: str, path: str, body: bytes, **settings: Any) -> Any:
-        """As it is, once it has been noted."""
+        """Record the body, and pass it on."""
         self.bodies.append(msgspec.json.decode(body))
         return super().stream(url, path, body, **settings)
 
 
-BODIES: list[_Noting] = []
+BODIES: list[_RecordingUpstream] = []
 
 
-def noting() -> World:
+def recording() -> World:
     world = one(FAST)()
-    BODIES.append(_Noting(world.upstream))
+    BODIES.append(_RecordingUpstream(world.upstream))
     world.upstream = world.admission.upstream = BODIES[-1]
     return world
 
 
 @pytest.fixture(scope="module")
 def gateway() -> Iterator[Threaded]:
-    """A fast one."""
+    """A gateway with a fast engine."""
     names = ModelNames(aliases={"gpt-4o": Alias("yi", {"max_tokens": 3})})
-    with threaded(noting, rules=AdmissionRules(names=names)) as thread:
+    with threaded(recording, rules=AdmissionRules(names=names)) as thread:
         yield thread
 
 
 @pytest.fixture
 def client(gateway: Threaded) -> Iterator[openai.OpenAI]:
-    """As its page says to make one."""
-    with made(gateway) as found:
+    """A client as OpenAI documents it."""
+    with new_client(gateway) as found:
         yield found
 
 
-def made(gateway: Threaded, **fields: Any) -> openai.OpenAI:
+def new_client(gateway: Threaded, **fields: Any) -> openai.OpenAI:
     settings: dict[str, Any] = {"api_key": "none", "max_retries": 0, **fields}
     return openai.OpenAI(base_url=f"{gateway.url}/v1", **settings)
 
 
-def test_a_chat(client: openai.OpenAI) -> None:
+def test_chat_completion(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="yi", messages=TALK, max_tokens=5)
 
     assert (answer.object, answer.model, answer.choices[0].finish_reason) == ("chat.completion", "yi", "length")
@@ -82,7 +82,7 @@ def test_a_chat(client: openai.OpenAI) -> None:
     assert answer.choices[0].message.role == "assistant"
 
 
-def test_a_streamed_chat_says_the_same(client: openai.OpenAI) -> None:
+def test_a_streamed_chat_equals_the_complete_one(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(model="yi", messages=TALK, max_tokens=5)
     with client.chat.completions.create(model="yi", messages=TALK, max_tokens=5, stream=True) as stream:
         chunks = list(stream)
@@ -95,7 +95,7 @@ def test_a_streamed_chat_says_the_same(client: openai.OpenAI) -> None:
     assert all(chunk.choices for chunk in chunks)
 
 
-def test_usage_comes_where_it_is_asked_for_once_and_last(client: openai.OpenAI) -> None:
+def test_sends_requested_usage_once_in_the_last_chunk(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
         model="yi", messages=TALK, max_tokens=5, stream=True, stream_options={"include_usage": True}
     )
@@ -107,7 +107,7 @@ def test_usage_comes_where_it_is_asked_for_once_and_last(client: openai.OpenAI) 
     assert (usages[0].completion_tokens, chunks[-1].choices, chunks[-1].usage) == (5, [], usages[0])
 
 
-def test_a_completion_streamed_and_not(client: openai.OpenAI) -> None:
+def test_text_completion(client: openai.OpenAI) -> None:
     whole = client.completions.create(model="yi", prompt="Cell 12", max_tokens=5)
     pieces = list(client.completions.create(model="yi", prompt="Cell 12", max_tokens=5, stream=True))
 
@@ -115,14 +115,14 @@ def test_a_completion_streamed_and_not(client: openai.OpenAI) -> None:
     assert "".join(choice.text for piece in pieces for choice in piece.choices) == whole.choices[0].text
 
 
-def test_the_models(client: openai.OpenAI) -> None:
+def test_lists_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["yi", "gpt-4o"]
     assert client.models.retrieve("yi").owned_by == "promptai"
     with pytest.raises(openai.NotFoundError, match="no model is called"):
         client.models.retrieve("../yi")
 
 
-def test_an_alias_answers_in_the_name_of_its_model(client: openai.OpenAI) -> None:
+def test_an_alias_answers_with_the_name_of_its_model(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="gpt-4o", messages=TALK)
 
     assert (answer.model, len((answer.choices[0].message.content or "").split())) == ("yi", 3)
@@ -143,7 +143,7 @@ def test_logprobs(client: openai.OpenAI) -> None:
     assert "".join(token.token for token in logprobs.content or ()) == answer.choices[0].message.content
 
 
-def test_fields_that_are_unknown_here_reach_the_engine_as_they_are(client: openai.OpenAI) -> None:
+def test_unknown_fields_reach_the_engine_unchanged(client: openai.OpenAI) -> None:
     extra = {"mirostat": 2, "unheard_of": {"a": [1, None, "ü"]}, "seed": 10**15}
 
     client.chat.completions.create(model="yi", messages=TALK, max_tokens=2, stop=["x"], extra_body=extra)
@@ -153,25 +153,25 @@ def test_fields_that_are_unknown_here_reach_the_engine_as_they_are(client: opena
     assert (sent["stop"], sent["messages"]) == (["x"], TALK)
 
 
-def test_status_events_and_the_helpers_of_the_client_go_together(gateway: Threaded) -> None:
-    with made(gateway, default_headers={"x-promptai-status": "1"}) as client:
+def test_status_events_work_with_the_clients_stream_helper(gateway: Threaded) -> None:
+    with new_client(gateway, default_headers={"x-promptai-status": "1"}) as client:
         with client.chat.completions.create(model="yi", messages=TALK, max_tokens=4, stream=True) as stream:
             text = "".join(choice.delta.content or "" for chunk in stream for choice in chunk.choices)
         with client.chat.completions.stream(model="yi", messages=TALK, max_tokens=4) as helper:
             helper.until_done()
-            said = helper.current_completion_snapshot.choices[0].message.content
+            streamed_text = helper.current_completion_snapshot.choices[0].message.content
 
-    assert (text, len(text.split())) == (said, 4)
+    assert (text, len(text.split())) == (streamed_text, 4)
 
 
-def test_the_answer_s_headers_can_be_read(client: openai.OpenAI) -> None:
+def test_the_client_can_read_the_response_headers(client: openai.OpenAI) -> None:
     answer = client.chat.completions.with_raw_response.create(model="yi", messages=TALK, max_tokens=1)
 
     assert (answer.headers["x-promptai-replica"], answer.headers["x-promptai-model"]) == ("a", "yi")
 
 
-def test_answers_and_errors_name_their_request(client: openai.OpenAI) -> None:
-    """As its own choice where it made one; the name is in the gateway's log."""
+def test_responses_and_errors_have_a_request_id(client: openai.OpenAI) -> None:
+    """The client's own id if it sent one; the gateway logs it."""
     named = {"X-Request-Id": "abc-1"}
     answer = client.chat.completions.create(model="yi", messages=TALK, max_tokens=1, extra_headers=named)
     other = client.chat.completions.create(model="yi", messages=TALK, max_tokens=1)
@@ -187,7 +187,7 @@ def test_answers_and_errors_name_their_request(client: openai.OpenAI) -> None:
     assert streamed["x-request-id"] == streamed["x-promptai-request-id"] == "abc-1"
 
 
-def test_the_asynchronous_client_asks_many_at_once(gateway: Threaded) -> None:
+def test_the_async_client_sends_concurrent_requests(gateway: Threaded) -> None:
     async def main() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none") as client:
 
@@ -215,7 +215,7 @@ def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
     assert "did you mean yi?" in caught.value.message
 
 
-def test_a_prompt_that_is_too_long_is_a_bad_request_with_the_numbers(client: openai.OpenAI) -> None:
+def test_a_too_long_prompt_is_a_bad_request_with_the_context(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="yi holds 8192") as caught:
         client.chat.completions.create(model="yi", messages=LONG * 2)
 
@@ -223,7 +223,7 @@ def test_a_prompt_that_is_too_long_is_a_bad_request_with_the_numbers(client: ope
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_the_engine_refuses_is_a_bad_request_too(client: openai.OpenAI, stream: bool) -> None:  # noqa: FBT001
+def test_an_engine_refusal_is_a_bad_request(client: openai.OpenAI, stream: bool) -> None:  # noqa: FBT001
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="yi", messages=LONG, stream=stream)
 
@@ -232,7 +232,7 @@ def test_what_the_engine_refuses_is_a_bad_request_too(client: openai.OpenAI, str
     assert (caught.value.code, caught.value.type) == ("context_length_exceeded", "exceed_context_size_error")
 
 
-def test_a_wrong_type_is_a_bad_request_that_names_the_field(client: openai.OpenAI) -> None:
+def test_a_wrong_type_is_a_bad_request_with_the_field(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="yi", messages=TALK, max_tokens="many")  # type: ignore[call-overload]
 
@@ -240,10 +240,10 @@ def test_a_wrong_type_is_a_bad_request_that_names_the_field(client: openai.OpenA
 
 
 def busy(gateway: Threaded) -> threading.Thread:
-    """Somebody who has the only slot for half a second."""
+    """Occupy the only slot for half a second."""
 
     def ask() -> None:
-        with made(gateway) as client:
+        with new_client(gateway) as client:
             client.chat.completions.create(model="yi", messages=TALK, max_tokens=50)
 
     thread = threading.Thread(target=ask)
@@ -257,9 +257,9 @@ def until_busy(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.timeout(20)
-def test_a_full_queue_is_a_rate_limit_that_the_client_waits_out() -> None:
-    """It reads Retry-After by itself, and gets its answer."""
-    with threaded(one(BUSY, limits=QueueLimits(queue=0))) as gateway, made(gateway) as client:
+def test_the_client_retries_after_a_full_queue() -> None:
+    """The client honours Retry-After, and gets its answer."""
+    with threaded(one(BUSY, limits=QueueLimits(queue=0))) as gateway, new_client(gateway) as client:
         other = busy(gateway)
         until_busy(client)
         with pytest.raises(openai.RateLimitError) as caught:
@@ -272,34 +272,37 @@ def test_a_full_queue_is_a_rate_limit_that_the_client_waits_out() -> None:
     assert answer.choices[0].finish_reason == "length"
 
 
-def test_where_nothing_can_answer_the_service_is_unavailable() -> None:
+def test_unavailable_replicas_are_a_503() -> None:
     def down() -> World:
         world = one(FAST)()
         known = world.source._replicas["a"]
         world.source._replicas["a"] = msgspec.structs.replace(known, state=State.DOWN, reason="is unplugged")
         return world
 
-    with threaded(down) as gateway, made(gateway) as client, pytest.raises(openai.APIStatusError) as caught:
+    with threaded(down) as gateway, new_client(gateway) as client, pytest.raises(openai.APIStatusError) as caught:
         client.chat.completions.create(model="yi", messages=TALK, stream=True)
 
     assert (caught.value.status_code, type(caught.value)) == (503, openai.InternalServerError)
     assert "is unplugged" in caught.value.message
 
 
-def test_keys_and_what_they_may_not(tmp_path: Path) -> None:
+def test_wrong_keys_and_forbidden_models(tmp_path: Path) -> None:
     store = KeyStore(tmp_path / "keys.json")
     _, secret = store.add("app", limits=KeyLimits(models=("other",)))
     with threaded(one(FAST), guard=Guard(store, open=False)) as gateway:
-        with made(gateway, api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
+        with new_client(gateway, api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
             client.models.list()
-        with made(gateway, api_key=secret) as client, pytest.raises(openai.PermissionDeniedError, match="may not use"):
+        with (
+            new_client(gateway, api_key=secret) as client,
+            pytest.raises(openai.PermissionDeniedError, match="may not use"),
+        ):
             client.chat.completions.create(model="yi", messages=TALK)
 
 
 @pytest.mark.timeout(20)
-def test_comments_while_it_waits_do_not_disturb_it() -> None:
+def test_the_client_ignores_keep_alive_comments() -> None:
     slow = msgspec.structs.replace(SLOW, prefill_tps=10.0, decode_tps=1000.0)
-    with threaded(one(slow), heartbeat=Heartbeat(ping_s=0.1)) as gateway, made(gateway) as client:
+    with threaded(one(slow), heartbeat=Heartbeat(ping_s=0.1)) as gateway, new_client(gateway) as client:
         talk: list[ChatCompletionMessageParam] = [{"role": "user", "content": "a b c d e f g h i"}]
         stream = client.chat.completions.create(model="yi", messages=talk, max_tokens=4, stream=True)
         text = "".join(choice.delta.content or "" for chunk in stream for choice in chunk.choices)

@@ -1,4 +1,4 @@
-"""The official openai package through the gateway to the real engine: it says what the engine says by itself."""
+"""The official openai package through the gateway: the responses equal those of the real engine itself."""
 
 import asyncio
 import json
@@ -31,8 +31,8 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 FORMAT = {"type": "json_schema", "json_schema": {"name": "state", "schema": SCHEMA, "strict": True}}
-#: What differs from one answer to the next.
-FLEETING = {"id", "created", "timings"}
+#: Fields that differ from one response to the next.
+VARIABLE = {"id", "created", "timings"}
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealSite]:
 
 @pytest.fixture
 def client(site: RealSite) -> Iterator[openai.OpenAI]:
-    """As its page says to make one."""
-    with openai.OpenAI(base_url=f"{site.gateway}/v1", api_key="none", max_retries=0) as made:
-        yield made
+    """A client as OpenAI documents it."""
+    with openai.OpenAI(base_url=f"{site.gateway}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 @pytest.mark.parametrize(
@@ -72,10 +72,8 @@ def client(site: RealSite) -> Iterator[openai.OpenAI]:
     ],
     ids=lambda value: str(value)[:48],
 )
-def test_an_answer_in_one_piece_is_the_engine_s_field_by_field(
-    site: RealSite, path: str, fields: dict[str, Any]
-) -> None:
-    """But for who it is and how long it took; and usage counts all of several answers, the engine one."""
+def test_a_complete_response_equals_the_engines_response(site: RealSite, path: str, fields: dict[str, Any]) -> None:
+    """Except id and times; and of several answers the gateway counts all in usage, llama-server one."""
     given: dict[str, dict[str, Any]] = {CHAT: {"messages": TALK}, TEXT: {"prompt": "A base station"}}
     body = {"model": NAME, "max_tokens": 8, "temperature": 0, "cache_prompt": False, "seed": 7, **given[path], **fields}
 
@@ -85,7 +83,7 @@ def test_an_answer_in_one_piece_is_the_engine_s_field_by_field(
     assert status == 200
     several = len(direct["choices"]) > 1
     for answer in (direct, through):
-        for name in (*FLEETING, *(["usage"] if several else [])):
+        for name in (*VARIABLE, *(["usage"] if several else [])):
             answer.pop(name)
     assert through == direct
 
@@ -110,7 +108,7 @@ def test_usage_counts_every_answer(site: RealSite, fields: dict[str, Any]) -> No
     ids=lambda value: str(value)[:48],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_the_engine_refuses_is_told_in_its_words(
+def test_passes_on_engine_refusals_unchanged(
     site: RealSite,
     path: str,
     body: dict[str, Any],
@@ -122,11 +120,11 @@ def test_what_the_engine_refuses_is_told_in_its_words(
     direct, through = asked(site.engine, path, sent), asked(site.gateway, path, sent)
 
     assert (direct[0], through[0]) == (status, status)
-    error, told = through[1]["error"], direct[1]["error"]
+    error, expected = through[1]["error"], direct[1]["error"]
     assert error["src"] == "engine"
-    if told["type"] == "exceed_context_size_error":  # clients know OpenAI's word for it
-        told["code"] = "context_length_exceeded"
-    assert error | told == error
+    if expected["type"] == "exceed_context_size_error":  # clients compare OpenAI's code
+        expected["code"] = "context_length_exceeded"
+    assert error | expected == error
 
 
 @pytest.mark.parametrize(
@@ -143,8 +141,8 @@ def test_what_the_engine_refuses_is_told_in_its_words(
     ],
     ids=lambda value: str(value)[:48],
 )
-def test_what_the_engine_stumbles_over_does_not_take_it_out(site: RealSite, fields: dict[str, Any]) -> None:
-    """llama-server says 500 to these, to the last in the stream; again and again, it would look broken."""
+def test_requests_that_fail_in_the_engine_do_not_open_its_breaker(site: RealSite, fields: dict[str, Any]) -> None:
+    """llama-server answers these with HTTP 500, the last within the stream; repeated, it would look broken."""
     for _ in range(4):
         status, found = asked(site.gateway, CHAT, {"model": NAME, "max_tokens": 2, **fields})
         assert (status, found["error"]["src"]) == (502, "engine")
@@ -154,7 +152,7 @@ def test_what_the_engine_stumbles_over_does_not_take_it_out(site: RealSite, fiel
     assert status == 200
 
 
-def test_a_streamed_chat_adds_up_to_the_whole_one(client: openai.OpenAI) -> None:
+def test_a_streamed_chat_equals_the_complete_one(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(model=NAME, messages=TALK, max_tokens=16, temperature=0)
     stream = client.chat.completions.create(
         model=NAME, messages=TALK, max_tokens=16, temperature=0, stream=True, stream_options={"include_usage": True}
@@ -169,20 +167,20 @@ def test_a_streamed_chat_adds_up_to_the_whole_one(client: openai.OpenAI) -> None
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 16
 
 
-def test_nobody_is_told_usage_who_did_not_ask(client: openai.OpenAI) -> None:
+def test_sends_no_usage_unless_requested(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(model=NAME, messages=TALK, max_tokens=4, stream=True)
 
     assert [chunk.usage for chunk in stream if chunk.usage is not None] == []
 
 
-def test_several_prompts_stream_side_by_side(client: openai.OpenAI) -> None:
-    """llama-server begins that stream with ``null``."""
+def test_streams_several_prompts(client: openai.OpenAI) -> None:
+    """llama-server begins such a stream with ``null``."""
     stream = client.completions.create(model=NAME, prompt=["A base", "The cell"], max_tokens=4, stream=True)
 
     assert {choice.index for piece in stream for choice in piece.choices} == {0, 1}
 
 
-def test_a_schema_is_kept_to(client: openai.OpenAI) -> None:
+def test_the_answer_follows_a_json_schema(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model=NAME,
         messages=TALK,
@@ -196,14 +194,14 @@ def test_a_schema_is_kept_to(client: openai.OpenAI) -> None:
     assert isinstance(found["up"], bool)
 
 
-def test_tools_are_passed_on(client: openai.OpenAI) -> None:
-    """The bundled model knows no tools and answers in words; the request is a good one all the same."""
+def test_accepts_tools(client: openai.OpenAI) -> None:
+    """The bundled model does not support tools and answers with text; the request is valid."""
     answer = client.chat.completions.create(model=NAME, messages=TALK, tools=[TOOL], tool_choice="auto", max_tokens=8)
 
     assert answer.choices[0].message.content or answer.choices[0].message.tool_calls
 
 
-def test_embeddings_of_an_engine_without_them_are_an_error_of_the_engine(client: openai.OpenAI) -> None:
+def test_embeddings_without_engine_support_are_an_engine_error(client: openai.OpenAI) -> None:
     with pytest.raises(openai.InternalServerError) as caught:
         client.embeddings.create(model=NAME, input="Cell 12")
 
@@ -212,7 +210,7 @@ def test_embeddings_of_an_engine_without_them_are_an_error_of_the_engine(client:
     assert (caught.value.body["src"], caught.value.body["type"]) == ("engine", "not_supported_error")
 
 
-def test_the_asynchronous_client_gets_tokens_and_their_probabilities(site: RealSite) -> None:
+def test_the_async_client_receives_logprobs(site: RealSite) -> None:
     async def main() -> tuple[str, str]:
         async with openai.AsyncOpenAI(base_url=f"{site.gateway}/v1", api_key="none") as client:
             stream = await client.chat.completions.create(

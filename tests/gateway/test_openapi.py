@@ -1,4 +1,4 @@
-"""The document is a valid one, holds together, and is the page's only source."""
+"""The OpenAPI document is valid and consistent, and the HTML page contains all of it."""
 
 import html.parser
 import json
@@ -26,7 +26,7 @@ IDS = [f"{method} {path}" for method, path, _ in OPERATIONS]
 
 
 def references(node: Any) -> Iterator[str]:
-    """Every $ref below a node."""
+    """Yield every $ref below a node."""
     if isinstance(node, dict):
         if isinstance(node.get("$ref"), str):
             yield node["$ref"]
@@ -38,60 +38,61 @@ def references(node: Any) -> Iterator[str]:
 
 
 def errors_of(schema: str, value: Any) -> list[str]:
-    """What is wrong with a value by one of the schemas."""
+    """Return the violations of a schema by a value."""
     whole = {"$ref": f"#/components/schemas/{schema}", "components": DOCUMENT["components"]}
     return [error.message for error in Draft202012Validator(whole).iter_errors(value)]
 
 
-def test_it_is_an_openapi_document() -> None:
+def test_is_a_valid_openapi_document() -> None:
     OPENAPI_31_VALIDATOR.validate(DOCUMENT)
 
 
-def test_every_schema_is_one() -> None:
+def test_every_schema_is_valid() -> None:
     for schema in DOCUMENT["components"]["schemas"].values():
         meta.validate(schema)
 
 
 @pytest.mark.timeout(30)
-def test_a_tool_for_testing_apis_understands_all_of_it() -> None:
+def test_schemathesis_loads_every_operation() -> None:
     loaded = schemathesis.openapi.from_dict(json.loads(document_json()))
 
     assert [type(found).__name__ for found in loaded.get_all_operations()] == ["Ok"] * len(OPERATIONS)
 
 
-def test_every_reference_leads_somewhere_and_every_part_is_used() -> None:
+def test_every_reference_resolves_and_every_component_is_used() -> None:
     used = set(references(DOCUMENT))
-    there = {
+    defined = {
         f"#/components/{kind}/{name}"
         for kind in ("schemas", "responses", "headers", "parameters")
         for name in DOCUMENT["components"][kind]
     }
 
-    assert used == there
+    assert used == defined
 
 
-def test_every_refusal_names_the_request_in_both_headers() -> None:
-    for response in DOCUMENT["components"]["responses"].values():
+def test_every_error_response_has_both_request_id_headers() -> None:
+    responses = DOCUMENT["components"]["responses"]
+
+    assert responses
+    for response in responses.values():
         assert {"x-promptai-request-id", "x-request-id"} <= set(response["headers"])
 
 
 @pytest.mark.parametrize("schema", ["ChatRequest", "CompletionRequest"])
-def test_it_says_how_many_answers_an_engine_gives_to_one_request(schema: str) -> None:
+def test_documents_the_limit_of_answers_per_request(schema: str) -> None:
     described = DOCUMENT["components"]["schemas"][schema]["properties"]["n"]["description"]
 
     assert all(words in described for words in ("at most", "slots", "HTTP 400"))
 
 
-def test_operations_have_names_of_their_own() -> None:
+def test_operation_ids_are_unique() -> None:
     names = [operation["operationId"] for _, _, operation in OPERATIONS]
 
     assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize(("method", "path", "operation"), OPERATIONS, ids=IDS)
-def test_each_operation_says_which_key_it_wants_and_what_goes_wrong(
-    method: str, path: str, operation: dict[str, Any]
-) -> None:
+def test_each_operation_documents_its_scope_and_errors(method: str, path: str, operation: dict[str, Any]) -> None:
     scope = scope_of(path)
     responses = operation["responses"]
 
@@ -103,8 +104,8 @@ def test_each_operation_says_which_key_it_wants_and_what_goes_wrong(
     assert {"x-promptai-request-id", "x-request-id"} <= set(responses["200"]["headers"])
 
 
-def asked_of(path: str) -> dict[str, dict[str, Any]]:
-    """The headers that a request may carry."""
+def request_headers(path: str) -> dict[str, dict[str, Any]]:
+    """Return the documented request headers of a path by name."""
     (operation,) = DOCUMENT["paths"][path].values()
     references = [one["$ref"] for one in operation.get("parameters", ()) if "$ref" in one]
     return {found["name"]: found for found in (PARAMETERS[one.rpartition("/")[2]] for one in references)}
@@ -120,33 +121,36 @@ def asked_of(path: str) -> dict[str, dict[str, Any]]:
         ("/v1/models", set()),
     ],
 )
-def test_headers_are_described_where_they_change_something(path: str, names: set[str]) -> None:
-    assert set(asked_of(path)) == {f"x-promptai-{name}" for name in names}
+def test_documents_request_headers_where_they_have_an_effect(path: str, names: set[str]) -> None:
+    assert set(request_headers(path)) == {f"x-promptai-{name}" for name in names}
 
 
-def test_headers_have_examples_that_fit_and_nobody_must_send_them() -> None:
-    for found in asked_of(CHAT).values():
+def test_request_headers_are_optional_and_have_valid_examples() -> None:
+    headers = request_headers(CHAT)
+
+    assert headers
+    for found in headers.values():
         assert (found["in"], found.get("required", False)) == ("header", False)
         assert Draft202012Validator(found["schema"]).is_valid(found["example"])
 
 
 @pytest.mark.parametrize("name", ["x-promptai-budget", "x-promptai-deadline"])
 @pytest.mark.parametrize("value", ["10s", "1500ms", "2m", "10", "0.5s", "1.25 m", "999999.999m", "0.001ms", "100"])
-def test_a_time_that_is_described_is_taken(name: str, value: str) -> None:
-    assert Draft202012Validator(asked_of(CHAT)[name]["schema"]).is_valid(value)
+def test_every_documented_time_is_accepted(name: str, value: str) -> None:
+    assert Draft202012Validator(request_headers(CHAT)[name]["schema"]).is_valid(value)
     assert parse_budget(value) > 0
 
 
 @pytest.mark.parametrize("name", ["x-promptai-budget", "x-promptai-deadline"])
 @pytest.mark.parametrize("value", ["", "0", "0s", "0.0s", "-1s", "1e3", "9" * 400, "10h", "soon", "s", ".5s"])
-def test_a_time_that_is_refused_is_not_described(name: str, value: str) -> None:
-    assert not Draft202012Validator(asked_of(CHAT)[name]["schema"]).is_valid(value)
+def test_no_invalid_time_is_documented(name: str, value: str) -> None:
+    assert not Draft202012Validator(request_headers(CHAT)[name]["schema"]).is_valid(value)
     with pytest.raises(ValueError, match="a budget is"):
         parse_budget(value)
 
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-def test_it_says_what_comes_in_a_stream_beside_chunks(path: str) -> None:
+def test_documents_comments_status_events_and_errors_in_streams(path: str) -> None:
     content = DOCUMENT["paths"][path]["post"]["responses"]["200"]["content"]
     stream = content["text/event-stream"]["schema"]["description"]
 
@@ -178,7 +182,7 @@ def test_examples_are_valid() -> None:
     ],
     ids=str,
 )
-def test_what_is_no_chat_request_is_not_described_as_one(body: dict[str, Any]) -> None:
+def test_the_schema_rejects_invalid_chat_requests(body: dict[str, Any]) -> None:
     assert errors_of("ChatRequest", body) != []
 
 
@@ -192,21 +196,21 @@ def test_what_is_no_chat_request_is_not_described_as_one(body: dict[str, Any]) -
     ],
     ids=str,
 )
-def test_what_clients_send_is_described(fields: dict[str, Any]) -> None:
+def test_the_schema_accepts_requests_of_common_clients(fields: dict[str, Any]) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "data:"}}]
     messages = [{"role": "system", "content": "a"}, {"role": "user", "content": parts, "name": "b"}]
 
     assert errors_of("ChatRequest", {"messages": messages, **fields}) == []
 
 
-def test_the_envelope_is_described() -> None:
+def test_the_schema_matches_the_error_envelope() -> None:
     for error in (ApiError(400, "a"), ApiError(429, "a", code=1, param="model", hint="b", details={"n_ctx": 3})):
         assert errors_of("Error", json.loads(error.body())) == []
     assert errors_of("Error", {"error": "a"}) != []
 
 
 class _Page(html.parser.HTMLParser):
-    """Whether every element is closed, and what is fetched from elsewhere."""
+    """Checks that elements are closed; collects links and text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,7 +230,7 @@ class _Page(html.parser.HTMLParser):
         self.text += data
 
 
-def test_the_page_lists_every_endpoint_and_fetches_nothing() -> None:
+def test_the_page_lists_every_endpoint_and_loads_nothing_else() -> None:
     reader = _Page()
     reader.feed(page())
 
@@ -237,16 +241,18 @@ def test_the_page_lists_every_endpoint_and_fetches_nothing() -> None:
     assert "width=device-width" in page()
 
 
-def test_the_page_shows_the_headers_that_a_request_may_carry() -> None:
+def test_the_page_lists_the_request_headers() -> None:
     reader = _Page()
     reader.feed(page())
+    headers = request_headers(CHAT)
 
-    for found in asked_of(CHAT).values():
+    assert headers
+    for found in headers.values():
         assert f"{found['name']}: {found['example']}" in reader.text
         assert found["description"] in reader.text
 
 
-def test_the_pages_examples_carry_valid_json_and_the_address_of_the_gateway() -> None:
+def test_the_pages_examples_have_valid_json_and_the_gateways_url() -> None:
     reader = _Page()
     reader.feed(page("http://pi.lan:8400"))
 
@@ -256,5 +262,5 @@ def test_the_pages_examples_carry_valid_json_and_the_address_of_the_gateway() ->
     assert reader.text.count("curl http://pi.lan:8400/") == len(OPERATIONS)
 
 
-def test_an_address_cannot_smuggle_in_a_script() -> None:
+def test_the_page_escapes_its_url() -> None:
     assert "<script>" not in page("http://<script>")

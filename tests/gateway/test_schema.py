@@ -1,7 +1,7 @@
 """
-What a tool makes of the OpenAPI page and throws at the gateway: requests that fit, and requests that do not.
+Schemathesis generates valid and invalid requests from the OpenAPI document; every response must match it.
 
-``SCHEMATHESIS_EXAMPLES=2000 SCHEMATHESIS_SEED=7 pytest tests/gateway/test_schema.py`` looks for longer, and elsewhere.
+``SCHEMATHESIS_EXAMPLES=2000 SCHEMATHESIS_SEED=7 pytest tests/gateway/test_schema.py`` tries more, and other, requests.
 """
 
 import os
@@ -40,7 +40,7 @@ CHECKS = [
     response_schema_conformance,
 ]
 API = schemathesis.openapi.from_dict(document())
-LOOKING = settings(
+SETTINGS = settings(
     max_examples=EXAMPLES,
     deadline=None,
     database=None,
@@ -52,7 +52,7 @@ pytestmark = pytest.mark.timeout(120 + EXAMPLES)
 
 
 def boards() -> World:
-    """Two models, one of them twice; answers are short and take no time."""
+    """Two models, one on two replicas; answers are short and immediate."""
     config = msgspec.structs.replace(FAST, answer_tokens=3, context=512, prefill_tps=1e7)
     other = msgspec.structs.replace(config, model="phi")
     return World({"a": config, "b": config, "c": other})
@@ -60,28 +60,28 @@ def boards() -> World:
 
 @pytest.fixture(scope="module")
 def gateway() -> Iterator[Threaded]:
-    """An open one."""
-    serving = AdmissionRules(names=ModelNames(default="yi", aliases={"gpt-4o": Alias("phi", {"temperature": 0.5})}))
-    with threaded(boards, heartbeat=Heartbeat(ping_s=0.1), rules=serving) as thread:
+    """A gateway without keys."""
+    rules = AdmissionRules(names=ModelNames(default="yi", aliases={"gpt-4o": Alias("phi", {"temperature": 0.5})}))
+    with threaded(boards, heartbeat=Heartbeat(ping_s=0.1), rules=rules) as thread:
         yield thread
 
 
 @pytest.fixture(scope="module")
-def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Threaded]:
-    """One that lets nobody in."""
+def closed_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Threaded]:
+    """A gateway that requires a key."""
     store = KeyStore(tmp_path_factory.mktemp("keys") / "keys.json")
-    store.add("somebody")
+    store.add("a")
     with threaded(boards, guard=Guard(store, open=False)) as thread:
         yield thread
 
 
-def lives(gateway: Threaded) -> bool:
-    """Whether it answers, with everything there."""
+def is_ready(gateway: Threaded) -> bool:
+    """Whether the gateway is ready, with all replicas."""
     return bool(requests.get(f"{gateway.url}/readyz", timeout=10).json() == {"status": "ready", "replicas": 3})
 
 
-def aim(case: schemathesis.Case[Any]) -> None:
-    """Let most requests name a model that is there: no random text does."""
+def name_an_existing_model(case: schemathesis.Case[Any]) -> None:
+    """Make most requests name an existing model; random text never does."""
     body = case.body
     name = body.get("model") if isinstance(body, dict) else None
     if isinstance(body, dict) and isinstance(name, str) and len(name) % 4:
@@ -90,21 +90,23 @@ def aim(case: schemathesis.Case[Any]) -> None:
 
 @seed(SEED)
 @API.parametrize()
-@LOOKING
-def test_every_answer_is_as_described(case: schemathesis.Case[Any], gateway: Threaded) -> None:
-    aim(case)
+@SETTINGS
+def test_every_response_matches_the_document(case: schemathesis.Case[Any], gateway: Threaded) -> None:
+    name_an_existing_model(case)
 
     response = case.call(base_url=gateway.url, timeout=30)
 
     case.validate_response(response, checks=CHECKS)
-    assert lives(gateway)
+    assert is_ready(gateway)
 
 
 @seed(SEED)
 @API.parametrize()
-@settings(LOOKING, max_examples=max(2, EXAMPLES // 5))
-def test_every_answer_to_whoever_has_no_key_is_as_described(case: schemathesis.Case[Any], closed: Threaded) -> None:
-    response = case.call(base_url=closed.url, timeout=30)
+@settings(SETTINGS, max_examples=max(2, EXAMPLES // 5))
+def test_every_response_without_a_key_matches_the_document(
+    case: schemathesis.Case[Any], closed_gateway: Threaded
+) -> None:
+    response = case.call(base_url=closed_gateway.url, timeout=30)
 
     case.validate_response(response, checks=CHECKS)
     assert response.status_code != 200 or case.path in {"/healthz", "/readyz"}

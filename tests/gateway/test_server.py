@@ -1,4 +1,4 @@
-"""A gateway on a real socket."""
+"""A gateway on a socket."""
 
 import asyncio
 import urllib.request
@@ -23,7 +23,7 @@ def status(url: str) -> int:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])  # noqa: S104  what is tested
-def test_it_listens_inside_its_block_and_not_after(host: str) -> None:
+def test_listens_only_inside_its_block(host: str) -> None:
     async def run() -> tuple[int, str]:
         world = World({"a": SimulationConfig()})
         async with world.running(), GatewayServer(gateway(world), host) as server:
@@ -39,12 +39,12 @@ def test_it_listens_inside_its_block_and_not_after(host: str) -> None:
 @pytest.mark.parametrize(
     ("host", "port", "word"),
     [
-        ("192.0.2.1", 0, "192.0.2.1 is no address of this machine"),
+        ("192.0.2.1", 0, "192.0.2.1 is not an address of this machine"),
         ("127.0.0.1", None, "on 127.0.0.1 is taken by another program"),
         ("a..b", 0, "cannot listen on a..b:0"),
     ],
 )
-def test_an_address_that_cannot_be_had_is_one_line(host: str, port: int | None, word: str) -> None:
+def test_an_unavailable_address_is_a_one_line_error(host: str, port: int | None, word: str) -> None:
     async def run() -> None:
         world = World({"a": SimulationConfig()})
         async with (
@@ -63,5 +63,5 @@ def test_an_address_that_cannot_be_had_is_one_line(host: str, port: int | None, 
     ("host", "shown"),
     [("", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("fe80::1", "[fe80::1]"), ("pi-1", "pi-1")],  # noqa: S104
 )
-def test_a_url_has_the_host_as_it_is_reached_from_here(host: str, shown: str) -> None:
+def test_url_host_is_reachable_from_this_machine(host: str, shown: str) -> None:
     assert shown == url_host(host)

@@ -1,4 +1,4 @@
-"""A gateway runs for months: what a thousand requests leave behind is nothing."""
+"""A gateway runs for months: a thousand requests must leak nothing."""
 
 import asyncio
 
@@ -10,11 +10,11 @@ from support_soak import SOAKED, Left, grown, look, soak
 pytestmark = pytest.mark.timeout(60)
 
 WARM_UP, REQUESTS = 300, 1000
-#: Of a process with clients, gateway and engines in it; what a request of the warm-up takes once comes below it.
-MEMORY = 4_000_000
+#: Growth of a process with clients, gateway and engines, after a warm-up.
+MEMORY_BYTES = 4_000_000
 
 
-def test_a_thousand_requests_of_every_kind_leave_nothing_behind() -> None:
+def test_a_thousand_requests_leak_nothing() -> None:
     async def play() -> tuple[Left, Left, dict[str, int]]:
         async with site(*SOAKED) as found:
             await soak(found, WARM_UP)
@@ -30,4 +30,4 @@ def test_a_thousand_requests_of_every_kind_leave_nothing_behind() -> None:
     assert after.tasks <= before.tasks
     assert after.timers <= before.timers + 2
     assert grown(before, after, at_least=REQUESTS // 100) == {}
-    assert after.rss - before.rss < MEMORY
+    assert after.rss - before.rss < MEMORY_BYTES

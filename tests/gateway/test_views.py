@@ -1,4 +1,4 @@
-"""What the gateway says that it serves."""
+"""The list of models."""
 
 import pytest
 
@@ -19,9 +19,7 @@ from support_serve import World
     ],
     ids=["none", "another-name", "with-parameters", "for-another"],
 )
-def test_every_name_is_listed_once_as_what_it_stands_for(
-    aliases: dict[str, str], listed: list[tuple[str, str | None]]
-) -> None:
+def test_lists_every_name_once_with_its_model(aliases: dict[str, str], listed: list[tuple[str, str | None]]) -> None:
     async def play() -> list[tuple[str, str | None]]:
         async with World({name: SimulationConfig(model=name) for name in ("phi", "yi")}).running() as world:
             names = ModelNames(aliases={alias: Alias(model=model) for alias, model in aliases.items()})

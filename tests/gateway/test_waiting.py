@@ -1,4 +1,4 @@
-"""What a client hears while it waits: comments, and where it stands if it asks."""
+"""Keep-alives of a waiting stream: comments, or status events if the client requests them."""
 
 import asyncio
 import itertools
@@ -15,11 +15,11 @@ from support_serve import World
 from support_site import SLOW, Door, Streamed, one, visit
 
 LONG = [{"role": "user", "content": "cell " * 600}]
-ASKS = {"x-promptai-status": "1"}
+WITH_STATUS = {"x-promptai-status": "1"}
 
 
 def stages(answer: Streamed) -> list[str]:
-    """Each stage once, in order."""
+    """Return each stage once, in order."""
     found: list[str] = []
     for line in answer.of("promptai.status"):
         if found[-1:] != [line.value["stage"]]:
@@ -27,13 +27,13 @@ def stages(answer: Streamed) -> list[str]:
     return found
 
 
-def test_who_asks_is_told_every_stage_with_what_is_left() -> None:
-    """A model that loads for ten seconds, somebody before us, and a prompt of six."""
+def test_status_events_report_every_stage() -> None:
+    """The model loads for ten seconds, another request is ahead, and prefill takes six seconds."""
 
     async def use(at: Door) -> Any:
         before = asyncio.create_task(at.chat(max_tokens=40))
         await asyncio.sleep(0.5)
-        answer = await at.stream(messages=LONG, headers=ASKS)
+        answer = await at.stream(messages=LONG, headers=WITH_STATUS)
         await before
         return answer
 
@@ -51,27 +51,27 @@ def test_who_asks_is_told_every_stage_with_what_is_left() -> None:
     assert answer.of("comment") == []
 
 
-def test_what_is_left_comes_true_and_only_shrinks() -> None:
+def test_the_estimated_time_left_is_accurate_and_decreases() -> None:
     async def use(at: Door) -> Any:
         before = [asyncio.create_task(at.chat(max_tokens=100)) for _ in range(3)]
         await asyncio.sleep(0.5)
-        answer = await at.stream(messages=LONG, headers=ASKS)
+        answer = await at.stream(messages=LONG, headers=WITH_STATUS)
         await asyncio.wait(before)
         return answer
 
     answer = visit(one(), use)
 
     first = answer.of("")[0].t
-    told = [(line.t, line.value["left_s"]) for line in answer.of("promptai.status") if "left_s" in line.value]
-    assert len(told) > 30
-    assert all(later <= earlier + 1.5 for (_, earlier), (_, later) in itertools.pairwise(told))
-    assert all(left == pytest.approx(first - t, rel=0.25, abs=3.0) for t, left in told)
+    estimates = [(line.t, line.value["left_s"]) for line in answer.of("promptai.status") if "left_s" in line.value]
+    assert len(estimates) > 30
+    assert all(later <= earlier + 1.5 for (_, earlier), (_, later) in itertools.pairwise(estimates))
+    assert all(left == pytest.approx(first - t, rel=0.25, abs=3.0) for t, left in estimates)
     places = [line.value["place"] for line in answer.of("promptai.status") if "place" in line.value]
     assert places == sorted(places, reverse=True)
     assert {2, 1, 0} == set(places)
 
 
-def test_who_waits_hears_something_from_the_first_second_on() -> None:
+def test_sends_comments_from_the_first_second_on() -> None:
     answer = visit(one(), lambda at: at.stream(messages=LONG * 3), heartbeat=Heartbeat(ping_s=2.0))
 
     times = [line.t for line in answer.of("comment")]
@@ -81,7 +81,7 @@ def test_who_waits_hears_something_from_the_first_second_on() -> None:
     assert (answer.whole, answer.status) == (True, 200)
 
 
-def test_a_silence_in_the_middle_is_filled_too() -> None:
+def test_sends_comments_during_a_silence_within_the_answer() -> None:
     def world() -> World:
         made = one()()
         made.engines["sim://a"].fault = Fault(kind="stall", after_tokens=2, stall_s=11.0)
@@ -95,8 +95,8 @@ def test_a_silence_in_the_middle_is_filled_too() -> None:
     assert answer.whole
 
 
-def test_nothing_is_said_behind_the_end_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that reads slowly would take it for the beginning of the next answer on its connection."""
+def test_sends_no_comment_after_the_end_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow client would read it as the beginning of the next response on its connection."""
     end = web.StreamResponse.write_eof
 
     async def late(self: web.StreamResponse, data: bytes = b"") -> None:
@@ -110,15 +110,15 @@ def test_nothing_is_said_behind_the_end_of_an_answer(monkeypatch: pytest.MonkeyP
     assert (answer.of("comment"), answer.whole) == ([], True)
 
 
-def test_a_client_that_chokes_on_comments_gets_none() -> None:
+def test_sends_no_comments_if_they_are_disabled() -> None:
     answer = visit(one(), lambda at: at.stream(messages=LONG * 3), heartbeat=Heartbeat(ping_s=0.0))
 
     assert (answer.of("comment"), answer.of("promptai.status"), answer.whole) == ([], [], True)
 
 
-@pytest.mark.parametrize("headers", [{}, ASKS], ids=["comments", "status"])
-def test_what_fails_after_a_wait_is_said_in_the_stream(headers: dict[str, str]) -> None:
-    """Its status has gone out; the client reads an error in place of a chunk, and the end."""
+@pytest.mark.parametrize("headers", [{}, WITH_STATUS], ids=["comments", "status"])
+def test_a_failure_after_a_comment_is_an_error_event(headers: dict[str, str]) -> None:
+    """The HTTP status has been sent; the client reads an error instead of a chunk, and the end."""
 
     async def use(at: Door) -> tuple[Streamed, str]:
         before = asyncio.create_task(at.chat(max_tokens=100))
@@ -137,13 +137,13 @@ def test_what_fails_after_a_wait_is_said_in_the_stream(headers: dict[str, str]) 
 
 
 @pytest.mark.parametrize("deadline", ["300ms", "3s"])
-def test_who_asks_is_told_no_stage_behind_an_error(deadline: str) -> None:
-    """It never came to decoding; and the stream ends right behind the error."""
+def test_sends_no_status_after_an_error(deadline: str) -> None:
+    """Decoding never began, and the stream ends right after the error."""
 
     async def use(at: Door) -> Streamed:
         before = asyncio.create_task(at.chat(max_tokens=100))
         await asyncio.sleep(0.5)
-        found = await at.stream(headers={"x-promptai-deadline": deadline, **ASKS})
+        found = await at.stream(headers={"x-promptai-deadline": deadline, **WITH_STATUS})
         await before
         return found
 
@@ -154,7 +154,7 @@ def test_who_asks_is_told_no_stage_behind_an_error(deadline: str) -> None:
     assert (stages(answer), failed.value["error"]["code"], end.data) == (["queued"], "saturated", "[DONE]")
 
 
-def test_no_stage_is_told_while_a_client_is_slow_to_read_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sends_no_status_while_a_slow_client_reads_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     write = web.StreamResponse.write
 
     async def slow(self: web.StreamResponse, data: bytes) -> None:
@@ -166,7 +166,7 @@ def test_no_stage_is_told_while_a_client_is_slow_to_read_an_error(monkeypatch: p
     async def use(at: Door) -> Streamed:
         before = asyncio.create_task(at.chat(max_tokens=100))
         await asyncio.sleep(0.5)
-        found = await at.stream(headers={"x-promptai-deadline": "300ms", **ASKS})
+        found = await at.stream(headers={"x-promptai-deadline": "300ms", **WITH_STATUS})
         await before
         return found
 
@@ -175,7 +175,7 @@ def test_no_stage_is_told_while_a_client_is_slow_to_read_an_error(monkeypatch: p
     assert (len(answer.of("promptai.status")), len(answer.chunks), answer.whole) == (1, 1, True)
 
 
-def test_what_fails_at_once_is_a_status() -> None:
+def test_a_failure_before_the_first_byte_is_an_http_status() -> None:
     async def use(at: Door) -> Streamed:
         before = asyncio.create_task(at.chat(max_tokens=100))
         await asyncio.sleep(0.5)

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from promptai.errors import SettingsError
-from promptai.gateway.keys import Key, KeyStore, Scope
+from promptai.gateway.keys import ApiKey, KeyStore, Scope
 from promptai.gateway.limits import KeyLimits
 from promptai.settings import keys_path, load_settings
 
@@ -118,7 +118,7 @@ def _models(option: str | None) -> tuple[str, ...] | None:
     return names
 
 
-def _shown(key: Key) -> dict[str, object]:
+def _shown(key: ApiKey) -> dict[str, object]:
     """Return the fields of a key for JSON, without its digest."""
     facts: dict[str, object] = msgspec.to_builtins(key)
     del facts["sha256"]

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible front door."""
+"""The OpenAI-compatible HTTP server."""

@@ -1,13 +1,12 @@
-"""Who may do what: API keys, their limits, and what a browser may not do.
+"""Authenticate requests: API keys, their scopes and limits, and protection from web pages.
 
-Bound to loopback and without keys the gateway is open. As soon as there is a key (even a
-revoked one, and even if the file is removed: neither must open the door), or when it is bound
-wider, every request needs one.
+On loopback the gateway is open until a key exists. From then on every request needs a key, even after the key is
+revoked or its file removed: neither may open the gateway again. On any other address every request needs one.
 
-An open gateway on loopback still has an enemy: a page in a browser on the same machine.
-It reaches the gateway under a name of its own that resolves to loopback (then ``Host``
-betrays it), or as a plain form that is sent without asking (then ``Origin`` does). Both are
-refused. Pages of the origins in ``cors_origins`` are let in, and only they get CORS headers.
+A web page in a browser on the same machine can attack an open gateway on loopback. It uses a host name of its own that
+resolves to loopback, which the ``Host`` header reveals, or a plain form, which browsers send without a preflight and
+the ``Origin`` header reveals. Both are refused. Pages of the origins in ``cors_origins`` are permitted, and only they
+get CORS headers.
 
     guard = Guard(store, open=True, bind="127.0.0.1", cors_origins=settings.cors_origins)
     app = web.Application(middlewares=[envelope, guard.middleware])
@@ -28,12 +27,12 @@ from aiohttp import web
 from promptai.errors import SettingsError
 from promptai.gateway.envelope import OPENAI_REQUEST_ID, REQUEST_ID, Handler
 from promptai.gateway.errors import ApiError
-from promptai.gateway.keys import Key, KeyStore, Scope
-from promptai.gateway.limits import KeyLimits, Meter, Refusal
+from promptai.gateway.keys import ApiKey, KeyStore, Scope
+from promptai.gateway.limits import KeyLimits, LimitReached, UsageMeter
 
 _log = logging.getLogger("promptai.gateway")
 
-#: Paths that need no key. The pages describe the gateway and hold nothing that is in it.
+#: Paths that need no key: probes, and pages that describe the API but contain no data of this gateway.
 _OPEN = {"/", "/docs", "/healthz", "/readyz", "/openapi.json"}
 _SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9-]{1,64}( *, *[A-Za-z0-9-]{1,64}){0,63}")
@@ -49,11 +48,13 @@ _EXPOSED = ", ".join(
 
 class Caller(msgspec.Struct, frozen=True, kw_only=True):
     """
-    Whoever makes a request; ``request[CALLER]``.
+    The client that makes a request; ``request[CALLER]``.
 
     Attributes:
-        key_id: Names the queue in which it waits, and its limits; ``local`` where no key was needed.
-        admin: Whether it may see and change what belongs to others.
+        key_id: ID of its key, for fair queueing and limits; ``local`` if no key was needed.
+        name: Name of its key.
+        limits: Limits of its key.
+        admin: Whether it may see and change what belongs to other keys.
     """
 
     key_id: str = "local"
@@ -63,10 +64,10 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
 
     def demand_model(self, model: str) -> None:
         """
-        See that its key may use what is called so: a model, an alias or ``auto``.
+        Check that the key permits a model, an alias or ``auto``, by name.
 
         Raises:
-            ApiError: 403; the key may not use that model.
+            ApiError: 403; the key does not permit it.
         """
         if not self.limits.allow(model):
             raise ApiError(
@@ -82,12 +83,12 @@ CALLER = web.RequestKey("caller", Caller)
 
 
 def scope_of(route: str) -> Scope | None:
-    """The scope that a route (its pattern, not the path of a request) demands; ``None``: none."""
+    """Return the scope that a route requires, given its pattern; ``None``: no key needed."""
     if route in _OPEN:
         return None
     if route == "/metrics":
         return "metrics"
-    # Another gateway reads from the fleet what it may send here; what only an administrator may see is left out of it.
+    # Other gateways read /api/fleet to learn what they may send here; it omits data for administrators.
     if route.startswith("/v1/") or route in {"/api/decide", "/api/fleet"}:
         return "infer"
     return "admin"
@@ -95,14 +96,14 @@ def scope_of(route: str) -> Scope | None:
 
 class Guard:
     """
-    Decides on every request before its handler runs.
+    Middleware that admits or refuses every request before its handler runs.
 
     Args:
-        store: The keys; ``None``: there are none.
-        open: Whether requests need no key as long as there has been none.
-        bind: The address that the gateway is bound to.
-        hosts: Further names under which a gateway on loopback may be called, behind a proxy for instance.
-        cors_origins: Origins whose pages may use it (scheme, host, port); ``*``: all.
+        store: The keys; ``None``: no keys.
+        open: Whether requests need no key until the first key exists.
+        bind: The address that the gateway listens on.
+        hosts: Further host names that a gateway on loopback accepts, for instance behind a proxy.
+        cors_origins: Origins (scheme, host, port) whose pages may use the gateway; ``*``: all.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class Guard:
         hosts: Sequence[str] = (),
         cors_origins: Sequence[str] = (),
     ) -> None:
-        self.meter = Meter()
+        self.meter = UsageMeter()
         self._store = store
         self._open = open
         self._hosts = {name.lower() for name in (bind, *hosts)} if is_loopback(bind) else None
@@ -122,9 +123,9 @@ class Guard:
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Let a request in, with ``request[CALLER]``, or refuse it; comes right after the envelope."""
-        self._demand_own_name(request)
-        self._demand_own_page(request)
+        """Set ``request[CALLER]``, or refuse the request; must directly follow the envelope."""
+        self._check_host(request)
+        self._check_origin(request)
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
             return self._preflight(request)
         resource = request.match_info.route.resource
@@ -132,9 +133,9 @@ class Guard:
         request[CALLER] = caller = Caller(admin=False) if scope is None else self._admit(request, scope)
         if scope != "infer" or request.method in _SAFE_METHODS:
             return await handler(request)
-        refusal = self.meter.begin(caller.key_id, caller.limits, asyncio.get_running_loop().time())
-        if refusal is not None:
-            raise _over_limit(refusal, caller.limits)
+        reached = self.meter.begin(caller.key_id, caller.limits, asyncio.get_running_loop().time())
+        if reached is not None:
+            raise _over_limit(reached, caller.limits)
         try:
             return await handler(request)
         finally:
@@ -142,22 +143,22 @@ class Guard:
 
     def reserve(self, caller: Caller, tokens: int) -> None:
         """
-        Set tokens of its key aside that a request will probably use; ``charge`` ends that.
+        Reserve the tokens that a request will probably use; ``charge`` ends the reservation.
 
         Raises:
-            ApiError: 429; requests that came at the same time have taken what was left.
+            ApiError: 429; concurrent requests have used up the limit.
         """
-        refusal = self.meter.reserve(caller.key_id, caller.limits, tokens, asyncio.get_running_loop().time())
-        if refusal is not None:
-            raise _over_limit(refusal, caller.limits)
+        reached = self.meter.reserve(caller.key_id, caller.limits, tokens, asyncio.get_running_loop().time())
+        if reached is not None:
+            raise _over_limit(reached, caller.limits)
 
     def charge(self, caller: Caller, tokens: int, *, reserved: int = 0) -> None:
-        """Count tokens that a request used, prompt and generated, against its key, in place of those reserved."""
+        """Charge the prompt and generated tokens of a request to its key, in place of the reserved ones."""
         now = asyncio.get_running_loop().time()
         self.meter.charge(caller.key_id, caller.limits, tokens, now, reserved=reserved)
 
     async def allow_origin(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
-        """Let a page of an allowed origin read the answer (``on_response_prepare``)."""
+        """Add CORS headers for a page of an allowed origin (``on_response_prepare``)."""
         if not self._origins:
             return
         response.headers["Vary"] = ", ".join(filter(None, (response.headers.get("Vary"), "Origin")))
@@ -173,33 +174,33 @@ class Guard:
             except SettingsError as error:
                 _log.error("%s", error)
                 raise ApiError(
-                    503, "the gateway cannot read its API keys", code="keys_unreadable", hint="its log says why"
+                    503, "the gateway cannot read its API keys", code="keys_unreadable", hint="see its log"
                 ) from None
         if self._open and (self._store is None or not self._store.had_keys):
             return Caller()
-        key = self._key_of(request)
-        # Also of a request that is refused it is known whose it was.
-        request[CALLER] = caller = Caller(key_id=key.id, name=key.name, limits=key.limits, admin=key.opens("admin"))
-        if not key.opens(scope):
+        key = self._find_key(request)
+        # Set before the check: the access log names the key of a refused request, too.
+        request[CALLER] = caller = Caller(key_id=key.id, name=key.name, limits=key.limits, admin=key.permits("admin"))
+        if not key.permits(scope):
             raise ApiError(
                 403,
-                f"this API key has no scope {scope}",
+                f"this API key does not have the scope {scope}",
                 code="missing_scope",
-                hint=f"it has {', '.join(key.scopes)}; promptai keys add --scope {scope} makes another",
+                hint=f"it has {', '.join(key.scopes)}; create a key with promptai keys add NAME --scope {scope}",
             )
         return caller
 
-    def _key_of(self, request: web.Request) -> Key:
+    def _find_key(self, request: web.Request) -> ApiKey:
         secret = _secret_in(request)
         if secret is None:
-            raise _unauthorized("there is no API key in the request", 'Bearer realm="promptai"', "missing_api_key")
+            raise _unauthorized("the request has no API key", 'Bearer realm="promptai"', "missing_api_key")
         key = None if self._store is None else self._store.find(secret)
         if key is None:
             challenge = 'Bearer realm="promptai", error="invalid_token"'
             raise _unauthorized("the API key is unknown or revoked", challenge, "invalid_api_key")
         return key
 
-    def _demand_own_name(self, request: web.Request) -> None:
+    def _check_host(self, request: web.Request) -> None:
         host = request.headers.get("Host")
         if self._hosts is None or host is None:
             return
@@ -207,28 +208,28 @@ class Guard:
         if name not in self._hosts and not is_loopback(name):
             raise ApiError(
                 403,
-                "this gateway is bound to loopback and does not answer to that Host",
+                "this Host is not allowed on a gateway bound to loopback",
                 code="host_not_allowed",
-                hint="call it as localhost or 127.0.0.1",
+                hint="use localhost or 127.0.0.1",
             )
 
-    def _demand_own_page(self, request: web.Request) -> None:
+    def _check_origin(self, request: web.Request) -> None:
         origin = request.headers.get("Origin")
         if origin is None or request.method in {"GET", "HEAD"} or self._allows(origin):
             return
         if _authority(origin) != request.headers.get("Host", "").lower():
             raise ApiError(
                 403,
-                "pages of that origin may not use this gateway",
+                "pages of this origin may not use the gateway",
                 code="origin_not_allowed",
-                hint="name the origin in cors_origins",
+                hint="add the origin to cors_origins",
             )
 
     def _allows(self, origin: str) -> bool:
         return "*" in self._origins or origin.lower() in self._origins
 
     def _preflight(self, request: web.Request) -> web.Response:
-        """Answer a browser that asks first; the origin has been found good, the header of it comes when it is sent."""
+        """Respond to a CORS preflight whose origin has been checked; ``allow_origin`` adds the origin's header."""
         headers = {"Access-Control-Allow-Methods": "GET, POST, DELETE", "Access-Control-Max-Age": "600"}
         wanted = request.headers.get("Access-Control-Request-Headers", "")
         if _HEADER_NAMES.fullmatch(wanted):
@@ -239,7 +240,7 @@ class Guard:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or address, without a port, is this machine and nothing else."""
+    """Whether a host name or address, without a port, is loopback."""
     if host.lower() == "localhost":
         return True
     try:
@@ -249,13 +250,13 @@ def is_loopback(host: str) -> bool:
 
 
 def host_name(host: str) -> str:
-    """The name or address in a ``Host`` header, in lower case; empty where it is not well-formed."""
+    """Return the name or address in a ``Host`` header in lower case; empty if the header is malformed."""
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]@/?#\s]+?)\.?)(?::[0-9]*)?", host)
     return "" if match is None else (match[1] or match[2]).lower()
 
 
 def _authority(origin: str) -> str | None:
-    """Host and port of an origin; ``None`` of what is none."""
+    """Return host and port of an origin; ``None``: malformed."""
     try:
         return urlsplit(origin).netloc.lower()
     except ValueError:
@@ -274,21 +275,21 @@ def _unauthorized(message: str, challenge: str, code: str) -> ApiError:
         401,
         message,
         code=code,
-        hint="send Authorization: Bearer pk-...; promptai keys add makes a key",
+        hint="send Authorization: Bearer pk-...; create a key with promptai keys add NAME",
         headers={"WWW-Authenticate": challenge},
     )
 
 
-def _over_limit(refusal: Refusal, limits: KeyLimits) -> ApiError:
-    reached = {
-        "requests": f"{limits.requests_per_min} requests a minute",
-        "tokens": f"{limits.tokens_per_min} tokens a minute",
-        "concurrent": f"{limits.concurrent} requests at once",
+def _over_limit(reached: LimitReached, limits: KeyLimits) -> ApiError:
+    texts = {
+        "requests": f"{limits.requests_per_min} requests per minute",
+        "tokens": f"{limits.tokens_per_min} tokens per minute",
+        "concurrent": f"{limits.concurrent} concurrent requests",
     }
     return ApiError(
         429,
-        f"this API key is limited to {reached[refusal.reason]}",
+        f"this API key is limited to {texts[reached.limit]}",
         code="rate_limit_exceeded",
-        hint=f"try again in {max(1, math.ceil(refusal.retry_after_s))} s",
-        retry_after_s=refusal.retry_after_s,
+        hint=f"try again in {max(1, math.ceil(reached.retry_after_s))} s",
+        retry_after_s=reached.retry_after_s,
     )

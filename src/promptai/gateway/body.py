@@ -1,9 +1,8 @@
 """Read a JSON object from a request, within limits of size, time and depth.
 
-A gateway on a board has little memory and no patience: a body is measured while it
-arrives, a client that dribbles is cut off, and what JSON allows but nobody can send on
-(nesting without end) is refused here rather than deeper inside.
-Of a key that comes twice the last value counts, as everywhere.
+A board has little memory: the size is checked while a body arrives, and a client that sends it too slowly is cut off.
+JSON that is valid but cannot be encoded again (unlimited nesting) is refused here rather than deeper inside. If a key
+occurs twice, its last value counts, as in most JSON parsers.
 """
 
 import asyncio
@@ -15,26 +14,26 @@ from aiohttp import web
 from promptai.gateway.errors import ApiError
 from promptai.wire.malformed import MALFORMED
 
-#: Tools with nested schemas stay far below; every encoder on the way copes with it.
+#: Far above tools with nested schemas; every encoder on the way supports it.
 MAX_DEPTH = 100
 
 
 async def read_json(request: web.Request, *, limit_bytes: int, limit_s: float) -> dict[str, Any]:
     """
-    The request's body.
+    Return the request's body.
 
     Args:
         limit_bytes: Largest body, after decompression.
-        limit_s: Longest time for all of it to arrive.
+        limit_s: Longest time for the whole body to arrive.
 
     Raises:
         ApiError: 400 (not a JSON object), 408 (too slow) or 413 (too large).
-        ConnectionError: The client has gone.
+        ConnectionError: The client has disconnected.
     """
     if request.content_length is not None and request.content_length > limit_bytes:
         raise _too_large(limit_bytes)
     try:
-        if request.content.is_eof():  # all of it came with the head, as nearly every body does
+        if request.content.is_eof():  # arrived with the head, as nearly every body does
             data = await _read(request, limit_bytes)
         else:
             async with asyncio.timeout(limit_s):
@@ -48,10 +47,10 @@ async def read_json(request: web.Request, *, limit_bytes: int, limit_s: float) -
 
 def decode_object(data: bytes) -> dict[str, Any]:
     """
-    A JSON object that can be encoded again.
+    Return the JSON object in ``data``; it can be encoded again.
 
     Raises:
-        ApiError: 400; says what is wrong with it.
+        ApiError: 400; not such an object.
     """
     if not data:
         raise _malformed("the request has no body")
@@ -78,7 +77,7 @@ async def _read(request: web.Request, limit_bytes: int) -> bytes:
             if len(data) > limit_bytes:
                 raise _too_large(limit_bytes)
     except web.RequestPayloadError:
-        raise _malformed("the body is not encoded as its headers say") from None
+        raise _malformed("the body is not encoded as its headers declare") from None
     return bytes(data)
 
 
@@ -97,7 +96,7 @@ def _deeper_than(value: object, limit: int) -> bool:
 
 
 def _name(value: object) -> str:
-    names = {list: "an array", str: "a string", bool: "a truth value", int: "a number", float: "a number"}
+    names = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return names.get(type(value), "null")
 
 
@@ -106,13 +105,13 @@ def _malformed(message: str) -> ApiError:
 
 
 def _too_deep() -> ApiError:
-    return _malformed(f"the body nests deeper than {MAX_DEPTH} levels")
+    return _malformed(f"the body is nested deeper than {MAX_DEPTH} levels")
 
 
 def _too_large(limit_bytes: int) -> ApiError:
     return ApiError(
         413,
-        f"the body is larger than the {limit_bytes:,} bytes that are taken here",
+        f"the body exceeds the limit of {limit_bytes:,} bytes",
         code="request_too_large",
         hint="shorten the conversation",
     )

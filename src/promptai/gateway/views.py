@@ -1,4 +1,4 @@
-"""What the gateway shows of itself: models, fleet and queue, as plain values."""
+"""The gateway's state for its API, as plain values: models, fleet and queue."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +11,12 @@ from promptai.router.selection import ModelNames
 
 
 def models_view(dispatcher: Dispatcher, names: ModelNames, allowed: Callable[[str], bool]) -> dict[str, Any]:
-    """``GET /v1/models``: everything that a request may call a model, ``auto`` and aliases among them."""
+    """Return ``GET /v1/models``: every permitted name for a request's model, including aliases and ``auto``."""
     snapshot = dispatcher.fleet_state.fleet.snapshot
     entries = []
     meant = {alias: found.model for alias, found in names.aliases.items()}
     for model in snapshot.models:
-        if meant.get(model, model) != model:  # whoever says its name gets another one
+        if meant.get(model, model) != model:  # an alias of the same name stands for another model
             continue
         replicas = snapshot.of(model)
         entries.append({"id": model, "replicas": len(replicas), "context": _context(replicas)})
@@ -36,11 +36,11 @@ def models_view(dispatcher: Dispatcher, names: ModelNames, allowed: Callable[[st
 
 def fleet_view(dispatcher: Dispatcher, names: ModelNames, *, admin: bool) -> dict[str, Any]:
     """
-    ``GET /api/fleet``: all replicas and what is known of them.
+    Return ``GET /api/fleet``: all replicas with their state and rates.
 
-    Another gateway reads ``models``; what is behind a third one is not counted there, or two gateways
-    that know each other would count each other's slots for ever. URLs are for ``admin`` alone; ids, which are
-    host:port of a remote replica without a name, are told to everybody who may infer.
+    Other gateways read ``models``. It excludes replicas that are gateways themselves: two gateways that know each other
+    would count each other's slots for ever. Only ``admin`` sees URLs; every key with the scope infer sees ids, which
+    are host:port for a remote replica without a name.
     """
     fleet_state = dispatcher.fleet_state
     snapshot = fleet_state.fleet.snapshot
@@ -48,14 +48,14 @@ def fleet_view(dispatcher: Dispatcher, names: ModelNames, *, admin: bool) -> dic
         "gateway": "promptai",
         "version": snapshot.version,
         "strategy": dispatcher.strategy.name,
-        "models": [_model(model, own) for model in snapshot.models if (own := _own(snapshot.of(model)))],
+        "models": [_model(model, own) for model in snapshot.models if (own := _without_gateways(snapshot.of(model)))],
         "aliases": {alias: found.model for alias, found in names.aliases.items()},
         "replicas": [_replica(dispatcher, replica, admin=admin) for replica in snapshot.replicas],
     }
 
 
 def queue_view(dispatcher: Dispatcher) -> dict[str, Any]:
-    """``GET /api/queue``: who waits for what, and who is in which slot; keys by their ids, nobody's words."""
+    """Return ``GET /api/queue``: queued and running requests, with the ids of their keys and without any text."""
     fleet_state = dispatcher.fleet_state
     now, snapshot = fleet_state.now(), fleet_state.fleet.snapshot
     waiting = []
@@ -89,7 +89,7 @@ def queue_view(dispatcher: Dispatcher) -> dict[str, Any]:
     return {"waiting": waiting, "running": running, "bound": dispatcher.limits.queue}
 
 
-def _own(replicas: tuple[Replica, ...]) -> tuple[Replica, ...]:
+def _without_gateways(replicas: tuple[Replica, ...]) -> tuple[Replica, ...]:
     return tuple(replica for replica in replicas if replica.dialect != "promptai")
 
 
