@@ -242,7 +242,7 @@ class Admission:
         return found.model, found.reason.replace("prompt has ", "prompt has about ", 1)
 
     def _check_context(self, parsed: _ParsedRequest, tokens: float) -> ContextFits | ContextTooLong:
-        """Find a context for so many tokens: of the requested model, or of a fallback that the key permits."""
+        """Find a context for that many tokens, in the requested model or in a fallback that the key permits."""
         allow = parsed.caller.limits.allow
         return check_context(
             parsed.name.model,
