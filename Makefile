@@ -2,14 +2,20 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+WORKERS ?= 2
 
-.PHONY: demo test check bench bench-gateway bench-models bench-routing bench-failover docs format clean help
+.PHONY: demo test check prose bench bench-gateway bench-models bench-routing bench-failover docs format clean help
 
 demo: $(VENV)/.installed  ## install, then measure the bundled model and write a report (under 3 minutes)
 	$(BIN)/promptai demo
 
+# Two workers share two cores; tests that measure time follow alone, also when another has failed. A status above 1 is
+# Ctrl-C or an error of pytest itself.
 test: $(VENV)/.dev  ## install what is missing, then the whole test suite
-	$(BIN)/pytest
+	@$(BIN)/pytest -m "not timed" --numprocesses=$(WORKERS) --dist=worksteal; first=$$?; \
+		test $$first -le 1 || exit $$first; \
+		$(BIN)/pytest -m timed; last=$$?; \
+		test $$last -eq 0 && exit $$first; exit $$last
 
 check: $(VENV)/.dev  ## lint, types, floors, generated documents
 	$(BIN)/ruff check .
@@ -17,6 +23,9 @@ check: $(VENV)/.dev  ## lint, types, floors, generated documents
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
+
+prose: $(VENV)/.dev  ## list vague subjects, programs that talk and duplicate public class names
+	$(BIN)/python docs/prose.py -v
 
 bench: $(VENV)/.dev  ## accuracy and cost of the measuring harness (absolute figures)
 	$(BIN)/python benchmarks/harness.py

@@ -194,6 +194,7 @@ def test_a_look_that_would_take_too_long_is_left_out() -> None:
 
 
 @pytest.mark.real
+@pytest.mark.timed
 def test_a_session_tells_what_it_ran_on_and_what_it_opened_and_loading_does_not_thin_its_cost(tmp_path: Path) -> None:
     config = SimulationConfig(prefill_tps=1e5, decode_tps=1e4, load_s=0.0)
 

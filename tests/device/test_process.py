@@ -237,6 +237,7 @@ def test_a_real_child_s_memory_is_seen() -> None:
     assert tree.processes == 2
 
 
+@pytest.mark.timed
 def test_a_read_takes_less_than_two_milliseconds() -> None:
     """The best of several reads, because the machine is busy with other work."""
     tree = ProcessTree(os.getpid())

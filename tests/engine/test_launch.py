@@ -250,6 +250,7 @@ def test_kills_an_engine_that_ignores_sigterm(model: Path, monkeypatch: pytest.M
 
 @pytest.mark.real
 @pytest.mark.parametrize("cancelled", [False, True], ids=["left-alone", "cancelled"])
+@pytest.mark.timed
 def test_stopping_an_engine_does_not_block_the_loop(
     model: Path, monkeypatch: pytest.MonkeyPatch, *, cancelled: bool
 ) -> None:
@@ -271,8 +272,7 @@ def test_stopping_an_engine_does_not_block_the_loop(
         gaps, last = [0.0], time.monotonic()
         while not task.done():
             await asyncio.sleep(0.02)
-            gaps.append(time.monotonic() - last)
-            last = time.monotonic()
+            gaps, last = [*gaps, time.monotonic() - last], time.monotonic()
             if cancelled and await up():
                 task.cancel()
         assert not alive(engine.pid)

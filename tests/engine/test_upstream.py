@@ -250,6 +250,7 @@ def test_use_outside_its_block_is_a_programming_error() -> None:
 
 
 @pytest.mark.parametrize("pieces", [1, 12], ids=["prefill", "decode"])
+@pytest.mark.timed
 def test_closing_a_stream_frees_the_slot_at_once(pieces: int) -> None:
     """The engine notices the closed connection."""
 

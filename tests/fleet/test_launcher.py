@@ -158,6 +158,7 @@ def test_a_failed_start_reports_the_reason_and_leaves_nothing(tmp_path: Path) ->
 
 
 @pytest.mark.real
+@pytest.mark.timed
 def test_cancelling_a_start_ends_the_engine_without_blocking_the_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +207,7 @@ def test_leaves_no_engine_when_the_loop_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.timed
 def test_serves_evicts_and_detects_the_death_of_real_engines(tmp_path: Path) -> None:
     """With memory for one engine: the second replaces the first, and its death is detected within a second."""
     models = (tiny("a"), tiny("b"))

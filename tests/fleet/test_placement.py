@@ -164,6 +164,7 @@ def test_the_chosen_set_is_as_cheap_as_the_best_of_all_sets(seed: int) -> None:
     assert plan_eviction(needed, engines, budget).evict == tuple(e.id for e in best)
 
 
+@pytest.mark.timed
 def test_choosing_among_forty_engines_is_fast() -> None:
     rng = random.Random(1)
     engines = [engine(str(n), rng.random() + 0.1, load_s=rng.random()) for n in range(40)]

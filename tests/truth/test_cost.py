@@ -9,7 +9,7 @@ import pytest
 
 from support_cli import PROMPTAI, clean_environment, promptai, simulated
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.timed]
 
 
 def test_client_and_telemetry_take_at_most_3_percent_of_one_core_at_a_1b_model_s_speed(tmp_path: Path) -> None:

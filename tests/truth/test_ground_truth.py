@@ -7,7 +7,7 @@ import pytest
 from promptai.bench.selftest import CASES, TOLERANCE, Case, selftest
 from promptai.errors import PromptAIError
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.timed]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.prompt_tokens} prompt tokens")

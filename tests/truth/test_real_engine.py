@@ -62,6 +62,7 @@ def counter(metrics: str, name: str) -> float:
     return float(match[1])
 
 
+@pytest.mark.timed
 def test_counts_and_rates_are_the_engine_s_own_within_1_percent(model: Path, tmp_path: Path) -> None:
     """
     Prefill summed over requests, and decode of the median request, against the engine's counters.
