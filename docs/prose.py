@@ -51,7 +51,7 @@ def count(sources: Path = SOURCES) -> tuple[int, dict[str, list[Hit]]]:
             for name, (pattern, _) in HABITS.items():
                 for found in pattern.finditer(text):
                     around = " ".join(text[max(0, found.start() - 40) : found.end() + 40].split())
-                    hits[name].append(Hit(path, line + text.count("\n", 0, found.start()), around))
+                    hits[name].append(Hit(path, line + text.count("\n", 0, found.end()), around))
     return words, hits
 
 

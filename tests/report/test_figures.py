@@ -70,6 +70,7 @@ def test_every_figure_is_drawn_of_a_whole_run(whole: dict[str, Figure]) -> None:
 
 
 def test_a_figure_carries_its_data_and_fetches_nothing(whole: dict[str, Figure]) -> None:
+    assert whole
     for figure in whole.values():
         assert rows_of(figure)
         assert '"url"' not in json.dumps(figure.spec)
