@@ -45,17 +45,26 @@ def test_ignores_a_calibration_that_is_damaged_or_of_another_version(tmp_path: P
 
 @pytest.mark.real
 def test_calibrates_the_real_engine_and_removes_probe_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = [
+    shapes = (
         msgspec.structs.replace(
-            probe, shape=msgspec.structs.replace(probe.shape, layers=2, width=256, heads=4, kv_heads=4, ffn=512)
+            probe.shape,
+            layers=2,
+            width=256,
+            heads=4,
+            kv_heads=4,
+            ffn=512,
+            vocabulary=min(probe.shape.vocabulary, 30_000),
         )
         for probe in PROBES
-    ]
+    )
+    small = [msgspec.structs.replace(probe, shape=shape) for probe, shape in zip(PROBES, shapes, strict=True)]
     monkeypatch.setattr(module, "PROBES", small)
     # Heads of 64, which the small ones have too.
     monkeypatch.setattr(module, "ATTENTION_PROBES", ATTENTION_PROBES[:2])
     monkeypatch.setattr(module, "_DEPTHS", (8, 776))
     monkeypatch.setattr(module, "_ANSWER_TOKENS", 4)
+    monkeypatch.setattr(module, "_TRIES", 1)
+    monkeypatch.setattr(module, "_DEPTH_TRIES", 2)
     observed: list[str] = []
 
     found = asyncio.run(

@@ -137,7 +137,7 @@ def test_an_engine_that_is_killed_while_decoding_says_so_and_what_was_measured_s
     small_model: Path, workload: Path, tmp_path: Path
 ) -> None:
     bench = start(
-        *("bench", small_model, "--workload", workload, "--max-tokens", "2000", "--context", "4096"),
+        *("bench", small_model, "--workload", workload, "--max-tokens", "500", "--context", "4096"),
         *(*ONE_THREAD, "--ignore-eos"),
         cwd=tmp_path,
     )

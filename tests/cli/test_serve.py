@@ -127,7 +127,7 @@ def test_sigterm_drains_and_ends_the_engine(tmp_path: Path) -> None:
     with serving(*ONE_THREAD, cwd=tmp_path) as served:
         served.ready()
         engines = children_of(served.process.pid, "promptai.engine")
-        answer = served.stream(max_tokens=3500, ignore_eos=True)
+        answer = served.stream(max_tokens=2000, ignore_eos=True)
         answer.until_it_speaks()
         served.process.send_signal(signal.SIGTERM)
         wait_for(lambda: served.get("/readyz")[0] == 503, what="the end of taking")
@@ -354,7 +354,7 @@ def test_adding_a_model_drains_and_restarts_the_others(tmp_path: Path, small_mod
     config.write_text("[[serve]]\nmodel = 'promptai-tiny'\npreload = true\n")
     with serving(*ONE_THREAD, cwd=tmp_path) as served:
         served.ready()
-        answer = served.stream(model="promptai-tiny", max_tokens=3500, ignore_eos=True)
+        answer = served.stream(model="promptai-tiny", max_tokens=2000, ignore_eos=True)
         answer.until_it_speaks()
         config.write_text(f"[[serve]]\nmodel = 'promptai-tiny'\n[[serve]]\nmodel = '{small_model}'\n")
         served.process.send_signal(signal.SIGHUP)
