@@ -34,6 +34,8 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Question]:
     return asyncio.run(ask_all())
 
 
+# Other load changes which tokens are computed together, and so the rounding: ties grow to 0.07 nats.
+@pytest.mark.timed
 @pytest.mark.parametrize(("slots", "how"), [(1, "text"), (2, "ids")])
 def test_answers_survive_kill_9_of_their_engine(
     tmp_path: Path, questions: list[Question], slots: int, how: Literal["ids", "text"]

@@ -75,14 +75,14 @@ def test_counts_and_rates_are_the_engine_s_own_within_1_percent(model: Path, tmp
         assert sum(t.prompt_n or 0 for t in traces) == counter(metrics, "prompt_tokens_total")
         assert sum(t.generated_tokens or 0 for t in traces) == counter(metrics, "tokens_predicted_total")
         assert sum(t.uncached_tokens or 0 for t in traces) == counter(metrics, "prompt_tokens_total")
-        read_s, engine_s = sum(t.prompt_s or 0 for t in traces), counter(metrics, "prompt_seconds_total")
-        assert read_s == pytest.approx(engine_s, rel=0.01, abs=_UNCOUNTED_S * len(traces))
-        told_s = sum((t.predicted_ms or 0) / 1000 for t in traces)
-        assert told_s == pytest.approx(counter(metrics, "tokens_predicted_seconds_total"), rel=0.01)
+        prefill_s = sum(t.prompt_s or 0 for t in traces)
+        decode_s = sum((t.predicted_ms or 0) / 1000 for t in traces)
+        assert decode_s == pytest.approx(counter(metrics, "tokens_predicted_seconds_total"), rel=0.01)
         ratio = median((t.decode_s or 0) / ((t.predicted_ms or 0) / 1000) for t in traces)
-        if ratio == pytest.approx(1, rel=0.01):
+        engine_s = counter(metrics, "prompt_seconds_total")
+        if prefill_s == pytest.approx(engine_s, rel=0.01, abs=_UNCOUNTED_S * len(traces)) and abs(ratio - 1) <= 0.01:
             return
-    pytest.fail(f"decode by our clock is {ratio:.3f} times the engine's, {ATTEMPTS} times")
+    pytest.fail(f"prefill took {prefill_s:.4f} s (engine: {engine_s:.4f} s), decode {ratio:.3f} times the engine's")
 
 
 def hashes(run: Path) -> dict[tuple[Any, ...], str]:
