@@ -1,4 +1,4 @@
-"""What holds for every test: a unit test has two seconds, and the developer's environment does not leak in."""
+"""Rules for every test: two seconds for a unit test, and no settings from the developer's environment."""
 
 import os
 

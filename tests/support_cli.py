@@ -1,4 +1,4 @@
-"""Run the command line as a user does: another process, a real terminal-less shell, real files."""
+"""Run the command line as a user does: in a process of its own, without a terminal, on real files."""
 
 import contextlib
 import json
@@ -46,13 +46,13 @@ def start(*arguments: str | Path, cwd: Path) -> "subprocess.Popen[str]":
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment without whatever the developer's shell says about PromptAI."""
+    """The environment without the PromptAI settings of the developer's shell."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PROMPTAI_")} | {"COLUMNS": "200"}
 
 
 @contextlib.contextmanager
 def simulated(*arguments: str, cwd: Path) -> Iterator[str]:
-    """A simulated engine in another process; gives its URL."""
+    """Run a simulated engine in another process; yield its URL."""
     process = start("engine", "simulate", *arguments, cwd=cwd)
     try:
         assert process.stdout is not None
@@ -66,14 +66,14 @@ def simulated(*arguments: str, cwd: Path) -> Iterator[str]:
 
 
 def only_run(cwd: Path) -> Path:
-    """The one run directory below ``cwd``."""
+    """The only run directory below ``cwd``."""
     runs = sorted((cwd / "runs").iterdir())
     assert len(runs) == 1, runs
     return runs[0]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON Lines file; none while it does not exist."""
+    """The complete lines of a JSON Lines file; empty while the file does not exist."""
     if not path.exists():
         return []
     data = path.read_bytes()
@@ -81,12 +81,12 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def keys(traces: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """What names each request."""
+    """The key that identifies each request."""
     return [tuple(t[name] for name in ("target", "cache", "repeat", "conversation", "turn")) for t in traces]
 
 
 def wait_for(condition: Callable[[], bool], *, what: str, seconds: float = 60.0) -> None:
-    """Poll until something has happened."""
+    """Poll until a condition holds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():
@@ -117,7 +117,7 @@ def children_of_any(pid: int) -> set[int]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
+    """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

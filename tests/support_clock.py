@@ -1,9 +1,8 @@
-"""An event loop on virtual time: whoever sleeps an hour wakes at once, and an hour later.
+"""An event loop on virtual time: a sleep of an hour ends at once, an hour later by the loop's clock.
 
-What only sleeps, times out and hands things to each other runs in no time and always in the same
-order. Sockets of this loop that are connected with each other may be among it: what one end wrote is
-there at once, and before the clock moves it is looked whether it is. Nothing else may be waited for:
-neither a thread nor another process.
+Tasks that only sleep, time out and exchange data run without delay and always in the same order. They may use
+sockets that this loop connects with each other: before the clock moves, the loop looks for data that one end
+has written. They must not wait for a thread or another process.
 """
 
 import asyncio
@@ -19,33 +18,33 @@ _CARRIED_S = 0.001
 
 
 class _Selector(selectors.DefaultSelector):
-    """Skips the wait and moves the clock instead."""
+    """Moves the clock instead of waiting."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
 
     def select(self, timeout: float | None = None) -> list[Any]:
-        # The loop itself has one socket, by which signals wake it.
+        # The loop has one socket of its own, which signals use to wake it.
         carried = timeout != 0 and len(self.get_map()) > 1
         ready = super().select(_CARRIED_S if carried else 0)
         if ready:
             return ready
         if timeout is None:
-            raise RuntimeError("everything waits, and nothing will ever happen: a deadlock")
+            raise RuntimeError("deadlock: every task waits, and no timer is set")
         self.now += max(0.0, timeout)
         return super().select(0)
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Its ``time`` moves when everybody sleeps."""
+    """An event loop whose ``time`` moves only when every task waits."""
 
     def __init__(self) -> None:
         self._virtual = _Selector()
         super().__init__(self._virtual)
 
     def time(self) -> float:
-        """Virtual seconds since the loop was made."""
+        """Virtual seconds since the loop was created."""
         return self._virtual.now
 
 

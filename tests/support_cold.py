@@ -1,4 +1,4 @@
-"""A gateway's inside whose engines are this machine's: started when they are wanted, in pretended memory."""
+"""Admission and routing in front of this machine's own engines, which start on demand in simulated memory."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ from support_simulated_upstream import SimulatedUpstream
 
 
 class Cold:
-    """Models that take ten seconds to load, of which memory holds as many as the budget says."""
+    """Models that load in ten seconds each, within a budget of memory."""
 
     def __init__(
         self,
@@ -59,6 +59,6 @@ class Cold:
     def admitted(
         self, model: str, messages: Sequence[Mapping[str, Any]], *, key: str = "local", **fields: Any
     ) -> AdmittedRequest:
-        """A chat that has been accepted."""
+        """Admit a chat."""
         body = {"model": model, "messages": [dict(message) for message in messages], "stream": True, **fields}
         return self.admission.admit("/v1/chat/completions", body, {}, Caller(key_id=key))

@@ -1,4 +1,4 @@
-"""Servers made of raw bytes, for answers that no library would send, and what the tests of engines share."""
+"""Servers of raw bytes, for responses that no library would send, and helpers of the tests of engines."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 Use = Callable[[EngineClient], Awaitable[object]]
 
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-#: A llama-server that is always well, and does not care for being asked to end.
+#: A llama-server that is always healthy and ignores SIGTERM.
 STUBBORN = """\
 import http.server, signal, sys
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -32,7 +32,7 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
 
 class RawServer:
-    """A listening socket; every request that came, headers and body."""
+    """A listening server; ``requests`` holds every request, headers and body."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -42,11 +42,11 @@ class RawServer:
 @contextlib.asynccontextmanager
 async def raw_server(*answers: bytes | Answer) -> AsyncIterator[RawServer]:
     """
-    Listen on loopback and give each request the next answer, the last one again and again.
+    Listen on loopback; each request gets the next response, and the last response repeats.
 
     Args:
         answers: Bytes that are written before the connection is closed, or a
-            function that does as it likes with the connection after a request.
+            function that handles the connection after a request.
     """
     number = 0
     handlers: set[asyncio.Task[object] | None] = set()
@@ -56,7 +56,7 @@ async def raw_server(*answers: bytes | Answer) -> AsyncIterator[RawServer]:
         handlers.add(asyncio.current_task())
         answer = answers[min(number, len(answers) - 1)]
         number += 1
-        # A client that leaves early is the client's business; the test sees it from there.
+        # A client may disconnect early; the test checks its side.
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             server.requests.append(await _request(reader))
             if isinstance(answer, bytes):
@@ -89,23 +89,23 @@ async def _request(reader: asyncio.StreamReader) -> bytes:
 
 
 def chunked(data: bytes) -> bytes:
-    """One piece of a chunked body."""
+    """One chunk of a chunked body."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def content(text: str) -> bytes:
-    """The event of one piece of text."""
+    """An event with one piece of text."""
     return b'data: {"choices": [{"index": 0, "delta": {"content": "%b"}}]}\n\n' % text.encode()
 
 
 def answer(status: str, body: bytes, kind: str = "application/json") -> bytes:
-    """A whole response with a body of known length."""
+    """A complete response with a Content-Length."""
     head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     return head.encode() + body
 
 
 def repeating(begin: bytes, again: bytes) -> Answer:
-    """A server that says something for ever, a hundred times a second."""
+    """A response that sends ``again`` a hundred times a second, without end."""
 
     async def play(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(begin)
@@ -118,7 +118,7 @@ def repeating(begin: bytes, again: bytes) -> Answer:
 
 
 def silent_after(data: bytes) -> Answer:
-    """A server that says this much and then nothing, until its client has gone."""
+    """A response that sends ``data`` and then nothing until the client disconnects."""
 
     async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(data)
@@ -127,19 +127,19 @@ def silent_after(data: bytes) -> Answer:
     return play
 
 
-#: The beginning and the end of a good answer.
+#: The beginning and the end of a complete answer.
 HELLO = STREAM_HEAD + chunked(content("hello"))
 DONE = b"data: [DONE]\n\n"
 END = chunked(DONE) + b"0\r\n\r\n"
 
 
 async def chat(client: EngineClient, body: dict[str, object] | None = None) -> list[Arrival]:
-    """Everything that one streamed chat brings."""
+    """All arrivals of one streamed chat."""
     return [arrival async for arrival in client.stream_chat(dict(CHAT) | (body or {}))]
 
 
 def against(*answers: bytes | Answer, use: Use = chat, silence_s: float = 0.2) -> object:
-    """What a client gets out of a server that gives these answers."""
+    """The result of ``use`` with a client of a server that sends these responses."""
 
     async def play() -> object:
         async with raw_server(*answers) as server, EngineClient(server.url, silence_s=silence_s) as client:
@@ -149,7 +149,7 @@ def against(*answers: bytes | Answer, use: Use = chat, silence_s: float = 0.2) -
 
 
 def engine_of(command: Path | tuple[str, ...] | EngineBinary, model: Path, *, port: int | None = None) -> RunningEngine:
-    """An engine beside its model's file, not started yet."""
+    """An engine for a model's file, not started yet."""
     if isinstance(command, Path):
         command = (str(command),)
     binary = EngineBinary("settings", command, None, None) if isinstance(command, tuple) else command
@@ -158,25 +158,25 @@ def engine_of(command: Path | tuple[str, ...] | EngineBinary, model: Path, *, po
 
 
 async def start_and_stop(engine: RunningEngine) -> None:
-    """A start that may fail."""
+    """Start an engine and stop it."""
     async with engine:
         pass
 
 
 def alive(pid: int | None) -> bool:
-    """Whether a process still runs; one that ended and was not waited for does not."""
+    """Whether a process exists and is not a zombie."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     return False
 
 
 async def until(ready: Callable[[], Awaitable[bool]]) -> None:
-    """Wait for something that nobody announces; 20 s at most."""
+    """Poll until a condition holds, for at most 20 s."""
     async with asyncio.timeout(20):
-        while not await ready():  # noqa: ASYNC110  there is nothing to be woken by
+        while not await ready():  # noqa: ASYNC110  no event announces it
             await asyncio.sleep(0.005)
 
 
 def text_of(arrivals: list[Arrival]) -> str:
-    """The answer that they add up to."""
+    """The text of the answer."""
     return "".join(arrival.chunk.content for arrival in arrivals)

@@ -1,7 +1,7 @@
-"""Engines that are killed in the middle of answers, and a gateway before them.
+"""Engines that are killed in the middle of answers, and a gateway in front of them.
 
-Shared by ``benchmarks/failover.py``, which asks for a hundred interruptions of each kind, and
-``tests/gateway/test_nothing_is_lost.py``, which asks for ten; ``support_referee`` judges.
+Shared by ``benchmarks/failover.py``, which wants a hundred interruptions of each kind, and
+``tests/gateway/test_nothing_is_lost.py``, which wants ten; ``support_referee`` judges the answers.
 """
 
 import asyncio
@@ -36,17 +36,17 @@ from promptai.router.schedule.fleet_state import FleetState
 from promptai.wire.sse import SseEvent
 
 MAX_TOKENS = 60
-#: Nothing that is asked here takes a second; whatever takes so long hangs.
+#: A request that takes so long hangs: none here needs a second.
 HANG_S = 60.0
 
 
 class Joint(msgspec.Struct):
     """
-    One continuation, as it was asked for and answered.
+    One continuation: what the gateway requested, and the engine's response.
 
     Attributes:
-        prompt: Token ids that the engine was given.
-        tokens: Token ids that it generated, as far as it told; ``text`` is what they say.
+        prompt: Token ids that the gateway sent.
+        tokens: Token ids that the engine reported; ``text`` is their text.
     """
 
     prompt: list[int] = []
@@ -56,11 +56,11 @@ class Joint(msgspec.Struct):
 
 class Heard(msgspec.Struct):
     """
-    What a client got.
+    The answer that a client received.
 
     Attributes:
-        ended: How often it was told why the answer ended.
-        pause_s: The longest time between two pieces.
+        ended: Number of finish reasons.
+        pause_s: The longest time between two chunks.
     """
 
     text: str = ""
@@ -73,7 +73,7 @@ class Heard(msgspec.Struct):
 
 
 class Recorder(HttpUpstream):
-    """Reaches engines, and keeps what continuations asked for, by the request's ``seed``."""
+    """An ``HttpUpstream`` that records all continuations by the ``seed`` of their request."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Recorder(HttpUpstream):
 
 
 class Boards:
-    """Real engines that are killed and come back; an async context manager."""
+    """Real engines that tests kill and restart; an async context manager."""
 
     def __init__(self, count: int, slots: int, folder: Path) -> None:
         self._folder = folder
@@ -128,18 +128,18 @@ class Boards:
 
     @property
     def urls(self) -> list[str]:
-        """Where they are."""
+        """URLs of the engines."""
         return [f"http://127.0.0.1:{flags.port}" for flags in self._flags]
 
     def kill(self, replica_id: str) -> None:
-        """Kill the engine of a replica: SIGKILL, as the kernel does it when memory is full."""
+        """Kill the engine of a replica with SIGKILL, as the kernel does when memory is full."""
         engine = self._running.pop(replica_id, None)
         if engine is not None and engine.pid is not None:
             os.kill(engine.pid, signal.SIGKILL)
             self._killed.append(engine)
 
     async def restart(self) -> None:
-        """Start those that are gone."""
+        """Start the engines that do not run."""
         await self._bury()
         for number, flags in enumerate(self._flags):
             name = f"127.0.0.1:{flags.port}"
@@ -157,7 +157,7 @@ class Boards:
 async def front(
     urls: Sequence[str], *, stall_s: float = 15.0, rates: Rates | None = None
 ) -> AsyncIterator[tuple[GatewayServer, Registry, Recorder]]:
-    """A gateway before these engines."""
+    """Run a gateway in front of these engines."""
     async with Recorder() as upstream:
         registry = Registry(
             [StaticSource([Target(url, rates=rates or Rates()) for url in urls], upstream, period_s=0.2)]
@@ -177,7 +177,7 @@ async def front(
 
 
 async def all_ready(registry: Registry, count: int) -> None:
-    """Wait until the gateway knows so many replicas to be ready."""
+    """Wait until ``count`` replicas are ready in the registry."""
     ready = asyncio.Event()
 
     def look(snapshot: Snapshot) -> None:
@@ -194,7 +194,7 @@ async def all_ready(registry: Registry, count: int) -> None:
 
 
 async def ask(url: str, body: dict[str, Any], strike: Callable[[Heard], None] = lambda _: None) -> Heard:
-    """One streamed chat; ``strike`` is called after every piece."""
+    """Stream one chat; ``strike`` is called after every chunk."""
     heard, loop = Heard(), asyncio.get_running_loop()
     last = loop.time()
 
@@ -217,5 +217,5 @@ async def ask(url: str, body: dict[str, Any], strike: Callable[[Heard], None] = 
 
 
 def chat(messages: list[dict[str, str]], **fields: Any) -> dict[str, Any]:
-    """A greedy request."""
+    """The body of a chat with greedy sampling."""
     return {"messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0, **fields}

@@ -1,9 +1,9 @@
-"""Executables that look like a llama-server and only keep its accounts, at speeds that a test chooses."""
+"""Executables that report llama-server's timings at speeds that a test chooses, and compute nothing."""
 
 import sys
 from pathlib import Path
 
-#: Imports nothing of ours: a comparison starts it a dozen times.
+#: Does not import promptai: a comparison starts it a dozen times.
 _TEXT = """#!{python} -SE
 import json, sys
 
@@ -44,7 +44,7 @@ ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), 
 
 
 def write_fake_engine(path: Path, *, prefill: float, decode: float, breaks: bool = False) -> Path:
-    """A llama-server of these rates; one that breaks ends as soon as it is to serve a model."""
+    """Write a llama-server with these rates; with ``breaks`` it exits as soon as it should serve a model."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_TEXT.format(python=sys.executable, prefill=prefill, decode=decode, breaks=breaks))
     path.chmod(0o755)

@@ -1,4 +1,4 @@
-"""What the tests of the fleet share: servers and engines that are values, and a watcher of what is published."""
+"""Shared by the tests of the fleet: fake servers and engines, and a subscriber that records publications."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ GB = 1_000_000_000
 
 @dataclass
 class Host:
-    """A server: what it answers to ``GET``, by path; without a word for a path, 404."""
+    """A server: its responses to ``GET`` by path; 404 for any other path."""
 
     answers: dict[str, tuple[int, object]] = field(default_factory=dict)
     dead: bool = False
@@ -26,7 +26,7 @@ class Host:
 
 
 def llama_server(model: str = "yi", *, slots: int = 2, context: int = 4096) -> Host:
-    """As llama-server answers."""
+    """A host that responds like llama-server."""
     return Host(
         {
             "/health": (200, {"status": "ok"}),
@@ -46,18 +46,18 @@ def llama_server(model: str = "yi", *, slots: int = 2, context: int = 4096) -> H
 
 
 class FakeUpstream:
-    """Reaches hosts by their URL; keeps what was asked, and does not run anything."""
+    """An ``Upstream`` of fake hosts that records each request and runs no model."""
 
     def __init__(self, hosts: dict[str, Host]) -> None:
         self.hosts = hosts
         self.asked: list[tuple[float, str, str]] = []
 
     def paths(self, url: str) -> list[str]:
-        """What one host was asked, in order."""
+        """Paths that one host was asked for, in order."""
         return [path for _, asked, path in self.asked if asked == url]
 
     async def get(self, url: str, path: str, *, limit_s: float) -> Reply:
-        """Answer as the host does."""
+        """Respond as the host does."""
         self.asked.append((asyncio.get_running_loop().time(), url, path))
         host = self.hosts[url]
         if host.dead:
@@ -70,31 +70,31 @@ class FakeUpstream:
         return Reply(status, raw, "application/json")
 
     async def post(self, url: str, path: str, body: bytes, *, limit_s: float) -> Reply:
-        """Never."""
+        """Fail: these tests send no work to an engine."""
         raise AssertionError(f"{url}{path} was asked to work: {body!r} {limit_s}")
 
     async def stream(self, url: str, path: str, body: bytes, **_settings: Any) -> AsyncGenerator[Piece, None]:
-        """Never."""
+        """Fail: these tests send no work to an engine."""
         raise AssertionError(f"{url}{path} was asked to work: {body!r}")
         yield
 
 
 class Watch:
-    """A subscriber that keeps every publication with its time."""
+    """A subscriber that records every publication with its time."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[float, tuple[Replica, ...]]] = []
 
     def __call__(self, replicas: Sequence[Replica]) -> None:
-        """Take one publication."""
+        """Record one publication."""
         self.seen.append((asyncio.get_running_loop().time(), tuple(replicas)))
 
     def now(self, replica_id: str) -> Replica:
-        """A replica as it was published last."""
+        """A replica as last published."""
         return next(replica for replica in self.seen[-1][1] if replica.id == replica_id)
 
     def states(self, replica_id: str) -> list[State]:
-        """The states it went through, each change once."""
+        """The states of a replica in order, without repetitions."""
         states: list[State] = []
         for _, replicas in self.seen:
             for replica in replicas:
@@ -104,7 +104,7 @@ class Watch:
 
 
 class FakeEngine:
-    """An engine that loads in virtual time and dies on command."""
+    """An engine that loads on virtual time and dies on command."""
 
     def __init__(self, launcher: "FakeLauncher", model: LocalModel) -> None:
         self._launcher = launcher
@@ -117,22 +117,22 @@ class FakeEngine:
 
     @property
     def base_url(self) -> str:
-        """One for each model."""
+        """A URL for each model."""
         return f"http://{self.model.name}"
 
     def resident_bytes(self) -> int | None:
-        """What it has read so far; 10 % is there from the start."""
+        """Bytes loaded so far; 10 % are resident from the start."""
         elapsed = asyncio.get_running_loop().time() - self._began
         return int(self.model.needed_bytes * (0.1 + elapsed / self._launcher.load_s))
 
     async def death(self) -> EngineDiedError | None:
-        """As ``kill`` said; ``death_s`` later."""
+        """Return the error that ``kill`` set, after ``death_s`` seconds; ``None`` while the engine lives."""
         if self.death_s:
             await asyncio.sleep(self.death_s)
         return self.killed
 
     def kill(self) -> None:
-        """Let it have died."""
+        """Make the engine die."""
         self.killed = EngineDiedError(f"the engine of {self.model.name} died: killed by signal 9", hint="smaller model")
 
     async def __aenter__(self) -> Self:
@@ -159,7 +159,7 @@ class FakeEngine:
 
 
 class FakeLauncher:
-    """Starts engines that are none; ``alive`` are those that hold memory."""
+    """Starts fake engines; ``alive`` are those that hold memory."""
 
     def __init__(self, *, load_s: float = 10.0, stop_s: float = 1.0, broken: Sequence[str] = ()) -> None:
         self.load_s = load_s
@@ -169,21 +169,21 @@ class FakeLauncher:
         self.log: list[tuple[float, str, str]] = []
 
     def start(self, model: LocalModel) -> FakeEngine:
-        """One that begins when it is entered."""
+        """Return an engine that starts when its context is entered."""
         return FakeEngine(self, model)
 
     @property
     def starts(self) -> list[str]:
-        """Names in the order of their starts."""
+        """Names of the models, in the order of their starts."""
         return [name for _, what, name in self.log if what == "start"]
 
     def engine(self, name: str) -> FakeEngine:
-        """The one of that model."""
+        """The live engine of a model."""
         return next(engine for engine in self.alive if engine.model.name == name)
 
 
 class House:
-    """A local source on virtual time, with a budget and counts that the test sets."""
+    """A local source on virtual time, whose memory budget and requests in flight the test sets."""
 
     def __init__(self, *models: LocalModel, launcher: FakeLauncher | None = None, budget: int = 4 * GB) -> None:
         self.launcher = launcher or FakeLauncher()
@@ -195,19 +195,19 @@ class House:
         )
 
     def state(self, name: str) -> State:
-        """Of one model, as it was published last."""
+        """State of a model, as last published."""
         return self.watch.now(f"local/{name}").state
 
     def reason(self, name: str) -> str:
-        """Of one model, as it was published last."""
+        """Reason for a model's state, as last published."""
         return self.watch.now(f"local/{name}").reason
 
     def wake(self, name: str) -> None:
-        """Ask for one model."""
+        """Request that a model be loaded."""
         self.source.wake(f"local/{name}")
 
     async def use(self, name: str) -> None:
-        """Wake a model, wait until it is ready and let somebody have used it."""
+        """Wake a model, wait until it is ready, and mark it as used."""
         self.wake(name)
         async with asyncio.timeout(1000):
             while self.state(name) is not State.READY:  # noqa: ASYNC110  virtual time
@@ -216,12 +216,12 @@ class House:
 
 
 def model(name: str, needed: float = 1.0, **settings: Any) -> LocalModel:
-    """A local model that needs so many GB."""
+    """A local model that needs ``needed`` GB."""
     return LocalModel(name=name, path=Path(f"/models/{name}.gguf"), needed_bytes=int(needed * GB), **settings)
 
 
 async def beside(work: Coroutine[Any, Any, None], play: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run ``work`` while ``play`` plays, then cancel it and wait for its end."""
+    """Run ``work`` while ``play`` runs, then cancel it and wait for its end."""
     task = asyncio.create_task(work)
     try:
         await asyncio.sleep(0)
@@ -234,7 +234,7 @@ async def beside(work: Coroutine[Any, Any, None], play: Callable[[], Coroutine[A
 
 
 def play(house: House, test: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run a house on virtual time while a test plays; whatever happened, no engine is left."""
+    """Run a local source on virtual time while a test plays; afterwards no engine may be left."""
 
     async def main() -> None:
         try:

@@ -1,4 +1,4 @@
-"""Gateways for the tests: an application on loopback, and a client of raw bytes."""
+"""Applications with the gateway's middlewares on loopback, and clients for them."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ Use = Callable[["Site"], Awaitable[Any]]
 
 
 class Answer(NamedTuple):
-    """What came back."""
+    """A response."""
 
     status: int
     headers: dict[str, str]
@@ -24,7 +24,7 @@ class Answer(NamedTuple):
 
     @property
     def error(self) -> dict[str, Any]:
-        """The inside of the envelope."""
+        """The ``error`` object of the body."""
         found: dict[str, Any] = msgspec.json.decode(self.body)["error"]
         return found
 
@@ -35,19 +35,19 @@ class Answer(NamedTuple):
 
 
 class Site(NamedTuple):
-    """A listening application and a client of it."""
+    """A listening application and a client for it."""
 
     port: int
     client: aiohttp.ClientSession
 
     async def ask(self, path: str, method: str = "GET", **fields: Any) -> Answer:
-        """One request, as a well-behaved client sends it."""
+        """Send one well-formed request."""
         async with self.client.request(method, f"http://127.0.0.1:{self.port}{path}", **fields) as response:
             headers = {name.lower(): value for name, value in response.headers.items()}
             return Answer(response.status, headers, await response.read())
 
     async def raw(self, data: bytes) -> Answer:
-        """One request as bytes; its answer."""
+        """Send one request as bytes."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(data)
         try:
@@ -80,7 +80,7 @@ async def listening(routes: list[web.RouteDef], guard: Guard | None = None) -> A
 
 
 def visit(routes: list[web.RouteDef], use: Use, guard: Callable[[], Guard] | None = None) -> Any:
-    """What ``use`` finds on an application."""
+    """Run ``use`` against an application."""
 
     async def play() -> Any:
         async with asyncio.timeout(10), listening(routes, None if guard is None else guard()) as site:
@@ -90,7 +90,7 @@ def visit(routes: list[web.RouteDef], use: Use, guard: Callable[[], Guard] | Non
 
 
 def asked(handler: Handler, method: str = "GET", **fields: Any) -> Answer:
-    """What an application with one handler answers."""
+    """The response of an application with one handler."""
 
     async def use(site: Site) -> Answer:
         return await site.ask("/it", method, **fields)

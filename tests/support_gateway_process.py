@@ -1,4 +1,4 @@
-"""``promptai serve`` as another process, as its user has it."""
+"""``promptai serve`` in a process of its own, as a user runs it."""
 
 import contextlib
 import json
@@ -12,16 +12,16 @@ from typing import Any
 
 from support_cli import PROMPTAI, clean_environment, wait_for
 
-#: What the demo's model says in a few tokens.
+#: The bundled model answers it in a few tokens.
 QUESTION = [{"role": "user", "content": "What is a base station?"}]
 
 
 class Served:
     """
-    A gateway that runs.
+    A running gateway.
 
     Attributes:
-        printed: Lines of stdout so far; ``logged`` of stderr.
+        printed: Lines of stdout so far; ``logged``: lines of stderr.
     """
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
@@ -38,28 +38,28 @@ class Served:
     @staticmethod
     def _read(stream: Any, lines: list[str]) -> None:
         for line in stream:
-            lines.append(line.rstrip("\n"))  # noqa: PERF401  it is looked at while it grows
+            lines.append(line.rstrip("\n"))  # noqa: PERF401  the test reads it while it grows
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The URL on which it listens."""
         line = next(line for line in self.printed if line.startswith("serving at "))
         return line.removeprefix("serving at ").removesuffix("/v1")
 
     def line(self, start: str) -> str:
-        """The printed line that begins so."""
+        """The printed line that starts with ``start``."""
         return next(line for line in self.printed if line.startswith(start))
 
     def ready(self) -> None:
-        """Wait until some replica can answer."""
+        """Wait until a replica is ready."""
         wait_for(lambda: self.get("/readyz")[0] == 200, what="a replica")
 
     def get(self, path: str, *, key: str | None = None) -> tuple[int, Any]:
-        """Status and JSON of an address."""
+        """Status and JSON of a path."""
         return self._ask(path, None, _authorized(key))
 
     def chat(self, *, key: str | None = None, **fields: Any) -> tuple[int, Any]:
-        """Ask a question; a whole answer."""
+        """Send a chat; status and JSON of the response."""
         body = json.dumps({"messages": QUESTION, "max_tokens": 8, **fields}).encode()
         headers = {"Content-Type": "application/json", **_authorized(key)}
         return self._ask("/v1/chat/completions", body, headers)
@@ -74,15 +74,15 @@ class Served:
                 return error.code, json.load(error)
 
     def states(self) -> dict[str, str]:
-        """The fleet: what state each replica is in."""
+        """State of each replica by id."""
         return {replica["id"]: replica["state"] for replica in self.get("/api/fleet")[1]["replicas"]}
 
     def stream(self, **fields: Any) -> "Streamed":
-        """Ask a question; the answer in a thread of its own."""
+        """Send a chat and read its stream in a thread."""
         return Streamed(f"{self.url}/v1/chat/completions", {"messages": QUESTION, "stream": True, **fields})
 
     def wait(self) -> int:
-        """Its exit code, once it has ended and all of its words have come."""
+        """Wait for the process to exit and for all of its output; return the exit code."""
         code = self.process.wait(60)
         for reader in self._readers:
             reader.join(10)
@@ -91,10 +91,10 @@ class Served:
 
 class Streamed:
     """
-    An answer as it comes.
+    A streamed answer.
 
     Attributes:
-        events: Data of the events so far.
+        events: Data of the events received so far.
     """
 
     def __init__(self, url: str, body: dict[str, Any]) -> None:
@@ -115,22 +115,22 @@ class Streamed:
                     self.events.append(line.decode().removeprefix("data: ").strip())
 
     def until_it_speaks(self) -> None:
-        """Wait for the first words."""
+        """Wait for the first text."""
         wait_for(lambda: len(self.events) > 2, what="an answer")
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether the stream has ended, normally or not."""
         return not self._thread.is_alive()
 
     def whole(self) -> bool:
-        """Whether it came to its end."""
+        """Wait for the end; whether the answer is complete."""
         self._thread.join(60)
         return self.events[-1:] == ["[DONE]"]
 
     @property
     def reason(self) -> str | None:
-        """How it ended."""
+        """The finish reason; ``None`` if none has arrived."""
         chunks = [json.loads(event) for event in self.events if event.startswith("{")]
         reasons = [c["finish_reason"] for chunk in chunks for c in chunk.get("choices") or () if c["finish_reason"]]
         return str(reasons[-1]) if reasons else None
@@ -138,7 +138,7 @@ class Streamed:
 
 @contextlib.contextmanager
 def serving(*arguments: str | Path, cwd: Path, **environ: str) -> Iterator[Served]:
-    """Run ``promptai serve`` on a free port until the block ends; inside it has printed how to ask."""
+    """Run ``promptai serve`` on a free port inside the block, from the time its greeting is complete."""
     home = {"XDG_DATA_HOME": str(cwd / "data"), "XDG_CONFIG_HOME": str(cwd / "config")}
     process = subprocess.Popen(
         [*PROMPTAI, "serve", "--port", "0", *map(str, arguments)],

@@ -1,4 +1,4 @@
-"""GGUF files as bytes, written by hand, so that they may also be wrong."""
+"""GGUF files as bytes, written by hand: well-formed or damaged."""
 
 import struct
 from collections.abc import Callable
@@ -13,7 +13,7 @@ TracedPeak = Callable[[], Callable[[], int]]
 
 
 def text(value: str | bytes) -> bytes:
-    """A string as GGUF writes it."""
+    """A string in GGUF's encoding."""
     data = value.encode() if isinstance(value, str) else value
     return struct.pack("<Q", len(data)) + data
 
@@ -25,7 +25,7 @@ def entry(key: str | bytes, kind: int, value: float | str) -> bytes:
 
 
 def array(key: str, kind: int, items: list[bytes], *, claimed: int | None = None) -> bytes:
-    """One key with an array, which may claim another length than it has."""
+    """One key with an array; ``claimed`` overrides the length in its header."""
     length = len(items) if claimed is None else claimed
     return text(key) + struct.pack("<IIQ", ARRAY, kind, length) + b"".join(items)
 
@@ -49,7 +49,7 @@ def gguf(
     counts: tuple[int, int] | None = None,
     version: int = 3,
 ) -> bytes:
-    """A file of these entries and tensors, aligned to 32, with ``data`` bytes of weights."""
+    """A file with these entries and tensors, aligned to 32 bytes, and ``data`` bytes of weights."""
     tensors = tensors or []
     tensor_count, key_count = counts or (len(tensors), len(entries))
     head = b"GGUF" + struct.pack("<IQQ", version, tensor_count, key_count) + b"".join(entries + tensors)
@@ -57,7 +57,7 @@ def gguf(
 
 
 def llama(**shape: int | list[int]) -> list[bytes]:
-    """The entries of a llama of 4 layers, 64 wide, with 4 heads, and what else is given."""
+    """Entries of a llama of 4 layers, width 64 and 4 heads, plus the keys in ``shape``."""
     facts: dict[str, int | list[int]] = {"block_count": 4, "embedding_length": 64, "attention.head_count": 4}
     facts |= {key.replace("__", "."): value for key, value in shape.items()}
     return [
@@ -69,7 +69,7 @@ def llama(**shape: int | list[int]) -> list[bytes]:
     ]
 
 
-#: Every kind of value, nested and long arrays, two tensors.
+#: Every value type, nested and long arrays, and two tensors.
 RICH = gguf(
     [
         *llama(context_length=8192, attention__sliding_window=512, attention__head_count_kv=[2, 0, 2, 2]),

@@ -1,4 +1,4 @@
-"""What every answer to a hostile request must be, and eyes on what nobody may do meanwhile."""
+"""Conditions that every response to a hostile request must meet, and a watch on connections and the log."""
 
 import contextlib
 import sys
@@ -8,21 +8,21 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
-SECRET = "pk-very-secret"  # noqa: S105  it opens nothing
+SECRET = "pk-very-secret"  # noqa: S105  not a real key
 WORD = "zanzibar"
 FIELDS = {"message", "type", "param", "code", "src", "hint"}
-#: Values that hardly any field is made for.
+#: Values that hardly any field accepts.
 ODD: list[Any] = [
     *(None, True, -1, 0, 2**63, 10**30, 1.5, 1e308, -1e-308, "", "a", "\x00", "é" * 50, "\r\nX-Evil: 1"),
     *([], {}, [[]], [None], [{}], [1, "a", [2]], {"a": {"b": []}}, {"type": 1}, {"type": "function", "function": 1}),
     *({"url": "file:///etc/passwd"}, [["a"] * 50] * 20, "x" * 100_000),
 ]
-#: What is seen of connections while somebody looks.
+#: Connections and look-ups since ``connections`` was entered; ``None`` outside it.
 _seen: list[tuple[str, Any]] | None = None
 
 
 class Raw(NamedTuple):
-    """One answer, as it came over a socket."""
+    """One response as received over a socket."""
 
     status: int
     headers: dict[str, str]
@@ -30,7 +30,7 @@ class Raw(NamedTuple):
 
 
 def answers(data: bytes) -> list[Raw]:
-    """All answers in what a connection brought; each must have a length or be chunked."""
+    """All responses in the bytes of a connection; a response without a length takes the rest."""
     found = []
     while data:
         head, _, data = data.partition(b"\r\n\r\n")
@@ -49,7 +49,7 @@ def answers(data: bytes) -> list[Raw]:
 
 
 def error_of(answer: Any) -> dict[str, Any]:
-    """The inside of the envelope of a refusal that the gateway gives by itself."""
+    """Assert that a response is a refusal by the gateway itself; return its ``error`` object."""
     assert 400 <= answer.status < 500, (answer.status, answer.body[:200])
     assert answer.headers["content-type"] == "application/json"
     assert answer.headers["x-promptai-request-id"]
@@ -61,14 +61,14 @@ def error_of(answer: Any) -> dict[str, Any]:
 
 
 def sound(answer: Any) -> int:
-    """The status of an answer that is good or a proper refusal."""
+    """Assert that a response is 200 or a proper refusal; return its status."""
     if answer.status != 200:
         error_of(answer)
     return int(answer.status)
 
 
 def silent(caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing was logged that somebody said, and nothing went wrong inside; also when a test is over."""
+    """Assert that the log has neither secrets, nor text of requests, nor errors; works after a test, too."""
     records = caplog.get_records("call")  # ``caplog.records`` is empty again by then
     text = "\n".join(map(caplog.handler.format, records))
     assert SECRET not in text
@@ -86,8 +86,8 @@ sys.addaudithook(_hook)
 
 @contextlib.contextmanager
 def connections() -> Iterator[list[tuple[str, Any]]]:
-    """Every connection that this process opens inside the block, and every name that it looks up."""
-    global _seen  # noqa: PLW0603  audit hooks cannot be taken away again
+    """Record every connection that this process opens inside the block, and every name that it looks up."""
+    global _seen  # noqa: PLW0603  an audit hook cannot be removed
     found: list[tuple[str, Any]] = []
     _seen = found
     try:

@@ -1,6 +1,6 @@
-"""A model hub on loopback that speaks the real hub's HTTP to the real huggingface_hub, and misbehaves when told.
+"""A model hub on loopback that serves the real huggingface_hub over HTTP, and misbehaves on command.
 
-Answers as the hub does: ``/api/models/NAME`` (also ``/revision/SHA`` and the list), and
+Responds as the hub does: ``/api/models/NAME`` (also ``/revision/SHA`` and the list), and
 ``/NAME/resolve/REVISION/FILE``, which for large files redirects to storage on another
 origin, where no token may arrive. ``/plain/FILE`` is a file on any other web server.
 """
@@ -24,15 +24,15 @@ import pytest
 from huggingface_hub import constants
 
 COMMIT = "fdf72ae0827c1cda404aff25b6603abec9e3399b"
-TOKEN = "hf_sesame"  # noqa: S105  opens nothing but the stand-in
+TOKEN = "hf_sesame"  # noqa: S105  valid only for this fake hub
 _LARGE = (".gguf", ".jsonl")
-#: Little enough that what was sent to somebody who has gone is not counted.
+#: Small, so that hardly any byte counts as sent after the client has disconnected.
 _PIECE_BYTES = 1 << 16
 
 
 @dataclass
 class Repository:
-    """What a repository holds; ``.gguf`` and ``.jsonl`` files lie in large-file storage."""
+    """A repository; its ``.gguf`` and ``.jsonl`` files are in large-file storage."""
 
     files: dict[str, bytes]
     license: str | None = "apache-2.0"
@@ -43,18 +43,18 @@ class Repository:
 @dataclass
 class Faults:
     """
-    How hub and storage misbehave; all off by default.
+    Faults of hub and storage; all off by default.
 
     Attributes:
         cut_at: Close the connection at this share of the file ...
-        cut_first: ... for so many answers with a body.
-        flip_byte: Change the file's byte at this place, length and names unchanged.
-        bytes_per_s: Send no faster than this.
-        no_ranges: Answer every request with the whole file.
-        no_etag: Do not say which version of a file it is.
-        shorter_by: Leave out so many bytes at the file's end.
-        refuse: The hub answers everything with this status and error code.
-        sign_in_page: Whatever is asked, the answer is the page of a hotel.
+        cut_first: ... for this number of responses with a body.
+        flip_byte: Change the byte at this offset; length and names stay the same.
+        bytes_per_s: Limit the rate of sending.
+        no_ranges: Ignore ranges and send the whole file.
+        no_etag: Omit the ETag.
+        shorter_by: Omit this number of bytes at the end of the file.
+        refuse: Status and error code of every response of the hub.
+        sign_in_page: Respond to every request with a hotel's sign-in page.
     """
 
     cut_at: float = 1.0
@@ -70,7 +70,7 @@ class Faults:
 
 @dataclass(frozen=True)
 class Seen:
-    """One request, and what it was sent."""
+    """One request, and the sizes of the pieces sent in response."""
 
     method: str
     path: str
@@ -80,12 +80,12 @@ class Seen:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the answer's body."""
+        """Bytes of the response's body."""
         return sum(self.sent)
 
 
 class Hub(ThreadingHTTPServer):
-    """The stand-in; ``repositories``, ``plain`` and ``faults`` may be changed while it runs."""
+    """The fake hub; ``repositories``, ``plain`` and ``faults`` may change while it runs."""
 
     daemon_threads = True
     block_on_close = False
@@ -99,18 +99,18 @@ class Hub(ThreadingHTTPServer):
         self.seen: list[Seen] = []
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Whoever asked may go in the middle of an answer; anything else is shown."""
+        """Ignore clients that disconnect during a response; print any other error."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
-        """What HF_ENDPOINT is set to."""
+        """The value for HF_ENDPOINT."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     @property
     def storage(self) -> str:
-        """The same server under another name, and so another origin."""
+        """The same server under another host name, and so of another origin."""
         return self.url.replace("127.0.0.1", "localhost")
 
     def bodies(self) -> list[Seen]:
@@ -118,7 +118,7 @@ class Hub(ThreadingHTTPServer):
         return [s for s in self.seen if s.method == "GET" and s.path.startswith(("/storage/", "/plain/"))]
 
     def environment(self, home: Path) -> dict[str, str]:
-        """What points a child process at this hub, at a home of its own, and at a library in it."""
+        """Variables that point a child process at this hub, at a home of its own and at a library in it."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home / "hf"),
@@ -131,7 +131,7 @@ class Hub(ThreadingHTTPServer):
 
 @contextmanager
 def hub_with(**files: dict[str, bytes] | Repository) -> Iterator[Hub]:
-    """A running hub; ``owner__name={file: bytes}`` is model ``owner/name``, ``datasets__owner__name`` a data set."""
+    """Run a hub; ``owner__name={file: bytes}`` is model ``owner/name``, ``datasets__owner__name`` a data set."""
     hub = Hub({name.replace("__", "/").replace("_", "-"): _repository(held) for name, held in files.items()})
     thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -144,7 +144,7 @@ def hub_with(**files: dict[str, bytes] | Repository) -> Iterator[Hub]:
 
 
 def point_at(url: str, home: Path, patch: pytest.MonkeyPatch) -> None:
-    """Point the library in this process at a hub and an empty home; for as long as the patch lasts."""
+    """Point huggingface_hub in this process at a hub and an empty home, until the patch is undone."""
     for name in [name for name in os.environ if name.lower().endswith("_proxy") or name.startswith("HF_")]:
         patch.delenv(name)
     patch.setattr(constants, "ENDPOINT", url)
@@ -154,7 +154,7 @@ def point_at(url: str, home: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 class Told:
-    """A ``ProgressReporter`` that remembers what it was told."""
+    """A ``ProgressReporter`` that records everything."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -162,20 +162,20 @@ class Told:
         self.advanced = 0
 
     def begin(self, what: str, total: int | None, done: int = 0) -> None:
-        """Remember a stretch of work."""
+        """Record a step."""
         self.stretches.append((what, total, done))
 
     def advance(self, size: int) -> None:
-        """Add bytes."""
+        """Record progress in bytes."""
         self.advanced += size
 
     def notify(self, line: str) -> None:
-        """Remember a line."""
+        """Record a line."""
         self.lines.append(line)
 
 
 def nobody() -> str:
-    """The address of a port that nobody listens on."""
+    """A URL on loopback at which no server listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
@@ -216,7 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(self._stored(path.removeprefix("/storage/")), path.removeprefix("/storage/"))
         elif path.startswith("/plain/") and path.removeprefix("/plain/") in self.server.plain:
             content = self.server.plain[path.removeprefix("/plain/")]
-            self._file(content, hashlib.md5(content).hexdigest())  # noqa: S324  any ETag will do
+            self._file(content, hashlib.md5(content).hexdigest())  # noqa: S324  any unique value is an ETag
         else:
             self._answer(404, {})
 
@@ -271,7 +271,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
 
     def _hidden(self, name: str) -> bool:
-        """Whether the answer was that there is no such repository; the hub says 401 to those whom it does not know."""
+        """Refuse a repository that is absent or private, and return whether it did; the hub responds 401 without a token."""
         repository, token = self.server.repositories.get(name), self.request_seen.token
         if repository is not None and (not repository.private or token == TOKEN):
             return False
@@ -326,15 +326,15 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             for at in range(first, stop, step):
                 piece = content[at : min(at + step, stop)]
-                self.request_seen.sent.append(len(piece))  # first: who has the bytes may look at once
+                self.request_seen.sent.append(len(piece))  # before the bytes: their receiver may look at once
                 self.wfile.write(piece)
                 if faults.bytes_per_s is not None:
                     time.sleep(len(piece) / faults.bytes_per_s)
-        except OSError:  # whoever asked has gone
+        except OSError:  # the client has disconnected
             self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the name in the standard library
-        """Say nothing on standard error."""
+        """Log nothing."""
 
 
 def _repository(held: dict[str, bytes] | Repository) -> Repository:

@@ -1,4 +1,4 @@
-"""Requests of several people at a gateway's inside, on virtual time."""
+"""Concurrent requests of several clients to admission and routing, on virtual time."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -20,7 +20,7 @@ TALK = [{"role": "user", "content": "Is cell 12 up?"}]
 
 
 def play(world: Callable[[], Place], use: Callable[[Place], Awaitable[T]]) -> T:
-    """What ``use`` finds in a world, on virtual time; nobody may be left in a queue or a slot."""
+    """Run ``use`` in a world on virtual time; afterwards no request may be queued or hold a slot."""
 
     async def main() -> T:
         made = world()
@@ -43,7 +43,7 @@ def one(config: SimulationConfig = BOARD, **settings: Any) -> Callable[[], World
 
 
 class Party:
-    """Requests that are under way, and in which order they began to be answered and ended."""
+    """Requests in flight, and the order in which they ended."""
 
     def __init__(self, world: World | Cold) -> None:
         self.world = world
@@ -51,7 +51,7 @@ class Party:
         self.tasks: dict[str, asyncio.Task[Heard]] = {}
 
     def ask(self, name: str, *, key: str = "local", tokens: int = 10, **fields: Any) -> asyncio.Task[Heard]:
-        """Let somebody ask."""
+        """Send a request in a task of its own."""
         wanted = fields.pop("model", "yi")
         messages = fields.pop("messages", TALK)
         if isinstance(self.world, Cold):
@@ -69,6 +69,6 @@ class Party:
         return heard
 
     async def all(self) -> dict[str, Heard | BaseException]:
-        """How each of them ended."""
+        """Wait for all requests; their answers, or the exceptions that ended them."""
         await asyncio.wait(self.tasks.values())
         return {name: task.exception() or task.result() for name, task in self.tasks.items()}

@@ -1,4 +1,4 @@
-"""What the tests of quantising share: the bundled model in 16 bits, a tool that is none, somebody who watches."""
+"""Shared by the tests of quantising: the bundled model in 16 bits, a fake tool and a progress reporter."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,13 +9,13 @@ from promptai.models.requantize import rewrite
 
 
 def write_half(path: Path) -> Path:
-    """The bundled model in 16 bits: a real model to quantise."""
+    """Write the bundled model in 16 bits: a real model to quantise."""
     rewrite(bundled_model(), read_header(bundled_model()), path, "f16", {}, lambda _: None)
     return path
 
 
 class Quiet:
-    """A ``ProgressReporter`` that remembers."""
+    """A ``ProgressReporter`` that records the work, and interrupts it on demand."""
 
     def __init__(self, *, interrupt_at: int | None = None) -> None:
         self.begun: list[tuple[str, int | None]] = []
@@ -23,30 +23,30 @@ class Quiet:
         self.interrupt_at = interrupt_at
 
     def begin(self, what: str, total: int | None, done: int = 0) -> None:
-        """A stretch of work."""
+        """Record the start of a step."""
         self.begun.append((what, total))
         self.done = done
 
     def advance(self, size: int) -> None:
-        """Some of it; Ctrl-C comes in the second stretch."""
+        """Record progress; raise ``KeyboardInterrupt`` in the second step if asked for."""
         self.done += size
         if self.interrupt_at is not None and len(self.begun) == 2 and self.done >= self.interrupt_at:
             raise KeyboardInterrupt
 
     def notify(self, line: str) -> None:
-        """Nothing is worth saying."""
+        """Fail: quantising prints nothing."""
         raise AssertionError(line)
 
 
 class FakeTool:
-    """A llama-quantize that writes what it is told to, and remembers how it was called."""
+    """A llama-quantize that writes a given file and records its command lines."""
 
     def __init__(self, result: Path | None, *, lines: Sequence[str] = (), code: int = 0, notes: bool = True) -> None:
         self.result, self.lines, self.code, self.notes = result, lines, code, notes
         self.commands: list[list[str]] = []
 
     def __call__(self, command: Sequence[str], *, seen: Callable[[str], None], tick: Callable[[], None]) -> int:
-        """Do as it is told."""
+        """Record the command, print the lines and write the result."""
         self.commands.append(list(command))
         tick()
         if "--dry-run" in command:

@@ -1,4 +1,4 @@
-"""A gateway with pretended engines, and sockets everywhere: from the client to it, and from it to the engines."""
+"""A gateway in front of simulated engines, with real sockets on both sides."""
 
 import asyncio
 import contextlib
@@ -23,16 +23,16 @@ from promptai.router.schedule.fleet_state import FleetState
 from support_fleet import FakeLauncher, model
 from support_site import CHAT, Door, asking, door
 
-#: Of the model that takes for ever to load.
+#: Name of the model that never finishes loading.
 COLD = "cold"
 
 
 class Site(NamedTuple):
     """
-    All of it, and what a test looks at.
+    A gateway, its engines and the parts that tests inspect.
 
     Attributes:
-        engines: By their replica's id: ``a``, ``b`` and so on.
+        engines: The engines by replica id: ``a``, ``b`` and so on.
     """
 
     door: Door
@@ -42,12 +42,12 @@ class Site(NamedTuple):
     guard: Guard
 
     def busy(self, name: str = "a") -> int:
-        """Slots of an engine that it computes for, and whoever waits in it."""
+        """Requests that an engine computes or queues."""
         scheduler = self.engines[name].simulator.scheduler
         return sum(slot.request is not None for slot in scheduler.slots) + len(scheduler.queue)
 
     def counts(self, served: str = "yi") -> dict[str, int]:
-        """Everything that counts requests of a model; all 0 when there are none."""
+        """Every counter of a model's requests; all are 0 when there are none."""
         fleet_state = self.dispatcher.fleet_state
         return {
             "engine": sum(map(self.busy, self.engines)),
@@ -58,14 +58,14 @@ class Site(NamedTuple):
         }
 
     def state(self, replica_id: str) -> State | None:
-        """Of one replica."""
+        """State of a replica; ``None`` when there is no such replica."""
         found = self.registry.snapshot.find(replica_id)
         return found.state if found is not None else None
 
 
 @contextlib.asynccontextmanager
 async def site(*configs: SimulationConfig, queue: int = 64) -> AsyncGenerator[Site, None]:
-    """Engines of these kinds behind a gateway, and beside them a model that never finishes loading."""
+    """Run a gateway in front of these engines and of a model that never finishes loading."""
     loading = LocalSource([model(COLD)], FakeLauncher(load_s=3600.0), lambda: 10**12, lambda _: 0)
     async with contextlib.AsyncExitStack() as stack:
         engines = {
@@ -89,7 +89,7 @@ async def site(*configs: SimulationConfig, queue: int = 64) -> AsyncGenerator[Si
 
 
 async def soon(happens: Callable[[], bool], within_s: float = 10.0) -> float:
-    """Wait until something holds; the seconds that it took."""
+    """Wait until a condition holds; return the seconds that it took."""
     loop = asyncio.get_running_loop()
     begun = loop.time()
     while not happens():
@@ -99,7 +99,7 @@ async def soon(happens: Callable[[], bool], within_s: float = 10.0) -> float:
 
 
 def request_of(**fields: object) -> bytes:
-    """A question as bytes."""
+    """A chat request as bytes."""
     body = msgspec.json.encode(asking(CHAT, fields))
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     return head.encode() + b"\r\n\r\n" + body

@@ -1,4 +1,4 @@
-"""A gateway in a thread, before the real engine with the bundled model."""
+"""A gateway in a thread, in front of the real engine with the bundled model."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ from support_site import Threaded, door
 
 
 class RealSite(NamedTuple):
-    """Where both listen: the gateway, and the engine behind it."""
+    """URLs of the gateway and of the engine behind it."""
 
     gateway: str
     engine: str
@@ -33,7 +33,7 @@ class RealSite(NamedTuple):
 
 @contextlib.contextmanager
 def real_site(log: Path, *, context: int = 2048) -> Iterator[RealSite]:
-    """Two slots that share a context of so many tokens; nothing may go wrong unseen."""
+    """Run both, with two slots that share ``context`` tokens; an unhandled error on the loop fails the test."""
     flags = EngineFlags(model=str(bundled_model()), port=free_port(), threads=1, context=context, slots=2)
     engines: list[str] = []
 
@@ -59,7 +59,7 @@ def real_site(log: Path, *, context: int = 2048) -> Iterator[RealSite]:
 
 
 def asked(url: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-    """Status and JSON of an answer; of a stream its text."""
+    """Status and JSON of a response; the text of a stream."""
     request = urllib.request.Request(  # noqa: S310  loopback
         f"{url}{path}", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
     )

@@ -1,4 +1,4 @@
-"""Whether an answer that was interrupted is what it would have been: its text, its seams, the model's choices."""
+"""Judge interrupted answers: same text as undisturbed, seams without loss or repetition, the model's own choices."""
 
 import asyncio
 import contextlib
@@ -18,20 +18,20 @@ from promptai.engine.scoring import force_token
 from promptai.models.bundled import bundled_model
 from support_failover import HANG_S, MAX_TOKENS, Boards, Heard, Joint, Recorder, all_ready, ask, chat, front
 
-#: An answer is interrupted after so many tokens.
+#: An answer is interrupted after this number of tokens, drawn at random.
 EARLIEST, LATEST = 3, 30
-#: Nats between a token and the likeliest one that count as a tie: batched and single computing round differently.
+#: Nats between a token and the likeliest one that count as a tie: rounding depends on what is computed together.
 TIE_NATS = 0.05
-#: Anything may follow anything: half characters, marks of the template.
+#: Any token may follow any other: half characters, special tokens of the template.
 HOT = {"temperature": 4.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 class Question(NamedTuple):
     """
-    A prompt and what it gives undisturbed: on one slot, alone, without any cache.
+    A prompt and its undisturbed answer: one slot, no other request, no cache.
 
     Attributes:
-        tokens: Chunks of that answer.
+        tokens: Number of chunks of that answer.
     """
 
     messages: list[dict[str, str]]
@@ -41,10 +41,10 @@ class Question(NamedTuple):
 
 class Tally(msgspec.Struct):
     """
-    What became of all requests of one configuration.
+    Results of all requests of one configuration.
 
     Attributes:
-        calm: Answers that nothing interrupted, for comparison; ``calm_same`` of them have the undisturbed text.
+        calm: Answers without an interruption, for comparison; ``calm_same`` of them have the undisturbed text.
     """
 
     asked: int = 0
@@ -64,11 +64,11 @@ class Tally(msgspec.Struct):
 
 class Run:
     """
-    One configuration of real engines until enough answers were interrupted.
+    Requests to one configuration of real engines until enough answers were interrupted.
 
     Args:
-        how: Whether the engine tells token ids.
-        hot: What follows is chance, so that only the seams are judged.
+        how: ``ids`` if the engine reports token ids, otherwise ``text``.
+        hot: Sample at random; then only the seams are judged.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Run:
         self._random = random.Random(wanted)
 
     async def play(self, boards: Boards, slots: int) -> None:
-        """Ask and kill; at most four rounds for each answer that is wanted."""
+        """Request and kill, for at most four rounds per wanted interruption."""
         async with front(boards.urls) as (server, registry, recorder):
             for _ in range(4 * self._wanted):
                 await boards.restart()
@@ -95,7 +95,7 @@ class Run:
                     return
 
     async def _round(self, url: str, boards: Boards, recorder: Recorder, *, streams: int) -> None:
-        """As many requests as there are slots; the engine of the first dies when that has come so far."""
+        """Send ``streams`` requests; kill the engine of the first after a random number of its tokens."""
         asked = self._random.sample(self._questions, streams)
         at = self._random.randint(EARLIEST, min(LATEST, asked[0].tokens - 8))
 
@@ -140,9 +140,10 @@ class Run:
 
     async def _seamless(self, heard: Heard, asked: Question, joints: list[Joint]) -> bool:
         """
-        Whether the client has each part once: what the last engine was given of the answer, and what it made of it.
+        Whether the client received each part of the answer exactly once.
 
-        That the engine was given exactly what the client had follows from the two being its text.
+        Its text must equal the part that the last engine was sent plus that engine's continuation; so the
+        engine was sent exactly what the client had received.
         """
         prompt = await self._referee.prompt(asked.messages)
         last = joints[-1]
@@ -152,7 +153,7 @@ class Run:
         return bool(before) and heard.text == before + last.text
 
     async def _score(self, joint: Joint) -> None:
-        """How much likelier another token would have been, for each after the joint."""
+        """Score each token after the joint: by how many nats another token is likelier."""
         for position, token in enumerate(joint.tokens):
             worse = await self._referee.worse(joint.prompt + joint.tokens[:position], token)
             if worse is None:
@@ -162,7 +163,7 @@ class Run:
 
 
 class Referee:
-    """An engine that takes no part, and knows what should have been said; an async context manager."""
+    """An engine that serves no test request and knows the right answers; an async context manager."""
 
     def __init__(self, folder: Path) -> None:
         flags = EngineFlags(model=str(bundled_model()), port=free_port(), threads=1, context=4096)
@@ -180,7 +181,7 @@ class Referee:
         await self._stack.aclose()
 
     async def questions(self, most: int) -> list[Question]:
-        """Prompts of the bundled workload whose answers are long enough to be interrupted, and those answers."""
+        """Prompts of the bundled workload with answers long enough to be interrupted, and those answers."""
         found: dict[str, Question] = {}
         for conversation in load_bundled().conversations:
             opening = [{"role": m.role, "content": m.content} for m in conversation.prompt(0)]
@@ -200,12 +201,12 @@ class Referee:
         return await self._client.tokenize(rendered["prompt"], add_special=True)
 
     async def spelled(self, tokens: list[int]) -> str:
-        """What tokens say."""
+        """The text of tokens."""
         said = await self._quick("/detokenize", {"tokens": tokens})
         return str(said["content"])
 
     async def worse(self, prompt: list[int], token: int) -> float | None:
-        """By how many nats the likeliest token beats this one; ``None`` where the engine does not tell."""
+        """Nats by which the likeliest token beats this one; ``None`` where the engine does not report it."""
         told = await force_token(self._client, prompt, token, n_probs=1)
         if told is None or told.id != token or not told.top_logprobs:
             return None

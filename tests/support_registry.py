@@ -1,4 +1,4 @@
-"""What the tests of the registry share: a source that is told what to do, and looks at the fleet."""
+"""Shared by the tests of the registry: a scripted source, and views of the fleet."""
 
 import asyncio
 from collections.abc import Callable, Container, Coroutine, Sequence
@@ -13,12 +13,12 @@ Publish = Callable[[Sequence[Replica]], None]
 
 
 def replica(name: str, *, model: str = "yi", state: State = State.READY) -> Replica:
-    """One that is ready."""
+    """A replica, ready unless ``state`` says otherwise."""
     return Replica(id=name, url=f"http://{name}", model=model, state=state)
 
 
 class Told:
-    """A source that publishes what it is told to, and fails when it is told to."""
+    """A source that publishes given replicas and fails on command."""
 
     def __init__(
         self,
@@ -41,11 +41,11 @@ class Told:
         self.ended = 0
 
     def touch(self, replica_id: str) -> None:
-        """Remember it."""
+        """Record the call."""
         self.touched.append(replica_id)
 
     async def run(self, publish: Publish) -> None:
-        """Publish once, if there is something, and fail if told to."""
+        """Publish the replicas once, if there are any; raise ``error`` once it is set."""
         self.publish = publish
         self.began.append(asyncio.get_running_loop().time())
         try:
@@ -58,17 +58,17 @@ class Told:
             self.ended += 1
 
     def wake(self, replica_id: str) -> None:
-        """Keep the wish."""
+        """Record the call."""
         self.woken.append(replica_id)
 
 
 def ids(registry: Registry) -> list[str]:
-    """Of all replicas now."""
+    """Current ids of all replicas."""
     return [found.id for found in registry.snapshot.replicas]
 
 
 def states(registry: Registry) -> dict[str, State]:
-    """Of all replicas now."""
+    """Current states of all replicas."""
     return {found.id: found.state for found in registry.snapshot.replicas}
 
 

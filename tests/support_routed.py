@@ -1,4 +1,4 @@
-"""Requests in flight on virtual time: pretended engines that fail when they are told to, and what came of it."""
+"""Routed requests on virtual time: simulated engines that fail on command, and the answers that clients receive."""
 
 import asyncio
 import contextlib
@@ -18,22 +18,22 @@ from promptai.wire.sse import SseEvent
 from support_clock import run_virtually
 from support_serve import World
 
-#: A tenth of a second a token, and prompts at once.
+#: A tenth of a second a token; prompts take hardly any time.
 PACE = SimulationConfig(prefill_tps=1000.0, decode_tps=10.0, slots=2, model="yi")
 ASKED = [{"role": "user", "content": "Is cell 12 up?"}]
 TOKENS = 20
-#: Longer than anything here may take: a silence of 5 s, an outage of 30 s, four times.
+#: Longer than any request may take: four times a silence of 5 s and an outage of 30 s.
 FOR_EVER_S = 3600.0
 RULES = AdmissionRules(stall_s=5.0)
 
 
 class Got(msgspec.Struct, kw_only=True):
     """
-    What a client got.
+    The answer that a client received.
 
     Attributes:
-        error: What ended the answer instead of its end.
-        took_s: Seconds that it took.
+        error: The error that ended the answer early.
+        took_s: Duration in seconds.
     """
 
     routed: RoutedRequest
@@ -43,34 +43,34 @@ class Got(msgspec.Struct, kw_only=True):
 
     @property
     def choices(self) -> list[dict[str, Any]]:
-        """Of all chunks."""
+        """The choices of all chunks."""
         return [choice for chunk in self.chunks for choice in chunk["choices"]]
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """The text of all chunks."""
         return "".join((c.get("delta") or {}).get("content") or c.get("text") or "" for c in self.choices)
 
     @property
     def ends(self) -> list[str]:
-        """Why it ended, each time that it did."""
+        """Every finish reason."""
         return [choice["finish_reason"] for choice in self.choices if choice["finish_reason"]]
 
     @property
     def usage(self) -> list[tuple[int, int]]:
-        """Every account of tokens: of the prompt and of the answer."""
+        """Every report of usage: tokens of the prompt and of the answer."""
         found = [chunk["usage"] for chunk in self.chunks if chunk.get("usage")]
         return [(usage["prompt_tokens"], usage["completion_tokens"]) for usage in found]
 
 
 class Snip:
     """
-    An upstream whose first stream breaks off before the first event that ``before`` is true of.
+    An upstream whose first stream breaks off before the first event that satisfies ``before``.
 
     Attributes:
-        streams: Paths that were asked for streams.
-        lumped: Whether what came until then comes in one piece, as from a gateway that was busy.
-        rewrite: What is made of the data of an event.
+        streams: Paths of all requests for a stream.
+        lumped: Deliver the events up to the break in one piece, as a busy gateway does.
+        rewrite: Changes the data of each event.
     """
 
     def __init__(self, inner: Upstream, before: Callable[[str], bool], *, lumped: bool = False) -> None:
@@ -119,12 +119,12 @@ class Snip:
 
 
 def world(*names: str, config: SimulationConfig = PACE, **fields: Any) -> World:
-    """Equal boards."""
+    """A world of equal boards."""
     return World(dict.fromkeys(names or ("one", "two"), config), **{"rules": RULES, **fields})
 
 
 def accept(world: World, body: Mapping[str, Any], path: str = "/v1/chat/completions") -> AdmittedRequest:
-    """A request that has been accepted."""
+    """Admit a request."""
     return world.admission.admit(path, {"model": "yi", "stream": True, **body}, {}, Caller(key_id="local"))
 
 
@@ -134,20 +134,20 @@ def chat(**fields: Any) -> dict[str, Any]:
 
 
 def first(world: World, admitted: AdmittedRequest) -> str:
-    """The board that will be asked first."""
+    """The board that the router tries first."""
     choice = world.dispatcher.preview(admitted.routed.route_request)
     assert choice is not None
     return choice.view.replica.id
 
 
 def arm(world: World, name: str, kind: str, after: int, *, times: int | None = 1) -> None:
-    """Let a board fail."""
+    """Make a board fail after some tokens."""
     fault = {"kind": kind, "after_tokens": after, "times": times, "stall_s": FOR_EVER_S}
     world.engines[f"sim://{name}"].fault = msgspec.convert(fault, Fault)
 
 
 async def hear(admitted: AdmittedRequest, at: Callable[[int], None] = lambda _: None) -> Got:
-    """Read an answer to its end, whatever that is; ``at`` is told how many chunks have come."""
+    """Read an answer to its end or its error; ``at`` receives the number of chunks after each."""
     loop = asyncio.get_running_loop()
     got, start = Got(routed=admitted.routed), loop.time()
     try:
@@ -162,7 +162,7 @@ async def hear(admitted: AdmittedRequest, at: Callable[[int], None] = lambda _: 
 
 
 def undisturbed(body: Mapping[str, Any], path: str = "/v1/chat/completions", config: SimulationConfig = PACE) -> Got:
-    """What a request gives where nothing fails."""
+    """The answer to a request when nothing fails."""
 
     async def play() -> Got:
         async with world(config=config).running() as running:
@@ -172,7 +172,7 @@ def undisturbed(body: Mapping[str, Any], path: str = "/v1/chat/completions", con
 
 
 def failing(kind: str, after: int, body: Mapping[str, Any], path: str = "/v1/chat/completions") -> Got:
-    """What a request gives whose first board fails after so many tokens."""
+    """The answer to a request whose first board fails after ``after`` tokens."""
 
     async def play() -> Got:
         async with world().running() as running:
@@ -191,7 +191,7 @@ def snipped(
     lumped: bool = False,
     rewrite: Callable[[str], str] = lambda data: data,
 ) -> tuple[Got, list[str]]:
-    """What a request gives whose first stream breaks off there; and what was asked for."""
+    """The answer to a request whose first stream breaks off there, and the paths that were requested."""
 
     async def play() -> tuple[Got, list[str]]:
         async with world().running() as running:
@@ -204,7 +204,7 @@ def snipped(
 
 
 def assert_one_answer(usual: Got, got: Got) -> None:
-    """As if nothing had happened."""
+    """Assert that the client cannot distinguish the answer from an undisturbed one."""
     assert got.error is None
     assert usual.text == got.text
     assert usual.ends == got.ends

@@ -1,4 +1,4 @@
-"""Values that tests of measuring and reporting start from: one answer, one board, one run."""
+"""Values for the tests of measuring and reporting: one answer, one board, one run."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -74,19 +74,19 @@ _FAILURE = Trace(
 
 
 def make_trace(*, at: float = 0.0, **changes: Any) -> Trace:
-    """An answer that took 3 s, sent at second ``at``, with some fields changed."""
+    """The trace of an answer that took 3 s, sent at second ``at``, with some fields changed."""
     times = {"t_scheduled": at, "t_sent": at, "t_first": at + 1, "t_last": at + 3, "t_end": at + 3}
     return msgspec.structs.replace(_ANSWER, **(times | changes))
 
 
 def make_failure(error: str = "EngineDied: gone", *, at: float = 0.0, **changes: Any) -> Trace:
-    """A request that was given up after 1 s."""
+    """The trace of a request that failed after 1 s."""
     times = {"t_scheduled": at, "t_sent": at, "t_end": at + 1}
     return msgspec.structs.replace(_FAILURE, error=error, **(times | changes))
 
 
 def talk(id_: str, *contents: str) -> Conversation:
-    """A conversation; user and assistant take turns."""
+    """A conversation in which user and assistant take turns."""
     return Conversation(
         id_, tuple(Message("user" if n % 2 == 0 else "assistant", content) for n, content in enumerate(contents))
     )
@@ -100,7 +100,7 @@ def long_talk(id_: str, *, turns: int, chars: int) -> Conversation:
 def make_manifest(
     conversations: Iterable[Conversation], targets: Sequence[TargetFacts] = (FACTS,), **protocol: Any
 ) -> Manifest:
-    """What was asked: all of the conversations, of these targets."""
+    """The manifest of a run of all conversations on these targets."""
     everything = list(conversations)
     workload = Workload("talks.jsonl", "talks.jsonl", "all conversations of the file", tuple(everything))
     return Manifest(
@@ -127,7 +127,7 @@ COST = Cost(
 
 
 def make_run(*, conversations: int = 6, turns: int = 5, with_telemetry: bool = True) -> Run:
-    """A whole run of one target, cold and warm, whose warm prefill is short; telemetry once a second."""
+    """A complete run of one target, cold and warm, with short warm prefills; telemetry once a second."""
     talks = [long_talk(f"c{n}", turns=turns, chars=200) for n in range(conversations)]
     traces, at = [], 0.0
     for cache in ("cold", "warm"):
@@ -171,13 +171,13 @@ def make_run(*, conversations: int = 6, turns: int = 5, with_telemetry: bool = T
 
 
 def write_lines(path: Path, lines: Iterable[msgspec.Struct]) -> Path:
-    """A JSON Lines file."""
+    """Write a JSON Lines file."""
     path.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
     return path
 
 
 def write_run(directory: Path, run: Run) -> Path:
-    """The directory that a run leaves behind."""
+    """Write the directory of a run."""
     directory.mkdir(parents=True, exist_ok=True)
     write_manifest(directory, run.manifest)
     files: dict[str, Iterable[Trace | Sample | Event]] = {"traces": run.traces, "telemetry": run.samples}

@@ -1,4 +1,4 @@
-"""A gateway's inside with pretended engines: on virtual time, an afternoon of four boards takes a second."""
+"""Admission and routing in front of simulated engines: on virtual time, an afternoon of four boards takes a second."""
 
 import asyncio
 import contextlib
@@ -23,10 +23,10 @@ from support_simulated_upstream import SimulatedUpstream
 
 class World:
     """
-    Some simulated engines and everything up to the gateway's door.
+    Simulated engines, and everything of the gateway but HTTP.
 
     Attributes:
-        engines: By their URL, ``sim://NAME``.
+        engines: The engines by URL, ``sim://NAME``.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class World:
                     await registry
 
     def kill(self, name: str) -> None:
-        """End an engine as ``kill -9`` would; the registry is not told."""
+        """End an engine as ``kill -9`` would, unknown to the registry."""
         self.upstream.kill(f"sim://{name}")
 
     def admitted(
@@ -94,17 +94,17 @@ class World:
         key: str = "local",
         **fields: Any,
     ) -> AdmittedRequest:
-        """A chat that has been accepted."""
+        """Admit a chat."""
         body = {"model": "default", "messages": [dict(message) for message in messages], "stream": True, **fields}
         return self.admission.admit("/v1/chat/completions", body, headers or {}, Caller(key_id=key))
 
 
 class Heard(msgspec.Struct):
     """
-    What a client got.
+    The answer that a client received.
 
     Attributes:
-        first_s: Until the first text; ``total_s`` until the end.
+        first_s: Seconds to the first text; ``total_s`` to the end.
     """
 
     text: str = ""
@@ -114,7 +114,7 @@ class Heard(msgspec.Struct):
 
     @property
     def finish_reason(self) -> str | None:
-        """How it ended."""
+        """The last finish reason."""
         reasons = [c["finish_reason"] for chunk in self.chunks for c in chunk["choices"] if c.get("finish_reason")]
         return reasons[-1] if reasons else None
 

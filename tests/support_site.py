@@ -1,4 +1,4 @@
-"""A whole gateway in this process, with pretended engines behind it: by sockets, on virtual time or in a thread."""
+"""A whole gateway in this process, in front of simulated engines: on virtual time, or in a thread in real time."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,7 @@ CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 TALK = [{"role": "user", "content": "Is cell 12 up?"}]
 #: 100 prompt tokens a second, then ten tokens a second.
 SLOW = SimulationConfig(prefill_tps=100.0, decode_tps=10.0, model="yi")
-#: So fast that nobody waits.
+#: So fast that no request waits.
 FAST = msgspec.structs.replace(SLOW, prefill_tps=1e6, decode_tps=1e5, slots=4)
 
 
@@ -38,8 +38,8 @@ class Line(NamedTuple):
     One event of a stream.
 
     Attributes:
-        t: When it came.
-        kind: ``comment``, the name of the event, or empty.
+        t: Time of arrival.
+        kind: ``comment``, the name of the event, or empty for a plain event.
     """
 
     t: float
@@ -48,13 +48,13 @@ class Line(NamedTuple):
 
     @property
     def value(self) -> dict[str, Any]:
-        """Its JSON."""
+        """The data as JSON."""
         found: dict[str, Any] = msgspec.json.decode(self.data)
         return found
 
 
 class Streamed(NamedTuple):
-    """A stream to its end."""
+    """A stream, read to its end."""
 
     status: int
     headers: dict[str, str]
@@ -66,23 +66,23 @@ class Streamed(NamedTuple):
 
     @property
     def chunks(self) -> list[dict[str, Any]]:
-        """Its chunks."""
+        """The chunks of the answer."""
         return [line.value for line in self.of("") if line.data != "[DONE]"]
 
     @property
     def text(self) -> str:
-        """What they add up to."""
+        """The text of the answer."""
         choices = [choice for chunk in self.chunks for choice in chunk.get("choices", ())]
         return "".join((choice.get("delta") or {}).get("content") or choice.get("text") or "" for choice in choices)
 
     @property
     def whole(self) -> bool:
-        """Whether it came to its end."""
+        """Whether the stream ended with ``[DONE]``."""
         return bool(self.lines) and self.lines[-1].data == "[DONE]"
 
 
 class Door:
-    """A gateway that listens, and a client."""
+    """A listening gateway, and a client for it; ``troubles`` are unhandled errors on the loop."""
 
     def __init__(self, gateway: Gateway, server: GatewayServer, client: aiohttp.ClientSession) -> None:
         self.gateway = gateway
@@ -92,23 +92,23 @@ class Door:
         self.troubles: list[dict[str, Any]] = []
 
     async def ask(self, path: str, method: str = "GET", **fields: Any) -> Answer:
-        """One request, as a well-behaved client sends it."""
+        """Send one well-formed request."""
         async with self.client.request(method, f"{self.url}{path}", **fields) as response:
             headers = {name.lower(): value for name, value in response.headers.items()}
             return Answer(response.status, headers, await response.read())
 
     async def get(self, path: str) -> Any:
-        """The JSON of a good answer."""
+        """The JSON of a response, which must be 200."""
         answer = await self.ask(path)
         assert answer.status == 200, answer.body
         return msgspec.json.decode(answer.body)
 
     async def chat(self, path: str = CHAT, *, headers: Mapping[str, str] | None = None, **fields: Any) -> Answer:
-        """A question; its whole answer."""
+        """Send a request and read the whole response."""
         return await self.ask(path, "POST", json=asking(path, fields), headers=headers)
 
     async def stream(self, path: str = CHAT, *, headers: Mapping[str, str] | None = None, **fields: Any) -> Streamed:
-        """A question; its answer as it comes."""
+        """Send a request and read its stream, with the time of each line."""
         loop, lines = asyncio.get_running_loop(), list[Line]()
         body = asking(path, {"stream": True, **fields})
         async with self.client.post(f"{self.url}{path}", json=body, headers=headers) as response:
@@ -129,7 +129,7 @@ class Door:
             return Streamed(response.status, found, lines)
 
     async def raw(self, *parts: bytes, pause_s: float = 0.0, finish: bool = False, limit: int = 1_000_000) -> bytes:
-        """Send bytes; everything that comes back until the gateway closes or has been silent for a second."""
+        """Send bytes; return all that the gateway sends until it closes or is silent for a second."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=limit)
         found = b""
         try:
@@ -153,7 +153,7 @@ class Door:
 
 
 def asking(path: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The body of a request."""
+    """The body of a request: ``fields``, and defaults for what the path needs."""
     needed: dict[str, dict[str, Any]] = {
         CHAT: {"messages": TALK, "max_tokens": 4},
         TEXT: {"prompt": "Cell 12", "max_tokens": 4},
@@ -172,7 +172,7 @@ async def door(
     heartbeat: Heartbeat | None = None,
     limits: GatewayLimits | None = None,
 ) -> AsyncGenerator[Door, None]:
-    """A gateway on loopback; whatever went wrong behind everybody's back is in ``Door.troubles``."""
+    """Run a gateway on loopback, with a client for it."""
     loop = asyncio.get_running_loop()
     gateway = Gateway(
         dispatcher, upstream, guard or Guard(None, open=True), rules=rules, heartbeat=heartbeat, limits=limits
@@ -189,14 +189,14 @@ async def door(
 
 
 def visit(world: Callable[[], World | Cold], use: Callable[[Door], Awaitable[T]], **options: Any) -> T:
-    """What ``use`` finds at the door of a world, on virtual time; nothing may have gone wrong unseen."""
+    """Run ``use`` against a world's gateway on virtual time; an unhandled error on the loop fails the test."""
 
     async def play() -> T:
         made = world()
         async with made.running(), door(made.dispatcher, made.upstream, **options) as opened:
             found = await use(opened)
             await asyncio.sleep(0)
-            gc.collect(1)  # a failure that nobody asked for is told when its task is thrown away
+            gc.collect(1)  # a task reports an exception that was never retrieved when it is freed
         assert opened.troubles == []
         return found
 
@@ -204,16 +204,16 @@ def visit(world: Callable[[], World | Cold], use: Callable[[Door], Awaitable[T]]
 
 
 def one(config: SimulationConfig = SLOW, **settings: Any) -> Callable[[], World]:
-    """A world of one engine."""
+    """Make worlds of one engine."""
     return lambda: World({"a": config}, **settings)
 
 
 class Threaded:
     """
-    A gateway in a thread of its own, in real time; for clients that block.
+    A gateway in a thread of its own, in real time, for clients that block.
 
     Attributes:
-        url: Where it listens, inside the block.
+        url: The gateway's URL, inside the block.
     """
 
     def __init__(self, run: Callable[["Threaded"], Awaitable[None]]) -> None:
@@ -226,7 +226,7 @@ class Threaded:
         self._thread = threading.Thread(target=self._play, daemon=True)
 
     def __enter__(self) -> Self:
-        """Wait until it listens."""
+        """Start the gateway and wait until it listens."""
         self._thread.start()
         assert self._ready.wait(30)
         if self.failed:
@@ -234,14 +234,14 @@ class Threaded:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        """End it."""
+        """Stop the gateway; raises if it failed."""
         if self._loop is not None and self._over is not None:
             self._loop.call_soon_threadsafe(self._over.set)
         self._thread.join(10)
         assert self.failed == []
 
     async def until_over(self, url: str) -> None:
-        """Say where it listens, and wait for the end of the block."""
+        """Publish the URL and wait for the end of the block."""
         self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
         self.url = url
         self._ready.set()
@@ -253,7 +253,7 @@ class Threaded:
 
         try:
             asyncio.run(main())
-        except BaseException as error:  # noqa: BLE001  told in the thread of the test
+        except BaseException as error:  # noqa: BLE001  raised in the thread of the test
             self.failed.append(error)
         finally:
             self._ready.set()
@@ -261,7 +261,7 @@ class Threaded:
 
 @contextlib.contextmanager
 def threaded(world: Callable[[], World], **options: Any) -> Iterator[Threaded]:
-    """A world's gateway in a thread."""
+    """Run a world's gateway in a thread."""
 
     async def run(thread: Threaded) -> None:
         made = world()

@@ -1,7 +1,7 @@
-"""Thousands of requests of every kind through one gateway, and what they leave behind.
+"""Thousands of requests of every kind through one gateway, and the resources that remain afterwards.
 
 ``tests/gateway/test_stays_flat.py`` sends a thousand, ``benchmarks/gateway_cost.py --soak`` ten thousand. Clients,
-gateway and engines are in one process, so that what any of them leaves behind is seen.
+gateway and engines share one process, so a leak of any of them shows.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from support_gateway import Answer
 from support_real_door import Site, request_of, soon
 from support_site import CHAT, EMBED, TEXT
 
-#: So fast that an answer takes as long as the sockets do; 1.5 ms a token, so that one can leave in the middle.
+#: Fast, yet 1.5 ms a token: a client can disconnect in the middle of an answer.
 QUICK = SimulationConfig(prefill_tps=1e6, decode_tps=700.0, slots=4, model="yi")
 SOAKED = (QUICK, QUICK)
 _AT_ONCE = 16
@@ -28,12 +28,12 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 class Left(NamedTuple):
     """
-    What is there between two requests.
+    Resources in use while no request is open.
 
     Attributes:
-        files: Open file descriptors; ``tasks`` of the event loop; ``timers`` that are scheduled.
-        entries: Of every container below the gateway, by where it is.
-        rss: Bytes of memory of this process.
+        files: Open file descriptors; ``tasks``: tasks of the event loop; ``timers``: scheduled timers.
+        entries: Size of every container below the gateway, by its path.
+        rss: Resident memory of this process in bytes.
     """
 
     files: int
@@ -44,10 +44,10 @@ class Left(NamedTuple):
 
 
 async def look(found: Site) -> Left:
-    """Count what is left, once all that is under way has ended."""
+    """Count the resources in use once all requests have ended."""
     await soon(lambda: set(found.counts().values()) == {0})
     for engine in found.engines.values():
-        engine.sent.clear()  # notes for tests, which grow by their nature
+        engine.sent.clear()  # a record for tests; it grows with every request
     before = -1
     while before != len(asyncio.all_tasks()):  # connections are closed a moment after their last byte
         before = len(asyncio.all_tasks())
@@ -64,7 +64,7 @@ async def look(found: Site) -> Left:
 
 
 async def soak(found: Site, requests: int, *, first: int = 0) -> dict[str, int]:
-    """Send so many requests, a few at a time; how many of each kind."""
+    """Send ``requests`` requests, 16 at a time; return the number of each kind."""
     kinds = list(_KINDS)
     sent = dict.fromkeys(kinds, 0)
     numbers = iter(range(first, first + requests))
@@ -82,7 +82,7 @@ async def soak(found: Site, requests: int, *, first: int = 0) -> dict[str, int]:
 
 
 def _containers(root: object) -> Mapping[str, int]:
-    """The sizes of all dicts, lists, sets and deques that hang on objects of ours below ``root``."""
+    """Sizes of all dicts, lists, sets and deques that are reachable from ``root`` through our objects."""
     sizes: dict[str, int] = {}
     seen: set[int] = set()
     todo: deque[tuple[str, object]] = deque([("gateway", root)])
@@ -101,7 +101,7 @@ def _containers(root: object) -> Mapping[str, int]:
 
 
 def _words(number: int) -> list[dict[str, str]]:
-    """A conversation that nobody else has."""
+    """A conversation that no other request has."""
     return [{"role": "user", "content": f"{number} " + "is cell 12 up? " * (number % 20)}]
 
 
@@ -166,9 +166,9 @@ async def _looked_at(found: Site, number: int) -> None:
 
 async def _failed(found: Site, number: int) -> None:
     """
-    An engine that refuses one request, this one or another; somebody else answers it.
+    Send a request while an engine refuses one request, this or another; another engine answers.
 
-    One in 33: of one in 11 that are refused, one in 15,000 is so four times, by chance, and then fails for good.
+    One request in 33 meets a fault: if it were one in 11, one in 15,000 would meet four by chance, and fail.
     """
     if number % 3 == 0:
         engine: SimulatedEngine = found.engines["ab"[number % 2]]
@@ -195,10 +195,11 @@ _KINDS: dict[str, Callable[[Site, int], Awaitable[Any]]] = {
 
 def grown(before: Left, after: Left, *, at_least: int) -> dict[str, tuple[int, int]]:
     """
-    Containers that hold more than before, by what both held.
+    Containers that grew, with their sizes before and after.
 
     Args:
-        at_least: What leaks does so with every request of a kind; what grows by less fills up to some bound.
+        at_least: Least growth of a leak, which happens with every request of a kind; containers with a bound grow
+            by less.
     """
     return {
         where: (before.entries.get(where, 0), size)
@@ -207,5 +208,5 @@ def grown(before: Left, after: Left, *, at_least: int) -> dict[str, tuple[int, i
     }
 
 
-#: Conversations that may go on: as many as are answered in some minutes, 2,048 at most (``router.estimate.prefix``).
+#: Conversations that may continue: those answered in the last minutes, 2,048 at most (``router.estimate.prefix``).
 _BOUNDED = "gateway._dispatcher.fleet_state.index.reuse._answered_at"

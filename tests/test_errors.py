@@ -5,12 +5,12 @@ import pytest
 from promptai import errors
 from promptai.errors import EngineRefusedError, PromptAIError
 
-#: Indentation, name and, where it is not that of the parent, exit code of each line of the drawn tree.
+#: Indentation, name and exit code (if it differs from the parent's) of each line of the drawn tree.
 _DRAWN = re.compile(r"^ {4}([│├└─ ]*)(\w+Error)(?: +(\d+))?", re.MULTILINE)
 
 
 def drawn() -> dict[str, tuple[str | None, int]]:
-    """Name -> parent and exit code, as the module's docstring draws them."""
+    """Parent and exit code by name, as drawn in the module's docstring."""
     tree: dict[str, tuple[str | None, int]] = {}
     path: list[str] = []
     for indent, name, code in _DRAWN.findall(errors.__doc__ or ""):
@@ -22,12 +22,12 @@ def drawn() -> dict[str, tuple[str | None, int]]:
 
 
 def family(root: type[PromptAIError]) -> list[type[PromptAIError]]:
-    """A class and everything below it."""
+    """A class and all its subclasses."""
     return [root, *(below for child in root.__subclasses__() for below in family(child))]
 
 
-def test_the_drawn_tree_is_the_real_one() -> None:
-    """Every class, its parent and what the command line leaves with."""
+def test_the_drawn_tree_matches_the_classes() -> None:
+    """Every class, its parent and its exit code."""
     ours = [kind for kind in family(PromptAIError) if kind.__module__ == errors.__name__]
 
     assert drawn() == {
@@ -36,12 +36,12 @@ def test_the_drawn_tree_is_the_real_one() -> None:
     }
 
 
-def test_exit_codes_can_be_told_from_success_and_from_signals() -> None:
+def test_exit_codes_differ_from_success_and_from_signals() -> None:
     assert all(0 < kind.exit_code < 126 for kind in family(PromptAIError))
 
 
 @pytest.mark.parametrize("kind", family(PromptAIError), ids=lambda kind: kind.__name__)
-def test_every_class_says_what_happened(kind: type[PromptAIError]) -> None:
+def test_every_class_has_a_docstring_of_its_own(kind: type[PromptAIError]) -> None:
     assert kind.__doc__
     assert kind.__doc__ != kind.__mro__[1].__doc__
 
@@ -59,7 +59,7 @@ def test_an_error_reads_as_one_line(error: PromptAIError, text: str) -> None:
     assert text == str(error)
 
 
-def test_a_refusal_keeps_what_the_engine_said() -> None:
+def test_a_refusal_keeps_the_engine_s_message_and_kind() -> None:
     refusal = EngineRefusedError("too long", status=400, kind="exceed_context_size_error")
 
     assert (refusal.message, refusal.hint) == ("too long", "")

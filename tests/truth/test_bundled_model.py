@@ -1,4 +1,4 @@
-"""The bundled model as a canary: a broken engine, tokenizer, template or scorer cannot pass these."""
+"""The bundled model as a canary: these tests fail with a broken engine, tokenizer, template or scorer."""
 
 import asyncio
 import hashlib
@@ -37,14 +37,14 @@ async def tiny(log: Path) -> AsyncIterator[EngineClient]:
         yield client
 
 
-def test_it_is_small_and_the_file_that_its_card_describes() -> None:
+def test_is_small_and_has_the_checksum_of_its_card() -> None:
     data = bundled_model().read_bytes()
 
     assert len(data) <= 5_000_000
     assert hashlib.sha256(data).hexdigest() in CARD.read_text()
 
 
-def test_its_header_says_what_it_is() -> None:
+def test_the_header_describes_the_model() -> None:
     header = read_header(bundled_model())
 
     assert header.architecture == "llama"
@@ -56,14 +56,14 @@ def test_its_header_says_what_it_is() -> None:
 
 
 async def answer(client: EngineClient, messages: list[dict[str, str]]) -> str:
-    """The greedy answer; one that does not end by itself counts as none."""
+    """The greedy answer; empty unless it ends with a stop token."""
     body = {"messages": messages, "max_tokens": 32, "temperature": 0, "top_k": 1, "samplers": ["top_k"]}
     chunks = [arrival.chunk async for arrival in client.stream_chat(body)]
     ended = [reason for chunk in chunks for reason in chunk.finish_reasons]
     return "".join(chunk.content for chunk in chunks).strip() if ended == ["stop"] else ""
 
 
-def test_it_answers_90_percent_of_200_held_out_questions_exactly(tmp_path: Path) -> None:
+def test_answers_90_percent_of_200_held_out_questions_exactly(tmp_path: Path) -> None:
     async def score() -> list[bool]:
         async with tiny(tmp_path / "engine.log") as client:
             return [await answer(client, item["messages"]) == item["answer"] for item in read(QUESTIONS)]
@@ -75,7 +75,7 @@ def test_it_answers_90_percent_of_200_held_out_questions_exactly(tmp_path: Path)
 
 
 async def likelihood(client: EngineClient, item: dict[str, Any], option: str) -> float:
-    """Log-likelihood of what stands after the blank when ``option`` fills it."""
+    """Log-likelihood of the text after the blank, with ``option`` in the blank."""
     before, after = item["sentence"].split("_")
     head = await client.tokenize(before + option, add_special=True)
     whole = await client.tokenize(before + option + after, add_special=True)
@@ -83,7 +83,7 @@ async def likelihood(client: EngineClient, item: dict[str, Any], option: str) ->
     return sum(await continuation_logprobs(client, head, whole[len(head) :]))
 
 
-def test_it_resolves_90_percent_of_held_out_pronouns_by_exact_likelihood(tmp_path: Path) -> None:
+def test_resolves_90_percent_of_held_out_pronouns_by_likelihood(tmp_path: Path) -> None:
     """Every third pair of twins, so that both answers and both positions occur equally often."""
     pairs = sorted({item["pair"] for item in read(PRONOUNS)})[::3]
     items = [item for item in read(PRONOUNS) if item["pair"] in pairs]
@@ -104,7 +104,7 @@ def test_it_resolves_90_percent_of_held_out_pronouns_by_exact_likelihood(tmp_pat
 
 
 def test_a_trailing_assistant_message_is_continued(tmp_path: Path) -> None:
-    """The text goes on where it was cut, here after its first word: nothing is repeated."""
+    """The answer continues after its first word, where it was cut, and repeats nothing."""
     item = read(QUESTIONS)[0]
 
     async def play() -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What measuring costs: processor, memory, and the patience of whoever asks for help."""
+"""The cost of measuring in processor time and memory, and the start-up time of ``--help``."""
 
 import json
 import subprocess
@@ -12,12 +12,12 @@ from support_cli import PROMPTAI, clean_environment, promptai, simulated
 pytestmark = [pytest.mark.real, pytest.mark.timed]
 
 
-def test_client_and_telemetry_take_at_most_3_percent_of_one_core_at_a_1b_model_s_speed(tmp_path: Path) -> None:
+def test_client_and_telemetry_take_at_most_3_percent_of_a_core_at_the_speed_of_a_1b_model(tmp_path: Path) -> None:
     """
-    40 tokens a second is what a 1 B model does on two good cores.
+    A 1 B model decodes 40 tokens/s on two good cores.
 
-    The engine is a simulated one, so that the figure is the harness's own and not
-    the scheduler's fight over two cores; ``make bench`` has it with the real engine.
+    The engine is simulated: with a real one, the figure would include its competition for two cores
+    (``make bench`` measures that).
     """
     workload = tmp_path / "one.jsonl"
     workload.write_text(json.dumps({"messages": [{"role": "user", "content": "how is the cell"}]}) + "\n")
@@ -33,8 +33,8 @@ def test_client_and_telemetry_take_at_most_3_percent_of_one_core_at_a_1b_model_s
     assert harness["client_max_rss_bytes"]["value"] <= 150e6
 
 
-def test_help_answers_within_0_3_seconds(tmp_path: Path) -> None:
-    """The best of five: the machine's other work is not ours to measure."""
+def test_help_takes_at_most_0_3_seconds(tmp_path: Path) -> None:
+    """The best of five runs, to exclude other work of the machine."""
     taken = []
     for _ in range(5):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What the gateway costs, at a small size and with room for whatever else the machine does: ``make bench-gateway``."""
+"""The gateway's cost, measured small and with wide limits; ``make bench-gateway`` has the full size."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def benchmark(*options: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def test_it_adds_milliseconds_and_takes_less_than_100_mb() -> None:
+def test_adds_milliseconds_and_takes_less_than_100_mb() -> None:
     done = benchmark("--small")
 
     assert done.returncode == 0, done.stdout + done.stderr
@@ -33,8 +33,8 @@ def test_it_adds_milliseconds_and_takes_less_than_100_mb() -> None:
     assert "every guarantee holds" in done.stdout
 
 
-def test_it_says_what_thousands_of_requests_leave_behind() -> None:
-    """The thousand of ``tests/gateway/test_stays_flat.py`` are enough here; this is about the command."""
+def test_the_soak_reports_the_resources_that_remain() -> None:
+    """A few requests are enough to test the command; ``tests/gateway/test_stays_flat.py`` sends a thousand."""
     done = benchmark("--soak", "250")
 
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The harness against an engine whose speed is known because it was chosen."""
+"""The harness against a simulated engine with a configured, and so known, speed."""
 
 import asyncio
 
@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.real, pytest.mark.timed]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.prompt_tokens} prompt tokens")
-def test_every_metric_is_within_2_percent_of_the_truth_and_every_count_exact(case: Case) -> None:
+def test_every_metric_is_within_2_percent_and_every_count_exact(case: Case) -> None:
     """``selftest`` raises when a count is off by one."""
     checks = asyncio.run(selftest((case,)))
 
@@ -19,8 +19,8 @@ def test_every_metric_is_within_2_percent_of_the_truth_and_every_count_exact(cas
     assert [f"{c.metric}: {c.error:+.2%}" for c in checks if abs(c.error) > TOLERANCE] == []
 
 
-def test_a_wrong_count_is_an_error_and_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check can fail: an engine that miscounts its prompt is found out."""
+def test_a_wrong_count_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check can fail: it detects an engine that miscounts its prompt."""
     monkeypatch.setattr("promptai.engine.simulated_api.tokenize", lambda text: [0] * (len(text) // 3))
 
     with pytest.raises(PromptAIError, match="token counts are"):

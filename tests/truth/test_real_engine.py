@@ -1,4 +1,4 @@
-"""The harness against the real llama.cpp: it must say what the engine says, and the same twice."""
+"""The harness against the real llama.cpp: it agrees with the engine's counters and repeats its results."""
 
 import asyncio
 import json
@@ -24,25 +24,25 @@ from support_cli import lines, only_run, promptai
 
 pytestmark = pytest.mark.real
 
-#: A busy machine wakes the client late now and then; an error of ours would be there every time.
+#: A busy machine sometimes wakes the client late; an error of the harness would appear in every attempt.
 ATTEMPTS = 3
-#: Of each prompt the engine's counter leaves out some 0.08 ms that its own timings hold (b11549): 1 % of the bundled
-#: model's short prompts on a fast machine, nothing of a real model's.
+#: The engine's counter omits about 0.08 ms per prompt that its own timings include (b11549): 1 % of the bundled
+#: model's short prompts on a fast machine, negligible for a real model.
 _UNCOUNTED_S = 0.0002
-#: Two of TinyLlama's 22 layers: the same matrices, a tenth of the time.
+#: Two of TinyLlama's 22 layers: the same matrices in a tenth of the time.
 SLICE_OF_1B = Shape(**{name: getattr(LLAMA_1B, name) for name in LLAMA_1B.__struct_fields__} | {"layers": 2})
 
 
 @pytest.fixture(scope="module", params=["bundled", "slice of 1B"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model, and one of a real model's width."""
+    """The bundled model, and one with the width of a real model."""
     if request.param == "bundled":
         return bundled_model()
     return write_synthetic(tmp_path_factory.mktemp("models") / "slice.gguf", SLICE_OF_1B, name="slice")
 
 
 async def play(model: Path, log: Path) -> tuple[list[Trace], str]:
-    """Five cold prompts with answers of 100 tokens; their traces, and the engine's own counters."""
+    """Play five cold prompts with answers of 100 tokens; return the traces and the engine's metrics."""
     flags = EngineFlags(model=str(model), port=free_port(), threads=1, context=8192)
     prompts = [conversation.prompt(0) for conversation in load_bundled().conversations[:5]]
     async with RunningEngine(locate(), flags, log=log) as engine, EngineClient(engine.base_url) as client:
@@ -63,11 +63,11 @@ def counter(metrics: str, name: str) -> float:
 
 
 @pytest.mark.timed
-def test_counts_and_rates_are_the_engine_s_own_within_1_percent(model: Path, tmp_path: Path) -> None:
+def test_counts_are_the_engine_s_and_rates_within_1_percent_of_it(model: Path, tmp_path: Path) -> None:
     """
-    Prefill summed over requests, and decode of the median request, against the engine's counters.
+    Compare prefill, summed over requests, and decode of the median request with the engine's counters.
 
-    Decode is by the client's clock: nothing but agreement makes the two equal.
+    Decode is measured by the client's clock, independently of the engine.
     """
     for attempt in range(ATTEMPTS):
         traces, metrics = asyncio.run(play(model, tmp_path / f"engine-{attempt}.log"))
@@ -89,8 +89,8 @@ def hashes(run: Path) -> dict[tuple[Any, ...], str]:
     return {(t["cache"], t["conversation"], t["turn"]): t["text_sha256"] for t in lines(run / "traces.jsonl")}
 
 
-def test_two_runs_of_the_same_seed_give_byte_identical_texts_and_measuring_is_cheap(tmp_path: Path) -> None:
-    """Bundled model, one slot, cold and warm; and our own process stays small."""
+def test_runs_with_the_same_seed_give_identical_texts_in_little_memory(tmp_path: Path) -> None:
+    """Bundled model, one slot, cold and warm."""
     found = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

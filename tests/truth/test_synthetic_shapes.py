@@ -1,7 +1,8 @@
-"""The paper's eight models, imitated, on the real engine: each loads and decodes.
+"""Synthetic copies of the paper's eight models on the real engine: each loads and decodes.
 
-One layer, or as many as the architecture's pattern has, and a small vocabulary: what can be wrong in a
-file (names, dimensions, types, metadata) is in these. Whole shapes run in benchmarks/forecast.py.
+The slices have one layer, or the layers of one period of the architecture's pattern, and a small vocabulary; they
+contain everything that can be wrong in a file (names, dimensions, types, metadata). benchmarks/forecast.py runs
+whole shapes.
 """
 
 import asyncio
@@ -33,8 +34,8 @@ def test_all_eight_models_of_the_paper_have_a_candidate() -> None:
 
 
 @pytest.mark.parametrize("entry", PAPER, ids=lambda entry: entry.id)
-def test_the_whole_size_in_q4_0_is_that_of_the_arithmetic_within_1_percent(entry: Entry) -> None:
-    """4.5 bits a weight, and 6.5625 for the output matrix; norms and biases are what is left."""
+def test_the_size_in_q4_0_is_within_1_percent_of_the_arithmetic(entry: Entry) -> None:
+    """4.5 bits per weight, 6.5625 in the output matrix; norms and biases are within the tolerance."""
     output = entry.shape.width * entry.shape.vocabulary
     weights = sum(tensor.weights for tensor in plan_tensors(entry.shape, "q4_0"))
     bits = (weights - output) * 4.5 + output * 6.5625
