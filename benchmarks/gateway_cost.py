@@ -39,8 +39,8 @@ from promptai.engine.launch import RunningEngine, free_port
 from promptai.engine.locate import locate
 from promptai.errors import PromptAIError
 from promptai.models.bundled import bundled_model
-from support_real_door import site
 from support_soak import SOAKED, Left, grown, look, soak
+from support_sockets import site
 
 OURS, DIRECT, PEER = "promptai", "directly", "LiteLLM"
 MEDIAN_MS, P99_MS, MEMORY = 1.5, 5.0, 100e6

@@ -182,7 +182,7 @@ class FakeLauncher:
         return next(engine for engine in self.alive if engine.model.name == name)
 
 
-class House:
+class LocalFleet:
     """A local source on virtual time, whose memory budget and requests in flight the test sets."""
 
     def __init__(self, *models: LocalModel, launcher: FakeLauncher | None = None, budget: int = 4 * GB) -> None:
@@ -233,14 +233,14 @@ async def beside(work: Coroutine[Any, Any, None], play: Callable[[], Coroutine[A
         task.result()
 
 
-def play(house: House, test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+def play(fleet: LocalFleet, test: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run a local source on virtual time while a test plays; afterwards no engine may be left."""
 
     async def main() -> None:
         try:
-            await beside(house.source.run(house.watch), test)
+            await beside(fleet.source.run(fleet.watch), test)
         finally:
-            left = [engine.model.name for engine in house.launcher.alive]
+            left = [engine.model.name for engine in fleet.launcher.alive]
         assert left == []
 
     run_virtually(main())

@@ -114,7 +114,7 @@ class Streamed:
                 if line.startswith(b"data: "):
                     self.events.append(line.decode().removeprefix("data: ").strip())
 
-    def until_it_speaks(self) -> None:
+    def until_first_text(self) -> None:
         """Wait for the first text."""
         wait_for(lambda: len(self.events) > 2, what="an answer")
 

@@ -153,7 +153,7 @@ def point_at(url: str, home: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
 
 
-class Told:
+class RecordingReporter:
     """A ``ProgressReporter`` that records everything."""
 
     def __init__(self) -> None:
@@ -174,7 +174,7 @@ class Told:
         self.lines.append(line)
 
 
-def nobody() -> str:
+def unused_url() -> str:
     """A URL on loopback at which no server listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -271,7 +271,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
 
     def _hidden(self, name: str) -> bool:
-        """Refuse a repository that is absent or private, and return whether it did; the hub responds 401 without a token."""
+        """Refuse an absent or private repository (401 without a token, as the hub does); whether it was refused."""
         repository, token = self.server.repositories.get(name), self.request_seen.token
         if repository is not None and (not repository.private or token == TOKEN):
             return False

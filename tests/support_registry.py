@@ -13,11 +13,11 @@ Publish = Callable[[Sequence[Replica]], None]
 
 
 def replica(name: str, *, model: str = "yi", state: State = State.READY) -> Replica:
-    """A replica, ready unless ``state`` says otherwise."""
+    """A replica, ready unless ``state`` is given."""
     return Replica(id=name, url=f"http://{name}", model=model, state=state)
 
 
-class Told:
+class ScriptedSource:
     """A source that publishes given replicas and fails on command."""
 
     def __init__(

@@ -63,7 +63,7 @@ class Got(msgspec.Struct, kw_only=True):
         return [(usage["prompt_tokens"], usage["completion_tokens"]) for usage in found]
 
 
-class Snip:
+class CutUpstream:
     """
     An upstream whose first stream breaks off before the first event that satisfies ``before``.
 
@@ -79,7 +79,7 @@ class Snip:
         self.rewrite: Callable[[str], str] = lambda data: data
         self._inner = inner
         self._before = before
-        self._snipped = False
+        self._cut = False
 
     async def get(self, url: str, path: str, *, limit_s: float) -> Reply:
         """See ``Upstream``."""
@@ -105,14 +105,14 @@ class Snip:
         async with contextlib.aclosing(stream) as pieces:
             async for piece in pieces:
                 for event in piece.events:
-                    if not self._snipped and self._before(event.data):
-                        self._snipped = True
+                    if not self._cut and self._before(event.data):
+                        self._cut = True
                         if not self.lumped:
                             raise broken_off(url)
                         yield Piece(piece.t, [*lump, msgspec.structs.replace(event, data="{")])
                         return
                     said = msgspec.structs.replace(event, data=self.rewrite(event.data))
-                    if self.lumped and not self._snipped:
+                    if self.lumped and not self._cut:
                         lump.append(said)
                     else:
                         yield Piece(piece.t, [said])
@@ -183,7 +183,7 @@ def failing(kind: str, after: int, body: Mapping[str, Any], path: str = "/v1/cha
     return run_virtually(play())
 
 
-def snipped(
+def cut_off(
     before: Callable[[str], bool],
     body: Mapping[str, Any],
     path: str = "/v1/chat/completions",
@@ -195,10 +195,10 @@ def snipped(
 
     async def play() -> tuple[Got, list[str]]:
         async with world().running() as running:
-            snip = Snip(running.upstream, before, lumped=lumped)
-            snip.rewrite = rewrite
-            running.admission.upstream = snip
-            return await hear(accept(running, body, path)), snip.streams
+            cut = CutUpstream(running.upstream, before, lumped=lumped)
+            cut.rewrite = rewrite
+            running.admission.upstream = cut
+            return await hear(accept(running, body, path)), cut.streams
 
     return run_virtually(play())
 

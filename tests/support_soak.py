@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from promptai.engine.simulated import SimulatedEngine
 from promptai.engine.simulation import SimulationConfig
 from support_gateway import Answer
-from support_real_door import Site, request_of, soon
 from support_site import CHAT, EMBED, TEXT
+from support_sockets import Site, request_of, soon
 
 #: Fast, yet 1.5 ms a token: a client can disconnect in the middle of an answer.
 QUICK = SimulationConfig(prefill_tps=1e6, decode_tps=700.0, slots=4, model="yi")

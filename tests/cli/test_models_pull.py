@@ -12,7 +12,7 @@ import pytest
 
 from promptai.models.library import Library
 from support_cli import PROMPTAI, clean_environment, promptai, wait_for
-from support_hub import Faults, Hub, hub_with, nobody
+from support_hub import Faults, Hub, hub_with, unused_url
 
 pytestmark = pytest.mark.real
 
@@ -152,7 +152,7 @@ def test_offline_finds_a_stored_model_and_rejects_others_at_once(tmp_path: Path,
     assert pull(hub, tmp_path).returncode == 0
 
     found = pull(hub, tmp_path, HF_HUB_OFFLINE="1")
-    missing = pull(hub, tmp_path, f"{NAME}:Q8_0", HF_ENDPOINT=nobody())
+    missing = pull(hub, tmp_path, f"{NAME}:Q8_0", HF_ENDPOINT=unused_url())
 
     assert (found.returncode, FILE in found.stdout) == (0, True), found.stderr
     assert "using the stored model" in found.stderr

@@ -128,7 +128,7 @@ def test_sigterm_drains_and_ends_the_engine(tmp_path: Path) -> None:
         served.ready()
         engines = children_of(served.process.pid, "promptai.engine")
         answer = served.stream(max_tokens=2000, ignore_eos=True)
-        answer.until_it_speaks()
+        answer.until_first_text()
         served.process.send_signal(signal.SIGTERM)
         wait_for(lambda: served.get("/readyz")[0] == 503, what="the end of taking")
         refused = served.chat()
@@ -147,7 +147,7 @@ def test_a_second_ctrl_c_stops_at_once_and_leaves_no_engine(tmp_path: Path) -> N
         served.ready()
         engines = children_of(served.process.pid, "promptai.engine")
         answer = served.stream(max_tokens=3000, ignore_eos=True)
-        answer.until_it_speaks()
+        answer.until_first_text()
         served.process.send_signal(signal.SIGINT)
         wait_for(lambda: any("draining: 1 requests in progress" in line for line in served.logged), what="draining")
         began = time.monotonic()
@@ -167,7 +167,7 @@ def test_reloads_settings_during_a_stream(tmp_path: Path, how: str) -> None:
     with simulated(*SLOW, cwd=tmp_path) as board, serving("--board", board, cwd=tmp_path) as served:
         served.ready()
         answer = served.stream(max_tokens=70)
-        answer.until_it_speaks()
+        answer.until_first_text()
         unknown = served.chat(model="short")[0]
         if how == "SIGHUP":
             config.write_text("[aliases.short]\nmodle = 'x'\n")
@@ -199,7 +199,7 @@ def test_a_removed_board_finishes_its_stream_while_another_takes_over(tmp_path: 
         with serving(cwd=tmp_path) as served:
             served.ready()
             answer = served.stream(max_tokens=70)
-            answer.until_it_speaks()
+            answer.until_first_text()
             config.write_text(board(two, "two"))
             wait_for(lambda: served.states() == {"one": "draining", "two": "ready"}, what="the other board")
             assert served.chat(model="new")[0] == 200
@@ -355,7 +355,7 @@ def test_adding_a_model_drains_and_restarts_the_others(tmp_path: Path, small_mod
     with serving(*ONE_THREAD, cwd=tmp_path) as served:
         served.ready()
         answer = served.stream(model="promptai-tiny", max_tokens=2000, ignore_eos=True)
-        answer.until_it_speaks()
+        answer.until_first_text()
         config.write_text(f"[[serve]]\nmodel = 'promptai-tiny'\n[[serve]]\nmodel = '{small_model}'\n")
         served.process.send_signal(signal.SIGHUP)
         wait_for(lambda: "draining" in served.states().values(), what="draining")

@@ -7,14 +7,14 @@ import pytest
 from promptai.fleet.registry import Registry
 from promptai.fleet.replica import Snapshot, State
 from promptai.fleet.simulated import SimulatedSource
-from support_registry import Told, play, replica, states
+from support_registry import ScriptedSource, play, replica, states
 
 
 def test_a_crashed_source_is_down_and_restarts_with_a_doubling_backoff(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Each crash is one line in the log; the other source keeps running."""
-    bad, good = Told("bad", replica("a")), Told("good", replica("b"))
+    bad, good = ScriptedSource("bad", replica("a")), ScriptedSource("good", replica("b"))
     registry = Registry([bad, good])
 
     async def test() -> None:
@@ -38,7 +38,7 @@ def test_a_crashed_source_is_down_and_restarts_with_a_doubling_backoff(
 
 
 def test_a_source_that_was_stable_for_long_restarts_with_a_short_backoff() -> None:
-    source = Told("a", replica("a"))
+    source = ScriptedSource("a", replica("a"))
     registry = Registry([source])
 
     async def test() -> None:
@@ -57,8 +57,8 @@ def test_a_source_that_was_stable_for_long_restarts_with_a_short_backoff() -> No
 
 def test_keeps_the_first_of_two_replicas_with_the_same_id_and_reports_the_other() -> None:
     """Across sources and within one; the problem disappears once it is fixed."""
-    second = Told("two", replica("a", model="other"), replica("b"), replica("b"))
-    registry = Registry([Told("one", replica("a")), second, Told("two")])
+    second = ScriptedSource("two", replica("a", model="other"), replica("b"), replica("b"))
+    registry = Registry([ScriptedSource("one", replica("a")), second, ScriptedSource("two")])
 
     async def test() -> None:
         await asyncio.sleep(0.1)
@@ -75,7 +75,7 @@ def test_keeps_the_first_of_two_replicas_with_the_same_id_and_reports_the_other(
 
 
 def test_the_version_increases_only_on_a_change() -> None:
-    source = Told("a", replica("x"))
+    source = ScriptedSource("a", replica("x"))
     registry = Registry([source])
     seen: list[Snapshot] = []
     registry.subscribe(seen.append)
@@ -98,7 +98,7 @@ def test_a_failing_subscriber_affects_no_source_and_no_other_subscriber(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A subscriber that has unsubscribed is not called."""
-    source = Told("a", replica("x"))
+    source = ScriptedSource("a", replica("x"))
     registry = Registry([source])
     seen: list[int] = []
 
@@ -120,7 +120,7 @@ def test_a_failing_subscriber_affects_no_source_and_no_other_subscriber(
 
 
 def test_wake_and_touch_reach_the_source_of_the_replica() -> None:
-    one, two = Told("one", replica("a")), Told("two", replica("b"))
+    one, two = ScriptedSource("one", replica("a")), ScriptedSource("two", replica("b"))
     registry = Registry([one, two])
 
     async def test() -> None:

@@ -7,19 +7,21 @@ import pytest
 
 from promptai.fleet.registry import Registry
 from promptai.fleet.replica import Replica, State
-from support_registry import Told, ids, play, replica, states
+from support_registry import ScriptedSource, ids, play, replica, states
 
 
 def test_unchanged_sources_keep_running_and_removed_ones_drain_until_forgotten() -> None:
     """Cold and dead replicas have nothing to finish and disappear at once."""
-    stays = Told("stays", replica("s"), configuration=1)
-    goes = Told("goes", replica("a"), replica("b"), replica("c", state=State.COLD), replica("d", state=State.DOWN))
+    stays = ScriptedSource("stays", replica("s"), configuration=1)
+    goes = ScriptedSource(
+        "goes", replica("a"), replica("b"), replica("c", state=State.COLD), replica("d", state=State.DOWN)
+    )
     registry = Registry([stays, goes])
 
     async def test() -> None:
         await asyncio.sleep(1)
         registry.forget("a")  # not removed yet: nothing happens
-        registry.replace([Told("stays", configuration=1), Told("new", replica("n"))])
+        registry.replace([ScriptedSource("stays", configuration=1), ScriptedSource("new", replica("n"))])
         assert states(registry) == {"s": State.READY, "a": State.DRAINING, "b": State.DRAINING}
         assert [found.leaving for found in registry.snapshot.replicas] == [False, True, True]
         await asyncio.sleep(0.1)
@@ -38,7 +40,7 @@ def test_unchanged_sources_keep_running_and_removed_ones_drain_until_forgotten()
 
 
 def test_replicas_that_drain_for_too_long_disappear() -> None:
-    goes = Told("goes", replica("a"))
+    goes = ScriptedSource("goes", replica("a"))
     registry = Registry([goes], drain_s=30.0)
 
     async def test() -> None:
@@ -54,7 +56,10 @@ def test_replicas_that_drain_for_too_long_disappear() -> None:
 
 def test_a_changed_source_takes_its_replicas_over_without_a_gap() -> None:
     """A replica that it no longer lists drains from then on."""
-    old, new = Told("list", replica("a"), replica("b"), configuration=1), Told("list", configuration=2)
+    old, new = (
+        ScriptedSource("list", replica("a"), replica("b"), configuration=1),
+        ScriptedSource("list", configuration=2),
+    )
     registry = Registry([old])
 
     async def test() -> None:
@@ -74,8 +79,8 @@ def test_a_changed_source_takes_its_replicas_over_without_a_gap() -> None:
 
 def test_an_exclusive_source_starts_after_its_predecessor_has_ended() -> None:
     """Otherwise two sets of engines would be loaded."""
-    old = Told("local", replica("a"), configuration=1, exclusive=True)
-    new = Told("local", replica("a", model="new"), configuration=2, exclusive=True)
+    old = ScriptedSource("local", replica("a"), configuration=1, exclusive=True)
+    new = ScriptedSource("local", replica("a", model="new"), configuration=2, exclusive=True)
     registry = Registry([old])
 
     async def test() -> None:
@@ -93,7 +98,7 @@ def test_an_exclusive_source_starts_after_its_predecessor_has_ended() -> None:
 
 def test_no_model_is_missing_while_a_source_waits_for_its_predecessor() -> None:
     """Not even between the two; idle replicas do not delay the successor."""
-    old = Told(
+    old = ScriptedSource(
         "local",
         replica("a", model="streams"),
         replica("b", model="idle"),
@@ -102,7 +107,7 @@ def test_no_model_is_missing_while_a_source_waits_for_its_predecessor() -> None:
         configuration=1,
         exclusive=True,
     )
-    new = Told("local", configuration=2, exclusive=True)
+    new = ScriptedSource("local", configuration=2, exclusive=True)
     registry = Registry([old])
     models: list[tuple[str, ...]] = []
     registry.subscribe(lambda snapshot: models.append(snapshot.models))
@@ -129,13 +134,13 @@ def test_no_model_is_missing_while_a_source_waits_for_its_predecessor() -> None:
 
 def test_removing_a_waiting_source_leaves_nothing_to_wait_for() -> None:
     """The replicas of its predecessor will not be back; a further successor changes nothing."""
-    old = Told("local", replica("a"), replica("b", state=State.COLD), configuration=1, exclusive=True)
+    old = ScriptedSource("local", replica("a"), replica("b", state=State.COLD), configuration=1, exclusive=True)
     registry = Registry([old])
 
     async def test() -> None:
         await asyncio.sleep(1)
-        registry.replace([Told("local", configuration=2, exclusive=True)])
-        registry.replace([Told("local", configuration=3, exclusive=True)])
+        registry.replace([ScriptedSource("local", configuration=2, exclusive=True)])
+        registry.replace([ScriptedSource("local", configuration=3, exclusive=True)])
         await asyncio.sleep(1)
         assert states(registry) == {"a": State.DRAINING, "b": State.DRAINING}
         registry.replace([])
@@ -150,8 +155,8 @@ def test_removing_a_waiting_source_leaves_nothing_to_wait_for() -> None:
 
 def test_replicas_that_a_changed_source_has_not_probed_yet_keep_serving() -> None:
     """Under any id: another gateway has one id per model only after it has answered."""
-    old = Told("list", replica("a"), replica("b", model="qwen"), replica("c", model="phi"), configuration=1)
-    new = Told("list", configuration=2)
+    old = ScriptedSource("list", replica("a"), replica("b", model="qwen"), replica("c", model="phi"), configuration=1)
+    new = ScriptedSource("list", configuration=2)
     registry = Registry([old])
 
     async def test() -> None:
@@ -175,7 +180,7 @@ def test_replicas_that_a_changed_source_has_not_probed_yet_keep_serving() -> Non
 
 
 def test_replacing_sources_before_the_registry_runs_leaves_nothing() -> None:
-    first, second = Told("a", replica("a")), Told("a", replica("b"), configuration=2)
+    first, second = ScriptedSource("a", replica("a")), ScriptedSource("a", replica("b"), configuration=2)
     registry = Registry([first])
     registry.replace([second])
 
@@ -188,7 +193,7 @@ def test_replacing_sources_before_the_registry_runs_leaves_nothing() -> None:
 
 def test_replicas_that_the_successor_will_not_have_are_leaving() -> None:
     """No request waits for them; they finish their answers, and the others wait for the successor."""
-    old = Told(
+    old = ScriptedSource(
         "local",
         replica("a"),
         replica("b", model="gone"),
@@ -196,7 +201,7 @@ def test_replicas_that_the_successor_will_not_have_are_leaving() -> None:
         configuration=1,
         exclusive=True,
     )
-    new = Told("local", configuration=2, exclusive=True, replica_ids={"a", "d"})
+    new = ScriptedSource("local", configuration=2, exclusive=True, replica_ids={"a", "d"})
     registry = Registry([old])
 
     async def test() -> None:
@@ -220,14 +225,14 @@ def test_replicas_that_the_successor_will_not_have_are_leaving() -> None:
 
 
 def test_a_replica_removed_and_restored_before_its_source_ends_is_not_leaving() -> None:
-    old = Told("local", replica("a"), configuration=1, exclusive=True)
+    old = ScriptedSource("local", replica("a"), configuration=1, exclusive=True)
     registry = Registry([old])
 
     async def test() -> None:
         await asyncio.sleep(1)
-        registry.replace([Told("local", configuration=2, exclusive=True, replica_ids=set())])
+        registry.replace([ScriptedSource("local", configuration=2, exclusive=True, replica_ids=set())])
         assert registry.snapshot.replicas[0].leaving
-        registry.replace([Told("local", configuration=3, exclusive=True, replica_ids={"a"})])
+        registry.replace([ScriptedSource("local", configuration=3, exclusive=True, replica_ids={"a"})])
         assert not registry.snapshot.replicas[0].leaving
 
     play(registry, test)
@@ -236,12 +241,12 @@ def test_a_replica_removed_and_restored_before_its_source_ends_is_not_leaving() 
 @pytest.mark.parametrize("exclusive", [True, False], ids=["own-engines", "boards"])
 def test_logs_answers_that_are_cut_off_once(caplog: pytest.LogCaptureFixture, *, exclusive: bool) -> None:
     """A board cuts nothing off: its engine keeps running."""
-    old = Told("list", replica("a"), replica("b"), replica("c"), configuration=1, exclusive=exclusive)
+    old = ScriptedSource("list", replica("a"), replica("b"), replica("c"), configuration=1, exclusive=exclusive)
     registry = Registry([old], drain_s=30.0, busy=lambda replica_id: {"a": 2, "b": 1}.get(replica_id, 0))
 
     async def test() -> None:
         await asyncio.sleep(1)
-        registry.replace([Told("list", replica("a"), configuration=2, exclusive=exclusive)])
+        registry.replace([ScriptedSource("list", replica("a"), configuration=2, exclusive=exclusive)])
         registry.forget("c")
         await asyncio.sleep(29)
         assert caplog.messages == []
@@ -256,11 +261,11 @@ def test_logs_answers_that_are_cut_off_once(caplog: pytest.LogCaptureFixture, *,
 
 
 def test_logs_nothing_about_answers_that_end_in_time(caplog: pytest.LogCaptureFixture) -> None:
-    registry = Registry([Told("list", replica("a"), configuration=1, exclusive=True)], drain_s=30.0)
+    registry = Registry([ScriptedSource("list", replica("a"), configuration=1, exclusive=True)], drain_s=30.0)
 
     async def test() -> None:
         await asyncio.sleep(1)
-        registry.replace([Told("list", replica("a"), configuration=2, exclusive=True)])
+        registry.replace([ScriptedSource("list", replica("a"), configuration=2, exclusive=True)])
         await asyncio.sleep(29)
         registry.forget("a")
         await asyncio.sleep(60)

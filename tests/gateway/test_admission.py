@@ -11,8 +11,8 @@ from promptai.errors import NoCapacityError, RequestRefusedError
 from promptai.gateway.admission import AdmissionRules, AdmittedRequest, path_for
 from promptai.gateway.auth import Caller
 from promptai.router.selection import Alias, ModelNames
+from support_clients import ALONE, TALK, Clients, play
 from support_gateway import Answer
-from support_party import ALONE, TALK, Party, play
 from support_serve import World, listen
 from support_site import CHAT, EMBED, TEXT, Door, asking, visit
 
@@ -35,15 +35,15 @@ def small_and_large(**settings: Any) -> Callable[[], World]:
 
 def test_auto_chooses_the_larger_model_when_idle_and_the_smaller_when_busy() -> None:
     async def use(world: World) -> list[AdmittedRequest]:
-        party = Party(world)
+        clients = Clients(world)
         budget = {"x-promptai-budget": "10s"}
         idle = world.admitted(TALK, model="auto", headers=budget, max_tokens=50)
-        party.ask("before", model="large", tokens=200)
+        clients.ask("before", model="large", tokens=200)
         await asyncio.sleep(1)
         busy = world.admitted(TALK, model="auto", headers=budget, max_tokens=50)
         patient = world.admitted(TALK, model="auto", headers={"x-promptai-budget": "2m"}, max_tokens=50)
         hasty = world.admitted(TALK, model="auto", headers={"x-promptai-budget": "100ms"}, max_tokens=50)
-        await party.all()
+        await clients.all()
         return [idle, busy, patient, hasty]
 
     idle, busy, patient, hasty = play(small_and_large(), use)
@@ -141,11 +141,11 @@ def test_waits_for_the_replica_whose_context_holds_the_prompt() -> None:
     prompt = [{"role": "user", "content": "cell " * 1500}]
 
     async def use(world: World) -> list[str]:
-        party = Party(world)
-        party.ask("before", tokens=20, messages=[{"role": "user", "content": "cell " * 1400}])
+        clients = Clients(world)
+        clients.ask("before", tokens=20, messages=[{"role": "user", "content": "cell " * 1400}])
         await asyncio.sleep(0)
         admitted = world.admitted(prompt, model="yi", max_tokens=2)
-        await asyncio.gather(listen(admitted), party.all())
+        await asyncio.gather(listen(admitted), clients.all())
         assert admitted.routed.lease is not None
         return [admitted.routed.lease.replica.id, *admitted.routed.retries]
 

@@ -10,9 +10,9 @@ import pytest
 from promptai.engine.simulator import Fault
 from promptai.errors import NoCapacityError, RequestRefusedError, SaturatedError
 from promptai.router.schedule.dispatcher import QueueLimits
+from support_clients import ALONE, BOARD, TALK, Clients, one, play
 from support_cold import Cold
 from support_fleet import model
-from support_party import ALONE, BOARD, TALK, Party, one, play
 from support_serve import Heard, World, listen
 
 
@@ -23,11 +23,11 @@ def refusals(found: dict[str, Heard | BaseException]) -> list[str]:
 @pytest.mark.parametrize("bound", [0, 1, 5, 64])
 def test_refuses_requests_beyond_the_slots_and_the_queue_limit(bound: int) -> None:
     async def use(world: World) -> list[str]:
-        party = Party(world)
+        clients = Clients(world)
         for number in range(2 + bound + 3):
-            party.ask(str(number), key=f"key {number}")
+            clients.ask(str(number), key=f"key {number}")
             await asyncio.sleep(0)
-        return refusals(await party.all())
+        return refusals(await clients.all())
 
     assert play(one(limits=QueueLimits(queue=bound)), use) == [str(bound + number) for number in (2, 3, 4)]
 
@@ -38,12 +38,12 @@ def test_retry_after_is_accurate_within_a_factor_of_two(tokens: int, slots: int)
 
     async def use(world: World) -> tuple[float, float]:
         loop = asyncio.get_running_loop()
-        party = Party(world)
+        clients = Clients(world)
         for number in range(8):
-            party.ask(f"before {number}", key=f"key {number}", tokens=tokens)
+            clients.ask(f"before {number}", key=f"key {number}", tokens=tokens)
         await asyncio.sleep(0.5)
         with pytest.raises(SaturatedError) as refused:
-            await party.ask("first", key="late", tokens=tokens)
+            await clients.ask("first", key="late", tokens=tokens)
         since = loop.time()
         while True:
             try:
@@ -55,8 +55,8 @@ def test_retry_after_is_accurate_within_a_factor_of_two(tokens: int, slots: int)
             except SaturatedError:
                 continue
         actual_s = loop.time() - since
-        del party.tasks["first"]
-        await party.all()
+        del clients.tasks["first"]
+        await clients.all()
         return refused.value.retry_after_s, actual_s
 
     config = msgspec.structs.replace(BOARD, slots=slots)
@@ -69,14 +69,14 @@ def test_a_queue_full_of_one_key_still_accepts_another_key() -> None:
     """The newest requests of the heavy key are dropped; none of the light key is refused."""
 
     async def use(world: World) -> tuple[list[str], list[str]]:
-        party = Party(world)
+        clients = Clients(world)
         for number in range(10):
-            party.ask(f"heavy {number}", key="heavy")
+            clients.ask(f"heavy {number}", key="heavy")
         await asyncio.sleep(0.1)
         for number in range(3):
-            party.ask(f"light {number}", key="light")
-        found = await party.all()
-        return refusals(found), [name for name in party.ended if name.startswith("light")]
+            clients.ask(f"light {number}", key="light")
+        found = await clients.all()
+        return refusals(found), [name for name in clients.ended if name.startswith("light")]
 
     refused, answered = play(one(limits=QueueLimits(queue=8)), use)
 
@@ -86,19 +86,19 @@ def test_a_queue_full_of_one_key_still_accepts_another_key() -> None:
 
 def test_a_heavy_key_delays_a_light_key_by_at_most_one_request() -> None:
     async def use(world: World) -> tuple[list[float], list[str]]:
-        party = Party(world)
+        clients = Clients(world)
         for number in range(100):
-            party.ask(f"heavy {number}", key="heavy", tokens=50)
+            clients.ask(f"heavy {number}", key="heavy", tokens=50)
         await asyncio.sleep(7)
         firsts = []
         for number in range(5):
-            heard = await party.ask(f"light {number}", key="light", tokens=5)
+            heard = await clients.ask(f"light {number}", key="light", tokens=5)
             firsts.append(heard.first_s or 0.0)
             await asyncio.sleep(3.3)
-        for task in party.tasks.values():
+        for task in clients.tasks.values():
             task.cancel()
-        await asyncio.wait(party.tasks.values())
-        return firsts, party.ended
+        await asyncio.wait(clients.tasks.values())
+        return firsts, clients.ended
 
     firsts, ended = play(one(ALONE, limits=QueueLimits(queue=200)), use)
 
@@ -112,18 +112,18 @@ def test_batch_requests_wait_at_most_five_minutes() -> None:
     """Interactive requests never pause; the batch request is answered after five minutes."""
 
     async def use(world: World) -> tuple[float, int]:
-        party = Party(world)
+        clients = Clients(world)
         batch = {"x-promptai-priority": "batch"}
         for number in range(3):
-            party.ask(f"before {number}", tokens=40)
-        admitted = party.ask("batch", key="night", tokens=10, headers=batch)
+            clients.ask(f"before {number}", tokens=40)
+        admitted = clients.ask("batch", key="night", tokens=10, headers=batch)
         number = 0
         while not admitted.done():
-            party.ask(f"after {number}", tokens=40)
+            clients.ask(f"after {number}", tokens=40)
             number += 1
             await asyncio.sleep(4.0)
-        behind = party.ended.index("batch")
-        await party.all()
+        behind = clients.ended.index("batch")
+        await clients.all()
         return (await admitted).first_s or 0.0, behind
 
     waited, behind = play(one(ALONE), use)
@@ -134,14 +134,14 @@ def test_batch_requests_wait_at_most_five_minutes() -> None:
 
 def test_refuses_a_request_when_its_deadline_has_passed() -> None:
     async def use(world: World) -> tuple[BaseException | Heard, float]:
-        party = Party(world)
-        party.ask("before", tokens=100)
-        party.ask("hurried", headers={"x-promptai-deadline": "2500ms"})
+        clients = Clients(world)
+        clients.ask("before", tokens=100)
+        clients.ask("hurried", headers={"x-promptai-deadline": "2500ms"})
         loop = asyncio.get_running_loop()
         since = loop.time()
-        await asyncio.wait([party.tasks["hurried"]])
+        await asyncio.wait([clients.tasks["hurried"]])
         waited = loop.time() - since
-        return (await party.all())["hurried"], waited
+        return (await clients.all())["hurried"], waited
 
     refused, waited = play(one(ALONE), use)
 
@@ -167,10 +167,10 @@ def test_refuses_an_invalid_time(name: str, value: str) -> None:
 
 def test_many_requests_for_a_cold_model_load_it_once() -> None:
     async def use(world: Cold) -> tuple[list[str], list[float]]:
-        party = Party(world)
+        clients = Clients(world)
         for number in range(50):
-            party.ask(str(number), key=f"key {number % 7}")
-        found = await party.all()
+            clients.ask(str(number), key=f"key {number % 7}")
+        found = await clients.all()
         return world.launcher.starts, [how.first_s or 0.0 for how in found.values() if isinstance(how, Heard)]
 
     starts, firsts = play(lambda: Cold(model("yi", slots=2), config=BOARD), use)
@@ -184,10 +184,10 @@ def test_never_unloads_a_busy_model() -> None:
     """Memory holds one model; a request for the other waits until the long answer has ended."""
 
     async def use(world: Cold) -> tuple[list[Any], Heard, Heard]:
-        party = Party(world)
-        long = party.ask("long", model="a", tokens=300)
+        clients = Clients(world)
+        long = clients.ask("long", model="a", tokens=300)
         await asyncio.sleep(12)
-        other = party.ask("other", model="b")
+        other = clients.ask("other", model="b")
         await asyncio.wait([long, other])
         return [(what, name) for _, what, name in world.launcher.log], await long, await other
 
@@ -201,13 +201,13 @@ def test_never_unloads_a_busy_model() -> None:
 def test_a_retried_request_precedes_queued_requests() -> None:
     async def use(world: World) -> list[str]:
         world.engines["sim://a"].fault = Fault(kind="cut", after_tokens=0, times=1)
-        party = Party(world)
-        party.ask("failing", key="x")
+        clients = Clients(world)
+        clients.ask("failing", key="x")
         await asyncio.sleep(0)
         for number in range(4):
-            party.ask(str(number), key=str(number))
-        await party.all()
-        return party.ended
+            clients.ask(str(number), key=str(number))
+        await clients.all()
+        return clients.ended
 
     boards = {"a": ALONE}
 
@@ -216,14 +216,14 @@ def test_a_retried_request_precedes_queued_requests() -> None:
 
 def test_a_client_that_disconnects_in_the_queue_leaves_nothing_behind() -> None:
     async def use(world: World) -> tuple[list[str], int]:
-        party = Party(world)
+        clients = Clients(world)
         for name in ("running", "leaving", "staying"):
-            party.ask(name, key=name)
+            clients.ask(name, key=name)
             await asyncio.sleep(0)
-        party.tasks["leaving"].cancel()
+        clients.tasks["leaving"].cancel()
         await asyncio.sleep(0.1)
         waiting = [entry.request.key for entry in world.dispatcher.queued("yi")]
-        await asyncio.wait(party.tasks.values())
+        await asyncio.wait(clients.tasks.values())
         return waiting, len(world.engines["sim://a"].sent)
 
     waiting, sent = play(one(ALONE), use)
@@ -233,9 +233,9 @@ def test_a_client_that_disconnects_in_the_queue_leaves_nothing_behind() -> None:
 
 def test_the_estimated_time_left_decreases_in_the_queue() -> None:
     async def use(world: World) -> list[tuple[float, float]]:
-        party = Party(world)
+        clients = Clients(world)
         for number in range(4):
-            party.ask(f"before {number}", tokens=100)
+            clients.ask(f"before {number}", tokens=100)
         admitted = world.admitted(TALK, model="yi", max_tokens=10)
         mine = asyncio.create_task(listen(admitted))
         seen = []
@@ -246,7 +246,7 @@ def test_the_estimated_time_left_decreases_in_the_queue() -> None:
             if left is not None:
                 seen.append((loop.time(), left))
         await mine
-        await party.all()
+        await clients.all()
         return [(at_s, left) for at_s, left in seen]
 
     seen = play(one(ALONE), use)
@@ -262,21 +262,21 @@ def test_a_queued_request_survives_a_short_outage_but_not_a_long_one() -> None:
     """An admitted request waits through a short outage, but not a long one."""
 
     async def use(world: World) -> tuple[Heard | BaseException, Heard | BaseException, float]:
-        party, loop = Party(world), asyncio.get_running_loop()
-        party.ask("running", tokens=20)
-        party.ask("short")
+        clients, loop = Clients(world), asyncio.get_running_loop()
+        clients.ask("running", tokens=20)
+        clients.ask("short")
         await asyncio.sleep(1)
         world.source.fail("a")
         await asyncio.sleep(20)
         world.source.recover("a")
-        await party.all()
-        party.ask("again", tokens=20)
-        party.ask("long")
+        await clients.all()
+        clients.ask("again", tokens=20)
+        clients.ask("long")
         await asyncio.sleep(1)
         world.source.fail("a")
         since = loop.time()
-        await asyncio.wait([party.tasks["long"]])
-        found = await party.all()
+        await asyncio.wait([clients.tasks["long"]])
+        found = await clients.all()
         return found["short"], found["long"], loop.time() - since
 
     short, long, waited = play(one(ALONE), use)

@@ -14,8 +14,8 @@ import pytest
 from promptai.engine.simulation import SimulationConfig
 from promptai.fleet.replica import State
 from promptai.router.schedule.lease import SlotLease
-from support_real_door import COLD, Site, request_of, site, soon
 from support_site import SLOW
+from support_sockets import COLD, Site, request_of, site, soon
 
 pytestmark = pytest.mark.timeout(30)
 

@@ -14,7 +14,7 @@ from promptai.gateway.errors import ApiError
 from promptai.gateway.keys import KeyStore
 from promptai.gateway.limits import KeyLimits
 from promptai.router.selection import Alias, ModelNames
-from support_party import ALONE, TALK, play
+from support_clients import ALONE, TALK, play
 from support_serve import World
 from support_site import CHAT, Door, visit
 

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from support_real_door import site
 from support_soak import SOAKED, Left, grown, look, soak
+from support_sockets import site
 
 pytestmark = pytest.mark.timeout(60)
 

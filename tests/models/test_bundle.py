@@ -8,7 +8,7 @@ import pytest
 from promptai.errors import LibraryError, ModelChecksumError, ModelError, ModelNotFoundError
 from promptai.models.bundle import MANIFEST, BundleEntry, BundleManifest, export, import_path, read_manifest
 from promptai.models.library import Library, Sidecar, StoredModel
-from support_hub import Told
+from support_hub import RecordingReporter
 
 
 @pytest.fixture
@@ -23,8 +23,8 @@ def library(tmp_path: Path, small_model: Path) -> Library:
     return library
 
 
-def bring(path: Path, library: Library, progress: Told | None = None) -> list[StoredModel]:
-    return list(import_path(path, library, progress or Told()))
+def bring(path: Path, library: Library, progress: RecordingReporter | None = None) -> list[StoredModel]:
+    return list(import_path(path, library, progress or RecordingReporter()))
 
 
 def files(folder: Path) -> list[str]:
@@ -39,7 +39,7 @@ def test_import_copies_a_file_and_records_its_checksum(library: Library, small_m
     assert stored.path == library.root / "imported" / "a.gguf"
     assert stored.path.read_bytes() == small_model.read_bytes()
     assert (stored.sidecar.source, stored.sidecar.promised) == ("import", False)
-    library.verify(stored, Told())
+    library.verify(stored, RecordingReporter())
 
 
 def test_import_finds_models_on_a_stick_and_continues_after_a_damaged_one(tmp_path: Path, small_model: Path) -> None:
@@ -48,7 +48,7 @@ def test_import_finds_models_on_a_stick_and_continues_after_a_damaged_one(tmp_pa
     shutil.copy(small_model, stick / "deep" / "down" / "good.gguf")
     (stick / "cut.gguf").write_bytes(small_model.read_bytes()[:-1000])
     (stick / "page.gguf").write_text("<html>")
-    library, progress = Library(tmp_path / "models"), Told()
+    library, progress = Library(tmp_path / "models"), RecordingReporter()
 
     with pytest.raises(ModelError, match=r"2 of 3 files in .*stick were rejected"):
         bring(stick, library, progress)
@@ -100,7 +100,7 @@ def test_import_copies_nothing_without_enough_space(tmp_path: Path, small_model:
 
 def test_a_bundle_reproduces_the_library_on_another_board(library: Library, tmp_path: Path) -> None:
     """Sources and checksums included."""
-    export(library.models(), tmp_path / "stick", Told())
+    export(library.models(), tmp_path / "stick", RecordingReporter())
     board = Library(tmp_path / "board")
 
     stored = bring(tmp_path / "stick", board)
@@ -121,9 +121,9 @@ def test_a_bundle_reproduces_the_library_on_another_board(library: Library, tmp_
 
 def test_a_second_export_adds_to_the_first(library: Library, tmp_path: Path) -> None:
     first, second = library.models()
-    export([first], tmp_path / "stick", Told())
-    export([second], tmp_path / "stick", Told())
-    export([second], tmp_path / "stick", Told())
+    export([first], tmp_path / "stick", RecordingReporter())
+    export([second], tmp_path / "stick", RecordingReporter())
+    export([second], tmp_path / "stick", RecordingReporter())
 
     manifest = read_manifest(tmp_path / "stick")
     assert manifest is not None
@@ -136,7 +136,7 @@ def test_import_rejects_a_damaged_file_of_a_bundle_and_stores_the_others(
 ) -> None:
     """The stick was pulled out too early."""
     stick = tmp_path / "stick"
-    export(library.models(), stick, Told())
+    export(library.models(), stick, RecordingReporter())
     victim = stick / "imported" / "a.gguf"
     if damage == "byte":
         victim.write_bytes(victim.read_bytes()[:-1] + b"!")
@@ -144,7 +144,7 @@ def test_import_rejects_a_damaged_file_of_a_bundle_and_stores_the_others(
         os.truncate(victim, victim.stat().st_size - 1)
     else:
         victim.unlink()
-    board, progress = Library(tmp_path / "board"), Told()
+    board, progress = Library(tmp_path / "board"), RecordingReporter()
 
     with pytest.raises(ModelError, match="1 of 2 files"):
         bring(stick, board, progress)
@@ -158,7 +158,7 @@ def test_export_rejects_a_damaged_model(library: Library, tmp_path: Path) -> Non
     path.write_bytes(path.read_bytes()[:-1] + b"!")
 
     with pytest.raises(ModelChecksumError, match="is damaged"):
-        export(library.models()[:1], tmp_path / "stick", Told())
+        export(library.models()[:1], tmp_path / "stick", RecordingReporter())
 
     assert files(tmp_path / "stick") == []
 
@@ -168,7 +168,7 @@ def test_export_does_not_overwrite_other_files(library: Library, tmp_path: Path)
     (tmp_path / "stick" / "imported" / "a.gguf").write_text("mine")
 
     with pytest.raises(ModelError, match="already exists"):
-        export(library.models(), tmp_path / "stick", Told())
+        export(library.models(), tmp_path / "stick", RecordingReporter())
     assert (tmp_path / "stick" / "imported" / "a.gguf").read_text() == "mine"
 
 
@@ -181,7 +181,7 @@ def test_export_leaves_no_partial_file_on_a_full_stick(
     monkeypatch.setattr(Path, "replace", full)
 
     with pytest.raises(LibraryError, match="No space left on device"):
-        export(library.models(), tmp_path / "stick", Told())
+        export(library.models(), tmp_path / "stick", RecordingReporter())
     monkeypatch.undo()
     assert files(tmp_path / "stick") == []
 

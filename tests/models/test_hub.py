@@ -21,7 +21,7 @@ from promptai.models.hub import (
     repositories_like,
     repository_facts,
 )
-from support_hub import COMMIT, TOKEN, Faults, Hub, Repository, hub_with, nobody, point_at
+from support_hub import COMMIT, TOKEN, Faults, Hub, Repository, hub_with, point_at, unused_url
 
 TALKS = b"one line of a data set\n" * 1000
 WEIGHTS = bytes(range(256)) * 1000
@@ -62,7 +62,7 @@ def test_reports_a_missing_connection_at_once(
     ask: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within the two seconds of a unit test; the library alone would retry for 24 s."""
-    point_at(nobody(), tmp_path, monkeypatch)
+    point_at(unused_url(), tmp_path, monkeypatch)
 
     with pytest.raises(HubUnreachableError, match=r"no connection: .*Connection refused"):
         ask()

@@ -7,7 +7,7 @@ import pytest
 
 from promptai.errors import LibraryError, ModelChecksumError, ModelError, ModelNotFoundError
 from promptai.models.library import Library, Sidecar, StoredModel, disk_errors, readable_size, resolve, sidecar_path
-from support_hub import Told
+from support_hub import RecordingReporter
 
 CONTENT = b"GGUF and weights"
 
@@ -147,7 +147,7 @@ def test_remove_deletes_the_sidecar_and_the_empty_folder(library: Library) -> No
 
 def test_verify_records_the_time_for_an_intact_model(library: Library) -> None:
     stored = put(library, "people--tiny", "tiny.gguf")
-    progress = Told()
+    progress = RecordingReporter()
 
     verified = library.verify(stored, progress)
 
@@ -163,7 +163,7 @@ def test_verify_detects_a_changed_byte_or_length(library: Library, content: byte
     stored.path.write_bytes(content)
 
     with pytest.raises(ModelChecksumError, match=r"people--tiny/tiny.gguf is damaged"):
-        library.verify(library.models()[0], Told())
+        library.verify(library.models()[0], RecordingReporter())
     assert library.models()[0].sidecar == stored.sidecar
 
 
@@ -172,7 +172,7 @@ def test_verify_needs_a_checksum(library: Library) -> None:
     (library.root / "own.gguf").write_bytes(CONTENT)
 
     with pytest.raises(ModelError, match="has no recorded checksum"):
-        library.verify(library.models()[0], Told())
+        library.verify(library.models()[0], RecordingReporter())
 
 
 @pytest.mark.parametrize("moment", [".json", ".gguf"])

@@ -22,7 +22,7 @@ from promptai.errors import (
 from promptai.models.library import Library, Sidecar, StoredModel
 from promptai.models.pull import downloaded_share, fetch
 from promptai.models.source_selection import find_stored, parse_reference, resolve_download
-from support_hub import COMMIT, TOKEN, Faults, Hub, Told, hub_with, point_at
+from support_hub import COMMIT, TOKEN, Faults, Hub, RecordingReporter, hub_with, point_at
 
 NAME = "hub:people/tiny-GGUF"
 FILE = "tiny-Q4_K_M.gguf"
@@ -53,8 +53,10 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return asked
 
 
-def get(library: Library, name: str = NAME, *, sha256: str | None = None, progress: Told | None = None) -> StoredModel:
-    return fetch(resolve_download(parse_reference(name), sha256=sha256), library, progress or Told())
+def get(
+    library: Library, name: str = NAME, *, sha256: str | None = None, progress: RecordingReporter | None = None
+) -> StoredModel:
+    return fetch(resolve_download(parse_reference(name), sha256=sha256), library, progress or RecordingReporter())
 
 
 def names(library: Library) -> list[str]:
@@ -93,7 +95,7 @@ def test_resumes_at_once_after_a_lost_connection(
     hub: Hub, library: Library, weights: bytes, pauses: list[float]
 ) -> None:
     hub.faults = Faults(cut_at=0.3, cut_first=1)
-    progress = Told()
+    progress = RecordingReporter()
 
     stored = get(library, progress=progress)
 
@@ -131,7 +133,7 @@ def test_the_next_pull_checks_the_partial_file_and_requests_the_rest(
         get(library)
     hub.seen.clear()
     hub.faults = Faults()
-    progress = Told()
+    progress = RecordingReporter()
     download = resolve_download(parse_reference(NAME))
     assert downloaded_share(download, library) == pytest.approx(0.9, abs=0.001)
 
@@ -176,7 +178,7 @@ def test_starts_again_when_the_awaited_partial_file_was_deleted(library: Library
     """After a cleaning or a rejected checksum, the locked file is no longer the one of that name."""
     part = library.root / "people--tiny-GGUF" / f"{FILE}.{hashlib.sha256(weights).hexdigest()[:12]}.part"
     part.parent.mkdir(parents=True)
-    progress, download = Told(), resolve_download(parse_reference(NAME))
+    progress, download = RecordingReporter(), resolve_download(parse_reference(NAME))
     with ThreadPoolExecutor() as beside:
         with part.open("wb") as other:
             fcntl.flock(other, fcntl.LOCK_EX)
@@ -213,7 +215,7 @@ def test_rejects_a_file_of_another_length(hub: Hub, library: Library, weights: b
     hub.faults.shorter_by = 1 + shorter_by
 
     with pytest.raises(HubError, match="changed at its source"):
-        fetch(download, library, Told())
+        fetch(download, library, RecordingReporter())
     assert names(library) == []
 
 
@@ -292,7 +294,7 @@ def test_leaves_a_different_file_in_its_place(hub: Hub, library: Library) -> Non
 def test_a_newer_version_does_not_replace_the_stored_one(hub: Hub, library: Library, weights: bytes) -> None:
     get(library)
     hub.repositories["people/tiny-GGUF"].files[FILE] = weights[:-1] + b"!"
-    progress = Told()
+    progress = RecordingReporter()
 
     assert get(library, progress=progress).path.read_bytes() == weights
     assert "another version" in progress.lines[0]
@@ -309,7 +311,7 @@ def test_rejects_a_damaged_stored_model(hub: Hub, library: Library) -> None:
 def test_stores_an_intact_file_that_it_cannot_read(hub: Hub, library: Library) -> None:
     """A night's download of a model newer than this reader is not discarded."""
     hub.repositories["people/tiny-GGUF"].files[FILE] = b"GGUF" + (99).to_bytes(4, "little") + bytes(100)
-    progress = Told()
+    progress = RecordingReporter()
 
     assert get(library, progress=progress).bytes == 108
     assert "stored, although PromptAI cannot read it" in progress.lines[-1]
@@ -319,7 +321,7 @@ def test_a_catalogue_name_finds_a_model_pulled_from_the_hub(hub: Hub, library: L
     get(library)
     reference = msgspec.structs.replace(parse_reference(NAME), catalog="tiny")
 
-    fetch(resolve_download(reference), library, Told())
+    fetch(resolve_download(reference), library, RecordingReporter())
 
     assert library.find("tiny") == library.models()[0]
     assert len(hub.bodies()) == 1

@@ -11,7 +11,7 @@ from promptai.errors import HubUnreachableError, ModelChecksumError, ModelError,
 from promptai.models.library import Library, StoredModel
 from promptai.models.pull import fetch
 from promptai.models.source_selection import parse_reference, resolve_download
-from support_hub import Faults, Hub, Told, hub_with, point_at
+from support_hub import Faults, Hub, RecordingReporter, hub_with, point_at
 
 
 @pytest.fixture
@@ -33,7 +33,9 @@ def library(tmp_path: Path) -> Library:
 
 
 def get(library: Library, hub: Hub, name: str, *, sha256: str | None = None) -> StoredModel:
-    return fetch(resolve_download(parse_reference(f"{hub.url}/plain/{name}"), sha256=sha256), library, Told())
+    return fetch(
+        resolve_download(parse_reference(f"{hub.url}/plain/{name}"), sha256=sha256), library, RecordingReporter()
+    )
 
 
 def test_stores_a_url_under_its_server_and_resumes_it(hub: Hub, library: Library, weights: bytes) -> None:
@@ -78,11 +80,11 @@ def test_starts_again_when_the_content_changes_during_the_download(hub: Hub, lib
     download = resolve_download(parse_reference(f"{hub.url}/plain/own.gguf"))
     hub.faults = Faults(cut_at=1 - 200 / len(weights), cut_first=9)
     with pytest.raises(HubUnreachableError):
-        fetch(download, library, Told())
+        fetch(download, library, RecordingReporter())
     hub.plain["own.gguf"] = newer
     hub.faults = Faults()
 
-    assert fetch(download, library, Told()).path.read_bytes() == newer
+    assert fetch(download, library, RecordingReporter()).path.read_bytes() == newer
 
 
 def test_compares_a_url_with_the_given_checksum(hub: Hub, library: Library, weights: bytes) -> None:

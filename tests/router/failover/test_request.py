@@ -18,10 +18,10 @@ from support_routed import (
     arm,
     assert_one_answer,
     chat,
+    cut_off,
     failing,
     first,
     hear,
-    snipped,
     undisturbed,
     world,
 )
@@ -132,7 +132,7 @@ def test_an_answer_that_ends_by_itself_ends_there_elsewhere_too() -> None:
 )
 def test_what_is_missing_after_the_last_token_is_said_for_the_engine(missing: str) -> None:
     """Nobody is asked for a token more than was wanted."""
-    got, streams = snipped(lambda data: missing in data, chat())
+    got, streams = cut_off(lambda data: missing in data, chat())
 
     assert_one_answer(undisturbed(chat()), got)
     assert len(streams) == 1
@@ -141,7 +141,7 @@ def test_what_is_missing_after_the_last_token_is_said_for_the_engine(missing: st
 def test_the_end_of_a_completion_is_said_for_the_engine_too() -> None:
     body = {"prompt": "The mast was", "max_tokens": TOKENS}
 
-    got, streams = snipped(lambda data: '"finish_reason":"length"' in data, body, TEXT)
+    got, streams = cut_off(lambda data: '"finish_reason":"length"' in data, body, TEXT)
 
     assert undisturbed(body, TEXT).text == got.text
     assert got.ends == ["length"]
@@ -158,7 +158,7 @@ def test_what_came_with_the_failure_is_neither_lost_nor_said_twice(tokens: int) 
         seen.append(data)
         return len([one for one in seen if '"content":" ' in one]) == tokens + 1 or '"length"' in data
 
-    got, streams = snipped(before, chat(), lumped=True)
+    got, streams = cut_off(before, chat(), lumped=True)
 
     assert_one_answer(undisturbed(chat()), got)
     assert len(streams) == (2 if tokens < TOKENS else 1)
@@ -200,7 +200,7 @@ def test_a_tag_that_comes_beside_progress_is_passed_on_once() -> None:
         first_progress = '"processed":0' in data
         return data.replace('"content":null', '"content":"<think>"') if first_progress else data
 
-    got, _ = snipped(lambda _: False, chat(), rewrite=rewrite)
+    got, _ = cut_off(lambda _: False, chat(), rewrite=rewrite)
 
     assert got.text == "<think>" + undisturbed(chat()).text
     assert not any("prompt_progress" in chunk for chunk in got.chunks)
@@ -215,7 +215,7 @@ def test_a_thought_that_was_shown_cannot_be_taken_up(name: str) -> None:
         seen.append(data)
         return data.replace('"content":" ', f'"{name}":" ')
 
-    got, _ = snipped(lambda _: len(seen) == 6, chat(), rewrite=rewrite)
+    got, _ = cut_off(lambda _: len(seen) == 6, chat(), rewrite=rewrite)
 
     assert isinstance(got.error, BrokenOffError)
     assert "reasoning" in got.error.hint
@@ -229,7 +229,7 @@ def test_a_tool_call_is_passed_on_and_not_taken_up() -> None:
         seen.append(data)
         return data.replace('"delta":{"content":" ', f'"delta":{{"tool_calls":[{call}],"x":" ')
 
-    got, _ = snipped(lambda _: len(seen) == 6, chat(), rewrite=rewrite)
+    got, _ = cut_off(lambda _: len(seen) == 6, chat(), rewrite=rewrite)
 
     assert isinstance(got.error, BrokenOffError)
     assert "a tool call" in got.error.hint

@@ -42,7 +42,7 @@ def one(config: SimulationConfig = BOARD, **settings: Any) -> Callable[[], World
     return lambda: World({"a": config}, **settings)
 
 
-class Party:
+class Clients:
     """Requests in flight, and the order in which they ended."""
 
     def __init__(self, world: World | Cold) -> None:
