@@ -6,11 +6,11 @@ from typing import Any
 
 import msgspec
 
-from promptai.bench.events import Cost, Event, Opened
-from promptai.bench.manifest import EngineFacts, Machine, Manifest, ModelFacts, TargetFacts, describe_workload
+from promptai.bench.events import Event, MeasurementCost, Opened
+from promptai.bench.manifest import EngineFacts, MachineFacts, Manifest, ModelFacts, TargetFacts, describe_workload
 from promptai.bench.plan import Protocol
 from promptai.bench.recorder import write_manifest
-from promptai.bench.summary import Run
+from promptai.bench.summary import RecordedRun
 from promptai.bench.trace import Trace
 from promptai.bench.workload import Conversation, Workload
 from promptai.device.cpu import CpuFacts
@@ -28,7 +28,7 @@ CPU = CpuFacts(
     features=("NEON", "DOTPROD"),
     governor="performance",
 )
-MACHINE = Machine("Raspberry Pi 5 Model B Rev 1.0", CPU, 8 * 1024**3, "Linux 6.6", "3.11.2")
+MACHINE = MachineFacts("Raspberry Pi 5 Model B Rev 1.0", CPU, 8 * 1024**3, "Linux 6.6", "3.11.2")
 MODEL = ModelFacts("m.gguf", "00ff", 1_000_000_000, "Mini 1B", "llama", 1_700_000_000, "Q4_0", 8192, False)
 ENGINE = EngineFacts(
     "PATH", ("llama-server",), "b1 (abc)", CPU.features, (), EngineFlags(model="m.gguf", port=0, threads=4, context=512)
@@ -114,7 +114,7 @@ def make_manifest(
 
 
 #: 100 s of measuring that took 1 s of the client's CPU and 0.5 s of the sampler's.
-COST = Cost(
+COST = MeasurementCost(
     t=100.0,
     wall_s=100.0,
     client_cpu_s=1.0,
@@ -126,7 +126,7 @@ COST = Cost(
 )
 
 
-def make_run(*, conversations: int = 6, turns: int = 5, with_telemetry: bool = True) -> Run:
+def make_run(*, conversations: int = 6, turns: int = 5, with_telemetry: bool = True) -> RecordedRun:
     """A complete run of one target, cold and warm, with short warm prefills; telemetry once a second."""
     talks = [long_talk(f"c{n}", turns=turns, chars=200) for n in range(conversations)]
     traces, at = [], 0.0
@@ -161,7 +161,7 @@ def make_run(*, conversations: int = 6, turns: int = 5, with_telemetry: bool = T
         )
         for t in range(round(at))
     ]
-    return Run(
+    return RecordedRun(
         "2026-11-20T12-00-00_m_pi5",
         make_manifest(talks),
         traces,
@@ -176,7 +176,7 @@ def write_lines(path: Path, lines: Iterable[msgspec.Struct]) -> Path:
     return path
 
 
-def write_run(directory: Path, run: Run) -> Path:
+def write_run(directory: Path, run: RecordedRun) -> Path:
     """Write the directory of a run."""
     directory.mkdir(parents=True, exist_ok=True)
     write_manifest(directory, run.manifest)

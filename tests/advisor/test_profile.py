@@ -8,7 +8,7 @@ from promptai.advisor.profile import Profile, ProfileKey, Profiles
 from promptai.bench.manifest import TargetFacts
 from promptai.bench.recorder import write_manifest
 from promptai.bench.statistics import Metric
-from promptai.bench.summary import HarnessCost, Part, Summary, TargetSummary, write_summary
+from promptai.bench.summary import CacheSummary, HarnessCost, Summary, TargetSummary, write_summary
 from promptai.engine.locate import EngineBinary
 from support_runs import ENGINE, FACTS, MACHINE, MODEL, make_manifest, talk
 
@@ -31,7 +31,7 @@ def write_run(
     directory.mkdir(parents=True)
     write_manifest(directory, make_manifest([talk("a", "hi")], [facts], **protocol))
     metrics = {"prefill_tps": Metric(prefill, "tokens/s", 1), "engine_decode_tps": Metric(decode, "tokens/s", 1)}
-    part = Part(planned=1, answered=1, failed=0, metrics=metrics, buckets=[])
+    part = CacheSummary(planned=1, answered=1, failed=0, metrics=metrics, buckets=[])
     summary = Summary(
         run=name,
         complete=True,

@@ -12,11 +12,11 @@ import pytest
 from promptai.bench.agreement import (
     DOUBTFUL,
     Agreement,
+    Passage,
     Position,
-    Text,
-    ask_perplexity,
     compare,
     perplexity,
+    run_perplexity,
     score,
     texts,
     wilson,
@@ -101,11 +101,11 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_half(tmp_path_factory.mktemp("half") / "tiny-f16.gguf")
 
 
-def known_sentences(count: int) -> list[Text]:
+def known_sentences(count: int) -> list[Passage]:
     """Sentences of the small world that the bundled model knows."""
     lines = (files("promptai.bench") / "data" / "edge-pronouns.jsonl").read_text().splitlines()
     items = [json.loads(line) for line in lines[: 2 * count : 2]]
-    return [Text("", item["sentence"].replace("_", item[f"option{item['answer']}"])) for item in items]
+    return [Passage("", item["sentence"].replace("_", item[f"option{item['answer']}"])) for item in items]
 
 
 def damaged(path: Path, target: Path, *, by: type[np.uint8 | np.uint16]) -> Path:
@@ -188,7 +188,7 @@ def fake_perplexity(folder: Path, *, first: str = FIRST, second: str = SECOND, c
 def by_perplexity(folder: Path, program: Path) -> Agreement:
     """The comparison by this program; its time left is passed on."""
     left: list[tuple[str, float]] = []
-    found = ask_perplexity(
+    found = run_perplexity(
         program,
         folder / "a.gguf",
         folder / "b.gguf",

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from promptai.bench.checks import Finding, check_target
 from promptai.bench.events import Event, Opened, Session
-from promptai.bench.manifest import Machine, TargetFacts
+from promptai.bench.manifest import MachineFacts, TargetFacts
 from promptai.bench.statistics import Metric
 from promptai.bench.trace import Cache, Trace
 from promptai.device.sample import Sample
@@ -46,7 +46,7 @@ def metrics(n: int = 40, decode: float = 10.0, engine: float = 10.0, spread: flo
 
 def findings(
     *,
-    machine: Machine = MACHINE,
+    machine: MachineFacts = MACHINE,
     facts: TargetFacts = FACTS,
     traces: Sequence[Trace] = TRACES,
     samples: Sequence[Sample] = SAMPLES,

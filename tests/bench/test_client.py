@@ -8,15 +8,15 @@ import pytest
 from msgspec.structs import replace
 
 from promptai.bench.arrivals import Arrivals
-from promptai.bench.client import Played, TurnClient, describe, salted
+from promptai.bench.client import PlayedTurn, TurnClient, describe, salted
 from promptai.bench.plan import Protocol
-from promptai.bench.trace import Cache, Key
+from promptai.bench.trace import Cache, TraceKey
 from promptai.engine.client import Arrival, EngineClient
 from promptai.errors import EngineDiedError, EngineError, EngineProtocolError, EngineRefusedError
 from promptai.wire.llamaserver import Timings
 from promptai.wire.openai import ChunkChoice, CompletionChunk, Delta, Message, PromptTokensDetails, Usage
 
-KEY = Key("m", "cold", 0, "a", 0)
+KEY = TraceKey("m", "cold", 0, "a", 0)
 ASKED = [Message("user", "why?")]
 
 
@@ -40,7 +40,7 @@ def client(server: EngineClient, *, llama_server: bool = True, **protocol: Any) 
     return TurnClient(server, Protocol(**protocol), model="m", llama_server=llama_server, origin=0.0)
 
 
-def play(*chunks: CompletionChunk, failure: EngineError | None = None) -> Played:
+def play(*chunks: CompletionChunk, failure: EngineError | None = None) -> PlayedTurn:
     return asyncio.run(client(Script(chunks, failure)).play(KEY, ASKED, t_scheduled=0.0))
 
 

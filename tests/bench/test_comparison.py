@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from promptai.bench.comparison import Contest, compare, first_is_faster, rank, ratio, round_seconds, turns
+from promptai.bench.comparison import ComparisonTask, compare, first_is_faster, rank, ratio, round_seconds, turns
 from promptai.engine.choice import Comparison, MeasuredEngine, Round
 from promptai.engine.locate import EngineBinary, fingerprint_of
 from support_fake_engine import write_fake_engine
@@ -23,10 +23,10 @@ class Watched:
         self.told.append((share, detail))
 
 
-def contest(tmp_path: Path, *, repeats: int, tokens: int = 8) -> Contest:
+def task(tmp_path: Path, *, repeats: int, tokens: int = 8) -> ComparisonTask:
     model = tmp_path / "m.gguf"
     model.touch()
-    return Contest(model=model, prompt_tokens=32, tokens=tokens, repeats=repeats, threads=1)
+    return ComparisonTask(model=model, prompt_tokens=32, tokens=tokens, repeats=repeats, threads=1)
 
 
 def fake(path: Path, *, prefill: float, decode: float, breaks: bool = False) -> EngineBinary:
@@ -48,7 +48,7 @@ def test_an_engine_that_does_not_get_through_is_left_out_with_its_reason(tmp_pat
         fake(tmp_path / "b", prefill=2000, decode=200),
     ]
 
-    outcome = asyncio.run(compare(engines, contest(tmp_path, repeats=1), Watched(), cpu="cpu", log=tmp_path / "log"))
+    outcome = asyncio.run(compare(engines, task(tmp_path, repeats=1), Watched(), cpu="cpu", log=tmp_path / "log"))
 
     assert [engine.name for engine in outcome.comparison.engines] == ["a", "b"]
     assert list(outcome.failed) == ["broken"]
@@ -61,7 +61,7 @@ def test_engines_of_known_speed_are_measured_in_turns(tmp_path: Path) -> None:
     engines = [fake(tmp_path / "slow", prefill=1000, decode=100), fake(tmp_path / "fast", prefill=2000, decode=200)]
     watched = Watched()
 
-    outcome = asyncio.run(compare(engines, contest(tmp_path, repeats=2), watched, cpu="this", log=tmp_path / "log"))
+    outcome = asyncio.run(compare(engines, task(tmp_path, repeats=2), watched, cpu="this", log=tmp_path / "log"))
 
     slow, fast = outcome.comparison.engines
     assert [(slow.name, len(slow.rounds)), (fast.name, len(fast.rounds))] == [("slow", 2), ("fast", 2)]
@@ -88,7 +88,7 @@ def test_an_engine_that_is_built_anew_meanwhile_is_not_what_was_measured(tmp_pat
             super().share(share, detail)
             os.utime(engines[0].command[0], (1, 1))
 
-    outcome = asyncio.run(compare(engines, contest(tmp_path, repeats=1), Building(), cpu="cpu", log=tmp_path / "log"))
+    outcome = asyncio.run(compare(engines, task(tmp_path, repeats=1), Building(), cpu="cpu", log=tmp_path / "log"))
 
     assert before == outcome.comparison.engines[0].fingerprint != fingerprint_of(engines[0])
 

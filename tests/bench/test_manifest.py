@@ -1,7 +1,7 @@
 import pytest
 from msgspec.structs import replace
 
-from promptai.bench.manifest import Machine, verify_same_machine
+from promptai.bench.manifest import MachineFacts, verify_same_machine
 from promptai.errors import RunError
 from support_runs import MACHINE
 
@@ -14,7 +14,7 @@ from support_runs import MACHINE
     ],
     ids=["other-board", "other-processor"],
 )
-def test_a_run_does_not_go_on_on_another_machine(now: Machine, words: str) -> None:
+def test_a_run_does_not_go_on_on_another_machine(now: MachineFacts, words: str) -> None:
     """Half of its figures would be another board's, under the name of the first."""
     with pytest.raises(RunError, match=words) as error:
         verify_same_machine(MACHINE, now)

@@ -9,8 +9,8 @@ import pytest
 from promptai.bench.arrivals import Arrivals
 from promptai.bench.plan import (
     Protocol,
-    Rates,
     Stage,
+    WarmUpRates,
     arrival_seed,
     chars_per_token,
     context_needed,
@@ -24,7 +24,7 @@ from promptai.bench.trace import Cache
 from promptai.bench.workload import Conversation, History
 from support_runs import long_talk, talk
 
-RATES = Rates(prefill_tps=100.0, decode_tps=10.0, chars_per_token=4.0, answer_tokens=50.0)
+RATES = WarmUpRates(prefill_tps=100.0, decode_tps=10.0, chars_per_token=4.0, answer_tokens=50.0)
 #: Fifty conversations of lengths 1 to 50, not in that order.
 FIFTY = [talk(f"c{n}", "x" * (n * 7 % 51)) for n in range(1, 51)]
 

@@ -8,9 +8,9 @@ from msgspec.structs import replace
 
 from promptai.bench import prepare
 from promptai.bench.manifest import TargetFacts
-from promptai.bench.plan import Protocol, Rates
+from promptai.bench.plan import Protocol, WarmUpRates
 from promptai.bench.prepare import (
-    EngineWishes,
+    EngineOptions,
     choose_conversations,
     cut_to_budget,
     describe_targets,
@@ -38,7 +38,7 @@ GIB = 1024**3
 #: 128 numbers of keys and 128 of values a token: 512 bytes of KV cache in f16.
 SHAPE = Shape(layers=2, width=64, heads=2, kv_heads=2, ffn=64, vocabulary=300, context=1 << 22)
 ENGINE = EngineBinary("PATH", ("llama-server",), "b1 (abc)", ("NEON",))
-FAST = Rates(prefill_tps=1000.0, decode_tps=100.0, chars_per_token=4.0, answer_tokens=100.0)
+FAST = WarmUpRates(prefill_tps=1000.0, decode_tps=100.0, chars_per_token=4.0, answer_tokens=100.0)
 TEN = Workload("w", "w", "all", tuple(talk(f"c{n}", "x" * (n + 1)) for n in range(10)))
 
 
@@ -50,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def describe(
     *sources: Path | str,
-    wishes: EngineWishes | None = None,
+    options: EngineOptions | None = None,
     conversations: tuple[Conversation, ...] = TEN.conversations,
     available_bytes: int = GIB,
     engine: Callable[[], EngineBinary] = lambda: ENGINE,
@@ -62,7 +62,7 @@ def describe(
         [str(source) for source in sources],
         conversations,
         Protocol(max_tokens=100, history=history),
-        wishes or EngineWishes(),
+        options or EngineOptions(),
         engine=engine,
         cpu=CPU,
         available_bytes=available_bytes,
@@ -87,9 +87,9 @@ def test_a_part_of_a_split_model_is_refused(tmp_path: Path) -> None:
         describe(part)
 
 
-def context_of(model: Path, wishes: EngineWishes) -> int:
+def context_of(model: Path, options: EngineOptions) -> int:
     """The context that its engine is started with for one conversation of four turns."""
-    engine = describe(model, wishes=wishes, conversations=(long_talk("a", turns=4, chars=900),))[0].engine
+    engine = describe(model, options=options, conversations=(long_talk("a", turns=4, chars=900),))[0].engine
     assert engine is not None
     return engine.flags.context
 
@@ -112,26 +112,26 @@ def test_a_model_that_does_not_fit_is_refused_with_the_numbers(model: Path) -> N
     numbers = "at least 2.00 GiB (weights 0.00, KV cache 2.00 for 4194304 tokens), 1.00 GiB are available"
 
     with pytest.raises(ModelTooLargeError, match=re.escape(numbers)) as refusal:
-        describe(model, wishes=EngineWishes(context=1 << 22))
+        describe(model, options=EngineOptions(context=1 << 22))
 
     assert "--context" in refusal.value.hint
 
 
 def test_every_slot_needs_its_context(model: Path) -> None:
-    wishes = EngineWishes(context=1 << 20)
-    assert describe(model, wishes=wishes)
+    options = EngineOptions(context=1 << 20)
+    assert describe(model, options=options)
 
     with pytest.raises(ModelTooLargeError, match="for 4194304 tokens"):
-        describe(model, wishes=replace(wishes, slots=4))
+        describe(model, options=replace(options, slots=4))
 
 
 def test_a_model_that_fits_with_a_smaller_cache_type_is_not_refused(model: Path) -> None:
     """q8_0 takes 34 bytes for 32 numbers, hardly more than half of f16's."""
-    wishes = EngineWishes(context=1 << 21)
+    options = EngineOptions(context=1 << 21)
     with pytest.raises(ModelTooLargeError):
-        describe(model, wishes=wishes, available_bytes=2 * GIB // 3)
+        describe(model, options=options, available_bytes=2 * GIB // 3)
 
-    assert describe(model, wishes=replace(wishes, cache_type="q8_0"), available_bytes=2 * GIB // 3)
+    assert describe(model, options=replace(options, cache_type="q8_0"), available_bytes=2 * GIB // 3)
 
 
 def test_a_run_finds_its_model_from_wherever_it_goes_on(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,40 +183,42 @@ def test_one_engine_serves_all_model_files(model: Path) -> None:
 
 def test_more_context_than_the_model_was_made_for_is_refused(model: Path) -> None:
     with pytest.raises(SettingsError, match=f"{(1 << 22) + 1} is more than the {1 << 22} tokens") as refusal:
-        describe(model, wishes=EngineWishes(context=(1 << 22) + 1))
+        describe(model, options=EngineOptions(context=(1 << 22) + 1))
 
     assert str(1 << 22) in refusal.value.hint
 
 
 @pytest.mark.parametrize(
-    ("wishes", "context"),
+    ("options", "context"),
     [
-        pytest.param(EngineWishes(), 7168, id="what-the-workload-needs"),
-        pytest.param(EngineWishes(context=1000), 1000, id="what-was-asked-for"),
-        pytest.param(EngineWishes(slots=2), 2 * 7168, id="of-all-slots-together"),
+        pytest.param(EngineOptions(), 7168, id="what-the-workload-needs"),
+        pytest.param(EngineOptions(context=1000), 1000, id="what-was-asked-for"),
+        pytest.param(EngineOptions(slots=2), 2 * 7168, id="of-all-slots-together"),
     ],
 )
-def test_the_context_is_what_is_needed_unless_it_is_asked_for(model: Path, wishes: EngineWishes, context: int) -> None:
+def test_the_context_is_what_is_needed_unless_it_is_asked_for(
+    model: Path, options: EngineOptions, context: int
+) -> None:
     """A prompt of 6300 characters and 7 messages; a synthetic model has a token a byte."""
-    assert context == context_of(model, wishes)
+    assert context == context_of(model, options)
 
 
 def test_a_synthetic_model_of_a_real_vocabulary_needs_the_context_of_the_bundled_one(tmp_path: Path) -> None:
     """1.8 characters a token, as promptai-tiny, whose tokenizer it has."""
     large = write_synthetic(tmp_path / "large.gguf", replace(SHAPE, vocabulary=4000), name="Large")
 
-    assert context_of(large, EngineWishes()) == 4096
+    assert context_of(large, EngineOptions()) == 4096
 
 
 def test_the_needed_context_is_never_larger_than_the_models_own(tmp_path: Path) -> None:
     small = write_synthetic(tmp_path / "small.gguf", replace(SHAPE, context=2048), name="Small")
 
-    assert context_of(small, EngineWishes()) == 2048
+    assert context_of(small, EngineOptions()) == 2048
 
 
 def test_every_wish_is_a_flag_of_the_engine(model: Path) -> None:
-    wishes = EngineWishes(3, 512, 1, 256, "q8_0", 64, mmap=False, port=8081)
-    engine = describe(model, wishes=wishes)[0].engine
+    options = EngineOptions(3, 512, 1, 256, "q8_0", 64, mmap=False, port=8081)
+    engine = describe(model, options=options)[0].engine
 
     assert engine is not None
     flags = engine.flags

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from promptai.bench.client import Played, TurnClient
-from promptai.bench.events import Cost, Opened, Session
+from promptai.bench.client import PlayedTurn, TurnClient
+from promptai.bench.events import MeasurementCost, Opened, Session
 from promptai.bench.manifest import TargetFacts
-from promptai.bench.plan import Protocol, Rates, Stage
+from promptai.bench.plan import Protocol, Stage, WarmUpRates
 from promptai.bench.recorder import Recorder, read_events, read_traces
 from promptai.bench.runner import Runner, _rates, look_closer, turn_client, warm_up
 from promptai.bench.target import OpenTarget
@@ -33,13 +33,13 @@ Resume = Callable[..., Runner]
 class Nobody:
     """An observer who does not care."""
 
-    def opened(self, target: str, rates: Rates, client: TurnClient) -> None:
+    def opened(self, target: str, rates: WarmUpRates, client: TurnClient) -> None:
         """Ignore it."""
 
     def stage(self, stage: Stage) -> None:
         """Ignore it."""
 
-    def played(self, played: Played) -> None:
+    def played(self, played: PlayedTurn) -> None:
         """Ignore it."""
 
 
@@ -188,7 +188,7 @@ def test_an_answer_that_shows_no_decode_rate_has_one_for_forecasts(tokens: int, 
 def test_a_look_that_would_take_too_long_is_left_out() -> None:
     """100 characters at 10 a token and 10 tokens a second, and an answer of one second."""
     opened = OpenTarget(EngineClient("http://none"), "m", False, None, None, lambda: None)
-    client, rates = turn_client(opened, Protocol(), origin=0.0, nonce=""), Rates(10.0, 10.0, 10.0, 10.0)
+    client, rates = turn_client(opened, Protocol(), origin=0.0, nonce=""), WarmUpRates(10.0, 10.0, 10.0, 10.0)
 
     assert asyncio.run(look_closer(client, rates, [Message("user", "x" * 100)], at_most_s=1.9)) is rates
 
@@ -214,6 +214,6 @@ def test_a_session_tells_what_it_ran_on_and_what_it_opened_and_loading_does_not_
     assert session.kernel.startswith("Linux")
     assert isinstance(opened, Opened)
     assert opened.llama_server is True
-    assert isinstance(cost, Cost)
+    assert isinstance(cost, MeasurementCost)
     played_s = max(t.t_end for t in traces) - min(t.t_sent for t in traces)
     assert played_s <= cost.wall_s < played_s + 0.5 * (whole_s - played_s)

@@ -10,7 +10,7 @@ from promptai.bench.glossary import METRICS
 from promptai.bench.manifest import TargetFacts
 from promptai.bench.recorder import Recorder
 from promptai.bench.statistics import Metric
-from promptai.bench.summary import SCHEMA, Run, Summary, read_run, summarize, write_summary
+from promptai.bench.summary import SCHEMA, RecordedRun, Summary, read_run, summarize, write_summary
 from promptai.bench.trace import Cache, Trace
 from promptai.device.sample import Sample
 from promptai.errors import RunError
@@ -25,9 +25,9 @@ COLD = [
 ]
 
 
-def a_run(*traces: Trace, caches: tuple[Cache, ...] = ("cold",), repeats: int = 1) -> Run:
+def a_run(*traces: Trace, caches: tuple[Cache, ...] = ("cold",), repeats: int = 1) -> RecordedRun:
     """A run of the two conversations, cold unless told."""
-    return Run("run", make_manifest(TALKS, caches=caches, repeats=repeats), list(traces), [], [])
+    return RecordedRun("run", make_manifest(TALKS, caches=caches, repeats=repeats), list(traces), [], [])
 
 
 def cold(summary: Summary) -> dict[str, Metric]:

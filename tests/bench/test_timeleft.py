@@ -1,21 +1,21 @@
 import pytest
 
-from promptai.bench.plan import Rates
+from promptai.bench.plan import WarmUpRates
 from promptai.bench.timeleft import TimeLeft
-from promptai.bench.trace import Cache, Key
+from promptai.bench.trace import Cache, TraceKey
 from support_runs import long_talk
 
 #: Turns of a talk: prompts of 400, 1200, 2000 characters; 100 characters prefill in 1 s, an answer takes 5 s.
-RATES = Rates(prefill_tps=25.0, decode_tps=10.0, chars_per_token=4.0, answer_tokens=50.0)
+RATES = WarmUpRates(prefill_tps=25.0, decode_tps=10.0, chars_per_token=4.0, answer_tokens=50.0)
 TALKS = {"a": long_talk("a", turns=3, chars=400)}
 COLD_S, WARM_S = (4 + 5) + (12 + 5) + (20 + 5), (4 + 5) + (8 + 5) + (8 + 5)
 
 
-def keys(target: str = "m", cache: Cache = "cold") -> list[Key]:
-    return [Key(target, cache, 0, "a", turn) for turn in range(3)]
+def keys(target: str = "m", cache: Cache = "cold") -> list[TraceKey]:
+    return [TraceKey(target, cache, 0, "a", turn) for turn in range(3)]
 
 
-def time_left(*pending: Key) -> TimeLeft:
+def time_left(*pending: TraceKey) -> TimeLeft:
     """Of a run whose target m has been opened."""
     left = TimeLeft(pending, TALKS, "data")
     left.opened("m", RATES)

@@ -1,7 +1,7 @@
 import pytest
 from msgspec.structs import replace
 
-from promptai.bench.trace import Key
+from promptai.bench.trace import TraceKey
 from support_runs import make_trace
 
 ANSWER = make_trace(
@@ -89,4 +89,4 @@ def test_an_answer_of_reasoning_alone_has_a_rate_but_no_first_word() -> None:
 def test_the_key_names_the_request() -> None:
     trace = make_trace(target="m", cache="warm", repeat=2, conversation="edge-07", turn=3)
 
-    assert Key("m", "warm", 2, "edge-07", 3) == trace.key
+    assert TraceKey("m", "warm", 2, "edge-07", 3) == trace.key

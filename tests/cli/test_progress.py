@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from promptai.bench.client import Played, TurnClient
-from promptai.bench.plan import Protocol, Rates
+from promptai.bench.client import PlayedTurn, TurnClient
+from promptai.bench.plan import Protocol, WarmUpRates
 from promptai.bench.recorder import Recorder
 from promptai.bench.runner import Runner
 from promptai.cli.progress import RunProgress
@@ -18,7 +18,7 @@ from support_runs import long_talk, make_failure, make_manifest, make_trace
 
 #: Twenty conversations of one turn: 4 s to prefill, 5 s to answer.
 TALKS = [long_talk(f"c{n}", turns=1, chars=400) for n in range(20)]
-RATES = Rates(prefill_tps=25.0, decode_tps=10.0, chars_per_token=4.0, answer_tokens=50.0)
+RATES = WarmUpRates(prefill_tps=25.0, decode_tps=10.0, chars_per_token=4.0, answer_tokens=50.0)
 
 
 def opened(directory: Path, out: StringIO, **protocol: Any) -> RunProgress:
@@ -45,7 +45,7 @@ def test_a_log_gets_a_line_at_every_tenth(tmp_path: Path) -> None:
     out = StringIO()
     progress = opened(tmp_path, out)
     for talk in TALKS:
-        progress.played(Played(make_trace(conversation=talk.id, t_end=9.0), ""))
+        progress.played(PlayedTurn(make_trace(conversation=talk.id, t_end=9.0), ""))
 
     told = [line.partition(",")[0] for line in out.getvalue().splitlines()[1:]]
     assert told == [f"{tenth}0% done" for tenth in range(1, 10)]
@@ -56,7 +56,7 @@ def test_what_is_left_out_after_a_failure_takes_no_more_time(tmp_path: Path) -> 
     progress = opened(tmp_path, out)
     for talk in TALKS[:10]:
         failure = EngineProtocolError("cut")
-        progress.played(Played(make_failure(conversation=talk.id, t_end=0.1), "", failure))
+        progress.played(PlayedTurn(make_failure(conversation=talk.id, t_end=0.1), "", failure))
 
     assert progress._left is not None
     assert progress._left.seconds() == pytest.approx(90.0)

@@ -7,7 +7,7 @@ import pytest
 from msgspec.structs import replace
 
 from promptai.bench.manifest import TargetFacts
-from promptai.bench.summary import Run, summarize
+from promptai.bench.summary import RecordedRun, summarize
 from promptai.errors import RunError
 from promptai.report import figures
 from promptai.report.figures import Figure, draw, thin, to_png, to_svg
@@ -19,7 +19,7 @@ ABOUT_ANSWERS = ["prompt-lengths", "throughput", "latency", "first-token", "stea
 ABOUT_THE_MACHINE = ["memory", "cpu", "temperature"]
 
 
-def drawn(run: Run) -> dict[str, Figure]:
+def drawn(run: RecordedRun) -> dict[str, Figure]:
     """Figures by name, in order."""
     return {figure.name: figure for figure in draw(run, summarize(run))}
 

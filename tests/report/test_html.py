@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from promptai.bench.arrivals import Arrivals
 from promptai.bench.manifest import TargetFacts
 from promptai.bench.plan import Protocol
-from promptai.bench.summary import Run, summarize
+from promptai.bench.summary import RecordedRun, summarize
 from promptai.errors import RunError
 from promptai.report import html
 from promptai.report.figures import draw, javascript
@@ -86,7 +86,7 @@ class Page(HTMLParser):
         return [reference for reference in (*linked, *styled) if not reference.startswith(("#", "data:"))]
 
 
-def hostile(run: Run) -> Run:
+def hostile(run: RecordedRun) -> RecordedRun:
     """The same run, in which whatever comes from outside attacks the page."""
     model = replace(MODEL, name=ATTACK, architecture=ATTACK, quantization=ATTACK)
     engine = replace(ENGINE, build=ATTACK, source=ATTACK)
@@ -102,7 +102,7 @@ def hostile(run: Run) -> Run:
     return replace(run, directory=ATTACK, manifest=manifest, traces=[*traces, failed])
 
 
-def page_of(run: Run) -> str:
+def page_of(run: RecordedRun) -> str:
     summary = summarize(run)
     return render(run, summary, draw(run, summary))
 

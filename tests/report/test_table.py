@@ -4,7 +4,7 @@ import pytest
 from msgspec.structs import replace
 from rich.console import Console
 
-from promptai.bench.summary import Run, summarize
+from promptai.bench.summary import RecordedRun, summarize
 from promptai.report.rows import ROWS
 from promptai.report.table import print_summary
 from support_runs import COST, FACTS, MODEL, make_failure, make_manifest, make_run, talk
@@ -12,14 +12,14 @@ from support_runs import COST, FACTS, MODEL, make_failure, make_manifest, make_r
 RUN = make_run()
 
 
-def printed(run: Run) -> str:
+def printed(run: RecordedRun) -> str:
     """What a wide terminal shows."""
     out = StringIO()
     print_summary(summarize(run), Console(file=out, width=200))
     return out.getvalue()
 
 
-def named(run: Run, name: str) -> Run:
+def named(run: RecordedRun, name: str) -> RecordedRun:
     """The same run, its target called otherwise."""
     facts = replace(FACTS, name=name)
     return replace(

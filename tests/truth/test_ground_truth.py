@@ -4,14 +4,14 @@ import asyncio
 
 import pytest
 
-from promptai.bench.selftest import CASES, TOLERANCE, Case, selftest
+from promptai.bench.selftest import CASES, TOLERANCE, SelftestCase, selftest
 from promptai.errors import PromptAIError
 
 pytestmark = [pytest.mark.real, pytest.mark.timed]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.prompt_tokens} prompt tokens")
-def test_every_metric_is_within_2_percent_and_every_count_exact(case: Case) -> None:
+def test_every_metric_is_within_2_percent_and_every_count_exact(case: SelftestCase) -> None:
     """``selftest`` raises when a count is off by one."""
     checks = asyncio.run(selftest((case,)))
 
@@ -24,4 +24,4 @@ def test_a_wrong_count_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("promptai.engine.simulated_api.tokenize", lambda text: [0] * (len(text) // 3))
 
     with pytest.raises(PromptAIError, match="token counts are"):
-        asyncio.run(selftest((Case(20, 2000, 2000, 2),)))
+        asyncio.run(selftest((SelftestCase(20, 2000, 2000, 2),)))

@@ -11,7 +11,7 @@ import pytest
 
 from promptai.bench.client import TurnClient
 from promptai.bench.plan import Protocol
-from promptai.bench.trace import Key, Trace
+from promptai.bench.trace import Trace, TraceKey
 from promptai.bench.workload import load_bundled
 from promptai.engine.client import EngineClient
 from promptai.engine.flags import EngineFlags
@@ -50,7 +50,7 @@ async def play(model: Path, log: Path) -> tuple[list[Trace], str]:
         turns = TurnClient(client, protocol, model=flags.alias, llama_server=True, origin=0.0)
         traces = []
         for number, prompt in enumerate(prompts):
-            played = await turns.play(Key("m", "cold", 0, str(number), 0), prompt, t_scheduled=turns.now())
+            played = await turns.play(TraceKey("m", "cold", 0, str(number), 0), prompt, t_scheduled=turns.now())
             assert played.failure is None, played.failure
             traces.append(played.trace)
         return traces, await client.metrics()

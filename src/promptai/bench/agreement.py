@@ -48,7 +48,7 @@ _SCORED = _CHUNK_TOKENS - 1 - _CHUNK_TOKENS // 2
 _NO_NUMBER = -1000.0
 
 
-class Text(NamedTuple):
+class Passage(NamedTuple):
     """What is given, and what is scored."""
 
     before: str
@@ -147,19 +147,19 @@ def perplexity(positions: Sequence[Position]) -> float:
         return math.inf
 
 
-def texts(count: int = _TEXTS) -> list[Text]:
+def texts(count: int = _TEXTS) -> list[Passage]:
     """The first answers of bundled conversations, those with the shortest openings: they are read quickest."""
     found = []
     for conversation in load_bundled().conversations:
         opening = conversation.prompt(0)
         answer = conversation.messages[len(opening)]
-        found.append(Text("\n\n".join(message.content for message in opening) + "\n\n", answer.content))
+        found.append(Passage("\n\n".join(message.content for message in opening) + "\n\n", answer.content))
     return sorted(found, key=lambda text: len(text.before))[:count]
 
 
 async def score(
     model: Path,
-    passages: Sequence[Text],
+    passages: Sequence[Passage],
     *,
     engine: EngineBinary,
     threads: int,
@@ -210,7 +210,7 @@ async def _position(client: EngineClient, prompt: list[int], token: int) -> Posi
     return Position(reported.logprob, reported.top_logprobs[0].id)
 
 
-def ask_perplexity(
+def run_perplexity(
     program: Path,
     source: Path,
     result: Path,

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import msgspec
 
-from promptai.bench.events import Cost, Event, Opened, Session
+from promptai.bench.events import Event, MeasurementCost, Opened, Session
 from promptai.bench.manifest import Manifest, TargetFacts
 from promptai.bench.resources import samples_during
 from promptai.bench.statistics import MIN_FOR_PERCENTILE, Metric
@@ -87,7 +87,7 @@ def _failures(seen: Evidence) -> Iterator[Finding]:
 
 
 def _telemetry(seen: Evidence) -> Iterator[Finding]:
-    error = next((e.telemetry_error for e in seen.events if isinstance(e, Cost) and e.telemetry_error), None)
+    error = next((e.telemetry_error for e in seen.events if isinstance(e, MeasurementCost) and e.telemetry_error), None)
     if error is not None:
         yield Finding(
             "telemetry",

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from promptai.bench.plan import Protocol
-from promptai.bench.trace import Cache, Key, Trace
+from promptai.bench.trace import Cache, Trace, TraceKey
 from promptai.engine.client import EngineClient
 from promptai.errors import EngineDiedError, EngineError, EngineRefusedError
 from promptai.wire.llamaserver import Timings
@@ -28,15 +28,15 @@ from promptai.wire.openai import CompletionChunk, Message, Usage
 CONTEXT_EXCEEDED = "ContextExceeded"
 
 
-class Live(msgspec.Struct):
+class LiveTurn(msgspec.Struct):
     """What a progress display may look at while a turn is being played."""
 
-    key: Key | None = None
+    key: TraceKey | None = None
     chunks: int = 0
     t_first: float | None = None
 
 
-class Played(msgspec.Struct, frozen=True):
+class PlayedTurn(msgspec.Struct, frozen=True):
     """One turn: its trace, the answer's text, and the error that ended it, if any."""
 
     trace: Trace
@@ -72,13 +72,13 @@ class TurnClient:
         self._origin = origin
         self._nonce = nonce
         self._warm_ups = 0
-        self.live = Live()
+        self.live = LiveTurn()
 
     def now(self) -> float:
         """Seconds on the run's clock."""
         return time.monotonic() - self._origin
 
-    async def play(self, key: Key, messages: list[Message], *, t_scheduled: float) -> Played:
+    async def play(self, key: TraceKey, messages: list[Message], *, t_scheduled: float) -> PlayedTurn:
         """Ask for the answer to ``messages``; errors of the engine end up in the trace."""
         account = _Account(self.live)
         self.live.key, self.live.chunks, self.live.t_first = key, 0, None
@@ -89,23 +89,23 @@ class TurnClient:
         except EngineError as error:
             failure = error
         trace = account.trace(key, t_scheduled=t_scheduled, t_sent=t_sent, t_end=self.now(), failure=failure)
-        return Played(trace, "".join(account.texts), failure)
+        return PlayedTurn(trace, "".join(account.texts), failure)
 
     async def warm_up(self, messages: list[Message], cache: Cache, *, max_tokens: int) -> Trace:
         """Play something that is not counted; raises the engine's error when it fails."""
-        account, key = _Account(Live()), Key("warm-up", cache, 0, "warm-up", self._warm_ups)
+        account, key = _Account(LiveTurn()), TraceKey("warm-up", cache, 0, "warm-up", self._warm_ups)
         self._warm_ups += 1
         t_sent = self.now()
         await self._collect(account, key, messages, max_tokens=max_tokens)
         return account.trace(key, t_scheduled=t_sent, t_sent=t_sent, t_end=self.now(), failure=None)
 
-    def unplayed(self, key: Key, failure: EngineError, *, t_scheduled: float) -> Played:
+    def unplayed(self, key: TraceKey, failure: EngineError, *, t_scheduled: float) -> PlayedTurn:
         """A turn that was not sent, because of what ``failure`` says."""
         now = self.now()
-        trace = _Account(Live()).trace(key, t_scheduled=t_scheduled, t_sent=now, t_end=now, failure=failure)
-        return Played(trace, "", failure)
+        trace = _Account(LiveTurn()).trace(key, t_scheduled=t_scheduled, t_sent=now, t_end=now, failure=failure)
+        return PlayedTurn(trace, "", failure)
 
-    async def _collect(self, account: "_Account", key: Key, messages: list[Message], *, max_tokens: int) -> None:
+    async def _collect(self, account: "_Account", key: TraceKey, messages: list[Message], *, max_tokens: int) -> None:
         if key.cache == "cold" and not self._llama_server:
             messages = salted(messages, key, self._nonce)
         body = self.body(messages, key.cache, max_tokens=max_tokens)
@@ -136,7 +136,7 @@ class TurnClient:
         return body
 
 
-def salted(messages: list[Message], key: Key, nonce: str) -> list[Message]:
+def salted(messages: list[Message], key: TraceKey, nonce: str) -> list[Message]:
     """
     The same prompt behind eight hexadecimal digits that no other request begins with.
 
@@ -151,7 +151,7 @@ def salted(messages: list[Message], key: Key, nonce: str) -> list[Message]:
 class _Account:
     """What has been seen of one answer so far."""
 
-    def __init__(self, live: Live) -> None:
+    def __init__(self, live: LiveTurn) -> None:
         self._live = live
         self.texts: list[str] = []
         self.chunks = 0
@@ -183,7 +183,9 @@ class _Account:
         self._live.chunks = self.chunks
         self.texts.append(text)
 
-    def trace(self, key: Key, *, t_scheduled: float, t_sent: float, t_end: float, failure: EngineError | None) -> Trace:
+    def trace(
+        self, key: TraceKey, *, t_scheduled: float, t_sent: float, t_end: float, failure: EngineError | None
+    ) -> Trace:
         timings, usage = self.timings, self.usage
         cached = timings.cache_n if timings else (usage.cached_tokens if usage else None)
         return Trace(

@@ -32,7 +32,7 @@ _WARM_UP_TOKENS = 2
 _CONTEXT_STEP = 256
 
 
-class Contest(msgspec.Struct, frozen=True, kw_only=True):
+class ComparisonTask(msgspec.Struct, frozen=True, kw_only=True):
     """What every engine has to do: ``repeats`` times a prompt and an answer."""
 
     model: Path
@@ -42,14 +42,14 @@ class Contest(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
 
 
-class Watch(Protocol):
+class ComparisonObserver(Protocol):
     """Whoever shows how far a comparison is."""
 
     def share(self, share: float, detail: str) -> None:
         """0 to 1 of it is done."""
 
 
-class Outcome(NamedTuple):
+class ComparisonResult(NamedTuple):
     """
     What came out of a comparison.
 
@@ -112,7 +112,9 @@ def round_seconds(measured: Round, prompt_tokens: int, tokens: int) -> float:
     return prompt_tokens / measured.prefill_tps + tokens / measured.decode_tps
 
 
-async def compare(engines: Sequence[EngineBinary], contest: Contest, watch: Watch, *, cpu: str, log: Path) -> Outcome:
+async def compare(
+    engines: Sequence[EngineBinary], task: ComparisonTask, observer: ComparisonObserver, *, cpu: str, log: Path
+) -> ComparisonResult:
     """
     Let engines take turns.
 
@@ -125,30 +127,30 @@ async def compare(engines: Sequence[EngineBinary], contest: Contest, watch: Watc
     failed: dict[str, str] = {}
     # Before, not after: one that is built anew meanwhile is not what was measured.
     fingerprints = [fingerprint_of(engine) or "" for engine in engines]
-    for number, order in enumerate(turns(len(engines), contest.repeats)):
+    for number, order in enumerate(turns(len(engines), task.repeats)):
         for place, who in enumerate(order):
             done = number * len(order) + place
-            watch.share(
-                done / (contest.repeats * len(order)), f"round {number + 1}/{contest.repeats}, {engines[who].name}"
+            observer.share(
+                done / (task.repeats * len(order)), f"round {number + 1}/{task.repeats}, {engines[who].name}"
             )
             if who not in rounds:
                 continue
             try:
-                rounds[who].append(await _play(engines[who], contest, log))
+                rounds[who].append(await _play(engines[who], task, log))
             except EngineError as error:
                 failed[engines[who].name] = error.message
                 del rounds[who]
     playing = sorted(rounds)
-    took = [[round_seconds(r, contest.prompt_tokens, contest.tokens) for r in rounds[who]] for who in playing]
+    took = [[round_seconds(r, task.prompt_tokens, task.tokens) for r in rounds[who]] for who in playing]
     ranked = [playing[place] for place in rank(took)]
-    return Outcome(
+    return ComparisonResult(
         Comparison(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             cpu=cpu,
-            threads=contest.threads,
-            model=contest.model.stem,
-            prompt_tokens=contest.prompt_tokens,
-            generated_tokens=contest.tokens,
+            threads=task.threads,
+            model=task.model.stem,
+            prompt_tokens=task.prompt_tokens,
+            generated_tokens=task.tokens,
             engines=[
                 MeasuredEngine(engines[who].name, engines[who].label, fingerprints[who], rounds[who]) for who in ranked
             ],
@@ -162,20 +164,20 @@ def _faster(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     return interval is not None and interval[1] < 1
 
 
-async def _play(binary: EngineBinary, contest: Contest, log: Path) -> Round:
+async def _play(binary: EngineBinary, task: ComparisonTask, log: Path) -> Round:
     """Start an engine, warm it up, measure once, stop it."""
-    needed = contest.prompt_tokens + contest.tokens
+    needed = task.prompt_tokens + task.tokens
     flags = EngineFlags(
-        model=str(contest.model),
+        model=str(task.model),
         port=free_port(),
-        threads=contest.threads,
+        threads=task.threads,
         context=(needed // _CONTEXT_STEP + 1) * _CONTEXT_STEP,
     )
     async with RunningEngine(binary, flags, log=log) as engine, EngineClient(engine.base_url) as client:
-        prompt = (await client.tokenize(_TEXT * (contest.prompt_tokens // 8 + 1)))[: contest.prompt_tokens]
+        prompt = (await client.tokenize(_TEXT * (task.prompt_tokens // 8 + 1)))[: task.prompt_tokens]
         body = {"prompt": prompt, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
         await client.complete({**body, "n_predict": _WARM_UP_TOKENS})
-        timings = (await client.complete({**body, "n_predict": contest.tokens})).timings
+        timings = (await client.complete({**body, "n_predict": task.tokens})).timings
     if timings is None or timings.prompt_n < len(prompt) or timings.predicted_n < 2:
         raise EngineProtocolError(f"{binary.name} did not do, or did not tell, what it was asked for")
     if min(timings.prompt_ms, timings.predicted_ms) <= 0:

@@ -42,7 +42,7 @@ class Opened(msgspec.Struct, frozen=True, tag="opened", tag_field="event"):
     llama_server: bool | None = None
 
 
-class Cost(msgspec.Struct, frozen=True, tag="cost", tag_field="event"):
+class MeasurementCost(msgspec.Struct, frozen=True, tag="cost", tag_field="event"):
     """
     What one session of measuring took.
 
@@ -67,4 +67,4 @@ class Cost(msgspec.Struct, frozen=True, tag="cost", tag_field="event"):
     telemetry_error: str | None = None
 
 
-Event = Session | Opened | Cost
+Event = Session | Opened | MeasurementCost

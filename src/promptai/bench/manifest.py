@@ -24,7 +24,7 @@ from promptai.errors import RunError
 SCHEMA = 1
 
 
-class Machine(msgspec.Struct, frozen=True):
+class MachineFacts(msgspec.Struct, frozen=True):
     """The machine that the client ran on; for local targets also the measured one."""
 
     board: str
@@ -122,7 +122,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     created: str
     command: tuple[str, ...]
-    machine: Machine
+    machine: MachineFacts
     workload: WorkloadFacts
     protocol: Protocol
     targets: tuple[TargetFacts, ...]
@@ -132,9 +132,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     packages: dict[str, str] = {}
 
 
-def describe_machine() -> Machine:
+def describe_machine() -> MachineFacts:
     """This machine, now."""
-    return Machine(
+    return MachineFacts(
         board=board_name(),
         cpu=read_cpu(),
         memory_bytes=read_memory().total_bytes,
@@ -143,7 +143,7 @@ def describe_machine() -> Machine:
     )
 
 
-def verify_same_machine(then: Machine, now: Machine) -> None:
+def verify_same_machine(then: MachineFacts, now: MachineFacts) -> None:
     """
     Refuse to go on with a run on another machine; kernel and governor may change, and are noted.
 

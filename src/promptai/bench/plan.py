@@ -68,7 +68,7 @@ class Stage(msgspec.Struct, frozen=True):
     conversations: tuple[str, ...]
 
 
-class Rates(msgspec.Struct, frozen=True):
+class WarmUpRates(msgspec.Struct, frozen=True):
     """
     What a target was seen to do in its warm-up, as far as forecasts need it.
 
@@ -82,7 +82,7 @@ class Rates(msgspec.Struct, frozen=True):
     answer_tokens: float
 
 
-class Work(msgspec.Struct, frozen=True):
+class RequestWork(msgspec.Struct, frozen=True):
     """
     What requests make an engine compute.
 
@@ -96,13 +96,13 @@ class Work(msgspec.Struct, frozen=True):
     reread: int = 0
     answers: int = 0
 
-    def plus(self, other: "Work", times: int = 1) -> "Work":
+    def plus(self, other: "RequestWork", times: int = 1) -> "RequestWork":
         """This and ``times`` the other; -1 takes it away."""
-        return Work(
+        return RequestWork(
             self.chars + times * other.chars, self.reread + times * other.reread, self.answers + times * other.answers
         )
 
-    def seconds(self, rates: Rates) -> float:
+    def seconds(self, rates: WarmUpRates) -> float:
         """How long it should take."""
         prefill = self.chars / rates.chars_per_token + self.reread * rates.answer_tokens
         return prefill / rates.prefill_tps + self.answers * rates.answer_tokens / rates.decode_tps
@@ -154,7 +154,7 @@ def stratified(conversations: Sequence[Conversation], count: int, generator: "Ra
     return [conversations[i] for i in sorted(chosen)]
 
 
-def request_work(conversation: Conversation, turn: int, cache: Cache, history: History) -> Work:
+def request_work(conversation: Conversation, turn: int, cache: Cache, history: History) -> RequestWork:
     """
     What one request makes an engine compute.
 
@@ -163,10 +163,10 @@ def request_work(conversation: Conversation, turn: int, cache: Cache, history: H
     chars, reread = _prompt_chars(conversation, turn, history), turn if history == "own" else 0
     if cache == "warm" and turn > 0:
         chars, reread = chars - _prompt_chars(conversation, turn - 1, history), 0
-    return Work(chars, reread, 1)
+    return RequestWork(chars, reread, 1)
 
 
-def conversation_seconds(conversation: Conversation, cache: Cache, rates: Rates, history: History) -> float:
+def conversation_seconds(conversation: Conversation, cache: Cache, rates: WarmUpRates, history: History) -> float:
     """How long playing ``conversation`` once should take, in seconds."""
     turns = range(conversation.user_turns)
     return sum(request_work(conversation, turn, cache, history).seconds(rates) for turn in turns)

@@ -16,7 +16,7 @@ from promptai.bench.oasst1 import FILENAME, REPOSITORY, load_oasst1
 from promptai.bench.oasst1 import NAME as OASST1
 from promptai.bench.plan import (
     Protocol,
-    Rates,
+    WarmUpRates,
     chars_per_token,
     context_needed,
     conversation_seconds,
@@ -34,7 +34,7 @@ from promptai.models.hub import fetch_dataset_file
 from promptai.models.synth import BORROWED_TOKENS
 
 
-class EngineWishes(msgspec.Struct, frozen=True):
+class EngineOptions(msgspec.Struct, frozen=True):
     """
     What the user wants of engines; ``None`` leaves the choice to us.
 
@@ -78,7 +78,7 @@ def describe_targets(
     sources: Sequence[str],
     conversations: Sequence[Conversation],
     protocol: Protocol,
-    wishes: EngineWishes,
+    options: EngineOptions,
     *,
     engine: Callable[[], EngineBinary],
     cpu: CpuFacts,
@@ -114,20 +114,20 @@ def describe_targets(
                 f"{source} is part {header.split[0] + 1} of {header.split[1]}: its size and checksum say too little",
                 hint="join the parts first: llama-gguf-split --merge FIRST-PART WHOLE.gguf",
             )
-        context = _context(header, conversations, protocol, wishes.context)
-        check_fits(header, context * wishes.slots, available_bytes, cache_type=wishes.cache_type)
+        context = _context(header, conversations, protocol, options.context)
+        check_fits(header, context * options.slots, available_bytes, cache_type=options.cache_type)
         flags = EngineFlags(
             model=str(Path(source).absolute()),
-            port=wishes.port,
-            threads=wishes.threads or default_threads(cpu),
-            context=context * wishes.slots,
-            slots=wishes.slots,
-            batch=wishes.batch,
-            ubatch=wishes.batch,
-            cache_type_k=wishes.cache_type,
-            cache_type_v=wishes.cache_type,
-            cache_ram_mib=wishes.cache_ram_mib,
-            mmap=wishes.mmap,
+            port=options.port,
+            threads=options.threads or default_threads(cpu),
+            context=context * options.slots,
+            slots=options.slots,
+            batch=options.batch,
+            ubatch=options.batch,
+            cache_type_k=options.cache_type,
+            cache_type_v=options.cache_type,
+            cache_ram_mib=options.cache_ram_mib,
+            mmap=options.mmap,
         )
         missing = missing_features(binary, cpu.features)
         sha256 = sha256_of(Path(source), hashing)
@@ -150,7 +150,7 @@ def cut_to_budget(
     conversations: Sequence[Conversation],
     selection: str,
     protocol: Protocol,
-    rates: Mapping[str, Rates],
+    rates: Mapping[str, WarmUpRates],
     budget_s: float,
 ) -> tuple[list[Conversation], str]:
     """

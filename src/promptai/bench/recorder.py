@@ -27,7 +27,7 @@ import msgspec
 from promptai.bench.client import CONTEXT_EXCEEDED
 from promptai.bench.events import Event
 from promptai.bench.manifest import Manifest
-from promptai.bench.trace import Key, Trace
+from promptai.bench.trace import Trace, TraceKey
 from promptai.device.telemetry import read_samples
 from promptai.errors import RunError
 from promptai.wire.malformed import MALFORMED
@@ -39,7 +39,7 @@ _FILES = ("traces.jsonl", "answers.jsonl", "events.jsonl")
 class Answer(msgspec.Struct, frozen=True):
     """The text of one answer; kept apart from traces, so that these can be shared."""
 
-    key: Key
+    key: TraceKey
     text: str
 
 
@@ -55,7 +55,7 @@ class Recorder:
         self.directory = directory
         self.traces: list[Trace] = []
         self.events: list[Event] = []
-        self.answers: dict[Key, str] = {}
+        self.answers: dict[TraceKey, str] = {}
         self._files: list[BinaryIO] = []
         self._writing = threading.Lock()
 
@@ -128,11 +128,11 @@ class Recorder:
             raise self._unwritable(error) from None
         self.events.append(event)
 
-    def answered(self) -> set[Key]:
+    def answered(self) -> set[TraceKey]:
         """Requests that need not be made again."""
         return {trace.key for trace in self.traces if trace.error is None}
 
-    def hopeless(self) -> set[Key]:
+    def hopeless(self) -> set[TraceKey]:
         """Requests that cannot succeed, because the prompt exceeds the context."""
         return {trace.key for trace in self.traces if is_hopeless(trace)}
 

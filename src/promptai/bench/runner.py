@@ -22,13 +22,13 @@ from random import Random
 from typing import Protocol as Interface
 
 from promptai.bench.arrivals import remaining_offsets, start_offsets
-from promptai.bench.client import Played, TurnClient
-from promptai.bench.events import Cost, Opened, Session
+from promptai.bench.client import PlayedTurn, TurnClient
+from promptai.bench.events import MeasurementCost, Opened, Session
 from promptai.bench.manifest import Manifest, TargetFacts, describe_machine
-from promptai.bench.plan import Protocol, Rates, Stage, Work, arrival_seed, plan_stages
+from promptai.bench.plan import Protocol, RequestWork, Stage, WarmUpRates, arrival_seed, plan_stages
 from promptai.bench.recorder import Recorder, is_hopeless
 from promptai.bench.target import OpenTarget, open_target
-from promptai.bench.trace import Key, Trace
+from promptai.bench.trace import Trace, TraceKey
 from promptai.bench.workload import Conversation
 from promptai.device.memory import peak_rss_bytes
 from promptai.device.telemetry import Telemetry
@@ -47,16 +47,16 @@ _WARM_UP = (
 )
 
 
-class Observer(Interface):
+class RunObserver(Interface):
     """Who wants to know how the run goes; every method returns at once."""
 
-    def opened(self, target: str, rates: Rates, client: TurnClient) -> None:
+    def opened(self, target: str, rates: WarmUpRates, client: TurnClient) -> None:
         """A target was seen to do ``rates`` in its warm-up; ``client.live`` shows the turn in progress."""
 
     def stage(self, stage: Stage) -> None:
         """A stage begins."""
 
-    def played(self, played: Played) -> None:
+    def played(self, played: PlayedTurn) -> None:
         """A turn is on the disk."""
 
 
@@ -75,7 +75,7 @@ class Runner:
         manifest: Manifest,
         conversations: Sequence[Conversation],
         recorder: Recorder,
-        observer: Observer,
+        observer: RunObserver,
         *,
         api_key: str | None = None,
         silence_s: float = SILENCE_S,
@@ -103,7 +103,7 @@ class Runner:
         stages = plan_stages(names, list(self._conversations), self._protocol)
         return [stage for stage in stages if any(self._pending(stage, id_) for id_ in stage.conversations)]
 
-    def pending(self) -> list[Key]:
+    def pending(self) -> list[TraceKey]:
         """Every request that is still to be made, in order."""
         return [
             self._key(stage, id_, turn)
@@ -133,7 +133,7 @@ class Runner:
         finally:
             cost = telemetry.stop()
             self._recorder.note(
-                Cost(
+                MeasurementCost(
                     t=time.monotonic() - self.origin,
                     wall_s=self._playing_s,
                     client_cpu_s=self._playing_cpu_s,
@@ -234,7 +234,7 @@ class Runner:
             if played.failure is not None:
                 return  # its further turns would stand on an answer that never came
 
-    async def _record(self, played: Played) -> None:
+    async def _record(self, played: PlayedTurn) -> None:
         """Put a turn on the disk; raises its failure where the run cannot go on."""
         await asyncio.to_thread(self._recorder.append, played.trace, played.text)
         self._observer.played(played)
@@ -259,8 +259,8 @@ class Runner:
         own = [answers[self._key(stage, conversation.id, earlier)] for earlier in range(turn)]
         return conversation.prompt(turn, own)
 
-    def _key(self, stage: Stage, id_: str, turn: int) -> Key:
-        return Key(stage.target, stage.cache, stage.repeat, id_, turn)
+    def _key(self, stage: Stage, id_: str, turn: int) -> TraceKey:
+        return TraceKey(stage.target, stage.cache, stage.repeat, id_, turn)
 
     def _pending(self, stage: Stage, id_: str) -> list[int]:
         """Turns of a conversation that are still to be played; none after one that cannot fit the context."""
@@ -278,7 +278,7 @@ def turn_client(opened: OpenTarget, protocol: Protocol, *, origin: float, nonce:
     )
 
 
-async def warm_up(client: TurnClient, *, answer_tokens: float) -> tuple[Rates, float]:
+async def warm_up(client: TurnClient, *, answer_tokens: float) -> tuple[WarmUpRates, float]:
     """
     Let a target page its weights in, and see what it does then.
 
@@ -294,7 +294,9 @@ async def warm_up(client: TurnClient, *, answer_tokens: float) -> tuple[Rates, f
     return _rates(trace, trace.prompt_s, len(_WARM_UP), answer_tokens), first.t_end - first.t_sent
 
 
-async def look_closer(client: TurnClient, rates: Rates, prompt: list[Message], *, at_most_s: float) -> Rates:
+async def look_closer(
+    client: TurnClient, rates: WarmUpRates, prompt: list[Message], *, at_most_s: float
+) -> WarmUpRates:
     """
     See what a target does at a length of the workload: behind long prompts a model decodes more slowly.
 
@@ -307,13 +309,13 @@ async def look_closer(client: TurnClient, rates: Rates, prompt: list[Message], *
         EngineError: It cannot answer.
     """
     chars = sum(len(message.content) for message in prompt)
-    if Work(chars, 0, 1).seconds(rates) > at_most_s:
+    if RequestWork(chars, 0, 1).seconds(rates) > at_most_s:
         return rates
     trace = await client.warm_up(prompt, "cold", max_tokens=round(rates.answer_tokens))
     return _rates(trace, trace.ttft_s, chars, rates.answer_tokens)
 
 
-def _rates(trace: Trace, prefill_s: float | None, chars: int, answer_tokens: float) -> Rates:
+def _rates(trace: Trace, prefill_s: float | None, chars: int, answer_tokens: float) -> WarmUpRates:
     tokens = trace.prompt_tokens or chars / 4
     # Tokens from a cache took no time.
     prefill_tps = (trace.uncached_tokens or tokens) / (prefill_s or trace.ttft_s or 1.0)
@@ -321,7 +323,7 @@ def _rates(trace: Trace, prefill_s: float | None, chars: int, answer_tokens: flo
     # single token shows no decode rate at all, of which the prefill rate is an upper bound.
     steps, latency_s = trace.decode_steps, trace.latency_s
     whole_tps = (steps + 1) / latency_s if steps and latency_s else None
-    return Rates(
+    return WarmUpRates(
         prefill_tps=prefill_tps,
         decode_tps=trace.decode_tps or whole_tps or prefill_tps,
         chars_per_token=chars / tokens,

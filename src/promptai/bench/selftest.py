@@ -12,7 +12,7 @@ import msgspec
 
 from promptai.bench.client import TurnClient
 from promptai.bench.plan import Protocol
-from promptai.bench.trace import Key, Trace
+from promptai.bench.trace import Trace, TraceKey
 from promptai.engine.client import EngineClient
 from promptai.engine.simulated import SimulatedEngine
 from promptai.engine.simulation import SimulationConfig, render, tokenize
@@ -23,7 +23,7 @@ from promptai.wire.openai import Message
 TOLERANCE = 0.02
 
 
-class Case(msgspec.Struct, frozen=True):
+class SelftestCase(msgspec.Struct, frozen=True):
     """One prompt length and the rates that make it take about a second."""
 
     prompt_tokens: int
@@ -33,13 +33,13 @@ class Case(msgspec.Struct, frozen=True):
 
 
 CASES = (
-    Case(prompt_tokens=20, prefill_tps=40, decode_tps=40, generated_tokens=41),
-    Case(prompt_tokens=200, prefill_tps=400, decode_tps=40, generated_tokens=41),
-    Case(prompt_tokens=2000, prefill_tps=2000, decode_tps=40, generated_tokens=41),
+    SelftestCase(prompt_tokens=20, prefill_tps=40, decode_tps=40, generated_tokens=41),
+    SelftestCase(prompt_tokens=200, prefill_tps=400, decode_tps=40, generated_tokens=41),
+    SelftestCase(prompt_tokens=2000, prefill_tps=2000, decode_tps=40, generated_tokens=41),
 )
 
 
-class Check(msgspec.Struct, frozen=True):
+class SelftestCheck(msgspec.Struct, frozen=True):
     """
     One metric against its truth.
 
@@ -47,7 +47,7 @@ class Check(msgspec.Struct, frozen=True):
         error: (measured - expected) / expected.
     """
 
-    case: Case
+    case: SelftestCase
     metric: str
     unit: str
     expected: float
@@ -59,20 +59,20 @@ class Check(msgspec.Struct, frozen=True):
         return self.measured / self.expected - 1
 
 
-async def selftest(cases: tuple[Case, ...] = CASES) -> list[Check]:
+async def selftest(cases: tuple[SelftestCase, ...] = CASES) -> list[SelftestCheck]:
     """
     Play every case once on a simulated engine of its own.
 
     Raises:
         PromptAIError: A token count is not exact, or nothing was answered: that is a bug, not noise.
     """
-    found: list[Check] = []
+    found: list[SelftestCheck] = []
     for case in cases:
         config = SimulationConfig(prefill_tps=case.prefill_tps, decode_tps=case.decode_tps, batch=4096)
         async with SimulatedEngine(config) as engine, EngineClient(engine.base_url) as client:
             protocol = Protocol(max_tokens=case.generated_tokens)
             turns = TurnClient(client, protocol, model=config.model, llama_server=True, origin=0.0)
-            key = Key("simulated", "cold", 0, "selftest", 0)
+            key = TraceKey("simulated", "cold", 0, "selftest", 0)
             played = await turns.play(key, prompt_of(case.prompt_tokens), t_scheduled=turns.now())
             if played.failure is not None:
                 raise played.failure
@@ -86,7 +86,7 @@ def prompt_of(tokens: int) -> list[Message]:
     return [Message("user", "word" + " word" * (tokens - marks - 1))]
 
 
-def _compare(case: Case, trace: Trace, sent: list[float]) -> list[Check]:
+def _compare(case: SelftestCase, trace: Trace, sent: list[float]) -> list[SelftestCheck]:
     counts = (trace.prompt_tokens, trace.cached_tokens, trace.generated_tokens, trace.chunks)
     expected_counts = (case.prompt_tokens, 0, case.generated_tokens, case.generated_tokens)
     if counts != expected_counts:
@@ -110,5 +110,5 @@ def _compare(case: Case, trace: Trace, sent: list[float]) -> list[Check]:
         measured = read(trace)
         if measured is None:
             raise PromptAIError(f"{name} was not measured", hint="please report this")
-        checks.append(Check(case, name, unit, expected, measured))
+        checks.append(SelftestCheck(case, name, unit, expected, measured))
     return checks

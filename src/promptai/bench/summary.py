@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from promptai.bench.checks import Finding, check_target
-from promptai.bench.events import Cost, Event, Opened
+from promptai.bench.events import Event, MeasurementCost, Opened
 from promptai.bench.manifest import Manifest
 from promptai.bench.recorder import is_hopeless, read_events, read_manifest, read_traces, write_whole
 from promptai.bench.resources import resource_metrics
@@ -34,7 +34,7 @@ from promptai.errors import RunError
 SCHEMA = 1
 
 
-class Part(msgspec.Struct, frozen=True):
+class CacheSummary(msgspec.Struct, frozen=True):
     """
     One target with one cache setting.
 
@@ -64,8 +64,8 @@ class TargetSummary(msgspec.Struct, frozen=True):
     name: str
     synthetic: bool
     load_s: Metric
-    cold: Part | None
-    warm: Part | None
+    cold: CacheSummary | None
+    warm: CacheSummary | None
     findings: list[Finding]
 
 
@@ -88,7 +88,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     schema: int = SCHEMA
 
 
-class Run(msgspec.Struct, frozen=True):
+class RecordedRun(msgspec.Struct, frozen=True):
     """Everything a run directory holds, read back."""
 
     directory: str
@@ -98,13 +98,13 @@ class Run(msgspec.Struct, frozen=True):
     events: list[Event]
 
 
-def read_run(directory: Path) -> Run:
+def read_run(directory: Path) -> RecordedRun:
     """Read a run; raises ``RunError`` when it is none, or holds no trace yet."""
     manifest = read_manifest(directory)
     traces = latest(read_traces(directory))
     if not traces:
         raise RunError(f"run {directory} holds no request yet", hint="go on with promptai bench --resume")
-    return Run(
+    return RecordedRun(
         directory.resolve().name,
         manifest,
         traces,
@@ -119,16 +119,16 @@ def latest(traces: Sequence[Trace]) -> list[Trace]:
     return list({trace.key: trace for trace in traces}.values())
 
 
-def summarize(run: Run) -> Summary:
+def summarize(run: RecordedRun) -> Summary:
     """Derive the summary."""
     planned = run.manifest.workload.turns * run.manifest.protocol.repeats
-    costs = [event for event in run.events if isinstance(event, Cost)]
+    costs = [event for event in run.events if isinstance(event, MeasurementCost)]
     targets = []
     for facts in run.manifest.targets:
         mine = [trace for trace in run.traces if trace.target == facts.name]
         # What this machine felt says nothing about a server on another one.
         samples = run.samples if facts.here else []
-        parts: dict[Cache, Part] = {}
+        parts: dict[Cache, CacheSummary] = {}
         for cache in run.manifest.protocol.caches:
             of_cache = [trace for trace in mine if trace.cache == cache]
             if of_cache:
@@ -161,7 +161,7 @@ def summarize(run: Run) -> Summary:
     )
 
 
-def _complete(run: Run) -> bool:
+def _complete(run: RecordedRun) -> bool:
     """Whether each conversation was answered to its end, or to where it outgrew the context."""
     answered: Counter[tuple[str, Cache, int, str]] = Counter()
     outgrown: set[tuple[str, Cache, int, str]] = set()
@@ -186,7 +186,7 @@ def write_summary(directory: Path, summary: Summary) -> Path:
     return path
 
 
-def _part(traces: Sequence[Trace], samples: Sequence[Sample], planned: int) -> Part:
+def _part(traces: Sequence[Trace], samples: Sequence[Sample], planned: int) -> CacheSummary:
     good = [trace for trace in traces if trace.error is None]
     grouped = buckets(good)
     metrics: dict[str, Metric] = {
@@ -206,7 +206,9 @@ def _part(traces: Sequence[Trace], samples: Sequence[Sample], planned: int) -> P
         **cv_metrics(good, grouped),
         **resource_metrics(good, samples),
     }
-    return Part(planned=planned, answered=len(good), failed=len(traces) - len(good), metrics=metrics, buckets=grouped)
+    return CacheSummary(
+        planned=planned, answered=len(good), failed=len(traces) - len(good), metrics=metrics, buckets=grouped
+    )
 
 
 def _engine_steps(trace: Trace) -> int | None:
@@ -228,7 +230,7 @@ def _capped_share(traces: Sequence[Trace]) -> Metric:
     return Metric(capped / len(traces) if traces else None, "1", len(traces))
 
 
-def _harness(costs: Sequence[Cost]) -> HarnessCost:
+def _harness(costs: Sequence[MeasurementCost]) -> HarnessCost:
     wall_s = sum(cost.wall_s for cost in costs)
     telemetry_s = sum(cost.telemetry_wall_s or 0 for cost in costs)
     cpu: float | None = None

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from promptai.bench.plan import Rates, Work, request_work
-from promptai.bench.trace import Cache, Key
+from promptai.bench.plan import RequestWork, WarmUpRates, request_work
+from promptai.bench.trace import Cache, TraceKey
 from promptai.bench.workload import Conversation, History
 
 Group = tuple[str, Cache]
@@ -29,24 +29,26 @@ class TimeLeft:
         history: Whose answers stand in the prompts.
     """
 
-    def __init__(self, pending: Iterable[Key], conversations: Mapping[str, Conversation], history: History) -> None:
+    def __init__(
+        self, pending: Iterable[TraceKey], conversations: Mapping[str, Conversation], history: History
+    ) -> None:
         self._work = {
             key: request_work(conversations[key.conversation], key.turn, key.cache, history) for key in pending
         }
-        self._left: dict[Group, Work] = {}
+        self._left: dict[Group, RequestWork] = {}
         for key, work in self._work.items():
             group = (key.target, key.cache)
-            self._left[group] = self._left.get(group, Work()).plus(work)
-        self._rates: dict[str, Rates] = {}
+            self._left[group] = self._left.get(group, RequestWork()).plus(work)
+        self._rates: dict[str, WarmUpRates] = {}
         self._seen: dict[Group, tuple[float, float]] = {}
         self._finished_s = 0.0
         self._finished = 0
 
-    def opened(self, target: str, rates: Rates) -> None:
+    def opened(self, target: str, rates: WarmUpRates) -> None:
         """Learn what a target can do."""
         self._rates[target] = rates
 
-    def played(self, key: Key, seconds: float) -> None:
+    def played(self, key: TraceKey, seconds: float) -> None:
         """A request is finished and took ``seconds``."""
         self._finished_s += seconds
         self._finished += 1
@@ -56,7 +58,7 @@ class TimeLeft:
             estimated, taken = self._seen.get(group, (0.0, 0.0))
             self._seen[group] = (estimated + work.seconds(self._rates[key.target]), taken + seconds)
 
-    def given_up(self, key: Key, seconds: float) -> None:
+    def given_up(self, key: TraceKey, seconds: float) -> None:
         """A request failed after ``seconds``, and the rest of its conversation is left out."""
         self._finished_s += seconds
         self._finished += 1
@@ -91,7 +93,7 @@ class TimeLeft:
         estimated, taken = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
         return taken / estimated if estimated > 0 else 1.0
 
-    def _take(self, key: Key) -> Work | None:
+    def _take(self, key: TraceKey) -> RequestWork | None:
         """Count a request among what is left no more; ``None`` when it was not."""
         work = self._work.pop(key, None)
         if work is not None:

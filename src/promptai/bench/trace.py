@@ -13,7 +13,7 @@ import msgspec
 Cache = Literal["cold", "warm"]
 
 
-class Key(msgspec.Struct, frozen=True):
+class TraceKey(msgspec.Struct, frozen=True):
     """What names a request within a run; a resumed run plays only keys that it has not seen."""
 
     target: str
@@ -74,9 +74,9 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     text_sha256: str | None = None
 
     @property
-    def key(self) -> Key:
+    def key(self) -> TraceKey:
         """What names this request within its run."""
-        return Key(self.target, self.cache, self.repeat, self.conversation, self.turn)
+        return TraceKey(self.target, self.cache, self.repeat, self.conversation, self.turn)
 
     @property
     def ttft_s(self) -> float | None:

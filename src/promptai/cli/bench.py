@@ -22,7 +22,7 @@ from promptai.bench.manifest import (
 )
 from promptai.bench.plan import Protocol, typical_prompt
 from promptai.bench.prepare import (
-    EngineWishes,
+    EngineOptions,
     choose_conversations,
     cut_to_budget,
     describe_targets,
@@ -32,7 +32,7 @@ from promptai.bench.prepare import (
 from promptai.bench.recorder import create_run, read_manifest
 from promptai.bench.target import is_url, verify_unchanged
 from promptai.bench.trace import Cache
-from promptai.cli.measure import Output, calibrate, measure
+from promptai.cli.measure import OutputOptions, calibrate, measure
 from promptai.cli.progress import HashProgress
 from promptai.device.cpu import board_slug
 from promptai.device.memory import read_memory
@@ -119,12 +119,12 @@ def bench(**options: Any) -> None:
     console = Console(stderr=options["as_json"])
     if options["resume"] is not None:
         _refuse_more_than_resume()
-        resume(options["resume"], settings, Output(console, options["as_json"], options["report"]))
+        resume(options["resume"], settings, OutputOptions(console, options["as_json"], options["report"]))
         return
-    start(options, settings, Output(console, options["as_json"], options["report"]))
+    start(options, settings, OutputOptions(console, options["as_json"], options["report"]))
 
 
-def start(options: dict[str, Any], settings: Settings, output: Output) -> None:
+def start(options: dict[str, Any], settings: Settings, output: OutputOptions) -> None:
     """Check everything, make the run's directory, and measure."""
     console = output.console
     protocol = _protocol(options, settings)
@@ -186,7 +186,7 @@ def start(options: dict[str, Any], settings: Settings, output: Output) -> None:
     )
 
 
-def resume(directory: Path, settings: Settings, output: Output) -> None:
+def resume(directory: Path, settings: Settings, output: OutputOptions) -> None:
     """Go on with a run where its traces end."""
     manifest = read_manifest(directory)
     verify_same_machine(manifest.machine, describe_machine())
@@ -269,9 +269,9 @@ def _protocol(options: dict[str, Any], settings: Settings) -> Protocol:
     return protocol
 
 
-def _wishes(options: dict[str, Any], settings: Settings) -> EngineWishes:
+def _wishes(options: dict[str, Any], settings: Settings) -> EngineOptions:
     engine = settings.engine
-    return EngineWishes(
+    return EngineOptions(
         threads=_chosen(options["threads"], engine.threads),
         context=_chosen(options["context"], engine.context),
         slots=_chosen(options["slots"], max(engine.slots, options["concurrency"])),

@@ -7,7 +7,7 @@ import msgspec
 from rich.console import Console
 
 from promptai.cli.bench import start
-from promptai.cli.measure import Output
+from promptai.cli.measure import OutputOptions
 from promptai.settings import BenchSettings, load_settings
 
 _CONVERSATIONS = 10
@@ -55,7 +55,7 @@ def demo(*, as_json: bool) -> None:
         "arrivals": "closed",
         "ignore_eos": False,
     }
-    start(options, settings, Output(console, as_json, write_report=True))
+    start(options, settings, OutputOptions(console, as_json, write_report=True))
     console.print(
         "\nnext:    promptai bench YOUR-MODEL.gguf     measure a model of your own, by the paper's protocol\n"
         "         promptai bench http://HOST:8080    measure a server that is already running\n"

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from promptai.bench.manifest import Machine, describe_machine
-from promptai.bench.selftest import TOLERANCE, Check, selftest
+from promptai.bench.manifest import MachineFacts, describe_machine
+from promptai.bench.selftest import TOLERANCE, SelftestCheck, selftest
 from promptai.device.energy import find_energy_source
 from promptai.device.memory import MemoryFacts, read_memory
 from promptai.engine.locate import EngineBinary, find_engines, missing_features
@@ -66,7 +66,7 @@ def doctor(*, test: bool, as_json: bool) -> int:
     return 0
 
 
-def _advice(machine: Machine, memory: MemoryFacts, engines: list[EngineBinary]) -> Iterator[str]:
+def _advice(machine: MachineFacts, memory: MemoryFacts, engines: list[EngineBinary]) -> Iterator[str]:
     """What would make measurements slower or less steady here, and the remedy."""
     cpu = machine.cpu
     if cpu.governor is not None and cpu.governor != "performance":
@@ -92,7 +92,9 @@ def _advice(machine: Machine, memory: MemoryFacts, engines: list[EngineBinary]) 
         )
 
 
-def _machine_table(machine: Machine, memory: MemoryFacts, engines: list[EngineBinary], energy: str | None) -> Table:
+def _machine_table(
+    machine: MachineFacts, memory: MemoryFacts, engines: list[EngineBinary], energy: str | None
+) -> Table:
     cpu = machine.cpu
     quota = "no quota" if cpu.quota_cpus is None else f"quota {cpu.quota_cpus:g}"
     total, free = (fmt.quantity(n, "bytes") for n in (memory.total_bytes, memory.available_for_new_process()))
@@ -114,7 +116,7 @@ def _machine_table(machine: Machine, memory: MemoryFacts, engines: list[EngineBi
     return table
 
 
-def _selftest_table(checks: list[Check]) -> Table:
+def _selftest_table(checks: list[SelftestCheck]) -> Table:
     worst = max(abs(check.error) for check in checks)
     table = Table(
         "prompt",

@@ -11,7 +11,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from promptai.bench.comparison import Contest, Outcome, compare, first_is_faster, ratio
+from promptai.bench.comparison import ComparisonResult, ComparisonTask, compare, first_is_faster, ratio
 from promptai.bench.statistics import MIN_FOR_INTERVAL, Metric
 from promptai.bench.target import check_fits
 from promptai.cli.engine_progress import StepProgress
@@ -71,7 +71,7 @@ def compare_engines(*, model: Path | None, prompt_tokens: int, tokens: int, repe
         header = read_header(path)
         check_fits(header, prompt_tokens + tokens, read_memory().available_for_new_process())
         progress.step(f"comparing {len(found)} engines, {repeats} rounds")
-        contest = Contest(
+        contest = ComparisonTask(
             model=path,
             prompt_tokens=prompt_tokens,
             tokens=tokens,
@@ -115,7 +115,7 @@ def _synthetic(progress: StepProgress) -> Path:
     return path
 
 
-def _keep(engines: Path, outcome: Outcome) -> None:
+def _keep(engines: Path, outcome: ComparisonResult) -> None:
     try:
         write_comparison(engines, outcome.comparison)
     except OSError as error:
@@ -144,7 +144,7 @@ def _ratios(measured: Sequence[MeasuredEngine]) -> dict[str, dict[str, Metric]]:
 
 
 def _show(
-    console: Console, outcome: Outcome, ratios: dict[str, dict[str, Metric]], *, used: EngineBinary, kept: bool
+    console: Console, outcome: ComparisonResult, ratios: dict[str, dict[str, Metric]], *, used: EngineBinary, kept: bool
 ) -> None:
     comparison = outcome.comparison
     base = _base(comparison.engines)

@@ -19,7 +19,7 @@ import msgspec
 from rich.console import Console
 
 from promptai.bench.manifest import Manifest
-from promptai.bench.plan import Rates
+from promptai.bench.plan import WarmUpRates
 from promptai.bench.recorder import Recorder
 from promptai.bench.runner import Runner, look_closer, turn_client, warm_up
 from promptai.bench.summary import read_run, summarize, write_summary
@@ -31,7 +31,7 @@ from promptai.report.table import print_summary
 from promptai.wire.openai import Message
 
 
-class Output(NamedTuple):
+class OutputOptions(NamedTuple):
     """
     Where results go.
 
@@ -53,7 +53,7 @@ def measure(
     *,
     api_key: str | None,
     silence_s: float,
-    output: Output,
+    output: OutputOptions,
 ) -> None:
     """
     Play what remains of a run, then print and write what it says.
@@ -113,7 +113,7 @@ def calibrate(
     api_key: str | None,
     silence_s: float,
     console: Console,
-) -> dict[str, Rates]:
+) -> dict[str, WarmUpRates]:
     """
     Open every target for a moment and see what it does, to know what fits a budget.
 
@@ -122,7 +122,7 @@ def calibrate(
         at_most_s: Longest answer to it that is waited for.
     """
 
-    async def look(logs: Path) -> dict[str, Rates]:
+    async def look(logs: Path) -> dict[str, WarmUpRates]:
         found = {}
         for facts in manifest.targets:
             log = logs / f"{facts.name}.log"
@@ -147,7 +147,7 @@ def calibrate(
     return found
 
 
-def show(directory: Path, output: Output) -> None:
+def show(directory: Path, output: OutputOptions) -> None:
     """Derive the summary, write it and the report, print it."""
     console = output.console
     summary = summarize(read_run(directory))

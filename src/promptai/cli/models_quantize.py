@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from promptai.bench.agreement import POSITIONS_PER_TEXT, Agreement, Position, ask_perplexity, compare, score, texts
+from promptai.bench.agreement import POSITIONS_PER_TEXT, Agreement, Position, compare, run_perplexity, score, texts
 from promptai.bench.target import check_fits
 from promptai.cli.models_inspect import harmless, mix
 from promptai.cli.progress import duration
@@ -170,7 +170,7 @@ def _check(done: QuantizeResult, job: QuantizeJob, console: Console) -> Agreemen
         program = find_program("llama-perplexity", job.engines, beside=job.engine)
         if program is not None:
             with console.status("llama-perplexity is loading the source") as status:
-                return ask_perplexity(
+                return run_perplexity(
                     program,
                     Path(done.source.path),
                     job.target,

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-from promptai.bench.client import Live, Played, TurnClient
-from promptai.bench.plan import Protocol, Rates, Stage
+from promptai.bench.client import LiveTurn, PlayedTurn, TurnClient
+from promptai.bench.plan import Protocol, Stage, WarmUpRates
 from promptai.bench.runner import Runner
 from promptai.bench.timeleft import TimeLeft
-from promptai.bench.trace import Key
+from promptai.bench.trace import TraceKey
 from promptai.bench.workload import Conversation
 
 REDRAW_EVERY_S = 0.5
@@ -68,7 +68,7 @@ class RunProgress:
         self._task: TaskID | None = None
         self._left: TimeLeft | None = None
         self._conversations: dict[str, Conversation] = {}
-        self._live = Live()
+        self._live = LiveTurn()
         self._client: TurnClient | None = None
         self._stage: Stage | None = None
         self._last_rate = ""
@@ -91,7 +91,7 @@ class RunProgress:
         """Leave the terminal as it was."""
         self._progress.stop()
 
-    def opened(self, target: str, rates: Rates, client: TurnClient) -> None:
+    def opened(self, target: str, rates: WarmUpRates, client: TurnClient) -> None:
         """A target answers."""
         self._client, self._live = client, client.live
         if self._left is not None:
@@ -110,7 +110,7 @@ class RunProgress:
                 f"{escape(stage.target)}: {stage.cache}, {len(stage.conversations)} conversations", highlight=False
             )
 
-    def played(self, played: Played) -> None:
+    def played(self, played: PlayedTurn) -> None:
         """A turn is finished."""
         if self._left is not None:
             finished = self._left.played if played.failure is None else self._left.given_up
@@ -139,7 +139,7 @@ class RunProgress:
         )
         self._progress.refresh()
 
-    def _where(self, key: Key | None) -> str:
+    def _where(self, key: TraceKey | None) -> str:
         if key is None or self._stage is None or key.conversation not in self._conversations:
             return "starting the engine"
         place = list(self._conversations).index(key.conversation) + 1

@@ -15,7 +15,7 @@ import msgspec
 import vl_convert
 
 from promptai.bench.statistics import BUCKET_EDGES
-from promptai.bench.summary import Part, Run, Summary
+from promptai.bench.summary import CacheSummary, RecordedRun, Summary
 from promptai.bench.trace import Trace
 from promptai.device.sample import Sample
 
@@ -50,7 +50,7 @@ class Figure(msgspec.Struct, frozen=True):
     spec: dict[str, Any]
 
 
-def draw(run: Run, summary: Summary) -> list[Figure]:
+def draw(run: RecordedRun, summary: Summary) -> list[Figure]:
     """Every figure that the run has data for."""
     found = [_prompt_lengths(run), _throughput(summary), _latency(summary), _first_token(run)]
     # This machine's readings are about the targets on it; a server elsewhere has its own.
@@ -82,16 +82,16 @@ def _data(rows: list[Row]) -> alt.InlineData:
     return alt.InlineData(values=rows)
 
 
-def _legend(run: Run) -> alt.Legend | None:
+def _legend(run: RecordedRun) -> alt.Legend | None:
     """A legend of targets, where there is more than one to tell apart."""
     return alt.Legend() if len(run.manifest.targets) > 1 else None
 
 
-def _good(run: Run) -> list[Trace]:
+def _good(run: RecordedRun) -> list[Trace]:
     return [trace for trace in run.traces if trace.error is None]
 
 
-def _prompt_lengths(run: Run) -> Figure | None:
+def _prompt_lengths(run: RecordedRun) -> Figure | None:
     rows: list[Row] = [
         {"target": t.target, "conversation": t.conversation, "turn": t.turn + 1, "tokens": t.prompt_tokens}
         for t in _good(run)
@@ -119,7 +119,7 @@ def _prompt_lengths(run: Run) -> Figure | None:
     )
 
 
-def _parts(summary: Summary) -> list[tuple[str, str, Part]]:
+def _parts(summary: Summary) -> list[tuple[str, str, CacheSummary]]:
     return [
         (target.name, cache, part)
         for target in summary.targets
@@ -216,7 +216,7 @@ def _latency(summary: Summary) -> Figure | None:
     )
 
 
-def _first_token(run: Run) -> Figure | None:
+def _first_token(run: RecordedRun) -> Figure | None:
     rows: list[Row] = [
         {
             "cache": t.cache,
@@ -250,7 +250,7 @@ def _first_token(run: Run) -> Figure | None:
     )
 
 
-def _steadiness(run: Run, summary: Summary) -> Figure | None:
+def _steadiness(run: RecordedRun, summary: Summary) -> Figure | None:
     rows: list[Row] = [
         {
             "target": target,

@@ -18,14 +18,14 @@ from markupsafe import Markup
 from promptai.bench.manifest import Manifest
 from promptai.bench.plan import Protocol
 from promptai.bench.recorder import write_whole
-from promptai.bench.summary import Run, Summary
+from promptai.bench.summary import RecordedRun, Summary
 from promptai.errors import RunError
 from promptai.report import format as fmt
 from promptai.report.figures import Figure, draw, javascript, to_png, to_svg
 from promptai.report.rows import ROWS
 
 
-def write_report(directory: Path, run: Run, summary: Summary) -> Path:
+def write_report(directory: Path, run: RecordedRun, summary: Summary) -> Path:
     """
     Write ``report.html`` into the run's directory.
 
@@ -37,7 +37,7 @@ def write_report(directory: Path, run: Run, summary: Summary) -> Path:
     return path
 
 
-def write_figures(directory: Path, run: Run, summary: Summary) -> list[Path]:
+def write_figures(directory: Path, run: RecordedRun, summary: Summary) -> list[Path]:
     """Write every figure as SVG and PNG into ``figures/``; raises ``RunError``."""
     folder = directory / "figures"
     try:
@@ -53,7 +53,7 @@ def write_figures(directory: Path, run: Run, summary: Summary) -> list[Path]:
     return written
 
 
-def render(run: Run, summary: Summary, figures: list[Figure]) -> str:
+def render(run: RecordedRun, summary: Summary, figures: list[Figure]) -> str:
     """The page as text."""
     environment = Environment(
         loader=PackageLoader("promptai.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True

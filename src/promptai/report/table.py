@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from promptai.bench.summary import Part, Summary, TargetSummary
+from promptai.bench.summary import CacheSummary, Summary, TargetSummary
 from promptai.report import format as fmt
 from promptai.report.rows import ROWS
 
@@ -46,7 +46,7 @@ def _table(target: TargetSummary) -> Table:
 
 
 def _caption(target: TargetSummary) -> str:
-    failed = sum(part.failed for part in (target.cold, target.warm) if isinstance(part, Part))
+    failed = sum(part.failed for part in (target.cold, target.warm) if isinstance(part, CacheSummary))
     words = ["cold: KV cache off; warm: earlier turns may be in it; in brackets the 95 % interval"]
     if target.load_s.value is not None:
         words.append(f"loaded in {fmt.quantity(target.load_s.value, 's')}")
