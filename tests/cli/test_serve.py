@@ -96,7 +96,7 @@ def test_a_port_in_use_is_a_one_line_error_and_starts_no_engine(gateway: Served,
     [
         (("absent-model",), "", 3, "no model named 'absent-model'"),
         (("http://pi-1:8080",), "", 2, "is a server, not a model (pass it with --board"),
-        (("--board", "pi-1"), "", 2, "'pi-1' is no address of an engine (write it as http://host:port)"),
+        (("--board", "pi-1"), "", 2, "'pi-1' is not an engine URL (write it as http://host:port)"),
         (("--config", "absent.toml"), "", 2, "settings absent.toml cannot be read"),
         ((), "[gateway]\nprot = 1", 2, "unknown field `prot` - at `$.gateway` (did you mean port?)"),
         ((), "[gateway]\nattempts = 0", 2, "gateway.attempts must be above 0, not 0"),

@@ -149,7 +149,7 @@ def test_rejects_two_boards_with_the_same_name(entries: list[FleetEntry]) -> Non
 
 @pytest.mark.parametrize("url", ["http://user:secret@pi:8080", "http://secret@pi:8080", "user:se/cret@pi:8080"])
 def test_rejects_a_url_with_a_password_without_repeating_it(url: str) -> None:
-    with pytest.raises(SettingsError, match=r"^the address of pi:8080 holds a user or a password ") as refusal:
+    with pytest.raises(SettingsError, match=r"^the URL of pi:8080 contains a user name or a password ") as refusal:
         parse_boards([FleetEntry(url, api_key_env="NOT_SET")], {})
 
     assert "api_key_env" in refusal.value.hint

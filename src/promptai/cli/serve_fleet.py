@@ -14,6 +14,7 @@ from promptai.device.process import ProcessTree
 from promptai.engine.simulated import SimulatedEngine
 from promptai.engine.simulation import SimulationConfig
 from promptai.engine.upstream import Upstream
+from promptai.engine.url import EngineUrl
 from promptai.errors import SettingsError
 from promptai.fleet.replica import Rates, Replica
 from promptai.fleet.simulated import SimulatedSource
@@ -119,18 +120,10 @@ def _without_duplicates(entries: Sequence[FleetEntry]) -> list[FleetEntry]:
     return kept
 
 
-def _location(entry: FleetEntry) -> tuple[str, str | None, int | None, str]:
-    """Where it is, for comparing; raises ``SettingsError`` where that is no address, or holds a secret."""
-    if "@" in entry.url:
-        raise SettingsError(
-            f"the address of {entry.name or entry.url.rpartition('@')[2]} holds a user or a password",
-            hint="put the key into the variable that api_key_env names, for --board into $PROMPTAI_API_KEY: "
-            "addresses are shown in messages",
-        )
-    target = Target(entry.url)
-    _ = target.replica_id  # raises where it is none
-    parts = urlsplit(target.base_url)
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme], parts.path
+def _location(entry: FleetEntry) -> tuple[str, str, int, str]:
+    """Return what identifies the server; raises ``SettingsError`` if the URL is invalid or contains a password."""
+    key_hint = "put the key into the variable that api_key_env names, for --board into $PROMPTAI_API_KEY"
+    return EngineUrl.parse(entry.url, name=entry.name, key_hint=key_hint).location
 
 
 def _is_bare(entry: FleetEntry) -> bool:

@@ -22,6 +22,7 @@ from promptai.device.cpu import default_threads, read_cpu
 from promptai.device.memory import read_memory
 from promptai.engine.flags import BYTES_PER_VALUE, EngineFlags
 from promptai.engine.locate import EngineBinary, locate
+from promptai.engine.url import looks_like_url
 from promptai.errors import ModelError, SettingsError
 from promptai.fleet.local import LocalModel
 from promptai.fleet.replica import Rates
@@ -214,7 +215,7 @@ def _saved_bytes(f16_bytes: int, cache_type: str) -> int:
 
 
 def _named(entry: ServeEntry, library: Library) -> ServedModel:
-    if entry.model.startswith(("http://", "https://")):
+    if looks_like_url(entry.model):
         shown = entry.model.rpartition("@")[2]  # without a password
         raise SettingsError(f"{shown} is a server, not a model", hint="pass it with --board or list it in [[fleet]]")
     # Not Path.exists: it raises for a name that is too long, and for a path in a folder without permission.

@@ -15,12 +15,12 @@ import asyncio
 import re
 from collections.abc import Callable, Container, Sequence
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 import msgspec
 
 from promptai.engine.upstream import Upstream
-from promptai.errors import EngineDiedError, EngineError, SettingsError
+from promptai.engine.url import EngineUrl
+from promptai.errors import EngineDiedError, EngineError
 from promptai.fleet.replica import Rates, Replica, State
 from promptai.wire.llamaserver import Props
 from promptai.wire.malformed import MALFORMED
@@ -61,7 +61,7 @@ class Target(msgspec.Struct, frozen=True):
     @property
     def base_url(self) -> str:
         """URL of its API, without ``/v1``."""
-        return self.url.rstrip("/").removesuffix("/v1")
+        return EngineUrl.parse(self.url).base
 
     @property
     def replica_id(self) -> str:
@@ -69,17 +69,10 @@ class Target(msgspec.Struct, frozen=True):
         Its name in the fleet.
 
         Raises:
-            SettingsError: The URL has no host, or a port that is none.
+            SettingsError: The URL is invalid.
         """
-        try:
-            parts = urlsplit(self.base_url)
-            port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-            host = parts.netloc.rpartition("@")[2].removesuffix(f":{port}")
-        except (ValueError, KeyError):
-            host, port = "", 0
-        if not host:
-            raise SettingsError(f"{self.url!r} is no address of an engine", hint="write it as http://host:port")
-        return self.name or f"{host}:{port}"
+        url = EngineUrl.parse(self.url)
+        return self.name or url.address
 
 
 class FleetModel(msgspec.Struct, frozen=True):
