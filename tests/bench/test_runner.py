@@ -12,9 +12,9 @@ from msgspec.structs import replace
 from promptai.bench.client import PlayedTurn, TurnClient
 from promptai.bench.events import MeasurementCost, Opened, Session
 from promptai.bench.manifest import TargetFacts
-from promptai.bench.plan import Protocol, Stage, WarmUpRates
+from promptai.bench.plan import Stage, WarmUpRates
 from promptai.bench.recorder import Recorder, read_events, read_traces
-from promptai.bench.runner import Runner, _rates, look_closer, turn_client, warm_up
+from promptai.bench.runner import Runner
 from promptai.bench.target import OpenTarget
 from promptai.bench.trace import Trace
 from promptai.device.sample import Sample
@@ -22,7 +22,7 @@ from promptai.engine.client import Arrival, EngineClient
 from promptai.engine.simulated import SimulatedEngine
 from promptai.engine.simulation import SimulationConfig
 from promptai.errors import EngineDiedError, EngineError, EngineProtocolError
-from promptai.wire.openai import ChunkChoice, CompletionChunk, Delta, Message, PromptTokensDetails, Usage
+from promptai.wire.openai import ChunkChoice, CompletionChunk, Delta
 from support_runs import long_talk, make_failure, make_manifest, make_trace, write_lines
 
 TALKS = [long_talk("a", turns=3, chars=10), long_talk("b", turns=2, chars=10)]
@@ -132,7 +132,7 @@ def play_warm(directory: Path, slot: Slot) -> list[Trace]:
     opened = OpenTarget(slot, "m", True, None, None, lambda: None)
     manifest = make_manifest(talks, caches=("warm",))
     with Recorder(directory) as recorder:
-        client = turn_client(opened, manifest.protocol, origin=0.0, nonce="")
+        client = opened.turn_client(manifest.protocol, origin=0.0, nonce="")
         asyncio.run(Runner(manifest, talks, recorder, Nobody())._stage(stage, client, opened))
     return read_traces(directory)
 
@@ -150,47 +150,6 @@ def test_a_cache_that_can_never_be_prepared_ends_the_run(kind: type[EngineError]
         play_warm(tmp_path, Slot(5, kind))
 
     assert len(read_traces(tmp_path)) == tried
-
-
-class Cached(EngineClient):
-    """A server that has 60 of 100 prompt tokens in its cache, and takes half a second for the others."""
-
-    async def stream_chat(self, body: dict[str, Any]) -> AsyncGenerator[Arrival, None]:
-        """Answer with 21 tokens in 2 s."""
-        now, model = time.monotonic(), body["model"]
-        yield Arrival(now + 0.5, CompletionChunk([ChunkChoice(Delta(model))]))
-        yield Arrival(
-            now + 2.5, CompletionChunk([ChunkChoice(Delta(""), "length")], Usage(100, 21, PromptTokensDetails(60)))
-        )
-
-
-def test_tokens_from_a_cache_do_not_make_a_warm_up_fast() -> None:
-    opened = OpenTarget(Cached("http://none"), "m", False, None, None, lambda: None)
-    client = turn_client(opened, Protocol(), origin=0.0, nonce="")
-
-    rates, _ = asyncio.run(warm_up(client, answer_tokens=5))
-    closer = asyncio.run(look_closer(client, rates, [Message("user", "x" * 300)], at_most_s=4.0))
-
-    assert pytest.approx(80.0, rel=0.05) == rates.prefill_tps
-    assert pytest.approx(10.0) == rates.decode_tps
-    assert pytest.approx(80.0, rel=0.05) == closer.prefill_tps
-    assert closer.chars_per_token == 3.0
-
-
-@pytest.mark.parametrize(("tokens", "decode_tps"), [(21, 10.5), (1, 50.0)], ids=["all-at-once", "one-token"])
-def test_an_answer_that_shows_no_decode_rate_has_one_for_forecasts(tokens: int, decode_tps: float) -> None:
-    """100 tokens of prompt in 2 s, and the answer with them."""
-    trace = make_trace(t_first=2.0, t_last=2.0, generated_tokens=tokens)
-
-    assert _rates(trace, 2.0, 300, 500).decode_tps == decode_tps
-
-
-def test_a_look_that_would_take_too_long_is_left_out() -> None:
-    """100 characters at 10 a token and 10 tokens a second, and an answer of one second."""
-    opened = OpenTarget(EngineClient("http://none"), "m", False, None, None, lambda: None)
-    client, rates = turn_client(opened, Protocol(), origin=0.0, nonce=""), WarmUpRates(10.0, 10.0, 10.0, 10.0)
-
-    assert asyncio.run(look_closer(client, rates, [Message("user", "x" * 100)], at_most_s=1.9)) is rates
 
 
 @pytest.mark.real

@@ -7,11 +7,11 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
-from promptai.cli.bench import _sources
+from promptai.bench.target_facts import parse_targets
 from promptai.cli.main import cli
+from promptai.engine.url import EngineUrl
 from promptai.errors import ModelError, ModelNotFoundError, PromptAIError, SettingsError
 from promptai.models.library import Library
-from promptai.settings import Settings
 from support_hub import Hub, hub_with, point_at
 
 FILE = "tiny-Q4_0.gguf"
@@ -136,11 +136,11 @@ def test_pull_rejects_an_invalid_checksum(hub: Hub, sha256: str) -> None:
 
 
 def test_bench_resolves_stored_models_and_leaves_paths_and_servers_unchanged(library: Library, tmp_path: Path) -> None:
-    stored = str(library.root / "people--tiny" / FILE)
+    stored = library.root / "people--tiny" / FILE
+    paths = ["./nowhere.gguf", f"{tmp_path}/models/../models"]
 
-    as_given = ["./nowhere.gguf", f"{tmp_path}/models/../models", "http://pi-3:8080"]
-    settings = Settings(models=str(library.root))
+    found = parse_targets(["tiny-q4_0", f"hub:people/tiny:{FILE}", *paths, "http://pi-3:8080"], library.root)
 
-    assert _sources(["tiny-q4_0", f"hub:people/tiny:{FILE}", *as_given], settings) == [stored, stored, *as_given]
+    assert found == [stored, stored, *map(Path, paths), EngineUrl.parse("http://pi-3:8080")]
     with pytest.raises(ModelNotFoundError):
-        _sources(["tinier"], settings)
+        parse_targets(["tinier"], library.root)

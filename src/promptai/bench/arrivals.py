@@ -28,6 +28,10 @@ class Arrivals(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: Kind = "closed"
     rate_per_s: float | None = None
 
+    def __str__(self) -> str:
+        """As on the command line: ``closed``, ``constant:RATE`` or ``poisson:RATE``."""
+        return self.kind if self.rate_per_s is None else f"{self.kind}:{self.rate_per_s:g}"
+
 
 def start_offsets(arrivals: Arrivals, count: int, generator: "Random") -> list[float] | None:
     """

@@ -1,251 +1,170 @@
-"""From what the user asked for to a manifest: check everything that can be checked before anything starts.
+"""Turn options into a run that can start: check everything that can be checked, then create its directory.
 
-Whatever is wrong with a model, a workload or a memory budget should be said in
-the first second, not after an hour of measuring the other model. Nothing is
-written here.
+A damaged model, a malformed workload or too little memory must fail within the first second, not
+after an hour of measuring another model. ``prepare`` starts a run and ``prepare_resume`` continues
+one; both return a ``Prepared``, which ``bench.runner`` plays. Nothing is written before all checks
+have passed.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import asyncio
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
 from pathlib import Path
-from random import Random
+from typing import Protocol as Interface
 
 import msgspec
 
-from promptai.bench.manifest import TargetFacts
-from promptai.bench.oasst1 import FILENAME, REPOSITORY, load_oasst1
-from promptai.bench.oasst1 import NAME as OASST1
-from promptai.bench.plan import (
-    Protocol,
-    WarmUpRates,
-    chars_per_token,
-    context_needed,
-    conversation_seconds,
-    fit_budget,
-    stratified,
+from promptai.bench.manifest import (
+    MachineFacts,
+    Manifest,
+    TargetFacts,
+    describe_machine,
+    describe_packages,
+    describe_workload,
+    verify_same_machine,
 )
-from promptai.bench.target import check_fits, describe_model, describe_url, is_url, sha256_of
-from promptai.bench.workload import EDGE_50, Conversation, Workload, load_bundled, load_jsonl
-from promptai.device.cpu import CpuFacts, default_threads
-from promptai.engine.flags import EngineFlags
-from promptai.engine.locate import EngineBinary, missing_features
-from promptai.errors import ModelError, SettingsError, WorkloadError
-from promptai.models.gguf import GgufHeader, read_header
-from promptai.models.hub import fetch_dataset_file
-from promptai.models.synth import BORROWED_TOKENS
+from promptai.bench.options import BenchOptions
+from promptai.bench.plan import WarmUpRates, typical_prompt
+from promptai.bench.recorder import create_run, discard, read_manifest
+from promptai.bench.selection import choose_conversations, cut_to_budget, load_workload, reload_selected
+from promptai.bench.target_facts import describe_targets, parse_targets, verify_unchanged
+from promptai.bench.warmup import measure_rates
+from promptai.bench.workload import Conversation
+from promptai.device.cpu import board_slug
+from promptai.device.memory import read_memory
+from promptai.engine.locate import locate
+
+#: Largest share of a time budget spent on measuring rates before the workload is cut to it.
+_RATES_SHARE = 0.05
 
 
-class EngineOptions(msgspec.Struct, frozen=True):
+class Prepared(msgspec.Struct, frozen=True):
     """
-    What the user wants of engines; ``None`` leaves the choice to us.
+    A run that can start.
 
     Attributes:
-        context: Tokens of context of *one* slot.
-        port: 0 takes a free one.
+        directory: Its directory, which contains at least the manifest.
+        conversations: The selected ones, in order.
+        api_key: For servers that require one.
+        silence_s: Longest wait for the next bytes of an answer.
     """
 
-    threads: int | None = None
-    context: int | None = None
-    slots: int = 1
-    batch: int = 512
-    cache_type: str = "f16"
-    cache_ram_mib: int = 0
-    mmap: bool = True
-    port: int = 0
+    directory: Path
+    manifest: Manifest
+    conversations: list[Conversation]
+    api_key: str | None
+    silence_s: float
 
 
-def load_workload(source: str) -> Workload:
+class PrepareObserver(Interface):
+    """A display of the slow steps."""
+
+    def step(self, description: str) -> AbstractContextManager[object]:
+        """Show ``description`` while the block runs."""
+
+    def hashing(self) -> AbstractContextManager[Callable[[int], None]]:
+        """Show the bytes that are passed to the function while the block runs."""
+
+    def log_kept(self, log: Path) -> None:
+        """Name the log of an engine that failed."""
+
+
+def prepare(options: BenchOptions, observer: PrepareObserver) -> Prepared:
     """
-    ``edge-50``, ``oasst1`` (fetched from the hub when it is not cached), ``oasst1:FILE`` or a .jsonl file.
-
-    Its ``source`` names a file absolutely, so that a run goes on from any folder.
+    Check the options, the workload and every target, and create the run's directory.
 
     Raises:
-        WorkloadError: It is malformed or cannot be read.
-        PromptAIError: The hub cannot give it.
+        PromptAIError: The run cannot start; the error's class tells options, models, engines, workloads and
+            directories apart.
     """
-    if source == EDGE_50:
-        return load_bundled()
-    if source == OASST1:
-        return load_oasst1(fetch_dataset_file(REPOSITORY, FILENAME))
-    if source.startswith(f"{OASST1}:"):
-        path = Path(source.removeprefix(f"{OASST1}:"))
-        return load_oasst1(path, source=f"{OASST1}:{path.absolute()}")
-    path = Path(source)
-    return msgspec.structs.replace(load_jsonl(path), source=str(path.absolute()))
-
-
-def describe_targets(
-    sources: Sequence[str],
-    conversations: Sequence[Conversation],
-    protocol: Protocol,
-    options: EngineOptions,
-    *,
-    engine: Callable[[], EngineBinary],
-    cpu: CpuFacts,
-    available_bytes: int,
-    hashing: Callable[[int], None] | None = None,
-) -> list[TargetFacts]:
-    """
-    Check every target and decide its engine's flags.
-
-    Model files are named absolutely, so that a run goes on from any folder; as they were given they
-    stand in the manifest's command line.
-
-    Args:
-        sources: Paths of GGUF files or URLs of servers.
-        engine: Finds the engine; called once, and only if a file is among the sources.
-        hashing: Told how many bytes were hashed, for a progress display.
-
-    Raises:
-        ModelError: A file is missing, damaged or too large for the memory that is left.
-        EngineError: There is no usable engine.
-    """
-    headers = {source: read_header(Path(source)) for source in sources if not is_url(source)}
-    binary = engine() if headers else None
-    names = unique_names([_stem(source) for source in sources])
-    found = []
-    for source, name in zip(sources, names, strict=True):
-        if binary is None or source not in headers:
-            found.append(describe_url(source, name))
-            continue
-        header = headers[source]
-        if header.split is not None:
-            raise ModelError(
-                f"{source} is part {header.split[0] + 1} of {header.split[1]}: its size and checksum say too little",
-                hint="join the parts first: llama-gguf-split --merge FIRST-PART WHOLE.gguf",
-            )
-        context = _context(header, conversations, protocol, options.context)
-        check_fits(header, context * options.slots, available_bytes, cache_type=options.cache_type)
-        flags = EngineFlags(
-            model=str(Path(source).absolute()),
-            port=options.port,
-            threads=options.threads or default_threads(cpu),
-            context=context * options.slots,
-            slots=options.slots,
-            batch=options.batch,
-            ubatch=options.batch,
-            cache_type_k=options.cache_type,
-            cache_type_v=options.cache_type,
-            cache_ram_mib=options.cache_ram_mib,
-            mmap=options.mmap,
+    protocol = options.protocol()
+    with observer.step("reading the workload"):  # slow if the hub has to send it
+        workload = load_workload(options.workload)
+    conversations, selection = choose_conversations(workload, count=options.conversations, seed=protocol.seed)
+    sources = parse_targets(options.targets, options.library)
+    machine = describe_machine()
+    with observer.hashing() as hashed:
+        targets = describe_targets(
+            sources,
+            conversations,
+            options,
+            engine=lambda: locate(options.engine_path, cache=options.engines),
+            cpu=machine.cpu,
+            available_bytes=read_memory().available_for_new_process(),
+            hashing=hashed,
         )
-        missing = missing_features(binary, cpu.features)
-        sha256 = sha256_of(Path(source), hashing)
-        found.append(describe_model(header, flags, binary, name=name, missing=missing, sha256=sha256))
-    return found
+    manifest = Manifest(
+        created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        command=options.command,
+        machine=machine,
+        workload=describe_workload(workload, conversations, selection),
+        protocol=protocol,
+        targets=tuple(targets),
+        packages=describe_packages(),
+    )
+    if options.budget_s is not None:
+        rates = _measure_rates(manifest, conversations, options, options.budget_s, observer)
+        conversations, selection = cut_to_budget(conversations, selection, protocol, rates, options.budget_s)
+        manifest = msgspec.structs.replace(
+            manifest, workload=describe_workload(workload, conversations, selection), budget_s=options.budget_s
+        )
+    directory = create_run(options.runs, manifest, label=_label(targets, machine), now=datetime.now(UTC))
+    return Prepared(directory, manifest, conversations, options.api_key, options.silence_s)
 
 
-def choose_conversations(workload: Workload, *, count: int | None, seed: int) -> tuple[list[Conversation], str]:
-    """The conversations to play and how they were chosen, in words; ``count`` ``None`` takes all."""
-    everything = list(workload.conversations)
-    if count is None or count >= len(everything):
-        return everything, "all"
-    if count < 1:
-        raise SettingsError(f"{count} conversations cannot be played", hint="give at least 1")
-    part = stratified(everything, count, Random(seed))  # noqa: S311  reproducible, not secret
-    return part, f"{count} of {len(everything)}, one from each of {count} strata by length, seed {seed}"
+def prepare_resume(directory: Path, *, api_key: str | None, silence_s: float, observer: PrepareObserver) -> Prepared:
+    """
+    Check that a run can continue: same machine, same workload, same model files.
+
+    Raises:
+        RunError: There is no such run, or it started on another machine.
+        WorkloadError: The workload has changed.
+        ModelError: A model file is missing or has changed.
+    """
+    manifest = read_manifest(directory)
+    verify_same_machine(manifest.machine, describe_machine())
+    workload = load_workload(manifest.workload.source)
+    conversations = reload_selected(workload, manifest.workload.sha256, manifest.workload.selected)
+    with observer.hashing() as hashed:
+        for target in manifest.targets:
+            verify_unchanged(target, hashed)
+    return Prepared(directory, manifest, conversations, api_key, silence_s)
 
 
-def cut_to_budget(
-    conversations: Sequence[Conversation],
-    selection: str,
-    protocol: Protocol,
-    rates: Mapping[str, WarmUpRates],
+def _measure_rates(
+    manifest: Manifest,
+    conversations: list[Conversation],
+    options: BenchOptions,
     budget_s: float,
-) -> tuple[list[Conversation], str]:
-    """
-    The part of the workload that all targets together can play in ``budget_s``, and how it was chosen.
-
-    Args:
-        selection: How ``conversations`` were chosen, in words.
-
-    Raises:
-        SettingsError: Not even one conversation fits.
-    """
-
-    def seconds(conversation: Conversation) -> float:
-        return protocol.repeats * sum(
-            conversation_seconds(conversation, cache, rate, protocol.history)
-            for rate in rates.values()
-            for cache in protocol.caches
-        )
-
-    def generator_for(count: int) -> Random:
-        return Random(f"{protocol.seed}/{count}")  # noqa: S311  reproducible, not secret
-
-    part = fit_budget(conversations, budget_s, seconds, generator_for)
-    if not part:
-        shortest = min(seconds(conversation) for conversation in conversations)
-        raise SettingsError(
-            f"the shortest conversation takes about {shortest:.0f} s on these targets, the budget is {budget_s:.0f} s",
-            hint="give a larger --budget, or a smaller --max-tokens",
-        )
-    everything, these = ("", "") if selection == "all" else (f"{selection}; then ", "these ")
-    total = len(conversations)
-    if len(part) == total:
-        return part, f"{everything}all{' of these' if these else ''}, which fit the budget of {budget_s:.0f} s"
-    if len(part) == 1 and part != stratified(conversations, 1, generator_for(1)):
-        return part, f"{everything}the shortest of {these}{total}: no even draw fits a budget of {budget_s:.0f} s"
-    return part, (
-        f"{everything}{len(part)} of {these}{total}, one from each of {len(part)} strata by length, "
-        f"as many as fit a budget of {budget_s:.0f} s, seed {protocol.seed}"
-    )
-
-
-def reload_selected(workload: Workload, sha256: str, selected: Iterable[str]) -> list[Conversation]:
-    """
-    The conversations that an earlier session selected.
-
-    Raises:
-        WorkloadError: The workload is no longer the same.
-    """
-    if workload.sha256 != sha256:
-        raise WorkloadError(
-            f"workload {workload.source} has changed since the run began",
-            hint="start a new run instead of --resume",
-        )
-    by_id = {conversation.id: conversation for conversation in workload.conversations}
-    return [by_id[id_] for id_ in selected]
-
-
-def _context(header: GgufHeader, conversations: Sequence[Conversation], protocol: Protocol, wished: int | None) -> int:
-    """Tokens of context of one slot: the user's, else what the workload needs, as far as the model goes."""
-    most = header.context_length
-    if wished is not None:
-        if most is not None and wished > most:
-            raise SettingsError(
-                f"--context {wished} is more than the {most} tokens that {header.path} was made for",
-                hint=f"give at most {most}",
+    observer: PrepareObserver,
+) -> dict[str, WarmUpRates]:
+    """Open every target briefly to measure what fits the budget; the log of an engine that fails is kept."""
+    logs = Path(tempfile.mkdtemp(prefix="promptai-"))
+    try:
+        with observer.step("measuring the targets briefly"):
+            rates = asyncio.run(
+                measure_rates(
+                    manifest,
+                    typical_prompt(conversations, manifest.protocol.history),
+                    at_most_s=_RATES_SHARE * budget_s,
+                    api_key=options.api_key,
+                    silence_s=options.silence_s,
+                    logs=logs,
+                )
             )
-        return wished
-    needed = context_needed(
-        conversations,
-        protocol.max_tokens,
-        chars_per_token=_chars_per_token(header),
-        history=protocol.history,
-    )
-    return min(needed, most or needed)
+    except BaseException as error:
+        kept = discard(logs, error)
+        if kept is not None:
+            observer.log_kept(kept)
+        raise
+    shutil.rmtree(logs)
+    return rates
 
 
-def _chars_per_token(header: GgufHeader) -> float:
-    """Synthetic models speak promptai-tiny's tokens, however many they have, and toys one token a byte."""
-    if not header.synthetic:
-        return chars_per_token(header.vocabulary)
-    return chars_per_token(BORROWED_TOKENS) if (header.vocabulary or 0) >= BORROWED_TOKENS else 1.0
-
-
-def unique_names(names: Sequence[str]) -> list[str]:
-    """The same names, numbered where two are alike."""
-    found: list[str] = []
-    for name in names:
-        candidate, number = name, 2
-        while candidate in found:
-            candidate, number = f"{name}-{number}", number + 1
-        found.append(candidate)
-    return found
-
-
-def _stem(source: str) -> str:
-    if is_url(source):
-        return source.split("://", 1)[1].split("/", maxsplit=1)[0].rsplit("@", 1)[-1].replace(":", "-")
-    return Path(source).stem
+def _label(targets: list[TargetFacts], machine: MachineFacts) -> str:
+    """Targets and board, for the name of the run's directory."""
+    more = f"+{len(targets) - 1}" if len(targets) > 1 else ""
+    return f"{targets[0].name}{more}_{board_slug(machine.board)}"

@@ -17,6 +17,7 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 import threading
 from datetime import datetime
 from pathlib import Path
@@ -29,7 +30,7 @@ from promptai.bench.events import Event
 from promptai.bench.manifest import Manifest
 from promptai.bench.trace import Trace, TraceKey
 from promptai.device.telemetry import read_samples
-from promptai.errors import RunError
+from promptai.errors import EngineError, RunError
 from promptai.wire.malformed import MALFORMED
 
 T = TypeVar("T")
@@ -187,6 +188,20 @@ def create_run(parent: Path, manifest: Manifest, *, label: str, now: datetime) -
     except OSError as error:
         raise _unwritable(parent, error, remedy="choose another directory with --runs") from None
     raise RunError(f"{parent} holds a hundred runs of this second", hint="choose another directory with --runs")
+
+
+def discard(directory: Path, error: BaseException) -> Path | None:
+    """
+    Remove a directory without measurements.
+
+    Returns:
+        The newest engine log in it, where an engine failed and logged something; the directory then stays.
+    """
+    logs = [log for log in directory.glob("*.log") if log.stat().st_size]
+    if not logs or not isinstance(error, EngineError):
+        shutil.rmtree(directory)
+        return None
+    return max(logs, key=lambda log: log.stat().st_mtime)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

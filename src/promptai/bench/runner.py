@@ -25,10 +25,11 @@ from promptai.bench.arrivals import remaining_offsets, start_offsets
 from promptai.bench.client import PlayedTurn, TurnClient
 from promptai.bench.events import MeasurementCost, Opened, Session
 from promptai.bench.manifest import Manifest, TargetFacts, describe_machine
-from promptai.bench.plan import Protocol, RequestWork, Stage, WarmUpRates, arrival_seed, plan_stages
+from promptai.bench.plan import Stage, WarmUpRates, arrival_seed, plan_stages
 from promptai.bench.recorder import Recorder, is_hopeless
 from promptai.bench.target import OpenTarget, open_target
-from promptai.bench.trace import Trace, TraceKey
+from promptai.bench.trace import TraceKey
+from promptai.bench.warmup import warm_up
 from promptai.bench.workload import Conversation
 from promptai.device.memory import peak_rss_bytes
 from promptai.device.telemetry import Telemetry
@@ -37,14 +38,6 @@ from promptai.errors import EngineDiedError, EngineError, SettingsError
 from promptai.wire.openai import Message
 
 _MAX_FAILURES_IN_A_ROW = 3
-_WARM_UP_TOKENS = 24
-#: About a hundred tokens: enough to page the weights in and to see both rates.
-_WARM_UP = (
-    "Before the shift begins, list what you would look at first on a small network edge: the mains and the "
-    "battery, the temperature of the cabinet, the links to the neighbours, the clock, the free memory and the "
-    "free disk, the radio's own alarms, and what the last shift wrote down. Say for each in a few words why it "
-    "matters, which value would worry you, and whom you would call when it is out of range at night."
-)
 
 
 class RunObserver(Interface):
@@ -155,7 +148,7 @@ class Runner:
                 )
             telemetry.watch(opened.pid)
             try:
-                client = turn_client(opened, self._protocol, origin=self.origin, nonce=self._next_nonce())
+                client = opened.turn_client(self._protocol, origin=self.origin, nonce=self._next_nonce())
                 rates, first_s = await warm_up(client, answer_tokens=self._protocol.max_tokens)
                 self._recorder.note(Opened(client.now(), facts.name, opened.load_s, first_s, opened.llama_server))
                 self._observer.opened(facts.name, rates, client)
@@ -269,63 +262,3 @@ class Runner:
         if any(key in self._hopeless for key in keys):
             return []
         return [turn for turn, key in zip(turns, keys, strict=True) if key not in self._answered]
-
-
-def turn_client(opened: OpenTarget, protocol: Protocol, *, origin: float, nonce: str) -> TurnClient:
-    """A client that plays turns of ``protocol`` on an open target."""
-    return TurnClient(
-        opened.client, protocol, model=opened.model, llama_server=opened.llama_server, origin=origin, nonce=nonce
-    )
-
-
-async def warm_up(client: TurnClient, *, answer_tokens: float) -> tuple[WarmUpRates, float]:
-    """
-    Let a target page its weights in, and see what it does then.
-
-    Returns:
-        What it does, and the seconds that its very first request took.
-
-    Raises:
-        EngineError: It cannot answer even this.
-    """
-    first = await client.warm_up([Message("user", _WARM_UP)], "cold", max_tokens=_WARM_UP_TOKENS)
-    # A second look, because the first paid for the paging.
-    trace = await client.warm_up([Message("user", _WARM_UP)], "cold", max_tokens=_WARM_UP_TOKENS)
-    return _rates(trace, trace.prompt_s, len(_WARM_UP), answer_tokens), first.t_end - first.t_sent
-
-
-async def look_closer(
-    client: TurnClient, rates: WarmUpRates, prompt: list[Message], *, at_most_s: float
-) -> WarmUpRates:
-    """
-    See what a target does at a length of the workload: behind long prompts a model decodes more slowly.
-
-    Everything that a request waits for is in these rates, tokenising and connecting included.
-
-    Args:
-        rates: From its warm-up; returned as they are where the look should take longer than ``at_most_s``.
-
-    Raises:
-        EngineError: It cannot answer.
-    """
-    chars = sum(len(message.content) for message in prompt)
-    if RequestWork(chars, 0, 1).seconds(rates) > at_most_s:
-        return rates
-    trace = await client.warm_up(prompt, "cold", max_tokens=round(rates.answer_tokens))
-    return _rates(trace, trace.ttft_s, chars, rates.answer_tokens)
-
-
-def _rates(trace: Trace, prefill_s: float | None, chars: int, answer_tokens: float) -> WarmUpRates:
-    tokens = trace.prompt_tokens or chars / 4
-    # Tokens from a cache took no time.
-    prefill_tps = (trace.uncached_tokens or tokens) / (prefill_s or trace.ttft_s or 1.0)
-    # An answer that arrives at once, at a client that was not scheduled in time, is timed with its prefill; one of a
-    # single token shows no decode rate at all, of which the prefill rate is an upper bound.
-    steps, latency_s = trace.decode_steps, trace.latency_s
-    whole_tps = (steps + 1) / latency_s if steps and latency_s else None
-    return WarmUpRates(
-        prefill_tps=prefill_tps,
-        decode_tps=trace.decode_tps or whole_tps or prefill_tps,
-        chars_per_token=chars / tokens,
-        answer_tokens=answer_tokens,
-    )

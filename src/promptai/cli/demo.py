@@ -1,12 +1,10 @@
 """``promptai demo``: the main job on what comes with the package."""
 
-from typing import Any
-
 import click
 import msgspec
 from rich.console import Console
 
-from promptai.cli.bench import start
+from promptai.cli.bench import default_options, start
 from promptai.cli.measure import OutputOptions
 from promptai.settings import BenchSettings, load_settings
 
@@ -28,34 +26,10 @@ def demo(*, as_json: bool) -> None:
     watches the machine meanwhile, prints a table and writes a report.
     """
     console = Console(stderr=as_json)
-    # The demo is the same everywhere: of the user's settings, only those of the engine and the place apply.
+    # The demo is the same everywhere; of the user's settings, only those of the engine and the directories apply.
     settings = msgspec.structs.replace(load_settings(), bench=BenchSettings())
-    options: dict[str, Any] = dict.fromkeys(
-        (
-            "workload",
-            "budget",
-            "max_tokens",
-            "repeats",
-            "seed",
-            "engine_path",
-            "threads",
-            "context",
-            "slots",
-            "port",
-            "timeout",
-            "runs",
-        )
-    )
-    options |= {
-        "targets": (),
-        "conversations": _CONVERSATIONS,
-        "cache": "both",
-        "history": "data",
-        "concurrency": 1,
-        "arrivals": "closed",
-        "ignore_eos": False,
-    }
-    start(options, settings, OutputOptions(console, as_json, write_report=True))
+    options = msgspec.structs.replace(default_options(settings), conversations=_CONVERSATIONS)
+    start(options, OutputOptions(console, as_json, write_report=True))
     console.print(
         "\nnext:    promptai bench YOUR-MODEL.gguf     measure a model of your own, by the paper's protocol\n"
         "         promptai bench http://HOST:8080    measure a server that is already running\n"

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from promptai.bench.comparison import ComparisonResult, ComparisonTask, compare, first_is_faster, ratio
 from promptai.bench.statistics import MIN_FOR_INTERVAL, Metric
-from promptai.bench.target import check_fits
+from promptai.bench.target_facts import check_fits
 from promptai.cli.engine_progress import StepProgress
 from promptai.device.cpu import default_threads, read_cpu
 from promptai.device.memory import read_memory

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from promptai.bench.agreement import POSITIONS_PER_TEXT, Agreement, Position, compare, run_perplexity, score, texts
-from promptai.bench.target import check_fits
+from promptai.bench.target_facts import check_fits
 from promptai.cli.models_inspect import harmless, mix
 from promptai.cli.progress import duration
 from promptai.cli.transfer import Transfer

@@ -5,6 +5,9 @@ inside the path that is being measured. Where there is no terminal (a log, CI) i
 prints one plain line a stage and a tenth instead.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Self
 
 from rich.console import Console
@@ -21,32 +24,39 @@ from promptai.bench.workload import Conversation
 REDRAW_EVERY_S = 0.5
 
 
-class HashProgress:
-    """Shows bytes while model files are hashed: minutes for a large file on an SD card."""
+class PrepareProgress:
+    """Shows the slow steps before a run; the observer of ``bench.prepare``."""
 
     def __init__(self, console: Console) -> None:
-        self._progress = Progress(
+        self._console = console
+
+    def step(self, description: str) -> AbstractContextManager[object]:
+        """Show ``description`` while the block runs."""
+        return self._console.status(description)
+
+    @contextmanager
+    def hashing(self) -> Iterator[Callable[[int], None]]:
+        """Show the bytes hashed: a large file on an SD card takes minutes."""
+        progress = Progress(
             TextColumn("hashing the model"),
             DownloadColumn(),
             TransferSpeedColumn(),
-            console=console,
-            disable=not console.is_terminal,
+            console=self._console,
+            disable=not self._console.is_terminal,
             transient=True,
         )
-        self._task = self._progress.add_task("hashing", total=None)
+        task = progress.add_task("hashing", total=None)
+        with progress:
+            yield lambda size: progress.advance(task, size)
 
-    def count(self, size: int) -> None:
-        """``size`` more bytes were hashed."""
-        self._progress.advance(self._task, size)
+    def log_kept(self, log: Path) -> None:
+        """Print where the log of a failed engine is."""
+        print_kept_log(self._console, log)
 
-    def __enter__(self) -> Self:
-        """Begin to draw."""
-        self._progress.start()
-        return self
 
-    def __exit__(self, *_exc: object) -> None:
-        """Leave the terminal as it was."""
-        self._progress.stop()
+def print_kept_log(console: Console, log: Path) -> None:
+    """Print where the log of a failed engine is."""
+    console.print(f"the engine's log is kept: {log}", highlight=False, soft_wrap=True, markup=False)
 
 
 class RunProgress:

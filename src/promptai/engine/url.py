@@ -20,19 +20,19 @@ class EngineUrl(msgspec.Struct, frozen=True):
     An http or https URL with a host and a valid port.
 
     Attributes:
-        base: As given, without a trailing slash or ``/v1``: where the API starts.
+        text: As given.
+        base: Without a trailing slash or ``/v1``: where the API starts.
         netloc: Host and port as given.
         location: Scheme, lower-case host, port and path; equal for two spellings of one URL.
     """
 
+    text: str
     base: str
     netloc: str
     location: tuple[str, str, int, str]
 
     @classmethod
-    def parse(
-        cls, text: str, *, name: str | None = None, key_hint: str = "put the key into $PROMPTAI_API_KEY"
-    ) -> Self:
+    def parse(cls, text: str, *, name: str | None = None, key_hint: str = "put the key into $PROMPTAI_API_KEY") -> Self:
         """
         Check a URL that a user gave.
 
@@ -58,7 +58,7 @@ class EngineUrl(msgspec.Struct, frozen=True):
             host, port = None, 0
         if not host or not port:
             raise SettingsError(f"{text!r} is not an engine URL", hint="write it as http://host:port")
-        return cls(base, parts.netloc, (parts.scheme, host, port, parts.path))
+        return cls(text, base, parts.netloc, (parts.scheme, host, port, parts.path))
 
     @property
     def address(self) -> str:
