@@ -45,7 +45,7 @@ def test_the_interval_is_wilsons(count: int, n: int, expected: tuple[float, floa
     assert wilson(count, n) == pytest.approx(expected, abs=5e-5)
 
 
-def test_what_is_compared_can_be_counted_by_hand() -> None:
+def test_agreement_matches_a_count_by_hand() -> None:
     """Three of four agree; each token is a nat less likely, or a nat more, so that nothing changed in the mean."""
     source = [Position(-1.0, 5), Position(-2.0, 6), Position(-3.0, 7), Position(-2.0, 8)]
     result = [Position(-2.0, 5), Position(-1.0, 6), Position(-4.0, 7), Position(-1.0, 9)]
@@ -60,7 +60,7 @@ def test_what_is_compared_can_be_counted_by_hand() -> None:
     assert not found.doubtful
 
 
-def test_positions_that_one_of_them_lacks_are_left_out() -> None:
+def test_skips_positions_that_either_model_lacks() -> None:
     """The middle of a character; but not most of the text."""
     known = [Position(-1.0, 1), Position(-2.0, 2)]
 
@@ -69,13 +69,13 @@ def test_positions_that_one_of_them_lacks_are_left_out() -> None:
         compare([*known, None, None, None], [*known, None, None, None])
 
 
-def test_a_probability_of_nothing_is_no_crash() -> None:
+def test_a_probability_of_zero_does_not_crash() -> None:
     """A damaged model may hold a token for impossible."""
     assert perplexity([Position(-1e9, 1)]) == math.inf
 
 
 @pytest.mark.parametrize("broken", [Position(-1000.0, -1), Position(-3.4e38, 3)], ids=["nan", "impossible"])
-def test_no_difference_is_made_up_where_a_model_computes_no_number(broken: Position) -> None:
+def test_a_model_that_computes_nan_has_no_difference(broken: Position) -> None:
     """One such place is enough: what stands for it is no measurement, and no mean of it is."""
     good = [Position(-1.0, 1), Position(-2.0, 2), Position(-3.0, 3)]
 
@@ -86,7 +86,7 @@ def test_no_difference_is_made_up_where_a_model_computes_no_number(broken: Posit
     assert (found.difference, found.difference_ci95) == (None, None)
 
 
-def test_the_texts_are_answers_after_their_openings() -> None:
+def test_the_passages_are_answers_after_their_openings() -> None:
     """Sixteen, the same on every machine."""
     found = texts()
 
@@ -120,7 +120,7 @@ def damaged(path: Path, target: Path, *, by: type[np.uint8 | np.uint16]) -> Path
 
 
 @pytest.mark.real
-def test_eight_bits_say_the_same_as_sixteen_and_a_damaged_file_does_not(half: Path, tmp_path: Path) -> None:
+def test_q8_agrees_with_f16_and_a_damaged_file_does_not(half: Path, tmp_path: Path) -> None:
     """On text that the model knows; the damaged file loads and talks like any other."""
     eight = tmp_path / "q8.gguf"
     quantize(half, eight, "q8_0", tool=None, progress=Quiet(), threads=1)
@@ -149,7 +149,7 @@ def test_eight_bits_say_the_same_as_sixteen_and_a_damaged_file_does_not(half: Pa
 
 
 @pytest.mark.real
-def test_a_model_that_computes_no_numbers_agrees_with_nothing(half: Path, tmp_path: Path) -> None:
+def test_a_model_that_computes_nan_never_agrees(half: Path, tmp_path: Path) -> None:
     """Not even with itself; llama-server reports null for NaN."""
     broken = damaged(half, tmp_path / "broken.gguf", by=np.uint8)
     log = tmp_path / "engine.log"
@@ -201,9 +201,7 @@ def by_perplexity(folder: Path, program: Path) -> Agreement:
 
 
 @pytest.mark.real
-def test_llama_perplexity_is_believed_in_what_it_measured_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_takes_each_perplexity_from_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not in the source's perplexity that it recalls from a file, which is clipped; nor do our shell's wishes count."""
     monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "64")
 
@@ -222,19 +220,19 @@ def test_llama_perplexity_is_believed_in_what_it_measured_itself(
 @pytest.mark.parametrize(
     ("second", "code", "words"),
     [
-        ("nothing", 0, "did not print what"),
-        ("error: no memory", 1, "exit code 1: error: no memory"),
-        ("Mean PPL(Q)  : nan ± nan\\nSame top p: 0.196 ± 0.2 %", 0, "found no perplexity of the result"),
+        ("nothing", 0, "did not print the expected figures"),
+        ("error: no memory", 1, "exited with code 1: error: no memory"),
+        ("Mean PPL(Q)  : nan ± nan\\nSame top p: 0.196 ± 0.2 %", 0, "reports no perplexity of the result"),
     ],
 )
-def test_a_program_that_says_something_else_gives_no_number(tmp_path: Path, second: str, code: int, words: str) -> None:
+def test_rejects_unexpected_output_of_llama_perplexity(tmp_path: Path, second: str, code: int, words: str) -> None:
     """An unknown agreement is not 0."""
     with pytest.raises(EngineProtocolError, match=words):
         by_perplexity(tmp_path, fake_perplexity(tmp_path, second=second, code=code))
 
 
 @pytest.mark.real
-def test_a_result_that_never_agrees_is_doubted(tmp_path: Path) -> None:
+def test_a_result_that_never_agrees_is_doubtful(tmp_path: Path) -> None:
     """Nought is what was measured here, and not that nothing was."""
     found = by_perplexity(tmp_path, fake_perplexity(tmp_path, second=SECOND.replace("98.039", " 0.000")))
 
@@ -242,9 +240,9 @@ def test_a_result_that_never_agrees_is_doubted(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_a_source_that_computes_no_numbers_is_named(tmp_path: Path) -> None:
+def test_rejects_a_source_that_computes_nan(tmp_path: Path) -> None:
     """llama-perplexity ends well all the same."""
     first = FIRST.replace("Final estimate: PPL = 20.0000 +/- 1.5", UNEXPECTED)
 
-    with pytest.raises(EngineProtocolError, match="found no perplexity of the source"):
+    with pytest.raises(EngineProtocolError, match="reports no perplexity of the source"):
         by_perplexity(tmp_path, fake_perplexity(tmp_path, first=first))

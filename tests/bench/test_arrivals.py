@@ -15,12 +15,12 @@ def poisson(seed: int, count: int = 4000) -> list[float]:
 
 @pytest.mark.parametrize("rate", [None, 0.0, -1.0], ids=["no-rate", "zero", "negative"])
 @pytest.mark.parametrize("kind", ["constant", "poisson"])
-def test_open_arrivals_without_a_positive_rate_are_refused(kind: Kind, rate: float | None) -> None:
+def test_rejects_open_arrivals_without_a_positive_rate(kind: Kind, rate: float | None) -> None:
     with pytest.raises(ValueError, match=f"{kind} arrivals need a rate above 0"):
         start_offsets(Arrivals(kind, rate), 3, Random(0))
 
 
-def test_a_closed_loop_has_no_timetable() -> None:
+def test_a_closed_loop_has_no_offsets() -> None:
     assert start_offsets(Arrivals(), 3, Random(0)) is None
 
 
@@ -33,11 +33,11 @@ def test_poisson_arrivals_repeat_with_the_seed_and_differ_without() -> None:
     assert poisson(7) != poisson(8)
 
 
-def test_a_shorter_stage_is_the_beginning_of_a_longer_one() -> None:
+def test_a_shorter_stage_has_the_first_offsets_of_a_longer_one() -> None:
     assert poisson(7)[:50] == poisson(7, count=50)
 
 
-def test_a_resumed_stage_keeps_the_gaps_that_are_left() -> None:
+def test_a_resumed_stage_keeps_the_remaining_gaps() -> None:
     """The third conversation was the last to be answered, the second was not."""
     offsets = [1.0, 4.0, 6.0, 9.0, 11.0]
 
@@ -45,7 +45,7 @@ def test_a_resumed_stage_keeps_the_gaps_that_are_left() -> None:
     assert remaining_offsets(offsets, [1, 3, 4]) == [3.0, 8.0, 10.0]
 
 
-def test_poisson_gaps_are_exponential_with_the_asked_mean() -> None:
+def test_poisson_gaps_are_exponential_with_the_requested_mean() -> None:
     """Mean and standard deviation of an exponential are the same; 4000 gaps know both to 5 %."""
     gaps = [after - before for before, after in pairwise([0.0, *poisson(7)])]
     mean = sum(gaps) / len(gaps)

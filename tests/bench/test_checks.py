@@ -103,9 +103,9 @@ FIRES = [
     pytest.param("clocks-disagree", {"cold": metrics(engine=10.6)}, "10.0 tokens/s", id="clocks"),
     pytest.param("implausible", {"cold": metrics(decode=30, engine=30)}, "2.97 times", id="too-fast"),
     pytest.param("implausible", {"cold": metrics(decode=5, engine=5)}, "0.50 times", id="too-slow"),
-    pytest.param("throttled", {"samples": sampled(throttled=0b0001)}, "under-voltage during 50%", id="under-voltage"),
-    pytest.param("throttled", {"samples": sampled(throttled=0b0010)}, "capped clock during 50%", id="capped-clock"),
-    pytest.param("throttled", {"samples": sampled(throttled=0b0100)}, "throttling during 50%", id="throttling"),
+    pytest.param("throttled", {"samples": sampled(throttled=0b0001)}, "under-voltage during 50 %", id="under-voltage"),
+    pytest.param("throttled", {"samples": sampled(throttled=0b0010)}, "capped clock during 50 %", id="capped-clock"),
+    pytest.param("throttled", {"samples": sampled(throttled=0b0100)}, "throttling during 50 %", id="throttling"),
     pytest.param("throttled", {"samples": sampled(throttled=0b1000)}, "soft temperature limit", id="soft-limit"),
     pytest.param(
         "throttled", {"samples": sampled(throttled=0b100 << 16)}, "between two samples", id="throttled-briefly"
@@ -122,11 +122,11 @@ FIRES = [
     pytest.param("paging", {"samples": paged(2001)}, "2,001 pages", id="paging"),
     pytest.param("swapping", {"samples": sampled(swap_used_bytes=65 * MIB)}, "65 MiB", id="swapping"),
     pytest.param("background-load", {"samples": sampled(engine_cpu_percent=73.0)}, "12 %", id="background"),
-    pytest.param("clock", {"samples": sampled(cpu_mhz=1500.0)}, "2400 down to 1500 MHz", id="clock"),
+    pytest.param("clock", {"samples": sampled(cpu_mhz=1500.0)}, "2400 to 1500 MHz", id="clock"),
     pytest.param("drift", {"traces": slowing(0.8)}, "slower", id="slowing-down"),
     pytest.param("drift", {"traces": slowing(1.25)}, "faster", id="speeding-up"),
     pytest.param("few-values", {"cold": metrics(n=19)}, "only 19 cold requests", id="few"),
-    pytest.param("wide-interval", {"cold": metrics(spread=0.08)}, "+-8 %", id="wide"),
+    pytest.param("wide-interval", {"cold": metrics(spread=0.08)}, "±8 %", id="wide"),
 ]
 EXPLAINS = [
     pytest.param("simd", {"facts": engine(missing_features=("DOTPROD",))}, "DOTPROD", id="simd"),
@@ -136,7 +136,7 @@ EXPLAINS = [
 
 
 @pytest.mark.parametrize(("check", "evidence", "words"), FIRES)
-def test_a_doubt_is_raised_with_its_numbers_and_a_remedy(check: str, evidence: dict[str, Any], words: str) -> None:
+def test_reports_a_warning_with_numbers_and_a_remedy(check: str, evidence: dict[str, Any], words: str) -> None:
     """That check and no other: one cause, one finding."""
     found = findings(**evidence)
 
@@ -146,7 +146,7 @@ def test_a_doubt_is_raised_with_its_numbers_and_a_remedy(check: str, evidence: d
 
 
 @pytest.mark.parametrize(("check", "evidence", "words"), EXPLAINS)
-def test_an_explanation_is_given_without_doubting_the_numbers(check: str, evidence: dict[str, Any], words: str) -> None:
+def test_reports_an_explanation_as_a_note(check: str, evidence: dict[str, Any], words: str) -> None:
     found = findings(**evidence)
 
     assert [(check, False)] == [(finding.check, finding.serious) for finding in found]
@@ -184,11 +184,11 @@ def test_an_explanation_is_given_without_doubting_the_numbers(check: str, eviden
         ),
     ],
 )
-def test_nothing_is_found_where_nothing_is_wrong(evidence: dict[str, Any]) -> None:
+def test_a_sound_run_has_no_findings(evidence: dict[str, Any]) -> None:
     assert findings(**evidence) == []
 
 
-def test_pages_read_while_an_engine_loads_again_are_not_read_while_answering() -> None:
+def test_pages_read_while_an_engine_reloads_do_not_count() -> None:
     """Between two requests the other target ran, and this one's weights were read anew in its warm-up."""
     counts = (10, 10, 60_000, 60_000)
     samples = [Sample(t=t, major_faults=faults) for t, faults in zip((1.0, 2.0, 100.5, 101.5), counts, strict=True)]
@@ -196,7 +196,7 @@ def test_pages_read_while_an_engine_loads_again_are_not_read_while_answering() -
     assert findings(traces=[make_trace(), make_trace(at=100.0)], samples=samples) == []
 
 
-def test_a_server_without_timings_explains_its_prefill() -> None:
+def test_a_server_without_timings_gets_a_note_on_prefill() -> None:
     found = findings(traces=answered(prompt_ms=None))
 
     assert [(finding.check, finding.serious) for finding in found] == [("no-timings", False)]
@@ -209,21 +209,21 @@ def test_a_server_without_timings_explains_its_prefill() -> None:
         pytest.param({"cached_tokens": 100, "prompt_tokens": 900}, id="a-template-that-is-cached-before-the-salt"),
     ],
 )
-def test_a_server_that_cannot_switch_its_cache_off_explains_its_cold_prompts(answers: dict[str, Any]) -> None:
+def test_a_server_that_cannot_disable_its_cache_gets_a_note_on_salted_prompts(answers: dict[str, Any]) -> None:
     """By its dialect, not by what it tells. What stands before the salt is the same in every prompt."""
     found = findings(traces=answered(**answers), events=[PLAIN])
 
     assert [(finding.check, finding.serious) for finding in found] == [("salted", False)]
 
 
-def test_a_salted_prompt_that_is_known_all_the_same_is_doubted() -> None:
+def test_warns_of_a_salted_prompt_found_in_a_cache() -> None:
     found = findings(traces=answered(cached_tokens=600, prompt_tokens=900), events=[PLAIN])
 
     assert [finding.check for finding in found] == ["cold-cache-hits", "salted"]
     assert "cache_prompt" not in found[0].action  # nobody sent it that
 
 
-def test_salted_prompts_are_not_repeated_ones() -> None:
+def test_salted_prompts_do_not_count_as_repeated() -> None:
     """Each pass asks behind another salt. Warm prompts have none, and are compared."""
     again = [replace(t, repeat=1, text_sha256="other") for t in TRACES]
     warm = [replace(t, cache="warm") for t in (*TRACES, *again)]
@@ -235,7 +235,7 @@ def test_salted_prompts_are_not_repeated_ones() -> None:
 @pytest.mark.parametrize(
     ("total", "words"), [(100, "play more conversations"), (40, "all 40 conversations")], ids=["a-part", "all"]
 )
-def test_a_wide_interval_gets_narrower_by_conversations_and_not_by_repeats(total: int, words: str) -> None:
+def test_a_wide_interval_calls_for_more_conversations_not_repeats(total: int, words: str) -> None:
     """Repeats stay inside of their conversation, and it is the differences between conversations that are wide."""
     manifest = replace(MANIFEST, workload=replace(MANIFEST.workload, total=total))
     found = check_target(manifest, FACTS, TRACES, SAMPLES, {"cold": metrics(spread=0.08)}, [])
@@ -244,7 +244,7 @@ def test_a_wide_interval_gets_narrower_by_conversations_and_not_by_repeats(total
     assert "--repeats" not in found[0].action
 
 
-def test_failures_are_grouped_by_kind_with_a_remedy_each() -> None:
+def test_groups_failures_by_kind_with_a_remedy_each() -> None:
     long, lost = make_failure("ContextExceeded: 900 > 512"), make_failure("EngineDied: gone")
     found = findings(traces=[*TRACES, lost, long, long])
 
@@ -256,13 +256,13 @@ def test_failures_are_grouped_by_kind_with_a_remedy_each() -> None:
     assert "--resume" in found[1].action
 
 
-def test_doubts_come_before_explanations() -> None:
+def test_warnings_come_before_notes() -> None:
     found = findings(facts=model(synthetic=True), traces=[*answered(finish_reason="length"), make_failure()])
 
     assert [(f.check, f.serious) for f in found] == [("failures", True), ("capped", False), ("synthetic", False)]
 
 
-def test_a_target_that_never_answered_is_doubted_for_that_alone() -> None:
+def test_a_target_without_answers_gets_only_the_warning_of_failures() -> None:
     nothing = {name: Metric(None, "s", 0) for name in metrics()}
     found = findings(traces=[make_failure()], cold=nothing)
 

@@ -64,11 +64,11 @@ def says(
         pytest.param(EngineProtocolError("odd"), "EngineProtocol: odd", id="protocol"),
     ],
 )
-def test_a_failure_is_told_as_kind_and_sentence(failure: EngineError, words: str) -> None:
+def test_describes_a_failure_by_kind_and_sentence(failure: EngineError, words: str) -> None:
     assert words == describe(failure)
 
 
-def test_a_failed_turn_keeps_what_was_seen_but_claims_no_answer() -> None:
+def test_a_failed_turn_keeps_its_timestamps_but_has_no_answer() -> None:
     failure = EngineDiedError("gone", hint="look")
     played = play(says("be"), failure=failure)
 
@@ -85,7 +85,7 @@ def test_the_first_token_is_the_first_with_content() -> None:
     assert (trace.chunks, trace.finish_reason) == (2, "stop")
 
 
-def test_decode_begins_with_the_thinking_whatever_its_name() -> None:
+def test_decoding_begins_with_reasoning_in_either_field() -> None:
     """Else the tokens that were thought are counted and their seconds are not."""
     account = CompletionChunk(usage=Usage(5, 4))
     answers = [
@@ -96,26 +96,26 @@ def test_decode_begins_with_the_thinking_whatever_its_name() -> None:
     assert [(trace.t_first_reasoning, trace.t_first, trace.decode_tps) for trace in answers] == [(1.0, 3.0, 1.0)] * 2
 
 
-def test_generation_ends_with_the_finish_reason_not_with_the_accounts() -> None:
+def test_generation_ends_with_the_finish_reason_not_with_usage() -> None:
     trace = play(says("why"), says(end="length"), CompletionChunk(usage=Usage(5, 1))).trace
 
     assert (trace.t_last, trace.finish_reason, trace.prompt_tokens) == (2.0, "length", 5)
 
 
-def test_the_answer_is_hashed_as_it_was_put_together() -> None:
+def test_hashes_the_assembled_answer() -> None:
     played = play(says("Wört"), says("chen"), says(end="stop"))
 
     assert played.text == "Wörtchen"
     assert hashlib.sha256("Wörtchen".encode()).hexdigest() == played.trace.text_sha256
 
 
-def test_what_a_plain_server_does_not_tell_stays_none() -> None:
+def test_values_that_a_plain_server_does_not_report_are_none() -> None:
     trace = play(says("yes"), says(end="stop")).trace
 
     assert {None} == {trace.prompt_tokens, trace.cached_tokens, trace.generated_tokens, trace.prompt_ms, trace.error}
 
 
-def test_the_engines_own_account_goes_into_the_trace() -> None:
+def test_the_trace_contains_the_engines_timings() -> None:
     account = CompletionChunk(
         usage=Usage(120, 21, PromptTokensDetails(99)), timings=Timings(100, 500.0, 21, 2000.0, 20)
     )
@@ -125,19 +125,19 @@ def test_the_engines_own_account_goes_into_the_trace() -> None:
     assert (trace.prompt_n, trace.prompt_ms, trace.predicted_n, trace.predicted_ms) == (100, 500.0, 21, 2000.0)
 
 
-def test_cached_tokens_of_a_plain_server_are_in_its_usage() -> None:
+def test_reads_cached_tokens_of_a_plain_server_from_usage() -> None:
     trace = play(says("yes"), says(end="stop"), CompletionChunk(usage=Usage(120, 21, PromptTokensDetails(99)))).trace
 
     assert trace.cached_tokens == 99
 
 
-def test_a_warm_up_is_measured_like_any_turn_but_named_as_one() -> None:
+def test_a_warm_up_is_measured_like_a_turn_but_marked() -> None:
     turns = client(Script([says("yes"), says(end="stop")]))
 
     assert asyncio.run(turns.warm_up(ASKED, "cold", max_tokens=1)).conversation == "warm-up"
 
 
-def test_a_warm_up_that_fails_says_so() -> None:
+def test_a_failed_warm_up_raises() -> None:
     with pytest.raises(EngineDiedError):
         asyncio.run(client(Script([], EngineDiedError("gone"))).warm_up(ASKED, "cold", max_tokens=1))
 
@@ -149,7 +149,7 @@ def test_a_progress_display_sees_the_turn_in_progress() -> None:
     assert (turns.live.key, turns.live.chunks, turns.live.t_first) == (KEY, 2, 1.0)
 
 
-def test_a_plain_server_is_sent_standard_fields_only() -> None:
+def test_sends_only_standard_fields_to_a_plain_server() -> None:
     body = client(Script([]), llama_server=False, seed=7, ignore_eos=True).body(ASKED, "cold", max_tokens=9)
 
     assert body == {"model": "m", "messages": ASKED, "max_tokens": 9, "temperature": 0, "seed": 7}
@@ -160,9 +160,7 @@ def test_a_plain_server_is_sent_standard_fields_only() -> None:
     [("cold", True, True), ("warm", True, True), ("warm", False, True), ("cold", False, False)],
     ids=["cold-llama-server", "warm-llama-server", "warm-plain", "cold-plain"],
 )
-def test_a_cold_prompt_is_salted_where_the_cache_cannot_be_switched_off(
-    cache: Cache, llama_server: object, same: object
-) -> None:
+def test_salts_a_cold_prompt_if_the_cache_cannot_be_disabled(cache: Cache, llama_server: object, same: object) -> None:
     server = Script([says("yes"), says(end="stop")])
     turns = client(server, llama_server=bool(llama_server))
     asyncio.run(turns.play(replace(KEY, cache=cache), ASKED, t_scheduled=0.0))
@@ -170,7 +168,7 @@ def test_a_cold_prompt_is_salted_where_the_cache_cannot_be_switched_off(
     assert (server.asked == ASKED) is same
 
 
-def test_every_prompt_of_every_run_has_a_salt_of_its_own() -> None:
+def test_every_prompt_of_every_run_has_a_different_salt() -> None:
     """The role and the text behind it stay."""
     prompts = [*ASKED, Message("assistant", "because."), Message("user", "really?")]
     keys = [KEY, *(replace(KEY, **{part: 1}) for part in ("repeat", "turn")), replace(KEY, conversation="b")]
@@ -181,7 +179,7 @@ def test_every_prompt_of_every_run_has_a_salt_of_its_own() -> None:
     assert all(re.fullmatch(r"\[[0-9a-f]{8}\]", salt) for salt in salts)
 
 
-def test_warm_ups_are_salted_each_by_itself_like_any_cold_prompt() -> None:
+def test_every_cold_warm_up_has_a_different_salt() -> None:
     """Else the second one, which is timed, finds the first in the cache."""
     server = Script([says("yes"), says(end="stop")])
     turns, asked = client(server, llama_server=False), []
@@ -193,7 +191,7 @@ def test_warm_ups_are_salted_each_by_itself_like_any_cold_prompt() -> None:
 
 
 @pytest.mark.parametrize(("cache", "cached"), [("cold", False), ("warm", True)])
-def test_llama_server_is_told_its_sampler_and_its_cache(cache: Cache, cached: object) -> None:
+def test_sets_sampler_and_cache_of_a_llama_server(cache: Cache, cached: object) -> None:
     """Temperature 0 alone leaves its other samplers in the chain."""
     body = client(Script([])).body(ASKED, cache, max_tokens=9)
 
@@ -202,7 +200,7 @@ def test_llama_server_is_told_its_sampler_and_its_cache(cache: Cache, cached: ob
     assert "ignore_eos" not in body
 
 
-def test_llama_server_runs_to_the_limit_when_asked() -> None:
+def test_ignore_eos_is_sent_to_a_llama_server() -> None:
     assert client(Script([]), ignore_eos=True).body(ASKED, "cold", max_tokens=9)["ignore_eos"] is True
 
 
@@ -211,6 +209,6 @@ def test_llama_server_runs_to_the_limit_when_asked() -> None:
     [({}, 0), ({"concurrency": 2}, None), ({"arrivals": Arrivals("poisson", 1.0)}, None)],
     ids=["one-at-a-time", "side-by-side", "open-arrivals"],
 )
-def test_one_slot_is_used_when_one_request_runs_at_a_time(protocol: dict[str, Any], slot: int | None) -> None:
+def test_pins_one_slot_if_requests_run_one_at_a_time(protocol: dict[str, Any], slot: int | None) -> None:
     """Of a server with several, "warm" would else depend on which one it picks."""
     assert slot == client(Script([]), **protocol).body(ASKED, "warm", max_tokens=9).get("id_slot")

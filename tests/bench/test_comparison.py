@@ -40,7 +40,7 @@ def noisy(mean: float, spread: float, seed: int, n: int = 9) -> list[float]:
 
 
 @pytest.mark.real
-def test_an_engine_that_does_not_get_through_is_left_out_with_its_reason(tmp_path: Path) -> None:
+def test_excludes_a_failing_engine_with_its_error(tmp_path: Path) -> None:
     """The others are compared all the same."""
     engines = [
         fake(tmp_path / "broken", prefill=1, decode=1, breaks=True),
@@ -78,7 +78,7 @@ def test_engines_of_known_speed_are_measured_in_turns(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_an_engine_that_is_built_anew_meanwhile_is_not_what_was_measured(tmp_path: Path) -> None:
+def test_records_the_fingerprint_from_before_a_rebuild(tmp_path: Path) -> None:
     """So that the comparison does not count for it."""
     engines = [fake(tmp_path / name, prefill=4000, decode=400) for name in ("a", "b")]
     before = fingerprint_of(engines[0])
@@ -97,11 +97,11 @@ def test_an_engine_that_is_built_anew_meanwhile_is_not_what_was_measured(tmp_pat
     ("engines", "repeats", "expected"),
     [(2, 3, [[0, 1], [1, 0], [0, 1]]), (3, 2, [[0, 1, 2], [2, 1, 0]]), (2, 1, [[0, 1]])],
 )
-def test_every_other_round_is_played_backwards(engines: int, repeats: int, expected: list[list[int]]) -> None:
+def test_every_other_round_is_reversed(engines: int, repeats: int, expected: list[list[int]]) -> None:
     assert expected == turns(engines, repeats)
 
 
-def test_a_board_that_warms_up_makes_no_engine_faster_than_another() -> None:
+def test_a_board_that_warms_up_favours_no_engine() -> None:
     """Each round is 5 % slower than the last; both engines are the same within a round."""
     drift = [0.95**number for number in range(9)]
     base, same = ([value * (1 + wobble) for value in drift] for wobble in (0.0, 0.001))
@@ -119,7 +119,7 @@ def test_fewer_than_five_rounds_have_no_interval() -> None:
     assert ratio([2.0] * 5, [1.0] * 5).ci95 == pytest.approx((2.0, 2.0))
 
 
-def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+def test_the_interval_has_its_nominal_coverage() -> None:
     """Five rounds with 3 % of noise, 400 times: 95 % would be 380."""
     held = 0
     for seed in range(400):
@@ -145,11 +145,11 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
         pytest.param([], [], id="nobody"),
     ],
 )
-def test_only_what_is_surely_faster_moves_ahead(seconds: list[list[float]], expected: list[int]) -> None:
+def test_only_a_significantly_faster_engine_moves_ahead(seconds: list[list[float]], expected: list[int]) -> None:
     assert expected == rank(seconds)
 
 
-def test_both_rates_count_as_much_as_the_prompt_and_the_answer_are_long() -> None:
+def test_weights_both_rates_by_prompt_and_answer_length() -> None:
     """An engine may be faster at reading and slower at writing."""
     reader, writer = Round(prefill_tps=200, decode_tps=10), Round(prefill_tps=50, decode_tps=20)
 
@@ -161,7 +161,7 @@ def test_both_rates_count_as_much_as_the_prompt_and_the_answer_are_long() -> Non
     ("rates", "expected"),
     [([100.0, 90.0], True), ([100.0, 99.9], False), ([100.0, 90.0, 10.0], True), ([100.0], False), ([], False)],
 )
-def test_the_first_is_only_called_faster_beyond_the_noise(rates: list[float], expected: bool) -> None:  # noqa: FBT001
+def test_the_first_engine_is_faster_only_if_significant(rates: list[float], expected: bool) -> None:  # noqa: FBT001
     engines = [
         MeasuredEngine(str(number), "", "", [Round(value, value) for value in noisy(rate, 0.01, number)])
         for number, rate in enumerate(rates)

@@ -14,7 +14,7 @@ from support_runs import MACHINE
     ],
     ids=["other-board", "other-processor"],
 )
-def test_a_run_does_not_go_on_on_another_machine(now: MachineFacts, words: str) -> None:
+def test_refuses_to_resume_on_another_machine(now: MachineFacts, words: str) -> None:
     """Half of its figures would be another board's, under the name of the first."""
     with pytest.raises(RunError, match=words) as error:
         verify_same_machine(MACHINE, now)
@@ -22,7 +22,7 @@ def test_a_run_does_not_go_on_on_another_machine(now: MachineFacts, words: str) 
     assert "start a new run" in error.value.hint
 
 
-def test_a_new_kernel_governor_or_python_is_no_other_machine() -> None:
+def test_resumes_with_another_kernel_governor_or_python() -> None:
     """What differs is written into the session, and doubted."""
     cpu = replace(MACHINE.cpu, governor="ondemand")
     verify_same_machine(MACHINE, replace(MACHINE, kernel="Linux 6.12", python="3.13.1", cpu=cpu))

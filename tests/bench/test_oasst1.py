@@ -66,10 +66,10 @@ def ids_of(path: Path) -> Callable[[Node], list[str] | None]:
     return ids_of
 
 
-def test_too_few_trees_are_refused_with_both_numbers(path: Path) -> None:
+def test_rejects_too_few_trees_with_both_numbers(path: Path) -> None:
     path.write_bytes(b"".join(map(plain, NAMES[:49])))
 
-    with pytest.raises(WorkloadError, match="holds 49 conversations that qualify, 50 are needed"):
+    with pytest.raises(WorkloadError, match="contains 49 eligible conversations .50 are needed"):
         load_oasst1(path)
 
 
@@ -82,24 +82,24 @@ def test_too_few_trees_are_refused_with_both_numbers(path: Path) -> None:
         pytest.param(line("x", chain("u1", "a1")).replace(b'"text": "u1"', b'"text": "\xff"'), id="not-utf-8"),
     ],
 )
-def test_a_malformed_line_is_refused_by_its_number(path: Path, bad: bytes) -> None:
+def test_rejects_a_malformed_line_with_its_number(path: Path, bad: bytes) -> None:
     path.write_bytes(plain("x") + bad)
 
     with pytest.raises(WorkloadError, match=r"trees\.jsonl, line 2: "):
         load_oasst1(path)
 
 
-def test_a_cut_download_is_refused(path: Path) -> None:
+def test_rejects_a_truncated_download(path: Path) -> None:
     whole = gzip.compress(b"".join(map(plain, NAMES)))
     path.write_bytes(whole[: len(whole) // 2])
 
-    with pytest.raises(WorkloadError, match="cannot be read") as refusal:
+    with pytest.raises(WorkloadError, match="cannot read") as refusal:
         load_oasst1(path)
 
-    assert refusal.value.hint == "fetch it again"
+    assert refusal.value.hint == "download it again"
 
 
-def test_a_damaged_download_is_refused(path: Path) -> None:
+def test_rejects_a_damaged_download(path: Path) -> None:
     whole = bytearray(gzip.compress(b"".join(map(plain, NAMES))))
     whole[len(whole) // 2] ^= 0xFF
     path.write_bytes(whole)
@@ -108,8 +108,8 @@ def test_a_damaged_download_is_refused(path: Path) -> None:
         load_oasst1(path)
 
 
-def test_an_absent_file_is_refused(path: Path) -> None:
-    with pytest.raises(WorkloadError, match="cannot be read"):
+def test_rejects_a_missing_file(path: Path) -> None:
+    with pytest.raises(WorkloadError, match="cannot read"):
         load_oasst1(path)
 
 
@@ -124,7 +124,7 @@ def test_an_absent_file_is_refused(path: Path) -> None:
         pytest.param(chain("u1", "a1", "u2", "a2", then=(node("u3", reply("a3"), text=" "),)), id="a-blank-message"),
     ],
 )
-def test_a_tree_that_breaks_a_rule_is_left_out(ids_of: Callable[[Node], list[str] | None], root: Node) -> None:
+def test_skips_a_tree_that_breaks_a_rule(ids_of: Callable[[Node], list[str] | None], root: Node) -> None:
     assert ids_of(root) is None
 
 
@@ -139,7 +139,7 @@ def test_a_tree_that_breaks_a_rule_is_left_out(ids_of: Callable[[Node], list[str
         pytest.param([reply("a3", rank=0, lang="es"), reply("a4", rank=1)], "a4", id="spanish-passed-over"),
     ],
 )
-def test_the_best_ranked_usable_reply_is_followed(
+def test_follows_the_best_ranked_usable_reply(
     ids_of: Callable[[Node], list[str] | None], replies: list[Node], best: str
 ) -> None:
     root = chain("u1", "a1", "u2", "a2", "u3", then=tuple(replies))
@@ -150,7 +150,7 @@ def test_the_best_ranked_usable_reply_is_followed(
 @pytest.mark.parametrize(
     "ids", [["u1", "a1", "u2", "a2", "u3"], ["u1", "a1", "u2", "a2", "u3", "a3"]], ids=["user", "assistant"]
 )
-def test_five_messages_are_enough_whoever_speaks_last(
+def test_five_messages_suffice_with_either_role_last(
     ids_of: Callable[[Node], list[str] | None], ids: list[str]
 ) -> None:
     """A last message of the user is a prompt, whether or not somebody answered it."""
@@ -158,7 +158,7 @@ def test_five_messages_are_enough_whoever_speaks_last(
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bytes], ids=["gzip", "plain"])
-def test_the_first_fifty_by_the_hash_of_the_trees_name_are_taken(path: Path, pack: Callable[[bytes], bytes]) -> None:
+def test_selects_the_first_fifty_by_hash_of_the_tree_id(path: Path, pack: Callable[[bytes], bytes]) -> None:
     """Whatever the order of the file; each is called by its last message."""
     path.write_bytes(pack(b"".join(map(plain, sorted(NAMES)))))
 

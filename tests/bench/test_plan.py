@@ -40,22 +40,22 @@ def fitting(budget_s: float, conversations: Sequence[Conversation] = FIFTY, seed
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_budget_for_the_shortest_conversation_is_never_left_empty(seed: int) -> None:
+def test_a_budget_for_the_shortest_conversation_selects_it(seed: int) -> None:
     """The draw of a single conversation must not fall on one that is too long."""
     long_and_short = [talk("long", "x" * 100), talk("short", "x")]
 
     assert [conversation.id for conversation in fitting(50.0, long_and_short, seed)] == ["short"]
 
 
-def test_nothing_is_chosen_when_nothing_fits() -> None:
+def test_selects_nothing_if_nothing_fits() -> None:
     assert fitting(0.5) == []
 
 
-def test_everything_is_chosen_when_everything_fits() -> None:
+def test_selects_everything_if_everything_fits() -> None:
     assert fitting(sum(map(length, FIFTY))) == FIFTY
 
 
-def test_a_larger_budget_never_buys_fewer_conversations() -> None:
+def test_a_larger_budget_never_selects_fewer_conversations() -> None:
     budgets = range(25, 1300, 25)
     chosen = [fitting(float(budget)) for budget in budgets]
 
@@ -95,28 +95,28 @@ def blocks(targets: int, count: int, **protocol: Any) -> list[int]:
         pytest.param(3, 100, [10] * 10, id="reloading-must-cost-little"),
     ],
 )
-def test_stages_of_several_targets_are_short_enough_for_four_turns_and_never_longer_than_ten(
+def test_stages_of_several_targets_allow_four_turns_and_have_at_most_ten_conversations(
     targets: int, count: int, sizes: list[int]
 ) -> None:
     assert sizes == blocks(targets, count)
 
 
 @pytest.mark.parametrize("protocol", [{}, {"concurrency": 20}], ids=["one-at-a-time", "twenty-at-once"])
-def test_a_target_that_is_alone_is_never_interrupted(protocol: dict[str, Any]) -> None:
+def test_a_single_target_plays_one_block(protocol: dict[str, Any]) -> None:
     """A block's end waits for its last conversation: twenty at once would be ten at most, and then one."""
     assert blocks(1, 25, **protocol) == [25]
 
 
-def test_conversations_side_by_side_fill_their_block_a_few_times() -> None:
+def test_a_block_holds_several_rounds_of_concurrent_conversations() -> None:
     assert blocks(2, 100, concurrency=8) == [32, 32, 32, 4]
 
 
-def test_open_arrivals_are_never_drained_in_between() -> None:
+def test_open_arrivals_play_one_block() -> None:
     """What arrives must find the others still there, or the load is not the one that was asked for."""
     assert blocks(2, 30, arrivals=Arrivals("poisson", 1.0)) == [30]
 
 
-def test_every_target_and_cache_setting_gets_the_same_arrivals_and_each_pass_others() -> None:
+def test_arrivals_are_equal_for_all_targets_and_caches_and_differ_by_pass() -> None:
     a = Stage("A", "cold", 0, ("c1", "c2"))
 
     assert arrival_seed(a, 7) == arrival_seed(Stage("B", "warm", 0, ("c1", "c2")), 7)
@@ -129,7 +129,7 @@ def test_cold_and_warm_of_a_target_share_one_loaded_engine() -> None:
     assert [(s.target, s.cache) for s in stages] == [("A", "cold"), ("A", "warm"), ("B", "cold"), ("B", "warm")]
 
 
-def test_every_request_is_planned_exactly_once() -> None:
+def test_plans_every_request_exactly_once() -> None:
     targets, ids = ["A", "B", "C"], [f"c{n}" for n in range(25)]
     stages = plan_stages(targets, ids, Protocol(repeats=2))
 
@@ -140,7 +140,7 @@ def test_every_request_is_planned_exactly_once() -> None:
 
 @pytest.mark.parametrize("count", [1, 5, 25])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_part_has_one_conversation_of_each_stratum_in_the_old_order(count: int, seed: int) -> None:
+def test_draws_one_conversation_from_each_stratum_in_the_original_order(count: int, seed: int) -> None:
     part = stratified(FIFTY, count, Random(seed))
 
     assert list(range(count)) == sorted(int(length(c) - 1) * count // 50 for c in part)
@@ -148,15 +148,15 @@ def test_a_part_has_one_conversation_of_each_stratum_in_the_old_order(count: int
 
 
 @pytest.mark.parametrize("count", [50, 51])
-def test_a_part_as_large_as_the_whole_is_the_whole(count: int) -> None:
+def test_drawing_all_conversations_returns_all(count: int) -> None:
     assert stratified(FIFTY, count, Random(0)) == FIFTY
 
 
-def test_strata_of_uneven_size_give_a_full_part() -> None:
+def test_draws_the_full_count_from_strata_of_uneven_size() -> None:
     assert [*range(1, 50)] == [len({c.id for c in stratified(FIFTY, n, Random(0))}) for n in range(1, 50)]
 
 
-def test_the_choice_repeats_with_the_seed_and_differs_without() -> None:
+def test_the_draw_repeats_with_the_same_seed_and_differs_with_another() -> None:
     one, again, other = (stratified(FIFTY, 10, Random(seed)) for seed in (1, 1, 2))
 
     assert one == again
@@ -170,7 +170,7 @@ def test_the_choice_repeats_with_the_seed_and_differs_without() -> None:
         ("warm", 2000 / 4 / 100),  # every character once
     ],
 )
-def test_a_conversation_takes_its_prefill_and_three_answers(cache: Cache, prefill_s: float) -> None:
+def test_estimates_prefill_and_answers_of_a_conversation(cache: Cache, prefill_s: float) -> None:
     conversation = long_talk("c", turns=3, chars=400)
 
     assert pytest.approx(prefill_s + 3 * 50 / 10) == conversation_seconds(conversation, cache, RATES, "data")
@@ -183,13 +183,13 @@ def test_a_conversation_takes_its_prefill_and_three_answers(cache: Cache, prefil
         ("warm", 300 / 100),  # its own answers are in the cache already
     ],
 )
-def test_with_its_own_history_a_model_reads_its_answers_again(cache: Cache, prefill_s: float) -> None:
+def test_own_history_adds_earlier_answers_to_the_prefill(cache: Cache, prefill_s: float) -> None:
     conversation = long_talk("c", turns=3, chars=400)
 
     assert pytest.approx(prefill_s + 3 * 50 / 10) == conversation_seconds(conversation, cache, RATES, "own")
 
 
-def test_the_typical_prompt_is_as_long_as_prompts_are_on_average() -> None:
+def test_the_typical_prompt_has_the_mean_length() -> None:
     """Of 10, 20, 30, 100 and 300 characters, 92 on average."""
     conversations = [
         long_talk("a", turns=2, chars=10),
@@ -208,7 +208,7 @@ def test_the_typical_prompt_is_as_long_as_prompts_are_on_average() -> None:
         pytest.param(8960, 400, 5120, id="long-prompt"),
     ],
 )
-def test_context_holds_the_longest_prompt_and_its_answer(chars: int, max_tokens: int, tokens: int) -> None:
+def test_context_fits_the_longest_prompt_and_its_answer(chars: int, max_tokens: int, tokens: int) -> None:
     """Two characters a token here, 40 of template a message, rounded up to 512."""
     conversations = [talk("short", "x"), talk("long", "x" * chars)]
 
@@ -216,12 +216,12 @@ def test_context_holds_the_longest_prompt_and_its_answer(chars: int, max_tokens:
 
 
 @pytest.mark.parametrize(("history", "tokens"), [("data", 1024), ("own", 2560)])
-def test_context_holds_every_answer_where_the_models_own_stand_in_the_prompt(history: History, tokens: int) -> None:
+def test_context_fits_all_answers_with_own_history(history: History, tokens: int) -> None:
     """Four answers of 500 tokens and four messages of 100 characters; the data's answers are 100 characters too."""
     assert tokens == context_needed([long_talk("a", turns=4, chars=100)], 500, chars_per_token=2.0, history=history)
 
 
-def test_context_without_conversations_holds_an_answer() -> None:
+def test_context_without_conversations_fits_an_answer() -> None:
     assert context_needed([], 500, chars_per_token=3.0, history="data") == 512
 
 

@@ -71,7 +71,7 @@ def under_a_file(tmp_path: Path) -> Path:
     return tmp_path / "file" / "runs"
 
 
-def test_a_full_disk_leaves_no_half_line(recorder: Recorder, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_partial_line(recorder: Recorder, tmp_path: Path) -> None:
     """The limit strikes in the middle of the trace, after its answer was written."""
     before = (tmp_path / "traces.jsonl").read_bytes()
 
@@ -88,7 +88,7 @@ def test_a_full_disk_leaves_no_half_line(recorder: Recorder, tmp_path: Path) -> 
     [(errno.ENOSPC, "no space left"), (errno.EDQUOT, "no space left"), (errno.EIO, "Input/output error")],
     ids=["full", "over-quota", "failing"],
 )
-def test_a_line_that_the_disk_cannot_keep_is_taken_back(
+def test_removes_a_line_that_cannot_be_synced(
     recorder: Recorder, tmp_path: Path, fail_fsync: Callable[[int], None], number: int, message: str
 ) -> None:
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -102,7 +102,7 @@ def test_a_line_that_the_disk_cannot_keep_is_taken_back(
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
-def test_recording_goes_on_when_there_is_space_again(recorder: Recorder, tmp_path: Path) -> None:
+def test_recording_continues_once_space_is_free(recorder: Recorder, tmp_path: Path) -> None:
     with disk_full_after(tmp_path / "traces.jsonl", room=100), pytest.raises(RunError):
         recorder.append(SECOND, "two")
     recorder.append(SECOND, "two")
@@ -110,12 +110,12 @@ def test_recording_goes_on_when_there_is_space_again(recorder: Recorder, tmp_pat
     assert read_traces(tmp_path) == [FIRST, SECOND]
 
 
-def test_a_second_writer_is_refused(recorder: Recorder) -> None:
-    with pytest.raises(RunError, match="being written by another process"), Recorder(recorder.directory):
+def test_rejects_a_second_writer(recorder: Recorder) -> None:
+    with pytest.raises(RunError, match="another process is writing run"), Recorder(recorder.directory):
         pass
 
 
-def test_a_refused_second_writer_changes_nothing(recorder: Recorder, tmp_path: Path) -> None:
+def test_a_rejected_second_writer_changes_nothing(recorder: Recorder, tmp_path: Path) -> None:
     """What looks like a cut line is the first writer's, in the middle of its write."""
     path = tmp_path / "traces.jsonl"
     path.write_bytes(path.read_bytes() + b'{"target":')
@@ -127,7 +127,7 @@ def test_a_refused_second_writer_changes_nothing(recorder: Recorder, tmp_path: P
     assert before == path.read_bytes()
 
 
-def test_the_next_writer_knows_what_the_one_before_wrote(tmp_path: Path) -> None:
+def test_the_next_writer_reads_the_existing_entries(tmp_path: Path) -> None:
     """A recorder that was made while another was at work looks again when its turn has come."""
     with Recorder(tmp_path) as one:
         two = Recorder(tmp_path)
@@ -137,7 +137,7 @@ def test_the_next_writer_knows_what_the_one_before_wrote(tmp_path: Path) -> None
         assert {FIRST.key} == two.answered()
 
 
-def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+def test_rejects_an_unwritable_directory(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot write to") as error, Recorder(tmp_path / "absent"):
         pass
 
@@ -155,7 +155,7 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         pytest.param(msgspec.json.encode(SECOND).replace(b'"stop"', b'"\xff"') + b"\n", id="not-utf-8"),
     ],
 )
-def test_a_damaged_line_is_refused_by_its_number(tmp_path: Path, damage: bytes) -> None:
+def test_rejects_a_damaged_line_with_its_number(tmp_path: Path, damage: bytes) -> None:
     """Half a run that is read silently is worse than none."""
     whole = msgspec.json.encode(FIRST) + b"\n"
     (tmp_path / "traces.jsonl").write_bytes(whole + damage + whole)
@@ -164,15 +164,15 @@ def test_a_damaged_line_is_refused_by_its_number(tmp_path: Path, damage: bytes) 
         read_traces(tmp_path)
 
 
-def test_a_trace_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+def test_rejects_an_unreadable_trace_file(tmp_path: Path) -> None:
     (tmp_path / "traces.jsonl").mkdir()
 
-    with pytest.raises(RunError, match=r"traces\.jsonl cannot be read"):
+    with pytest.raises(RunError, match=r"cannot read .*traces\.jsonl"):
         read_traces(tmp_path)
 
 
 @pytest.mark.parametrize("tail", [b'{"target":"m","ca', b"\0\0\0\0"], ids=["half-a-line", "nuls"])
-def test_what_a_power_cut_left_of_the_last_line_is_dropped(tmp_path: Path, tail: bytes) -> None:
+def test_drops_a_truncated_last_line(tmp_path: Path, tail: bytes) -> None:
     path = write_lines(tmp_path / "traces.jsonl", [FIRST])
     path.write_bytes(path.read_bytes() + tail)
 
@@ -182,16 +182,14 @@ def test_what_a_power_cut_left_of_the_last_line_is_dropped(tmp_path: Path, tail:
     assert read_traces(tmp_path) == [FIRST, SECOND]
 
 
-def test_each_request_is_on_the_disk_before_the_next_begins(recorder: Recorder, tmp_path: Path) -> None:
+def test_each_request_is_on_disk_before_the_next_begins(recorder: Recorder, tmp_path: Path) -> None:
     """Read while the recorder is still open, as after SIGKILL."""
     assert read_traces(tmp_path) == [FIRST]
     recorder.append(SECOND, "two")
     assert read_traces(tmp_path) == [FIRST, SECOND]
 
 
-def test_conversations_side_by_side_are_recorded_one_after_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_concurrent_conversations_are_recorded_in_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the runner does it: each append in whatever thread is free. Taking back one line must not take another's."""
     busy, overlaps, real = Lock(), [], os.fsync
 
@@ -211,7 +209,7 @@ def test_conversations_side_by_side_are_recorded_one_after_the_other(
     assert traces == sorted(read_traces(tmp_path), key=lambda trace: trace.t_sent)
 
 
-def test_answers_are_kept_apart_from_traces_and_only_of_requests_that_succeeded(tmp_path: Path) -> None:
+def test_stores_answers_separately_and_only_for_successful_requests(tmp_path: Path) -> None:
     with Recorder(tmp_path) as recorder:
         recorder.append(FIRST, "ein Wörtchen")
         recorder.append(make_failure(turn=1), "half a")
@@ -223,7 +221,7 @@ def test_answers_are_kept_apart_from_traces_and_only_of_requests_that_succeeded(
         assert {FIRST.key: "ein Wörtchen"} == resumed.answers
 
 
-def test_resuming_knows_what_is_answered_what_is_hopeless_and_when_it_stopped(tmp_path: Path) -> None:
+def test_a_resumed_run_knows_answered_and_hopeless_requests_and_its_last_time(tmp_path: Path) -> None:
     long, lost = make_failure("ContextExceeded: 900 > 512", turn=1, at=10), make_failure(turn=2, at=20)
     with Recorder(tmp_path) as recorder:
         for trace in (FIRST, long, lost):
@@ -236,7 +234,7 @@ def test_resuming_knows_what_is_answered_what_is_hopeless_and_when_it_stopped(tm
 
 
 @pytest.mark.parametrize("trace", [[FIRST], []], ids=["one-answered", "none-answered"])
-def test_a_run_s_clock_has_reached_whatever_was_written_last(tmp_path: Path, trace: list[Trace]) -> None:
+def test_the_clock_of_a_run_includes_every_entry(tmp_path: Path, trace: list[Trace]) -> None:
     """A session that is killed in a long request leaves telemetry and events behind that are later than its traces."""
     write_lines(tmp_path / "traces.jsonl", trace)
     samples = write_lines(tmp_path / "telemetry.jsonl", [Sample(t=4.0), Sample(t=310.0)])
@@ -247,12 +245,12 @@ def test_a_run_s_clock_has_reached_whatever_was_written_last(tmp_path: Path, tra
         assert resumed.last_t() == 312.0
 
 
-def test_a_new_run_starts_from_nothing(tmp_path: Path) -> None:
+def test_a_new_run_is_empty(tmp_path: Path) -> None:
     with Recorder(tmp_path) as new:
         assert (new.answered(), new.hopeless(), new.last_t()) == (set(), set(), 0.0)
 
 
-def test_events_are_read_back_as_what_they_were(tmp_path: Path) -> None:
+def test_events_read_back_unchanged(tmp_path: Path) -> None:
     events: list[Event] = [Opened(0.5, "m", None, 1.5), COST]
     with Recorder(tmp_path) as recorder:
         for event in events:
@@ -261,16 +259,14 @@ def test_events_are_read_back_as_what_they_were(tmp_path: Path) -> None:
     assert events == read_events(tmp_path)
 
 
-def test_a_run_directory_below_a_file_is_refused(under_a_file: Path) -> None:
+def test_rejects_a_run_directory_below_a_file(under_a_file: Path) -> None:
     with pytest.raises(RunError, match="cannot write to") as error:
         create_run(under_a_file, MANIFEST, label="m", now=NOON)
 
     assert "--runs" in error.value.hint
 
 
-def test_a_run_that_cannot_have_a_manifest_leaves_no_directory(
-    tmp_path: Path, fail_fsync: Callable[[int], None]
-) -> None:
+def test_a_failed_manifest_leaves_no_directory(tmp_path: Path, fail_fsync: Callable[[int], None]) -> None:
     fail_fsync(errno.ENOSPC)
 
     with pytest.raises(RunError, match="no space left"):
@@ -279,11 +275,11 @@ def test_a_run_that_cannot_have_a_manifest_leaves_no_directory(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_hundredth_run_of_a_second_is_refused(tmp_path: Path) -> None:
+def test_rejects_the_hundredth_run_of_a_second(tmp_path: Path) -> None:
     for number in range(1, 100):
         (tmp_path / f"2026-11-20T12-00-00_m{f'.{number}' if number > 1 else ''}").mkdir()
 
-    with pytest.raises(RunError, match="a hundred runs of this second"):
+    with pytest.raises(RunError, match="a hundred runs from this second"):
         create_run(tmp_path, MANIFEST, label="m", now=NOON)
 
 
@@ -297,7 +293,7 @@ def test_the_hundredth_run_of_a_second_is_refused(tmp_path: Path) -> None:
         pytest.param("x" * 300, "x" * 80, id="too-long"),
     ],
 )
-def test_a_run_is_called_by_second_and_label(tmp_path: Path, label: str, name: str) -> None:
+def test_names_a_run_by_second_and_label(tmp_path: Path, label: str, name: str) -> None:
     directory = create_run(tmp_path / "runs", MANIFEST, label=label, now=NOON)
 
     assert tmp_path / "runs" / f"2026-11-20T12-00-00_{name}" == directory
@@ -305,7 +301,7 @@ def test_a_run_is_called_by_second_and_label(tmp_path: Path, label: str, name: s
     assert [path.name for path in directory.iterdir()] == ["manifest.json"]
 
 
-def test_a_second_run_of_the_same_second_gets_a_number(tmp_path: Path) -> None:
+def test_numbers_a_second_run_of_the_same_second(tmp_path: Path) -> None:
     runs = [create_run(tmp_path, MANIFEST, label="m", now=NOON) for _ in range(3)]
 
     stem = "2026-11-20T12-00-00_m"
@@ -317,11 +313,11 @@ def test_a_second_run_of_the_same_second_gets_a_number(tmp_path: Path) -> None:
     [
         pytest.param(None, "is not a run", id="absent"),
         pytest.param(b"{", "is damaged", id="not-json"),
-        pytest.param(b"{}", "is damaged or of another version", id="fields-missing"),
+        pytest.param(b"{}", "is damaged or from another version", id="fields-missing"),
         pytest.param(msgspec.json.encode(MANIFEST).replace(b"Cortex", b"\xff"), "is damaged", id="not-utf-8"),
     ],
 )
-def test_a_manifest_that_cannot_be_used_is_refused(tmp_path: Path, content: bytes | None, reason: str) -> None:
+def test_rejects_an_unusable_manifest(tmp_path: Path, content: bytes | None, reason: str) -> None:
     if content is not None:
         (tmp_path / "manifest.json").write_bytes(content)
 
@@ -329,9 +325,7 @@ def test_a_manifest_that_cannot_be_used_is_refused(tmp_path: Path, content: byte
         read_manifest(tmp_path)
 
 
-def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(
-    tmp_path: Path, fail_fsync: Callable[[int], None]
-) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, fail_fsync: Callable[[int], None]) -> None:
     write_manifest(tmp_path, MANIFEST)
     fail_fsync(errno.ENOSPC)
 
@@ -343,7 +337,7 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
-def test_a_file_in_an_impossible_place_is_refused(under_a_file: Path) -> None:
+def test_rejects_a_file_in_an_impossible_place(under_a_file: Path) -> None:
     """As on a disk that the kernel has made read-only: what was not written cannot be removed either."""
     with pytest.raises(RunError, match="cannot write to") as error:
         write_whole(under_a_file, b"{}")
@@ -351,7 +345,7 @@ def test_a_file_in_an_impossible_place_is_refused(under_a_file: Path) -> None:
     assert "--runs" not in error.value.hint
 
 
-def test_a_trace_keeps_every_field_on_its_way_through_the_disk(tmp_path: Path) -> None:
+def test_a_trace_reads_back_with_every_field(tmp_path: Path) -> None:
     trace = make_trace(t_first_reasoning=0.25)
     assert [name for name in Trace.__struct_fields__ if getattr(trace, name) is None and name != "error"] == []
 

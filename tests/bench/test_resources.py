@@ -9,27 +9,27 @@ from support_runs import make_trace
 REQUESTS = [make_trace(generated_tokens=20), make_trace(at=10.0, generated_tokens=20)]
 
 
-def test_a_machine_that_tells_nothing_has_no_figures() -> None:
+def test_a_machine_without_sensors_has_no_values() -> None:
     """``None`` and never 0: an invented 0 would call a hot board cool."""
     metrics = resource_metrics(REQUESTS, [Sample(t=1.0), Sample(t=11.0)])
 
     assert {(None, 0)} == {(metric.value, metric.n) for metric in metrics.values()}
 
 
-def test_samples_outside_of_requests_say_nothing() -> None:
+def test_samples_outside_requests_do_not_count() -> None:
     metrics = resource_metrics(REQUESTS, [Sample(t=5.0, cpu_percent=1.0, temperature_c=90.0, watts=3.0)])
 
     assert {(None, 0)} == {(metric.value, metric.n) for metric in metrics.values()}
 
 
 @pytest.mark.parametrize("tokens", [None, 0], ids=["not-told", "none-generated"])
-def test_there_is_no_energy_a_token_without_tokens(tokens: int | None) -> None:
+def test_energy_per_token_needs_tokens(tokens: int | None) -> None:
     metrics = resource_metrics([make_trace(generated_tokens=tokens)], [Sample(t=1.0, watts=5.0)])
 
     assert Metric(None, "J/token", 0) == metrics["joules_per_token"]
 
 
-def test_a_request_whose_tokens_are_not_told_costs_no_energy_either() -> None:
+def test_a_request_with_unknown_tokens_adds_no_energy() -> None:
     """Its seconds must not be charged to the tokens of the others."""
     requests = [REQUESTS[0], make_trace(at=10.0, generated_tokens=None)]
     metrics = resource_metrics(requests, [Sample(t=1.0, watts=5.0), Sample(t=11.0, watts=5.0)])
@@ -37,7 +37,7 @@ def test_a_request_whose_tokens_are_not_told_costs_no_energy_either() -> None:
     assert pytest.approx(5.0 * 3 / 20) == metrics["joules_per_token"].value
 
 
-def test_a_second_that_two_requests_share_is_paid_once() -> None:
+def test_a_second_shared_by_two_requests_counts_once() -> None:
     """Two answers side by side in 3 s of 5 W took 15 J, not 30."""
     side_by_side = [make_trace(generated_tokens=20), make_trace(conversation="b", generated_tokens=20)]
     metrics = resource_metrics(side_by_side, [Sample(t=1.0, watts=5.0)])
@@ -45,14 +45,14 @@ def test_a_second_that_two_requests_share_is_paid_once() -> None:
     assert pytest.approx(5.0 * 3 / 40) == metrics["joules_per_token"].value
 
 
-def test_samples_count_once_from_sending_to_the_end() -> None:
+def test_samples_between_sending_and_end_count_once() -> None:
     overlapping = [*REQUESTS, make_trace(at=2.0)]
     samples = [Sample(t=t) for t in (-0.1, 0.0, 2.5, 5.0, 5.1, 9.9, 10.0, 13.0, 13.1)]
 
     assert [sample.t for sample in samples_during(overlapping, samples)] == [0.0, 2.5, 5.0, 10.0, 13.0]
 
 
-def test_means_peaks_and_minima_are_over_the_requests() -> None:
+def test_means_peaks_and_minima_cover_the_requests() -> None:
     samples = [
         Sample(t=1.0, cpu_percent=80.0, engine_anon_bytes=100, available_bytes=900, temperature_c=60.0, watts=4.0),
         Sample(t=5.0, cpu_percent=0.0, engine_anon_bytes=999, available_bytes=1, temperature_c=99.0, watts=1.0),

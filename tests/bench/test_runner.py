@@ -72,32 +72,30 @@ def pending(runner: Runner) -> list[str]:
         ),
     ],
 )
-def test_what_is_left_is_what_was_not_answered_and_can_be(resume: Resume, traces: list[Trace], left: list[str]) -> None:
+def test_plays_unanswered_requests_that_can_succeed(resume: Resume, traces: list[Trace], left: list[str]) -> None:
     assert left == pending(resume(*traces))
 
 
-def test_nothing_is_left_of_a_finished_run(resume: Resume) -> None:
+def test_a_finished_run_has_nothing_left(resume: Resume) -> None:
     everything = [make_trace(conversation=talk.id, turn=turn) for talk in TALKS for turn in range(talk.user_turns)]
     runner = resume(*everything)
 
     assert (runner.remaining(), runner.pending()) == ([], [])
 
 
-def test_the_clock_of_a_resumed_run_goes_on_where_it_stopped(resume: Resume) -> None:
+def test_the_clock_of_a_resumed_run_continues(resume: Resume) -> None:
     """A second later, so that sessions can be told apart; a new run begins at 0."""
     assert pytest.approx(0.0, abs=0.5) == time.monotonic() - resume().origin
     assert pytest.approx(103.0 + 1.0, abs=0.5) == time.monotonic() - resume(make_trace(at=100.0)).origin
 
 
-def test_a_run_that_was_killed_before_its_first_answer_goes_on_behind_its_telemetry(
-    resume: Resume, tmp_path: Path
-) -> None:
+def test_the_clock_of_a_run_without_answers_continues_after_its_telemetry(resume: Resume, tmp_path: Path) -> None:
     write_lines(tmp_path / "telemetry.jsonl", [Sample(t=300.0)])
 
     assert pytest.approx(300.0 + 1.0, abs=0.5) == time.monotonic() - resume().origin
 
 
-def test_no_two_runs_sessions_or_openings_salt_alike(tmp_path: Path) -> None:
+def test_salts_differ_by_run_session_and_opening(tmp_path: Path) -> None:
     """Two URLs may lead to one server, whose cache knows what the first of them asked, or the run of yesterday."""
     manifests = [replace(make_manifest(TALKS), created=f"2026-11-20T12:00:00.{run}") for run in (1, 2)]
     nonces = []
@@ -137,7 +135,7 @@ def play_warm(directory: Path, slot: Slot) -> list[Trace]:
     return read_traces(directory)
 
 
-def test_a_conversation_whose_cache_could_not_be_prepared_is_left_out_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_skips_a_conversation_whose_cache_cannot_be_prepared(tmp_path: Path) -> None:
     found = play_warm(tmp_path, Slot(2, EngineProtocolError))
 
     cut = "EngineProtocol: the answer was cut"
@@ -145,7 +143,7 @@ def test_a_conversation_whose_cache_could_not_be_prepared_is_left_out_and_the_ru
 
 
 @pytest.mark.parametrize(("kind", "tried"), [(EngineProtocolError, 3), (EngineDiedError, 1)])
-def test_a_cache_that_can_never_be_prepared_ends_the_run(kind: type[EngineError], tried: int, tmp_path: Path) -> None:
+def test_ends_the_run_if_the_cache_can_never_be_prepared(kind: type[EngineError], tried: int, tmp_path: Path) -> None:
     with pytest.raises(kind, match="the answer was cut"):
         play_warm(tmp_path, Slot(5, kind))
 
@@ -154,7 +152,7 @@ def test_a_cache_that_can_never_be_prepared_ends_the_run(kind: type[EngineError]
 
 @pytest.mark.real
 @pytest.mark.timed
-def test_a_session_tells_what_it_ran_on_and_what_it_opened_and_loading_does_not_thin_its_cost(tmp_path: Path) -> None:
+def test_a_session_records_kernel_target_and_cost_without_loading(tmp_path: Path) -> None:
     config = SimulationConfig(prefill_tps=1e5, decode_tps=1e4, load_s=0.0)
 
     async def play() -> float:

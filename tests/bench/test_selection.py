@@ -14,17 +14,17 @@ TEN = Workload("w", "w", "all", tuple(talk(f"c{n}", "x" * (n + 1)) for n in rang
 
 
 @pytest.mark.parametrize("count", [0, -1])
-def test_no_conversations_cannot_be_played(count: int) -> None:
-    with pytest.raises(SettingsError, match=f"^{count} conversations cannot be played"):
+def test_rejects_fewer_than_one_conversation(count: int) -> None:
+    with pytest.raises(SettingsError, match=f"^--conversations must be at least 1, not {count}"):
         choose_conversations(TEN, count=count, seed=0)
 
 
 @pytest.mark.parametrize("count", [None, 10, 99], ids=["not-told", "exactly", "too-many"])
-def test_all_conversations_are_played_unless_fewer_are_asked_for(count: int | None) -> None:
+def test_selects_all_conversations_unless_fewer_are_requested(count: int | None) -> None:
     assert (list(TEN.conversations), "all") == choose_conversations(TEN, count=count, seed=0)
 
 
-def test_a_choice_of_conversations_says_how_it_was_made() -> None:
+def test_describes_the_selection_of_conversations() -> None:
     part, words = choose_conversations(TEN, count=5, seed=3)
 
     assert words == "5 of 10, one from each of 5 strata by length, seed 3"
@@ -32,9 +32,9 @@ def test_a_choice_of_conversations_says_how_it_was_made() -> None:
     assert (part, words) == choose_conversations(TEN, count=5, seed=3)
 
 
-def test_a_budget_that_holds_no_conversation_is_refused_with_both_numbers() -> None:
+def test_rejects_a_budget_that_fits_no_conversation_with_both_numbers() -> None:
     """One answer of 100 tokens takes 1 s, cold and warm, on two targets: 4 s at least."""
-    refusal = "the shortest conversation takes about 4 s on these targets, the budget is 3 s"
+    refusal = "the shortest conversation takes about 4 s here, over the budget of 3 s"
 
     with pytest.raises(SettingsError, match=refusal) as error:
         cut_to_budget(TEN.conversations, "all", Protocol(), {"m": FAST, "n": FAST}, 3.0)
@@ -50,7 +50,7 @@ def test_a_budget_that_holds_no_conversation_is_refused_with_both_numbers() -> N
     ],
     ids=["all", "half"],
 )
-def test_a_budget_counts_targets_caches_and_passes(budget_s: float, count: int, words: str) -> None:
+def test_a_budget_covers_targets_caches_and_passes(budget_s: float, count: int, words: str) -> None:
     part, said = cut_to_budget(TEN.conversations, "all", Protocol(repeats=2), {"m": FAST}, budget_s)
 
     assert (count, words) == (len(part), said)
@@ -64,7 +64,7 @@ def test_a_budget_counts_targets_caches_and_passes(budget_s: float, count: int, 
     ],
     ids=["all", "half"],
 )
-def test_a_budget_says_out_of_what_it_chose(budget_s: float, words: str) -> None:
+def test_describes_a_selection_within_a_selection(budget_s: float, words: str) -> None:
     drawn, selection = choose_conversations(TEN, count=4, seed=3)
 
     _, said = cut_to_budget(drawn, selection, Protocol(seed=3), {"m": FAST}, budget_s)
@@ -73,26 +73,26 @@ def test_a_budget_says_out_of_what_it_chose(budget_s: float, words: str) -> None
 
 
 @pytest.mark.parametrize("seed", [0, 1, 3])
-def test_the_shortest_conversation_is_not_called_a_drawn_one(seed: int) -> None:
+def test_does_not_describe_the_shortest_conversation_as_drawn(seed: int) -> None:
     """With these seeds the draw of one falls on the long one; it would claim to stand for all lengths."""
     long_and_short = (talk("long", "x" * 40_000), talk("short", "x"))
 
     part, said = cut_to_budget(long_and_short, "all", Protocol(caches=("cold",), seed=seed), {"m": FAST}, 5.0)
 
     assert [conversation.id for conversation in part] == ["short"]
-    assert said == "the shortest of 2: no even draw fits a budget of 5 s"
+    assert said == "the shortest of 2: no stratified selection fits a budget of 5 s"
 
 
-def test_a_changed_workload_is_not_resumed() -> None:
+def test_refuses_to_resume_with_a_changed_workload() -> None:
     with pytest.raises(WorkloadError, match="has changed since the run began"):
         reload_selected(TEN, "0" * 64, ["c1"])
 
 
-def test_resuming_plays_what_was_selected_in_its_order() -> None:
+def test_resuming_restores_the_selection_in_order() -> None:
     assert [conversation.id for conversation in reload_selected(TEN, TEN.sha256, ["c7", "c2"])] == ["c7", "c2"]
 
 
-def test_a_workload_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loads_every_kind_of_workload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bundled one, a file, trees in a file, and the trees that the hub gives."""
     asked: list[str] = []
 
@@ -111,10 +111,10 @@ def test_a_workload_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.Mon
     assert asked == ["fetched as oasst1", f"trees.gz as oasst1:{Path.cwd() / 'trees.gz'}"]
 
 
-def test_a_run_finds_its_workload_from_wherever_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_source_of_a_workload_file_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("talks.jsonl").write_text('{"messages": [{"role": "user", "content": "why?"}]}')
 
     assert load_workload("talks.jsonl").source == str(tmp_path / "talks.jsonl")
-    with pytest.raises(WorkloadError, match=r"^workload absent\.jsonl"):
+    with pytest.raises(WorkloadError, match=r"^cannot read workload absent\.jsonl"):
         load_workload("absent.jsonl")

@@ -63,7 +63,7 @@ def correlated(generator: Random, conversations: int, turns: int) -> list[Trace]
     return answers(seconds, names)
 
 
-def test_what_nobody_measured_is_none() -> None:
+def test_metrics_without_values_are_none() -> None:
     traces = [make_trace(t_last=None, t_first=None)]
 
     assert Metric(None, "tokens/s", 0) == decode_rate(traces)
@@ -91,11 +91,11 @@ def test_an_interval_needs_five_conversations() -> None:
 
 
 @pytest.mark.parametrize("values", [[], [5.0], [-1.0, 1.0]], ids=["no-value", "one-value", "a-mean-of-zero"])
-def test_spread_without_a_meaning_is_none(values: list[float]) -> None:
+def test_an_undefined_coefficient_of_variation_is_none(values: list[float]) -> None:
     assert coefficient_of_variation(np.array(values)) is None
 
 
-def test_a_request_that_was_not_rated_is_not_counted() -> None:
+def test_a_request_without_a_rate_does_not_count() -> None:
     """``n`` says on how many values a number rests, not how many requests there were."""
     traces = [decoded(10, 1.0), decoded(10, 2.0), decoded(None, 1.0)]
     metrics = cv_metrics(traces, buckets(traces))
@@ -104,7 +104,7 @@ def test_a_request_that_was_not_rated_is_not_counted() -> None:
     assert (metrics["decode_tps_cv_all"].n, metrics["decode_tps_cv_within"].n) == (2, 2)
 
 
-def test_a_throughput_is_a_sum_over_a_sum() -> None:
+def test_throughput_is_a_sum_over_a_sum() -> None:
     """10 tokens in 1 s and 10 in 4 s are 4 tokens a second; the mean of the rates would say 6.25."""
     traces = [decoded(10, 1.0), decoded(10, 4.0), decoded(None, 100.0)]
 
@@ -112,13 +112,13 @@ def test_a_throughput_is_a_sum_over_a_sum() -> None:
     assert Metric(6.25, "tokens/s", 2) == mean_metric(traces, lambda t: t.decode_tps, "tokens/s")
 
 
-def test_latency_is_told_by_mean_and_maximum_too() -> None:
+def test_latency_has_mean_and_maximum() -> None:
     metrics = latency_metrics("x", answers([1.0, 2.0, 6.0]), latency)
 
     assert (Metric(3.0, "s", 3), Metric(6.0, "s", 3)) == (metrics["x_mean"], metrics["x_max"])
 
 
-def test_spread_is_sample_deviation_over_mean() -> None:
+def test_coefficient_of_variation_is_sample_deviation_over_mean() -> None:
     values = [8.0, 12.0, 13.0]
 
     assert pytest.approx(stdev(values) / mean(values)) == coefficient_of_variation(np.array(values))
@@ -130,13 +130,13 @@ def test_the_same_traces_give_the_same_interval() -> None:
     )
 
 
-def test_equal_values_leave_no_doubt() -> None:
+def test_equal_values_have_an_interval_of_zero_width() -> None:
     metrics = latency_metrics("x", answers([2.0] * 50), latency)
 
     assert [metrics[f"x_{what}"].ci95 for what in ("mean", "p50", "p95")] == [pytest.approx((2.0, 2.0))] * 3
 
 
-def test_every_interval_holds_its_value() -> None:
+def test_every_interval_contains_its_value() -> None:
     traces = correlated(Random(5), 30, 4)
 
     for metric in (*latency_metrics("x", traces, latency).values(), decode_rate(traces)):
@@ -158,7 +158,7 @@ def test_turns_of_one_conversation_are_not_independent_samples(what: str) -> Non
 
 
 @pytest.mark.parametrize("conversations", [5, 10, 30])
-def test_about_nineteen_of_twenty_intervals_hold_the_truth(conversations: int) -> None:
+def test_about_95_percent_of_intervals_contain_the_true_value(conversations: int) -> None:
     """
     Of 2,000 runs of six turns: rates differ by 15 % between conversations and by 5 % within them.
 
@@ -179,7 +179,7 @@ def test_about_nineteen_of_twenty_intervals_hold_the_truth(conversations: int) -
 
 
 @pytest.mark.parametrize(("percent", "conversations"), [(50, 5), (50, 10), (50, 30), (95, 50)])
-def test_about_nineteen_of_twenty_percentiles_are_held_too(percent: int, conversations: int) -> None:
+def test_about_95_percent_of_percentile_intervals_contain_the_true_value(percent: int, conversations: int) -> None:
     """Skewed durations, alike within a conversation: Woodruff's interval (1952), by jackknife of whole clusters."""
     generator = np.random.default_rng(2)
     truth = np.exp(np.hypot(0.5, 0.3) * NormalDist().inv_cdf(percent / 100))
@@ -194,7 +194,7 @@ def test_about_nineteen_of_twenty_percentiles_are_held_too(percent: int, convers
 
 
 @pytest.mark.parametrize("skew", [0.5, 1.0])
-def test_skew_costs_some_of_the_promise(skew: float) -> None:
+def test_skewed_values_lower_the_coverage_somewhat(skew: float) -> None:
     """Means of durations that differ much: no interval of few conversations is exact there, but this one stays near."""
     generator, truth = np.random.default_rng(3), np.exp(skew**2 / 2)
     held = []
@@ -207,7 +207,7 @@ def test_skew_costs_some_of_the_promise(skew: float) -> None:
 
 
 @pytest.mark.parametrize(("percent", "needed"), [(50, 5), (95, 50)])
-def test_a_percentile_has_an_interval_when_enough_conversations_lie_beyond_it(percent: int, needed: int) -> None:
+def test_a_percentile_needs_enough_conversations_beyond_it_for_an_interval(percent: int, needed: int) -> None:
     """With 30 conversations in which turns are alike, an interval of the 95th percentile held the truth in 81 %."""
     for conversations, given in ((needed, True), (needed - 1, False)):
         traces = correlated(Random(4), conversations, 6)
@@ -215,11 +215,11 @@ def test_a_percentile_has_an_interval_when_enough_conversations_lie_beyond_it(pe
 
 
 @pytest.mark.parametrize(("freedom", "t"), [(4, 2.776), (9, 2.262), (29, 2.045), (49, 2.010), (10**6, 1.960)])
-def test_students_t_is_what_tables_say(freedom: int, t: float) -> None:
+def test_students_t_matches_published_tables(freedom: int, t: float) -> None:
     assert pytest.approx(t, abs=0.001) == t975(freedom)
 
 
-def test_a_day_of_requests_is_summarized_in_little_memory() -> None:
+def test_summarises_a_day_of_requests_in_little_memory() -> None:
     """20,000 requests; a bootstrap that keeps a weight of each value and resample took 650 MB."""
     values, clusters = np.linspace(1, 2, 20_000), np.arange(20_000) % 200
     tracemalloc.start()
@@ -232,7 +232,7 @@ def test_a_day_of_requests_is_summarized_in_little_memory() -> None:
     assert peak < 5e6
 
 
-def test_requests_are_grouped_by_prompt_length() -> None:
+def test_groups_requests_by_prompt_length() -> None:
     """A bucket begins with its lower edge; what has no length has no bucket."""
     lengths = [127, 128, 255, 2047, 2048, 9000, None]
     found = buckets([decoded(10, 1.0, prompt_tokens=length) for length in lengths])
@@ -240,14 +240,14 @@ def test_requests_are_grouped_by_prompt_length() -> None:
     assert [(b.low, b.high, b.n) for b in found] == [(0, 128, 1), (128, 256, 2), (1024, 2048, 1), (2048, None, 2)]
 
 
-def test_a_bucket_tells_mean_and_spread_of_each_rate() -> None:
+def test_a_bucket_has_mean_and_cv_of_each_rate() -> None:
     found = buckets([decoded(8, 1.0), decoded(12, 1.0), decoded(None, 1.0)])[0]
 
     assert pytest.approx(10.0) == found.mean["decode_tps"]
     assert pytest.approx(stdev([8, 12]) / 10) == found.cv["decode_tps"]
 
 
-def test_a_bucket_without_a_rate_says_so() -> None:
+def test_a_bucket_without_a_rate_has_none() -> None:
     found = buckets([decoded(None, 1.0)])[0]
 
     assert (found.mean["decode_tps"], found.cv["decode_tps"]) == (None, None)
@@ -274,7 +274,7 @@ def test_steadiness_within_across_and_over_all_prompts() -> None:
     assert {kind: metric.n for kind, metric in found.items()} == {"within": 5, "across": 3, "all": 6}
 
 
-def test_one_bucket_cannot_say_how_length_changes_a_rate() -> None:
+def test_a_single_bucket_has_no_cv_across_lengths() -> None:
     traces = [decoded(8, 1.0), decoded(12, 1.0)]
 
     assert Metric(None, "1", 1) == cv_metrics(traces, buckets(traces))["decode_tps_cv_across"]

@@ -37,19 +37,19 @@ def cold(summary: Summary) -> dict[str, Metric]:
     return part.metrics
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_directory_that_is_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is not a run"):
         read_run(tmp_path)
 
 
-def test_a_run_without_requests_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="holds no request yet") as error:
+def test_rejects_a_run_without_requests(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="contains no request yet") as error:
         read_run(write_run(tmp_path, a_run()))
 
     assert "--resume" in error.value.hint
 
 
-def test_a_run_without_telemetry_is_summarized_without_it(tmp_path: Path) -> None:
+def test_summarises_a_run_without_telemetry(tmp_path: Path) -> None:
     write_run(tmp_path, make_run())
     (tmp_path / "telemetry.jsonl").unlink()
 
@@ -59,9 +59,7 @@ def test_a_run_without_telemetry_is_summarized_without_it(tmp_path: Path) -> Non
     assert metrics["decode_tps"].value is not None
 
 
-def test_a_run_is_called_by_its_directory_wherever_it_is_read_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_named_by_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``promptai report .`` inside of the run."""
     monkeypatch.chdir(write_run(tmp_path / "2026-11-20_m_pi5", make_run()))
 
@@ -74,7 +72,7 @@ def test_a_run_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert run == read_run(write_run(tmp_path / run.directory, run))
 
 
-def test_from_raw_lines_to_numbers() -> None:
+def test_derives_metrics_from_raw_lines() -> None:
     """Worked out by hand: 60 steps in 8 s, three prompts of 100 tokens in 0.5 s each."""
     metrics = cold(summarize(a_run(*COLD)))
 
@@ -98,7 +96,7 @@ def test_cold_and_warm_are_never_mixed() -> None:
     assert pytest.approx([0.0, 0.6]) == [part.metrics["cached_share"].value for part in parts]
 
 
-def test_each_target_is_summarized_for_itself() -> None:
+def test_summarises_each_target_separately() -> None:
     facts = [replace(FACTS, name=name) for name in ("m", "fast", "absent")]
     run = replace(a_run(*COLD, make_trace(target="fast", t_last=2.0)), manifest=make_manifest(TALKS, facts))
     m, fast, absent = summarize(run).targets
@@ -107,7 +105,7 @@ def test_each_target_is_summarized_for_itself() -> None:
     assert (absent.name, absent.cold, absent.warm, absent.findings) == ("absent", None, None, [])
 
 
-def test_a_failed_request_that_was_made_again_counts_as_its_last_try(tmp_path: Path) -> None:
+def test_a_repeated_request_counts_as_its_last_attempt(tmp_path: Path) -> None:
     with Recorder(write_run(tmp_path, a_run(COLD[0], repeats=2))) as recorder:
         recorder.append(make_failure(conversation="a", turn=1), "")
         recorder.append(make_failure(conversation="b", turn=0), "")
@@ -126,7 +124,7 @@ def test_a_failed_request_that_was_made_again_counts_as_its_last_try(tmp_path: P
     [({}, True), ({"repeats": 2}, False), ({"caches": ("cold", "warm")}, False)],
     ids=["all-played", "second-pass-missing", "warm-missing"],
 )
-def test_a_run_is_complete_when_all_that_was_asked_was_played(protocol: dict[str, Any], complete: object) -> None:
+def test_a_run_is_complete_once_every_request_is_answered(protocol: dict[str, Any], complete: object) -> None:
     assert summarize(a_run(*COLD, **protocol)).complete is complete
 
 
@@ -135,24 +133,24 @@ def test_a_run_is_complete_when_all_that_was_asked_was_played(protocol: dict[str
     [("ContextExceeded: 900 > 512", True), ("EngineDied: gone", False)],
     ids=["outgrew-the-context", "engine-died"],
 )
-def test_a_conversation_that_can_go_no_further_is_complete(failure: str, complete: object) -> None:
+def test_a_conversation_that_exceeds_the_context_is_complete(failure: str, complete: object) -> None:
     """Resuming would play what failed by accident, and not what cannot succeed."""
     assert summarize(a_run(COLD[0], make_failure(failure, turn=1), COLD[2])).complete is complete
 
 
-def test_a_request_that_was_made_twice_does_not_stand_in_for_another(tmp_path: Path) -> None:
+def test_a_repeated_request_does_not_replace_another(tmp_path: Path) -> None:
     write_run(tmp_path, a_run(make_failure(), COLD[0], COLD[1]))
 
     assert summarize(read_run(tmp_path)).complete is False
 
 
-def test_load_time_is_a_mean_over_the_loads_that_were_ours() -> None:
+def test_load_time_is_the_mean_over_engines_started_here() -> None:
     events = [Opened(0, "m", 2.0, 1.0), Opened(9, "m", 4.0, 1.0), Opened(5, "m", None, 1.0), Opened(7, "other", 99, 1)]
 
     assert Metric(3.0, "s", 2) == summarize(replace(a_run(*COLD), events=events)).targets[0].load_s
 
 
-def test_the_cost_of_measuring_is_that_of_client_and_telemetry() -> None:
+def test_the_cost_of_measuring_includes_client_and_telemetry() -> None:
     """1 s of 100 s for the client, 0.5 of 100 for the sampler; of two sessions the larger memory."""
     summary = summarize(replace(a_run(*COLD), events=[COST, replace(COST, client_max_rss_bytes=70_000_000)]))
 
@@ -161,7 +159,7 @@ def test_the_cost_of_measuring_is_that_of_client_and_telemetry() -> None:
     assert summary.energy_source == "pmic_rails"
 
 
-def test_a_cost_that_nobody_told_is_none() -> None:
+def test_an_unknown_cost_is_none() -> None:
     silent = replace(COST, telemetry_cpu_s=None, telemetry_wall_s=None, telemetry_max_rss_bytes=None)
     summary = summarize(replace(a_run(*COLD), events=[replace(silent, energy_source=None)]))
 
@@ -170,7 +168,7 @@ def test_a_cost_that_nobody_told_is_none() -> None:
     assert summary.energy_source is None
 
 
-def test_what_happened_in_a_run_is_weighed_in_its_findings() -> None:
+def test_events_of_a_run_lead_to_findings() -> None:
     """A server that is no llama-server, and telemetry that died."""
     events = [Opened(0, "m", None, 1.0, llama_server=False), replace(COST, telemetry_error="disk full")]
     found = summarize(replace(a_run(*COLD), events=events)).targets[0].findings
@@ -178,14 +176,14 @@ def test_what_happened_in_a_run_is_weighed_in_its_findings() -> None:
     assert {"salted", "telemetry"} <= {finding.check for finding in found}
 
 
-def test_telemetry_of_overlapping_sessions_is_joined_in_the_order_of_time(tmp_path: Path) -> None:
+def test_sorts_telemetry_of_overlapping_sessions_by_time(tmp_path: Path) -> None:
     """A run whose second session began again at 0, as older versions did."""
     write_run(tmp_path, replace(a_run(*COLD), samples=[Sample(t=t) for t in (1.0, 90.0, 2.0, 3.0)]))
 
     assert [sample.t for sample in read_run(tmp_path).samples] == [1.0, 2.0, 3.0, 90.0]
 
 
-def test_synthetic_weights_are_named_and_found() -> None:
+def test_synthetic_weights_are_marked_and_get_a_note() -> None:
     facts = replace(FACTS, model=replace(MODEL, synthetic=True))
     target = summarize(replace(a_run(*COLD), manifest=make_manifest(TALKS, [facts]))).targets[0]
 
@@ -193,7 +191,7 @@ def test_synthetic_weights_are_named_and_found() -> None:
     assert "synthetic" in {finding.check for finding in target.findings}
 
 
-def test_telemetry_counts_only_while_its_own_part_was_played() -> None:
+def test_telemetry_counts_only_for_the_requests_it_overlaps() -> None:
     samples = [Sample(t=1.0, cpu_percent=50.0), Sample(t=100.0, cpu_percent=90.0)]
     warm = make_trace(cache="warm", at=99.0)
     target = summarize(replace(a_run(COLD[0], warm, caches=("cold", "warm")), samples=samples)).targets[0]
@@ -204,7 +202,7 @@ def test_telemetry_counts_only_while_its_own_part_was_played() -> None:
 @pytest.mark.parametrize(
     ("url", "cpu"), [("http://127.0.0.1:8080", 50.0), ("http://pi:8080", None)], ids=["here", "elsewhere"]
 )
-def test_what_this_machine_felt_says_nothing_about_another(url: str, cpu: float | None) -> None:
+def test_telemetry_of_this_machine_does_not_count_for_another(url: str, cpu: float | None) -> None:
     run = replace(a_run(COLD[0]), samples=[Sample(t=1.0, cpu_percent=50.0, throttled=1)])
     target = summarize(replace(run, manifest=make_manifest(TALKS, [TargetFacts("m", url=url)]))).targets[0]
 
@@ -213,11 +211,11 @@ def test_what_this_machine_felt_says_nothing_about_another(url: str, cpu: float 
     assert ("throttled" in {finding.check for finding in target.findings}) is (cpu is not None)
 
 
-def test_every_metric_is_defined_in_the_glossary_and_the_other_way_round() -> None:
+def test_the_glossary_defines_exactly_the_metrics_of_a_summary() -> None:
     assert set(METRICS) == set(cold(summarize(make_run())))
 
 
-def test_the_file_reads_back_as_the_summary(tmp_path: Path) -> None:
+def test_a_written_summary_reads_back_unchanged(tmp_path: Path) -> None:
     summary = summarize(make_run())
 
     data = write_summary(tmp_path, summary).read_bytes()

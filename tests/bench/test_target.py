@@ -32,26 +32,26 @@ def opened(*answers: bytes) -> OpenTarget:
         pytest.param(answer("200 OK", b'{"status": "ok"}'), id="an-object-of-its-own"),
     ],
 )
-def test_a_server_that_is_no_llama_server_is_spoken_to_in_plain_openai(props: bytes) -> None:
+def test_uses_plain_openai_with_other_servers(props: bytes) -> None:
     """LM Studio answers HTTP 200 to every address; its cache cannot be switched off, its model has a name."""
     target = opened(props, answer("200 OK", b'{"data": [{"id": "yi"}]}'))
 
     assert (target.llama_server, target.model) == (False, "yi")
 
 
-def test_a_llama_server_is_known_by_what_it_says_of_itself() -> None:
+def test_recognises_a_llama_server_by_its_props() -> None:
     target = opened(answer("200 OK", b'{"model_path": "/yi.gguf", "model_alias": "yi"}'))
 
     assert (target.llama_server, target.model) == (True, "yi")
 
 
 @pytest.mark.parametrize("status", ["401 Unauthorized", "503 Unavailable"])
-def test_a_missing_key_and_a_loading_model_are_no_matter_of_dialect(status: str) -> None:
+def test_a_missing_key_or_a_loading_model_does_not_imply_a_dialect(status: str) -> None:
     with pytest.raises(EngineRefusedError, match=status[:3]):
         opened(answer(status, b"{}"))
 
 
-def test_a_server_without_a_model_cannot_be_measured() -> None:
+def test_rejects_a_server_without_a_model() -> None:
     with pytest.raises(SettingsError, match="serves no model"):
         opened(answer("404 Not Found", b""), answer("200 OK", b'{"object": "list", "data": null}'))
 
@@ -66,5 +66,5 @@ def test_a_server_without_a_model_cannot_be_measured() -> None:
         pytest.param(TargetFacts("s", url="http://pi.local:8080"), False, id="another-machine"),
     ],
 )
-def test_a_target_is_on_this_machine_or_on_another(facts: TargetFacts, here: object) -> None:
+def test_recognises_targets_on_this_machine(facts: TargetFacts, here: object) -> None:
     assert facts.here is here

@@ -59,7 +59,7 @@ def describe(
     )
 
 
-def test_a_context_holds_the_models_own_answers_where_they_stand_in_the_prompt(model: Path) -> None:
+def test_the_context_fits_the_models_own_answers_with_own_history(model: Path) -> None:
     """Four answers of 100 tokens, and four messages of 900 where the data has seven."""
     found = describe(model, conversations=(long_talk("a", turns=4, chars=900),), options=make_options(history="own"))[
         0
@@ -69,7 +69,7 @@ def test_a_context_holds_the_models_own_answers_where_they_stand_in_the_prompt(m
     assert found.flags.context == 4608
 
 
-def test_a_part_of_a_split_model_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_part_of_a_split_model(tmp_path: Path) -> None:
     """Size and checksum would be those of a part, in a run that is about the whole."""
     part = tmp_path / "part.gguf"
     part.write_bytes(gguf([*llama(), entry("split.no", U16, 0), entry("split.count", U16, 3)]))
@@ -89,7 +89,7 @@ def no_engine() -> EngineBinary:
     raise EngineNotFoundError("there is no llama-server")
 
 
-def test_an_absent_model_is_refused_before_an_engine_is_looked_for(tmp_path: Path) -> None:
+def test_rejects_a_missing_model_before_locating_an_engine(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"absent\.gguf does not exist"):
         describe(tmp_path / "absent.gguf", engine=no_engine)
 
@@ -99,8 +99,8 @@ def test_a_model_file_needs_an_engine(model: Path) -> None:
         describe(model, engine=no_engine)
 
 
-def test_a_model_that_does_not_fit_is_refused_with_the_numbers(model: Path) -> None:
-    numbers = "at least 2.00 GiB (weights 0.00, KV cache 2.00 for 4194304 tokens), 1.00 GiB are available"
+def test_rejects_a_model_that_does_not_fit_with_the_numbers(model: Path) -> None:
+    numbers = "at least 2.00 GiB (weights 0.00, KV cache 2.00 for 4194304 tokens); 1.00 GiB are available"
 
     with pytest.raises(ModelTooLargeError, match=re.escape(numbers)) as refusal:
         describe(model, options=make_options(context=1 << 22))
@@ -108,7 +108,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_numbers(model: Path) -> N
     assert "--context" in refusal.value.hint
 
 
-def test_every_slot_needs_its_context(model: Path) -> None:
+def test_every_slot_needs_its_own_context(model: Path) -> None:
     options = make_options(context=1 << 20)
     assert describe(model, options=options)
 
@@ -116,7 +116,7 @@ def test_every_slot_needs_its_context(model: Path) -> None:
         describe(model, options=replace(options, slots=4))
 
 
-def test_a_model_that_fits_with_a_smaller_cache_type_is_not_refused(model: Path) -> None:
+def test_accepts_a_model_that_fits_with_a_smaller_cache_type(model: Path) -> None:
     """q8_0 takes 34 bytes for 32 numbers, hardly more than half of f16's."""
     options = make_options(context=1 << 21)
     with pytest.raises(ModelTooLargeError):
@@ -125,7 +125,7 @@ def test_a_model_that_fits_with_a_smaller_cache_type_is_not_refused(model: Path)
     assert describe(model, options=replace(options, cache_type="q8_0"), available_bytes=2 * GIB // 3)
 
 
-def test_a_run_finds_its_model_from_wherever_it_goes_on(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_path_of_a_model_is_absolute(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file is given as seen from today's folder; the engine that resumes is started in another."""
     monkeypatch.chdir(model.parent)
     facts = describe(model.name)[0]
@@ -144,7 +144,7 @@ def test_a_link_to_a_model_keeps_its_name(model: Path, tmp_path: Path) -> None:
     assert engine.flags.alias == "yi"
 
 
-def test_a_server_needs_no_engine_and_is_called_by_its_address() -> None:
+def test_a_server_needs_no_engine_and_is_named_by_host_and_port() -> None:
     found = describe("http://pi.local:8080/v1", engine=no_engine)
 
     assert [(f.name, f.url, f.model) for f in found] == [("pi.local-8080", "http://pi.local:8080/v1", None)]
@@ -163,7 +163,7 @@ def test_one_engine_serves_all_model_files(model: Path) -> None:
     assert looked_for == ["engine"]
 
 
-def test_more_context_than_the_model_was_made_for_is_refused(model: Path) -> None:
+def test_rejects_more_context_than_the_model_supports(model: Path) -> None:
     with pytest.raises(SettingsError, match=f"{(1 << 22) + 1} exceeds the {1 << 22} tokens") as refusal:
         describe(model, options=make_options(context=(1 << 22) + 1))
 
@@ -178,25 +178,25 @@ def test_more_context_than_the_model_was_made_for_is_refused(model: Path) -> Non
         pytest.param(make_options(slots=2), 2 * 7168, id="of-all-slots-together"),
     ],
 )
-def test_the_context_is_what_is_needed_unless_it_is_asked_for(model: Path, options: BenchOptions, context: int) -> None:
+def test_the_context_fits_the_workload_unless_given(model: Path, options: BenchOptions, context: int) -> None:
     """A prompt of 6300 characters and 7 messages; a synthetic model has a token a byte."""
     assert context == context_of(model, options)
 
 
-def test_a_synthetic_model_of_a_real_vocabulary_needs_the_context_of_the_bundled_one(tmp_path: Path) -> None:
+def test_a_synthetic_model_with_a_real_vocabulary_needs_the_context_of_the_bundled_one(tmp_path: Path) -> None:
     """1.8 characters a token, as promptai-tiny, whose tokenizer it has."""
     large = write_synthetic(tmp_path / "large.gguf", replace(SHAPE, vocabulary=4000), name="Large")
 
     assert context_of(large, make_options()) == 4096
 
 
-def test_the_needed_context_is_never_larger_than_the_models_own(tmp_path: Path) -> None:
+def test_the_context_never_exceeds_the_models_own(tmp_path: Path) -> None:
     small = write_synthetic(tmp_path / "small.gguf", replace(SHAPE, context=2048), name="Small")
 
     assert context_of(small, make_options()) == 2048
 
 
-def test_every_wish_is_a_flag_of_the_engine(model: Path) -> None:
+def test_every_option_becomes_a_flag_of_the_engine(model: Path) -> None:
     options = make_options(
         threads=3, context=512, batch=256, cache_type="q8_0", cache_ram_mib=64, mmap=False, port=8081
     )
@@ -237,7 +237,7 @@ def test_a_model_is_described_by_its_header_its_hash_and_its_engine(model: Path)
     ],
     ids=["none", "different", "alike", "number-taken", "number-taken-later"],
 )
-def test_names_are_numbered_where_they_are_alike(names: list[str], unique: list[str]) -> None:
+def test_numbers_repeated_names(names: list[str], unique: list[str]) -> None:
     assert unique == unique_names(names)
 
 
@@ -248,7 +248,7 @@ def measured(tmp_path: Path) -> TargetFacts:
     return replace(FACTS, model=replace(MODEL, path=str(path), sha256=sha256_of(path)))
 
 
-def test_a_model_that_changed_is_not_measured_on(measured: TargetFacts) -> None:
+def test_refuses_to_resume_with_a_changed_model(measured: TargetFacts) -> None:
     assert measured.model is not None
     write_synthetic(Path(measured.model.path), SMALL, name="m", seed=1)
 
@@ -256,7 +256,7 @@ def test_a_model_that_changed_is_not_measured_on(measured: TargetFacts) -> None:
         verify_unchanged(measured)
 
 
-def test_a_model_that_has_gone_is_not_measured_on(measured: TargetFacts) -> None:
+def test_refuses_to_resume_with_a_missing_model(measured: TargetFacts) -> None:
     assert measured.model is not None
     Path(measured.model.path).unlink()
 
@@ -264,12 +264,12 @@ def test_a_model_that_has_gone_is_not_measured_on(measured: TargetFacts) -> None
         verify_unchanged(measured)
 
 
-def test_an_untouched_model_and_a_server_are_measured_on(measured: TargetFacts) -> None:
+def test_resumes_with_an_unchanged_model_and_with_a_server(measured: TargetFacts) -> None:
     verify_unchanged(measured)
     verify_unchanged(TargetFacts("pi", url="http://pi:8080"))
 
 
-def test_a_hash_tells_its_progress(tmp_path: Path) -> None:
+def test_hashing_reports_progress(tmp_path: Path) -> None:
     data = b"x" * (5 << 20)
     (tmp_path / "file").write_bytes(data)
     pieces: list[int] = []

@@ -22,19 +22,19 @@ def time_left(*pending: TraceKey) -> TimeLeft:
     return left
 
 
-def test_nothing_is_known_before_a_target_was_seen() -> None:
+def test_there_is_no_forecast_before_a_target_is_opened() -> None:
     left = TimeLeft(keys(), TALKS, "data")
 
     assert (left.seconds(), left.share()) == (None, 0.0)
 
 
 @pytest.mark.parametrize(("cache", "seconds"), [("cold", COLD_S), ("warm", WARM_S)])
-def test_prompts_are_counted_by_what_they_must_prefill(cache: Cache, seconds: float) -> None:
+def test_prompts_count_by_their_uncached_part(cache: Cache, seconds: float) -> None:
     """Cold the whole prompt, warm what is new since the turn before."""
     assert pytest.approx(seconds) == time_left(*keys(cache=cache)).seconds()
 
 
-def test_answers_are_read_again_where_they_stand_in_the_prompt() -> None:
+def test_own_answers_count_as_prefill() -> None:
     """Prompts of 100, 200 and 300 tokens of the user's, and no, one and two answers of 50."""
     left = TimeLeft(keys(), TALKS, "own")
     left.opened("m", RATES)
@@ -42,7 +42,7 @@ def test_answers_are_read_again_where_they_stand_in_the_prompt() -> None:
     assert pytest.approx((100 + 250 + 400) / 25 + 3 * 5) == left.seconds()
 
 
-def test_a_conversation_that_is_given_up_takes_no_more_time() -> None:
+def test_a_failed_conversation_takes_no_more_time() -> None:
     """Its second prompt was refused at once: the third is never sent, and says nothing about speed."""
     left = time_left(*keys(), *keys(cache="warm"))
     left.played(keys()[0], 9.0)
@@ -52,14 +52,14 @@ def test_a_conversation_that_is_given_up_takes_no_more_time() -> None:
     assert pytest.approx(9.01 / (9.01 + WARM_S)) == left.share()
 
 
-def test_estimates_are_corrected_by_what_the_finished_ones_took() -> None:
+def test_finished_requests_correct_the_estimates() -> None:
     left = time_left(*keys())
     left.played(keys()[0], 18.0)  # estimated at 9
 
     assert pytest.approx(2 * (17 + 25)) == left.seconds()
 
 
-def test_cold_and_warm_are_corrected_each_by_its_own() -> None:
+def test_cold_and_warm_are_corrected_separately() -> None:
     left = time_left(*keys(), *keys(cache="warm"))
     left.played(keys()[0], 18.0)
     left.played(keys(cache="warm")[0], 4.5)
@@ -67,18 +67,18 @@ def test_cold_and_warm_are_corrected_each_by_its_own() -> None:
     assert pytest.approx(2 * (17 + 25) + 0.5 * (13 + 13)) == left.seconds()
 
 
-def test_what_was_not_played_yet_is_corrected_by_its_target() -> None:
+def test_a_cache_setting_not_played_yet_is_corrected_by_its_target() -> None:
     left = time_left(*keys(), *keys(cache="warm"))
     left.played(keys()[0], 18.0)
 
     assert pytest.approx(2 * (17 + 25) + 2 * WARM_S) == left.seconds()
 
 
-def test_a_target_that_was_not_seen_yet_counts_like_the_one_that_was() -> None:
+def test_an_unopened_target_counts_like_the_others() -> None:
     assert pytest.approx(2 * COLD_S) == time_left(*keys(), *keys("other")).seconds()
 
 
-def test_a_target_that_was_not_seen_yet_still_counts_when_the_others_are_finished() -> None:
+def test_an_unopened_target_still_counts_after_the_others_have_finished() -> None:
     """The moment at which the second model begins to load: the run is half done, not done."""
     left = time_left(*keys(), *keys("other"))
     for key, seconds in zip(keys(), (9.0, 17.0, 25.0), strict=True):
@@ -88,7 +88,7 @@ def test_a_target_that_was_not_seen_yet_still_counts_when_the_others_are_finishe
     assert pytest.approx(0.5) == left.share()
 
 
-def test_the_finished_share_is_one_of_seconds_not_of_requests() -> None:
+def test_the_finished_share_counts_seconds_not_requests() -> None:
     left = time_left(*keys())
     left.played(keys()[2], 25.0)
 
@@ -103,7 +103,7 @@ def test_a_run_with_nothing_left_is_finished() -> None:
     assert (left.seconds(), left.share()) == (0.0, 1.0)
 
 
-def test_a_request_that_nobody_expected_does_no_harm() -> None:
+def test_an_unexpected_request_is_ignored() -> None:
     left = time_left(*keys())
     left.played(keys("stranger")[0], 3.0)
 

@@ -40,7 +40,7 @@ UNKNOWN_WITHOUT: dict[str, set[str]] = {
 
 
 @pytest.mark.parametrize("missing", UNKNOWN_WITHOUT)
-def test_what_rests_on_a_missing_part_is_none_and_the_rest_stays(missing: str) -> None:
+def test_only_values_that_depend_on_a_missing_field_are_none(missing: str) -> None:
     trace = replace(ANSWER, **{missing: None})
 
     assert {name: None if name in UNKNOWN_WITHOUT[missing] else value for name, value in DERIVED.items()} == {
@@ -56,31 +56,31 @@ def test_what_rests_on_a_missing_part_is_none_and_the_rest_stays(missing: str) -
         pytest.param({"t_first": 3.0, "t_last": 3.0}, id="all-in-one-instant"),
     ],
 )
-def test_an_answer_without_a_step_has_no_decode_rate(changes: dict[str, float]) -> None:
+def test_an_answer_of_one_token_has_no_decode_rate(changes: dict[str, float]) -> None:
     """Neither 0 nor infinite: there was nothing to measure."""
     assert make_trace(**changes).decode_tps is None
 
 
-def test_uncached_tokens_need_the_cached_ones_when_the_engine_does_not_count() -> None:
+def test_uncached_tokens_fall_back_to_prompt_minus_cached() -> None:
     assert make_trace(prompt_n=None, cached_tokens=None).uncached_tokens is None
 
 
-def test_each_rate_is_what_its_definition_says() -> None:
+def test_each_rate_matches_its_definition() -> None:
     assert pytest.approx(DERIVED) == {name: getattr(ANSWER, name) for name in DERIVED}
 
 
-def test_the_engines_count_of_computed_tokens_beats_ours() -> None:
+def test_prefers_the_engines_count_of_computed_tokens() -> None:
     assert make_trace(prompt_n=97, prompt_tokens=100, cached_tokens=0).uncached_tokens == 97
 
 
-def test_decoding_begins_with_reasoning_but_the_wait_ends_with_content() -> None:
+def test_decoding_begins_with_reasoning_but_ttft_ends_with_content() -> None:
     """A reasoning model decodes long before a person sees a word."""
     trace = make_trace(t_first_reasoning=0.5, t_first=2.0, t_last=4.5, generated_tokens=41)
 
     assert (trace.ttft_s, trace.decode_s, trace.decode_tps) == (2.0, 4.0, 10.0)
 
 
-def test_an_answer_of_reasoning_alone_has_a_rate_but_no_first_word() -> None:
+def test_an_answer_of_reasoning_only_has_a_decode_rate_but_no_ttft() -> None:
     trace = make_trace(t_first_reasoning=1.0, t_first=None)
 
     assert (trace.ttft_s, trace.decode_tps) == (None, 10.0)

@@ -25,7 +25,7 @@ class Cached(EngineClient):
         )
 
 
-def test_tokens_from_a_cache_do_not_make_a_warm_up_fast() -> None:
+def test_cached_tokens_do_not_raise_the_warm_up_rates() -> None:
     opened = OpenTarget(Cached("http://none"), "m", False, None, None, lambda: None)
     client = opened.turn_client(Protocol(), origin=0.0, nonce="")
 
@@ -39,14 +39,14 @@ def test_tokens_from_a_cache_do_not_make_a_warm_up_fast() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "decode_tps"), [(21, 10.5), (1, 50.0)], ids=["all-at-once", "one-token"])
-def test_an_answer_that_shows_no_decode_rate_has_one_for_forecasts(tokens: int, decode_tps: float) -> None:
+def test_an_answer_without_a_decode_rate_gets_an_estimate(tokens: int, decode_tps: float) -> None:
     """100 tokens of prompt in 2 s, and the answer with them."""
     trace = make_trace(t_first=2.0, t_last=2.0, generated_tokens=tokens)
 
     assert _rates(trace, 2.0, 300, 500).decode_tps == decode_tps
 
 
-def test_a_look_that_would_take_too_long_is_left_out() -> None:
+def test_keeps_the_warm_up_rates_if_refining_them_takes_too_long() -> None:
     """100 characters at 10 a token and 10 tokens a second, and an answer of one second."""
     opened = OpenTarget(EngineClient("http://none"), "m", False, None, None, lambda: None)
     client, rates = opened.turn_client(Protocol(), origin=0.0, nonce=""), WarmUpRates(10.0, 10.0, 10.0, 10.0)

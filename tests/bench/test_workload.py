@@ -62,12 +62,12 @@ def shared_line(*pairs: tuple[str, str]) -> bytes:
         pytest.param(line_of({"role": "user", "content": None}), "Expected `str`, got `null`", id="null-content"),
         pytest.param(line_of(USER | {"name": "Al"}), "unknown field `name`", id="unknown-field"),
         pytest.param(line_of(USER, id=7), "Expected `str | null`", id="id-not-text"),
-        pytest.param(line_of(USER, id="good"), "the id 'good' was used before", id="same-id-twice"),
+        pytest.param(line_of(USER, id="good"), "duplicate id 'good'", id="same-id-twice"),
         pytest.param(shared_line(("alien", "hello")), "Invalid enum value 'alien'", id="unknown-speaker"),
         pytest.param(b'{"conversations": [{"from": "human"}]}', "missing required field `value`", id="no-value"),
     ],
 )
-def test_a_malformed_line_is_refused_by_file_line_and_reason(write: Write, line: bytes, reason: str) -> None:
+def test_rejects_a_malformed_line_with_file_line_and_reason(write: Write, line: bytes, reason: str) -> None:
     path = write(GOOD, line)
 
     with pytest.raises(WorkloadError) as refusal:
@@ -77,23 +77,23 @@ def test_a_malformed_line_is_refused_by_file_line_and_reason(write: Write, line:
     assert reason in refusal.value.message
 
 
-def test_an_endless_line_is_refused(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_an_overlong_line(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workload, "_MAX_LINE_BYTES", 1000)
 
-    with pytest.raises(WorkloadError, match=r"line 2: the line has 1,001 bytes"):
+    with pytest.raises(WorkloadError, match=r"line 2: the line is too long \(1,001 bytes\)"):
         load_jsonl(write(GOOD, GOOD.ljust(1001)))
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"], ids=["empty", "blank"])
-def test_a_file_without_conversations_is_refused(write: Write, content: bytes) -> None:
-    with pytest.raises(WorkloadError, match=r"talks\.jsonl holds no conversation"):
+def test_rejects_a_file_without_conversations(write: Write, content: bytes) -> None:
+    with pytest.raises(WorkloadError, match=r"talks\.jsonl contains no conversation"):
         load_jsonl(write(content))
 
 
 @pytest.mark.parametrize(
     ("name", "reason"), [("absent.jsonl", "No such file"), ("", "Is a directory")], ids=["absent", "directory"]
 )
-def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, name: str, reason: str) -> None:
+def test_rejects_an_unreadable_file(tmp_path: Path, name: str, reason: str) -> None:
     with pytest.raises(WorkloadError, match=reason) as refusal:
         load_jsonl(tmp_path / name)
 
@@ -110,19 +110,19 @@ def bundled_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return copy
 
 
-def test_the_bundled_workload_is_refused_with_one_word_changed(bundled_copy: Path) -> None:
+def test_rejects_the_bundled_workload_with_one_word_changed(bundled_copy: Path) -> None:
     bundled_copy.write_bytes(bundled_copy.read_bytes().replace(b"alarms", b"alerts", 1))
 
-    with pytest.raises(WorkloadError, match="was changed"):
+    with pytest.raises(WorkloadError, match="has been modified"):
         load_bundled()
 
 
 @pytest.mark.usefixtures("bundled_copy")
-def test_the_bundled_workload_is_accepted_as_it_was_sealed() -> None:
+def test_accepts_the_bundled_workload() -> None:
     assert load_bundled().name == EDGE_50
 
 
-def test_the_bundled_workload_holds_fifty_conversations_worth_playing() -> None:
+def test_the_bundled_workload_contains_fifty_varied_conversations() -> None:
     conversations = load_bundled().conversations
     words = [len(m.content.split()) for c in conversations for m in c.messages if m.role == "user"]
 
@@ -132,7 +132,7 @@ def test_the_bundled_workload_holds_fifty_conversations_worth_playing() -> None:
     assert max(words) <= 400
 
 
-def test_both_forms_tell_the_same_conversation(write: Write) -> None:
+def test_both_formats_give_the_same_conversation(write: Write) -> None:
     plain = load_jsonl(write(line_of({"role": "system", "content": "be brief"}, USER, ASSISTANT, id="good")))
     shared = load_jsonl(write(shared_line(("system", "be brief"), ("human", "why?"), ("gpt", "because."))))
 
@@ -140,7 +140,7 @@ def test_both_forms_tell_the_same_conversation(write: Write) -> None:
     assert plain.sha256 == shared.sha256
 
 
-def test_blank_lines_are_skipped_and_nameless_conversations_are_called_by_their_line(write: Write) -> None:
+def test_skips_blank_lines_and_names_conversations_without_id_by_line(write: Write) -> None:
     found = load_jsonl(write(GOOD, b"", line_of(USER), b""))
 
     assert [conversation.id for conversation in found.conversations] == ["good", "line-3"]
@@ -162,7 +162,7 @@ def test_the_fingerprint_does_not_depend_on_formatting(write: Write) -> None:
         pytest.param((line_of(USER, ASSISTANT, id="x"), line_of(USER, id="a")), id="order"),
     ],
 )
-def test_the_fingerprint_changes_with_what_will_be_asked(write: Write, lines: tuple[bytes, ...]) -> None:
+def test_the_fingerprint_changes_with_the_prompts(write: Write, lines: tuple[bytes, ...]) -> None:
     original = load_jsonl(write(line_of(USER, id="a"), line_of(USER, ASSISTANT, id="x"))).sha256
 
     assert original != load_jsonl(write(*lines)).sha256
@@ -175,7 +175,7 @@ def test_a_prompt_ends_with_its_user_turn() -> None:
     assert len("onetwothree") == conversation.prompt_chars(1)
 
 
-def test_a_models_own_answers_take_the_place_of_the_datas() -> None:
+def test_own_answers_replace_those_of_the_data_set() -> None:
     conversation = talk("c", "one", "two", "three", "four", "five")
 
     assert [

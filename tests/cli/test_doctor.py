@@ -9,7 +9,7 @@ from promptai.engine.locate import EngineBinary
 from support_runs import CPU, MACHINE
 
 
-def test_what_a_machine_calls_itself_is_shown_as_it_is() -> None:
+def test_shows_markup_in_machine_names_literally() -> None:
     """A board's name comes from its firmware and an engine's from its path; square brackets there are no markup."""
     machine = replace(MACHINE, board="Board [/b]", cpu=replace(CPU, model_name="CPU [red]x[", governor="[bold]"))
     engine = EngineBinary("/opt/e[avx2]/llama-server", ("llama-server",), "b1 [abc]", ("[x]",))

@@ -7,7 +7,7 @@ from promptai.cli.measure import _render
 pytestmark = pytest.mark.real
 
 
-def test_the_process_that_draws_does_not_run_the_user_s_files(
+def test_the_rendering_process_does_not_import_the_users_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """People call their scripts signal.py; here it gets as far as to see that there is no run."""

@@ -33,14 +33,14 @@ def opened(directory: Path, out: StringIO, **protocol: Any) -> RunProgress:
 
 
 @pytest.mark.parametrize(("at_once", "left"), [(1, "about 3 min left"), (4, "about 45 s left")])
-def test_the_time_that_is_left_is_an_estimate_and_says_so(at_once: int, left: str, tmp_path: Path) -> None:
+def test_the_time_left_is_labelled_as_an_estimate(at_once: int, left: str, tmp_path: Path) -> None:
     out = StringIO()
     opened(tmp_path, out, concurrency=at_once)
 
     assert f"m: warmed up, prefill 25 and decode 10.0 tokens/s; {left}" in out.getvalue()
 
 
-def test_a_log_gets_a_line_at_every_tenth(tmp_path: Path) -> None:
+def test_logs_a_line_per_finished_tenth(tmp_path: Path) -> None:
     """A stage may last for days."""
     out = StringIO()
     progress = opened(tmp_path, out)
@@ -48,10 +48,10 @@ def test_a_log_gets_a_line_at_every_tenth(tmp_path: Path) -> None:
         progress.played(PlayedTurn(make_trace(conversation=talk.id, t_end=9.0), ""))
 
     told = [line.partition(",")[0] for line in out.getvalue().splitlines()[1:]]
-    assert told == [f"{tenth}0% done" for tenth in range(1, 10)]
+    assert told == [f"{tenth}0 % done" for tenth in range(1, 10)]
 
 
-def test_what_is_left_out_after_a_failure_takes_no_more_time(tmp_path: Path) -> None:
+def test_skipped_turns_take_no_more_time(tmp_path: Path) -> None:
     out = StringIO()
     progress = opened(tmp_path, out)
     for talk in TALKS[:10]:

@@ -74,7 +74,7 @@ def not_gguf(path: Path, _whole: bytes) -> None:
     ("damage", "words"),
     [(empty, "empty"), (truncated, "truncated"), (truncated_in_its_header, "truncated"), (not_gguf, "not a GGUF")],
 )
-def test_a_damaged_model_is_named_with_its_damage(
+def test_rejects_a_damaged_model_with_the_damage(
     damage: Callable[[Path, bytes], None], words: str, small_model: Path, tmp_path: Path
 ) -> None:
     damage(tmp_path / "bad.gguf", small_model.read_bytes())
@@ -85,12 +85,12 @@ def test_a_damaged_model_is_named_with_its_damage(
     assert_nothing_left(tmp_path)
 
 
-def test_a_missing_model_is_named(tmp_path: Path) -> None:
+def test_rejects_a_missing_model(tmp_path: Path) -> None:
     assert_refused(promptai("bench", "nowhere.gguf", cwd=tmp_path), MODEL, "nowhere.gguf", "does not exist")
     assert_nothing_left(tmp_path)
 
 
-def test_a_model_larger_than_memory_is_refused_with_the_numbers_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_rejects_a_model_larger_than_memory_before_loading(tmp_path: Path) -> None:
     """A sparse file that really is as long as its header says, but holds more than any test machine."""
     path = tmp_path / "huge.gguf"
     shape = Shape(layers=1, width=64, heads=4, kv_heads=2, ffn=128, vocabulary=512)
@@ -109,7 +109,7 @@ def test_a_model_larger_than_memory_is_refused_with_the_numbers_before_anything_
     assert_nothing_left(tmp_path)
 
 
-def test_an_engine_that_dies_while_loading_says_why(small_model: Path, workload: Path, tmp_path: Path) -> None:
+def test_reports_why_an_engine_died_while_loading(small_model: Path, workload: Path, tmp_path: Path) -> None:
     data = small_model.read_bytes().replace(b"llama", b"lamma")  # an architecture that no engine knows
     (tmp_path / "odd.gguf").write_bytes(data)
 
@@ -120,7 +120,9 @@ def test_an_engine_that_dies_while_loading_says_why(small_model: Path, workload:
     assert not lines(only_run(tmp_path) / "traces.jsonl")
 
 
-def test_an_engine_that_dies_while_a_budget_is_made_says_why(small_model: Path, workload: Path, tmp_path: Path) -> None:
+def test_reports_why_an_engine_died_while_measuring_for_a_budget(
+    small_model: Path, workload: Path, tmp_path: Path
+) -> None:
     data = small_model.read_bytes().replace(b"llama", b"lamma")
     (tmp_path / "odd.gguf").write_bytes(data)
 
@@ -133,9 +135,7 @@ def test_an_engine_that_dies_while_a_budget_is_made_says_why(small_model: Path, 
     assert_nothing_left(tmp_path)
 
 
-def test_an_engine_that_is_killed_while_decoding_says_so_and_what_was_measured_stays(
-    small_model: Path, workload: Path, tmp_path: Path
-) -> None:
+def test_reports_a_killed_engine_and_keeps_the_results(small_model: Path, workload: Path, tmp_path: Path) -> None:
     bench = start(
         *("bench", small_model, "--workload", workload, "--max-tokens", "500", "--context", "4096"),
         *(*ONE_THREAD, "--ignore-eos"),
@@ -154,7 +154,7 @@ def test_an_engine_that_is_killed_while_decoding_says_so_and_what_was_measured_s
     assert (only_run(tmp_path) / "report.html").exists()
 
 
-def test_a_taken_port_is_named(small_model: Path, workload: Path, tmp_path: Path) -> None:
+def test_reports_a_port_that_is_in_use(small_model: Path, workload: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -166,7 +166,7 @@ def test_a_taken_port_is_named(small_model: Path, workload: Path, tmp_path: Path
     assert_nothing_left(tmp_path)
 
 
-def test_nobody_at_a_url_is_said_in_one_line(workload: Path, tmp_path: Path) -> None:
+def test_reports_an_unreachable_url_in_one_line(workload: Path, tmp_path: Path) -> None:
     done = promptai("bench", "http://127.0.0.1:9", "--workload", workload, cwd=tmp_path)
 
     assert_refused(done, ENGINE, "no connection to http://127.0.0.1:9: Connection refused")
@@ -182,7 +182,7 @@ def test_nobody_at_a_url_is_said_in_one_line(workload: Path, tmp_path: Path) -> 
         pytest.param('{"text": "hi"}', "neither", id="unknown form"),
     ],
 )
-def test_a_malformed_workload_line_is_named_with_file_line_and_reason(
+def test_rejects_a_malformed_workload_with_file_line_and_reason(
     line: str, reason: str, small_model: Path, tmp_path: Path
 ) -> None:
     good = json.dumps({"messages": [{"role": "user", "content": "hi"}]})
@@ -194,7 +194,7 @@ def test_a_malformed_workload_line_is_named_with_file_line_and_reason(
     assert_nothing_left(tmp_path)
 
 
-def test_an_unwritable_run_directory_is_named(workload: Path, tmp_path: Path) -> None:
+def test_reports_an_unwritable_run_directory(workload: Path, tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file where a directory should be")
 
     with simulated("--time-scale", "100", cwd=tmp_path) as url:
@@ -203,7 +203,7 @@ def test_an_unwritable_run_directory_is_named(workload: Path, tmp_path: Path) ->
     assert_refused(done, RUN, "runs")
 
 
-def test_a_full_disk_stops_the_run_with_whole_lines_only(workload: Path, tmp_path: Path) -> None:
+def test_a_full_disk_ends_the_run_with_complete_lines(workload: Path, tmp_path: Path) -> None:
     """The kernel's file size limit stands in for a full disk: writes fail in the middle of a line."""
 
     def limit() -> None:
@@ -237,7 +237,7 @@ def test_a_full_disk_stops_the_run_with_whole_lines_only(workload: Path, tmp_pat
         pytest.param("[engine\n", "promptai.toml", id="not TOML"),
     ],
 )
-def test_a_wrong_setting_is_refused(toml: str, words: str, tmp_path: Path) -> None:
+def test_rejects_an_invalid_setting(toml: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "promptai.toml").write_text(toml)
 
     assert_refused(promptai("bench", cwd=tmp_path), USAGE, "promptai.toml", words)
@@ -245,7 +245,7 @@ def test_a_wrong_setting_is_refused(toml: str, words: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("budget", ["soon", "-3m", "0"])
-def test_a_budget_that_is_no_duration_is_refused(budget: str, workload: Path, tmp_path: Path) -> None:
+def test_rejects_a_budget_that_is_not_a_duration(budget: str, workload: Path, tmp_path: Path) -> None:
     with simulated("--time-scale", "100", cwd=tmp_path) as url:
         done = promptai("bench", url, "--workload", workload, f"--budget={budget}", cwd=tmp_path)
 
@@ -254,21 +254,21 @@ def test_a_budget_that_is_no_duration_is_refused(budget: str, workload: Path, tm
 
 
 @pytest.mark.parametrize("seconds", ["0", "-5", "nan"])
-def test_a_timeout_that_is_no_time_is_refused(seconds: str, tmp_path: Path) -> None:
+def test_rejects_a_timeout_that_is_not_positive(seconds: str, tmp_path: Path) -> None:
     done = promptai("bench", "http://127.0.0.1:9", f"--timeout={seconds}", cwd=tmp_path)
 
     assert_refused(done, USAGE, "--timeout must be above 0", seconds)
     assert_nothing_left(tmp_path)
 
 
-def test_concurrency_says_nothing_about_open_arrivals_and_is_refused_with_them(tmp_path: Path) -> None:
+def test_rejects_concurrency_with_open_arrivals(tmp_path: Path) -> None:
     done = promptai("bench", "http://127.0.0.1:9", "--concurrency=4", "--arrivals=poisson:0.2", cwd=tmp_path)
 
     assert_refused(done, USAGE, "--concurrency 4", "--arrivals poisson:0.2")
     assert_nothing_left(tmp_path)
 
 
-def test_an_unknown_option_is_refused_with_the_usage(tmp_path: Path) -> None:
+def test_rejects_an_unknown_option_with_the_usage(tmp_path: Path) -> None:
     done = promptai("bench", "--treads", "2", cwd=tmp_path)
 
     assert done.returncode == USAGE

@@ -12,7 +12,7 @@ from support_runs import make_run, write_run
 pytestmark = pytest.mark.real
 
 
-def test_a_directory_is_named_as_it_is_whatever_it_looks_like(tmp_path: Path) -> None:
+def test_prints_markup_in_a_directory_literally(tmp_path: Path) -> None:
     """Square brackets are markup to the library that prints."""
     write_run(tmp_path / "pi[bold]5[" / "run", make_run(conversations=1, turns=1))
 
@@ -22,7 +22,7 @@ def test_a_directory_is_named_as_it_is_whatever_it_looks_like(tmp_path: Path) ->
     assert "report:  pi[bold]5[/run/report.html" in done.stdout
 
 
-def test_json_without_a_page_takes_no_figures(tmp_path: Path) -> None:
+def test_rejects_json_with_figures(tmp_path: Path) -> None:
     write_run(tmp_path / "run", make_run(conversations=1, turns=1))
 
     done = promptai("report", "run", "--json", "--figures", cwd=tmp_path)
@@ -32,7 +32,7 @@ def test_json_without_a_page_takes_no_figures(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-def test_json_needs_no_library_that_draws(tmp_path: Path) -> None:
+def test_json_imports_no_drawing_library(tmp_path: Path) -> None:
     """They take a second and 200 MB, which a board may not have."""
     write_run(tmp_path / "run", make_run(conversations=1, turns=1))
     script = (

@@ -27,7 +27,7 @@ def start_and_wait_for(answers: int, url: str, workload: Path, cwd: Path, *more:
     return bench
 
 
-def test_ctrl_c_keeps_what_there_is_reports_it_and_exits_130(workload: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_results_reports_them_and_exits_130(workload: Path, tmp_path: Path) -> None:
     with simulated("--decode-tps", "200", "--prefill-tps", "2000", cwd=tmp_path) as url:
         bench = start_and_wait_for(4, url, workload, tmp_path)
         os.killpg(bench.pid, signal.SIGINT)
@@ -41,7 +41,7 @@ def test_ctrl_c_keeps_what_there_is_reports_it_and_exits_130(workload: Path, tmp
 
 
 @pytest.mark.parametrize("history", ["data", "own"])
-def test_a_killed_run_resumes_repeats_nothing_and_loses_at_most_the_request_in_flight(
+def test_a_killed_run_resumes_and_loses_at_most_the_request_in_flight(
     history: str, workload: Path, tmp_path: Path
 ) -> None:
     with simulated("--decode-tps", "200", "--prefill-tps", "2000", cwd=tmp_path) as url:
@@ -61,7 +61,7 @@ def test_a_killed_run_resumes_repeats_nothing_and_loses_at_most_the_request_in_f
     assert min(t["t_sent"] for t in after[len(before) :]) > max(t["t_end"] for t in before)
 
 
-def test_a_resumed_warm_conversation_finds_the_cache_as_it_was(workload: Path, tmp_path: Path) -> None:
+def test_a_resumed_warm_conversation_finds_its_cache(workload: Path, tmp_path: Path) -> None:
     """Its next turn takes the earlier ones from the cache, as if nothing had happened."""
     with simulated("--decode-tps", "200", "--prefill-tps", "2000", cwd=tmp_path) as url:
         bench = start_and_wait_for(2, url, workload, tmp_path, "--cache", "warm")
@@ -90,7 +90,7 @@ def test_resuming_a_finished_run_measures_nothing(workload: Path, tmp_path: Path
     assert before == (only_run(tmp_path) / "traces.jsonl").read_bytes()
 
 
-def test_a_run_whose_workload_changed_is_not_resumed(workload: Path, tmp_path: Path) -> None:
+def test_refuses_to_resume_with_a_changed_workload(workload: Path, tmp_path: Path) -> None:
     with simulated("--time-scale", "50", cwd=tmp_path) as url:
         promptai("bench", url, "--workload", workload, "--max-tokens", "3", "--no-report", cwd=tmp_path)
     workload.write_text(workload.read_text().replace("is cell up", "is cell down"))
@@ -101,7 +101,7 @@ def test_a_run_whose_workload_changed_is_not_resumed(workload: Path, tmp_path: P
     assert "has changed since the run began" in done.stderr
 
 
-def test_a_run_of_another_board_is_not_resumed(workload: Path, tmp_path: Path) -> None:
+def test_refuses_to_resume_on_another_board(workload: Path, tmp_path: Path) -> None:
     with simulated("--time-scale", "50", cwd=tmp_path) as url:
         promptai("bench", url, "--workload", workload, "--max-tokens", "3", "--no-report", cwd=tmp_path)
         manifest = only_run(tmp_path) / "manifest.json"
@@ -114,9 +114,7 @@ def test_a_run_of_another_board_is_not_resumed(workload: Path, tmp_path: Path) -
     assert "the run began on Raspberry Pi 5, this is" in done.stderr
 
 
-def test_the_engine_and_the_sampler_do_not_outlive_a_killed_bench(
-    small_model: Path, workload: Path, tmp_path: Path
-) -> None:
+def test_engine_and_sampler_end_with_a_killed_bench(small_model: Path, workload: Path, tmp_path: Path) -> None:
     bench = start(
         *("bench", small_model, "--workload", workload, "--max-tokens", "1000", "--ignore-eos", *ONE_THREAD),
         cwd=tmp_path,
@@ -131,7 +129,7 @@ def test_the_engine_and_the_sampler_do_not_outlive_a_killed_bench(
 
 
 @pytest.mark.parametrize("fault", ["cut", "malformed", "error"])
-def test_a_server_that_keeps_failing_ends_the_run_with_its_reason(fault: str, workload: Path, tmp_path: Path) -> None:
+def test_a_server_that_keeps_failing_ends_the_run_with_its_error(fault: str, workload: Path, tmp_path: Path) -> None:
     with simulated("--time-scale", "100", "--fault", fault, "--after-tokens", "3", cwd=tmp_path) as url:
         done = promptai("bench", url, "--workload", workload, "--max-tokens", "10", "--no-report", cwd=tmp_path)
 

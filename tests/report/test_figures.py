@@ -36,40 +36,40 @@ def whole() -> dict[str, Figure]:
     return drawn(RUN)
 
 
-def test_figures_that_cannot_be_written_are_an_error_of_ours(tmp_path: Path) -> None:
+def test_raises_run_error_if_figures_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "figures").touch()
 
     with pytest.raises(RunError, match="cannot write to"):
         write_figures(tmp_path, RUN, summarize(RUN))
 
 
-def test_nothing_is_drawn_of_a_run_that_has_only_failed() -> None:
+def test_draws_nothing_if_every_request_failed() -> None:
     assert drawn(replace(RUN, traces=[make_failure()], samples=[])) == {}
 
 
-def test_without_telemetry_the_figures_of_the_machine_are_left_out() -> None:
+def test_omits_the_figures_of_the_machine_without_telemetry() -> None:
     assert list(drawn(make_run(with_telemetry=False))) == ABOUT_ANSWERS
 
 
-def test_a_server_on_another_machine_has_no_figures_of_this_one() -> None:
+def test_omits_the_figures_of_this_machine_for_a_server_elsewhere() -> None:
     """The processor that got hot here is not the one that answered."""
     manifest = replace(RUN.manifest, targets=(TargetFacts("m", url="http://pi:8080"),))
 
     assert list(drawn(replace(RUN, manifest=manifest))) == ABOUT_ANSWERS
 
 
-def test_a_board_without_a_thermometer_has_no_figure_of_heat() -> None:
+def test_omits_the_temperature_without_a_sensor() -> None:
     samples = [replace(sample, temperature_c=None) for sample in RUN.samples]
 
     assert [*ABOUT_ANSWERS, "memory", "cpu"] == list(drawn(replace(RUN, samples=samples)))
 
 
-def test_every_figure_is_drawn_of_a_whole_run(whole: dict[str, Figure]) -> None:
+def test_draws_every_figure_of_a_complete_run(whole: dict[str, Figure]) -> None:
     assert [*ABOUT_ANSWERS, *ABOUT_THE_MACHINE] == list(whole)
     assert all(figure.title and figure.caption for figure in whole.values())
 
 
-def test_a_figure_carries_its_data_and_fetches_nothing(whole: dict[str, Figure]) -> None:
+def test_a_figure_contains_its_data_and_fetches_nothing(whole: dict[str, Figure]) -> None:
     assert whole
     for figure in whole.values():
         assert rows_of(figure)
@@ -88,12 +88,12 @@ def test_the_throughput_figure_shows_the_summary(whole: dict[str, Figure]) -> No
     assert (metric.value, *metric.ci95, metric.n) == (bar["tps"], bar["low"], bar["high"], bar["n"])
 
 
-def test_memory_is_split_as_the_kernel_splits_it(whole: dict[str, Figure]) -> None:
+def test_splits_memory_as_the_kernel_does(whole: dict[str, Figure]) -> None:
     assert {row["value"] for row in rows_of(whole["memory"]) if row["t"] == 0} == {200.0, 900.0}
 
 
 @pytest.mark.parametrize("count", [0, 1, 1500, 1501, 3000, 100_000])
-def test_long_series_are_thinned_evenly(count: int) -> None:
+def test_thins_long_series_evenly(count: int) -> None:
     """A run of a day must not make a page of 100 MB."""
     kept = thin(range(count))
     steps = {after - before for before, after in pairwise(kept)}
@@ -104,7 +104,7 @@ def test_long_series_are_thinned_evenly(count: int) -> None:
 
 
 @pytest.mark.real
-def test_every_figure_can_be_an_image(tmp_path: Path) -> None:
+def test_every_figure_renders_as_an_image(tmp_path: Path) -> None:
     """The renderer takes a second or two to start."""
     written = write_figures(tmp_path, RUN, summarize(RUN))
 
@@ -115,6 +115,6 @@ def test_every_figure_can_be_an_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_an_image_shows_the_titles_of_its_axes(whole: dict[str, Figure]) -> None:
-    assert "tokens of the prompt, history included" in to_svg(whole["prompt-lengths"])
+def test_an_image_contains_its_axis_titles(whole: dict[str, Figure]) -> None:
+    assert "prompt tokens, including history" in to_svg(whole["prompt-lengths"])
     assert len(to_png(whole["prompt-lengths"])) > 10_000

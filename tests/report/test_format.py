@@ -19,7 +19,7 @@ from promptai.report.format import metric, number, quantity
         (99.96, "100"),
     ],
 )
-def test_a_number_has_three_digits_and_thousands_apart(value: float | None, text: str) -> None:
+def test_formats_three_significant_digits_and_thousands_separators(value: float | None, text: str) -> None:
     assert text == number(value)
 
 
@@ -40,7 +40,7 @@ def test_a_number_has_three_digits_and_thousands_apart(value: float | None, text
         pytest.param(61.04, "°C", "61.0 °C", id="heat"),
     ],
 )
-def test_a_quantity_is_scaled_to_what_people_say(value: float | None, unit: str, text: str) -> None:
+def test_scales_a_quantity_to_a_readable_unit(value: float | None, unit: str, text: str) -> None:
     assert text == quantity(value, unit)
 
 
@@ -55,5 +55,5 @@ def test_a_quantity_is_scaled_to_what_people_say(value: float | None, unit: str,
         pytest.param(Metric(0.5, "1", 9, (0.4, 0.6)), "50.0 % (40.0 to 60.0)", id="ratio"),
     ],
 )
-def test_an_interval_stands_beside_its_value(found: Metric, text: str) -> None:
+def test_formats_an_interval_beside_its_value(found: Metric, text: str) -> None:
     assert text == metric(found)

@@ -127,7 +127,7 @@ def attacked() -> str:
     return page_of(hostile(RUN))
 
 
-def test_a_page_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
+def test_raises_run_error_if_the_page_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot write to"):
         write_report(tmp_path / "absent", RUN, summarize(RUN))
 
@@ -141,7 +141,7 @@ def test_a_hostile_name_starts_no_script(attacked: str) -> None:
     assert ATTACK in attacked_page.text
 
 
-def test_a_hostile_name_is_only_data_to_the_charts(attacked: str) -> None:
+def test_a_hostile_name_is_plain_data_in_charts(attacked: str) -> None:
     """It is escaped in the script, and whole again when the script reads it."""
     (rows,) = Page(attacked).specs[0]["datasets"].values()
 
@@ -158,7 +158,7 @@ def test_the_page_fetches_nothing(page: Page) -> None:
     assert page.external() == []
 
 
-def test_the_page_forbids_itself_to_fetch(page: Page) -> None:
+def test_the_content_security_policy_forbids_fetching(page: Page) -> None:
     (policy,) = [a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv")]
 
     assert policy is not None
@@ -176,7 +176,7 @@ def test_each_figure_has_its_place_and_its_data(page: Page) -> None:
     assert [figure.spec for figure in figures] == page.specs
 
 
-def test_every_number_is_on_the_page_under_its_name(page: Page) -> None:
+def test_the_page_contains_every_metric_with_its_name(page: Page) -> None:
     part = summarize(RUN).targets[0].cold
     assert part is not None
 
@@ -185,7 +185,7 @@ def test_every_number_is_on_the_page_under_its_name(page: Page) -> None:
     assert "10.0 tokens/s (10.0 to 10.0)" in page.text
 
 
-def test_what_is_needed_to_believe_it_is_on_the_page(page: Page) -> None:
+def test_the_page_contains_the_facts_of_the_manifest(page: Page) -> None:
     needed = [MODEL.sha256, RUN.manifest.workload.sha256, "b1 (abc)", "performance", "Cortex-A76", "greedy", "pmic"]
 
     assert [words for words in needed if words not in page.text] == []
@@ -194,12 +194,12 @@ def test_what_is_needed_to_believe_it_is_on_the_page(page: Page) -> None:
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"concurrency": 4}, "4 conversation(s) at once"),
-        ({"arrivals": Arrivals("poisson", 0.25)}, "poisson arrivals of 0.25 conversations a second"),
+        ({"concurrency": 4}, "closed loop, concurrent conversations: 4"),
+        ({"arrivals": Arrivals("poisson", 0.25)}, "poisson arrivals at 0.25 conversations per second"),
     ],
     ids=["closed", "open"],
 )
-def test_the_page_tells_how_conversations_arrived(asked: dict[str, Any], words: str) -> None:
+def test_the_page_shows_the_arrivals(asked: dict[str, Any], words: str) -> None:
     run = replace(RUN, manifest=replace(RUN.manifest, protocol=Protocol(**asked)))
 
     assert words in page_of(run)
@@ -229,22 +229,22 @@ def test_a_run_without_telemetry_has_a_page() -> None:
         pytest.param((FACTS, replace(FACTS, name="second")), "second SHA-256", id="never-reached"),
     ],
 )
-def test_the_page_tells_where_each_target_ran(targets: tuple[TargetFacts, ...], words: str) -> None:
+def test_the_page_shows_where_each_target_ran(targets: tuple[TargetFacts, ...], words: str) -> None:
     assert words in Page(page_of(replace(RUN, manifest=replace(RUN.manifest, targets=targets)))).text
 
 
-def test_doubts_stand_out_from_notes(page: Page) -> None:
+def test_the_page_distinguishes_warnings_from_notes(page: Page) -> None:
     facts = replace(FACTS, model=replace(MODEL, synthetic=True))
     manifest = replace(RUN.manifest, targets=(facts,))
     doubted = Page(page_of(replace(RUN, manifest=manifest, traces=[*RUN.traces[:-1], make_failure(repeat=1)])))
 
     assert page.findings == []
     assert doubted.findings == [None, "note"]
-    assert ("not complete" in page.text, "not complete" in doubted.text) == (False, True)
+    assert ("incomplete" in page.text, "incomplete" in doubted.text) == (False, True)
 
 
 @pytest.mark.real
-def test_the_real_page_is_whole_and_works_with_the_network_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_page_is_complete_and_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the real JavaScript, which takes seconds to put together."""
     monkeypatch.setattr(html, "javascript", javascript)
     path = write_report(tmp_path, RUN, summarize(RUN))

@@ -30,25 +30,25 @@ def named(run: RecordedRun, name: str) -> RecordedRun:
 
 
 @pytest.mark.parametrize("name", ["a[/b]", "[red]a", "a[bold"])
-def test_a_name_is_shown_as_it_is_whatever_it_looks_like(name: str) -> None:
+def test_shows_markup_in_a_name_literally(name: str) -> None:
     assert f"{name}\n" in printed(named(RUN, name)).replace(" \n", "\n").replace(" ", "")
 
 
-def test_an_unfinished_run_says_so() -> None:
+def test_warns_of_an_incomplete_run() -> None:
     unfinished = printed(replace(RUN, traces=RUN.traces[:-1]))
 
-    assert "not complete" in unfinished
-    assert "not complete" not in printed(RUN)
+    assert "incomplete" in unfinished
+    assert "incomplete" not in printed(RUN)
 
 
-def test_failures_are_counted_and_doubted() -> None:
+def test_counts_failures_and_warns_of_them() -> None:
     shown = printed(replace(RUN, traces=[*RUN.traces[:-1], make_failure(conversation="c5", turn=4, cache="warm")]))
 
-    assert "1 failed" in shown
-    assert "doubt  1 of 60 requests failed (EngineDied)" in shown
+    assert "1 requests failed" in shown
+    assert "warning  1 of 60 requests failed (EngineDied)" in shown
 
 
-def test_a_target_without_requests_is_named_all_the_same() -> None:
+def test_names_a_target_without_requests() -> None:
     """A table without columns must not squeeze the name into four letters a line."""
     absent = replace(FACTS, name="never-reached")
     manifest = make_manifest([talk("a", "one")], [absent])
@@ -56,7 +56,7 @@ def test_a_target_without_requests_is_named_all_the_same() -> None:
     assert "never-reached" in printed(replace(RUN, manifest=manifest, traces=[], samples=[], events=[]))
 
 
-def test_every_row_of_a_whole_run_is_shown_with_its_count() -> None:
+def test_shows_every_row_of_a_complete_run_with_its_count() -> None:
     shown = printed(RUN)
 
     assert [label for label in ROWS.values() if label not in shown] == []
@@ -65,14 +65,14 @@ def test_every_row_of_a_whole_run_is_shown_with_its_count() -> None:
     assert "loaded in 2.00 s" in " ".join(shown.split())
 
 
-def test_what_was_not_measured_has_no_row() -> None:
+def test_omits_rows_without_values() -> None:
     shown = printed(make_run(with_telemetry=False))
 
     assert ROWS["decode_tps"] in shown
     assert ROWS["temperature_c_max"] not in shown
 
 
-def test_synthetic_weights_stand_in_the_title() -> None:
+def test_the_title_mentions_synthetic_weights() -> None:
     facts = replace(FACTS, model=replace(MODEL, synthetic=True))
     shown = printed(replace(RUN, manifest=replace(RUN.manifest, targets=(facts,))))
 
@@ -80,7 +80,7 @@ def test_synthetic_weights_stand_in_the_title() -> None:
     assert "note" in shown
 
 
-def test_the_cost_of_measuring_is_shown() -> None:
-    assert "measuring took 1.50 % of one core, 47.7 MiB for the client and 17.2 MiB for telemetry" in printed(RUN)
+def test_shows_the_cost_of_measuring() -> None:
+    assert "measuring used 1.50 % of one core, 47.7 MiB for the client and 17.2 MiB for telemetry" in printed(RUN)
     silent = replace(COST, telemetry_cpu_s=None, telemetry_wall_s=None)
-    assert "measuring took – of one core" in printed(replace(RUN, events=[silent]))
+    assert "measuring used – of one core" in printed(replace(RUN, events=[silent]))

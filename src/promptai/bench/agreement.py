@@ -1,19 +1,19 @@
-"""How much a quantised model still says what its source says, with the uncertainty of it.
+"""Measure how closely a quantised model agrees with its source, with intervals.
 
-"4-bit costs almost nothing" is true of some models and files and not of others, and
-a damaged file loads and talks. So source and result read the same text, token by
-token (teacher-forced: both are given the text, not what they would have said), and
-two things are compared at each position: whether both would choose the same next
-token, and how likely each holds the token that really follows.
+"4-bit costs almost nothing" is true of some models and files and not of others, and a damaged
+file loads and generates text. So source and result read the same text token by token
+(teacher-forced: the given text is the context, not their own answers), and each position compares
+two things: whether both choose the same next token, and the probability that each assigns to the
+token that really follows.
 
-Two ways. ``score`` asks any llama-server, one decode step a position, exactly.
-``ask_perplexity`` runs llama.cpp's ``llama-perplexity``, which is faster. Its
-agreement is exact, but the likelihoods that it keeps of the source are clipped: a model
-compared with itself came out 0.21 ± 0.03 nats better than itself (b1 of 0c1e570). So
-its perplexities are taken from the two runs, each exact, and their difference has no interval.
+Two methods. ``score`` works with any llama-server, one decode step per position, exactly.
+``run_perplexity`` runs llama.cpp's ``llama-perplexity``, which is faster. Its agreement is exact,
+but the likelihoods that it stores for the source are clipped: a model compared with itself came
+out 0.21 ± 0.03 nats better than itself (b1 of 0c1e570). So its perplexities come from the two
+runs, each exact, and their difference has no interval.
 
-Positions of one text resemble each other, so that intervals are rather too narrow.
-Says nothing about right or wrong answers, and nothing at all about random weights.
+Positions of one text are correlated, so the intervals are rather too narrow. Agreement is not a
+measure of correct answers, and means nothing for random weights.
 """
 
 import math
@@ -35,21 +35,21 @@ from promptai.engine.locate import EngineBinary
 from promptai.engine.scoring import force_token
 from promptai.errors import EngineProtocolError
 
-#: Below the share that q2_K keeps of an 8 B model (71 %, llama.cpp's tools/perplexity/README.md) something is wrong.
+#: q2_K keeps 71 % for an 8 B model (llama.cpp's tools/perplexity/README.md); less points to a fault.
 DOUBTFUL = 0.7
 _Z95 = NormalDist().inv_cdf(0.975)
 _TEXTS = 16
 POSITIONS_PER_TEXT = 32
 _CONTEXT = 2048
-#: The second half of each chunk is scored, without its last token.
+#: llama-perplexity scores the second half of each chunk, without its last token.
 _CHUNK_TOKENS, _CHUNKS = 512, 2
 _SCORED = _CHUNK_TOKENS - 1 - _CHUNK_TOKENS // 2
-#: What stands for the log-probability of a model that computes none; it gets into no figure.
+#: Placeholder for the log-probability of a model that computes NaN; no figure includes it.
 _NO_NUMBER = -1000.0
 
 
 class Passage(NamedTuple):
-    """What is given, and what is scored."""
+    """A context, and the text after it that is scored."""
 
     before: str
     scored: str
@@ -57,11 +57,11 @@ class Passage(NamedTuple):
 
 class Position(NamedTuple):
     """
-    What a model thinks at one place of a text.
+    A model's prediction at one position of a text.
 
     Attributes:
-        logprob: Natural logarithm of its probability of the token that follows.
-        top: The token that it would choose; -1 when it computes no numbers (NaN).
+        logprob: Natural logarithm of the probability of the token that follows.
+        top: The most probable token; -1 when the model computes NaN.
     """
 
     logprob: float
@@ -70,16 +70,16 @@ class Position(NamedTuple):
 
 class Agreement(msgspec.Struct, frozen=True):
     """
-    What quantising changed.
+    The effect of quantising.
 
     Attributes:
         by: ``engine`` or ``llama-perplexity``.
-        positions: Places that were compared; ``agreed``: where both choose the same token.
-        share: ``agreed`` of ``positions``, with its 95 % interval (Wilson's).
+        positions: Number of positions compared; ``agreed``: those at which both choose the same token.
+        share: ``agreed`` / ``positions``, with its 95 % interval (Wilson's).
         source_perplexity, result_perplexity: On the same tokens.
-        difference: Mean log-probability of the text's tokens, result less source, in nats a token; ``None`` where
-            a perplexity is infinite.
-        difference_ci95: Its 95 % interval; ``None`` where the positions are not known one by one, or it is not known.
+        difference: Mean log-probability of the text's tokens, result minus source, in nats per token; ``None`` if a
+            perplexity is infinite.
+        difference_ci95: Its 95 % interval; ``None`` if ``difference`` is, or single positions are unknown.
     """
 
     by: str
@@ -94,23 +94,23 @@ class Agreement(msgspec.Struct, frozen=True):
 
     @property
     def doubtful(self) -> bool:
-        """Whether even the upper end of the interval is less than a good 2-bit model keeps."""
+        """Whether even the upper end of the interval is below what a good 2-bit model keeps."""
         return self.share_ci95[1] < DOUBTFUL
 
 
 def compare(source: Sequence[Position | None], result: Sequence[Position | None]) -> Agreement:
     """
-    Hold two models' positions in the same text against each other.
+    Compare two models' positions in the same text.
 
     Raises:
-        EngineProtocolError: Fewer than half of them, or than two, are known of both.
+        EngineProtocolError: Fewer than half of the positions, or fewer than two, are known for both models.
     """
     pairs = [(old, new) for old, new in zip(source, result, strict=True) if old is not None and new is not None]
     n = len(pairs)
     if n < max(2, len(source) / 2):
         raise EngineProtocolError(
             f"the engine reported {n} of {len(source)} probabilities",
-            hint="scoring needs a llama-server that knows n_probs and logit_bias",
+            hint="scoring needs a llama-server that supports n_probs and logit_bias",
         )
     differences = [new.logprob - old.logprob for old, new in pairs]
     agreed = sum(old.top == new.top >= 0 for old, new in pairs)
@@ -130,7 +130,7 @@ def compare(source: Sequence[Position | None], result: Sequence[Position | None]
 
 
 def wilson(count: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share, which stays within 0 and 1 and has a width also where all agree (Wilson 1927)."""
+    """95 % interval of a share (Wilson 1927): stays within 0 and 1, and keeps a width even if all agree."""
     share, z2 = count / n, _Z95**2
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     reach = _Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
@@ -138,7 +138,7 @@ def wilson(count: int, n: int) -> tuple[float, float]:
 
 
 def perplexity(positions: Sequence[Position]) -> float:
-    """Exponential of the mean negative log-probability; infinite when that, or one of them, is beyond all numbers."""
+    """Exponential of the mean negative log-probability; infinite on overflow or NaN."""
     if any(position.top < 0 for position in positions):
         return math.inf
     try:
@@ -148,7 +148,7 @@ def perplexity(positions: Sequence[Position]) -> float:
 
 
 def texts(count: int = _TEXTS) -> list[Passage]:
-    """The first answers of bundled conversations, those with the shortest openings: they are read quickest."""
+    """The first answers of the bundled conversations with the shortest openings, which are prefilled fastest."""
     found = []
     for conversation in load_bundled().conversations:
         opening = conversation.prompt(0)
@@ -168,14 +168,14 @@ async def score(
     progress: Callable[[int], None] | None = None,
 ) -> list[Position | None]:
     """
-    What a model thinks at each scored position of ``passages``.
+    Return a model's prediction at each scored position of ``passages``.
 
-    ``None`` in the middle of a character: llama-server does not report these, for any model.
+    A token that ends within a character gives ``None``: llama-server does not report these, for any model.
 
     Args:
-        log: Where the engine writes.
-        most_context: Tokens that the model was made for.
-        progress: Told how many more positions are done.
+        log: File for the engine's output.
+        most_context: The model's context length in tokens; ``None``: unknown.
+        progress: Receives the number of positions just finished.
 
     Raises:
         EngineError: The engine cannot be started, or fails.
@@ -186,7 +186,7 @@ async def score(
     async with RunningEngine(engine, flags, log=log) as running, EngineClient(running.base_url) as client:
         for text in passages:
             scored = (await client.tokenize(text.scored))[:POSITIONS_PER_TEXT]
-            # One token is left for the answer, which llama-server demands.
+            # llama-server requires room for one token of an answer.
             room = max(1, context - len(scored) - 1)
             prompt = (await client.tokenize(text.before, add_special=True))[-room:]
             for token in scored:
@@ -198,11 +198,11 @@ async def score(
 
 
 async def _position(client: EngineClient, prompt: list[int], token: int) -> Position | None:
-    """What is thought of ``token``, and the raw first choice, which stands beside it (tried: b1, b11549)."""
+    """Score ``token``; the top choice beside it is unaffected by the forcing (tried: b1, b11549)."""
     try:
         reported = await force_token(client, prompt, token)
     except EngineProtocolError as error:
-        if "got `null`" in error.message:  # how JSON writes NaN
+        if "got `null`" in error.message:  # NaN in JSON
             return Position(_NO_NUMBER, -1)
         raise
     if reported is None or reported.id != token or not reported.top_logprobs:
@@ -220,14 +220,14 @@ def run_perplexity(
     progress: Callable[[str, float], None],
 ) -> Agreement:
     """
-    The same by ``llama-perplexity``, on the bundled conversations as plain text.
+    Compare two models with ``llama-perplexity``, on the bundled conversations as plain text.
 
     Args:
         folder: For its files: some 60 MB for each 32 k of vocabulary.
-        progress: Told which model is read, and the seconds that it will take.
+        progress: Receives ``source`` or ``result``, and the seconds expected for it.
 
     Raises:
-        EngineProtocolError: It fails, or does not say what it should.
+        EngineProtocolError: The program fails, or its output lacks a figure.
     """
     corpus, base = folder / "text", folder / "logits"
     corpus.write_text("\n\n".join(m.content for c in load_bundled().conversations for m in c.messages))
@@ -255,7 +255,7 @@ def run_perplexity(
 def _run(
     program: Path, arguments: Sequence[str], folder: Path, what: str, progress: Callable[[str, float], None]
 ) -> str:
-    # What the user's shell says to llama.cpp is not meant for this.
+    # llama.cpp reads LLAMA_* variables; the user's are not meant for this run.
     without = [word for name in os.environ if name.startswith("LLAMA_") for word in ("-u", name)]
     lines: list[str] = []
 
@@ -270,17 +270,17 @@ def _run(
     text = "\n".join(lines)
     if code != 0:
         raise EngineProtocolError(
-            f"{program} ended with exit code {code}: {(failure_lines(text, 1) or ['it printed nothing'])[0]}",
+            f"{program} exited with code {code}: {(failure_lines(text, 1) or ['it printed nothing'])[0]}",
             hint="see promptai doctor",
         )
     return text
 
 
 def _perplexity(before: str, text: str, what: str) -> float:
-    """What stands there; where it is NaN, llama-perplexity may speak of a negative standard deviation instead."""
+    """Read a perplexity; for NaN, llama-perplexity may report a negative standard deviation instead."""
     if re.search(before + r"(?:-?nan|inf|negative standard deviation)", text) is not None:
         raise EngineProtocolError(
-            f"llama-perplexity found no perplexity of the {what}: it computes no numbers",
+            f"llama-perplexity reports no perplexity of the {what}: the model computes NaN",
             hint="the type is too coarse for this model, or the source is damaged",
         )
     return _number(before, text)
@@ -290,6 +290,6 @@ def _number(before: str, text: str) -> float:
     match = re.search(before + r"(\d+(?:\.\d+)?)", text)
     if match is None:
         raise EngineProtocolError(
-            "llama-perplexity did not print what was expected of it", hint="use a newer one: promptai engine build"
+            "llama-perplexity did not print the expected figures", hint="use a newer build: promptai engine build"
         )
     return float(match[1])

@@ -1,8 +1,8 @@
-"""When conversations begin: closed loop, at a constant rate, or as a Poisson process.
+"""Decide when conversations begin: closed loop, constant rate or Poisson process.
 
-In a closed loop a slow server is asked less often, which flatters it. Open
-arrivals do not wait for answers. A benchmark whose arrivals cannot be repeated
-compares nothing, so the generator is seeded by the caller. Pure.
+In a closed loop a slow server receives fewer requests, which flatters it. Open arrivals do not
+wait for answers. Arrivals must be repeatable for runs to compare, so the caller seeds the
+generator. Pure.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ class Arrivals(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     How conversations arrive.
 
     Attributes:
-        kind: ``closed``: as soon as one of ``concurrency`` places is free.
-        rate_per_s: Conversations a second for the open kinds.
+        kind: ``closed``: as soon as fewer than ``concurrency`` conversations are active.
+        rate_per_s: Conversations per second; ``None`` for ``closed``.
     """
 
     kind: Kind = "closed"
@@ -35,19 +35,19 @@ class Arrivals(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def start_offsets(arrivals: Arrivals, count: int, generator: "Random") -> list[float] | None:
     """
-    Seconds from the start of a stage at which each conversation begins.
+    Return when each conversation begins, in seconds from the start of a stage.
 
-    ``None`` for a closed loop, where the server's answers decide. The gaps of a
+    ``None`` for a closed loop, where answers decide. The gaps of a
     Poisson process are exponential with mean 1 / rate; the first arrival is at 0 for
     ``constant`` and after the first gap for ``poisson``.
 
     Raises:
-        ValueError: An open kind without a positive rate.
+        ValueError: An open kind has no positive rate.
     """
     if arrivals.kind == "closed":
         return None
     if arrivals.rate_per_s is None or arrivals.rate_per_s <= 0:
-        raise ValueError(f"{arrivals.kind} arrivals need a rate above 0 conversations a second")
+        raise ValueError(f"{arrivals.kind} arrivals need a rate above 0 conversations per second")
     if arrivals.kind == "constant":
         return [number / arrivals.rate_per_s for number in range(count)]
     offsets, now = [], 0.0
@@ -59,11 +59,11 @@ def start_offsets(arrivals: Arrivals, count: int, generator: "Random") -> list[f
 
 def remaining_offsets(offsets: Sequence[float], pending: Sequence[int]) -> list[float]:
     """
-    The offsets of what a stage still has to begin, counted from where it stopped.
+    Return the offsets of the conversations left in a stage, counted from where the stage stopped.
 
     Args:
-        offsets: Of the whole stage.
-        pending: Positions of what is left, in order, at least one.
+        offsets: The offsets of the whole stage.
+        pending: Positions of the conversations left, in order, at least one.
     """
     stopped = offsets[pending[0] - 1] if pending[0] > 0 else 0.0
     return [offsets[position] - stopped for position in pending]

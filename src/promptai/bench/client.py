@@ -1,14 +1,13 @@
-"""Play one turn against a server and account for it.
+"""Play one turn on a server and record its timestamps and counts.
 
-Knows two dialects: llama-server's, where the KV cache can be switched off and
-the engine tells its own timings, and plain OpenAI, where only the standard
-fields may be sent and what is not said stays ``None``. There a cold prompt begins
-with a salt instead, so that no cache can know it: not from an earlier request, nor
-from an earlier run, nor from another URL of the same server.
+Two dialects: llama-server's, in which requests can disable the KV cache and the engine reports
+its own timings; and plain OpenAI, which allows the standard fields only and leaves unreported
+values ``None``. There a cold prompt begins with a salt instead, so no cache can contain it: not
+from an earlier request or run, nor through another URL of the same server.
 
-What counts as the first token is decided here: role-only, empty and reasoning
-chunks do not. Several benchmarks got that wrong (guidellm #737, genai-bench
-#81, vllm #15106) and published waiting times that nobody felt.
+This module defines the first token: role-only, empty and reasoning chunks do not count. Several
+benchmarks got that wrong (guidellm #737, genai-bench #81, vllm #15106) and published waiting
+times that no user experienced.
 """
 
 import hashlib
@@ -29,7 +28,7 @@ CONTEXT_EXCEEDED = "ContextExceeded"
 
 
 class LiveTurn(msgspec.Struct):
-    """What a progress display may look at while a turn is being played."""
+    """The state of the turn in progress, for a progress display."""
 
     key: TraceKey | None = None
     chunks: int = 0
@@ -37,7 +36,7 @@ class LiveTurn(msgspec.Struct):
 
 
 class PlayedTurn(msgspec.Struct, frozen=True):
-    """One turn: its trace, the answer's text, and the error that ended it, if any."""
+    """A finished turn: its trace, the text of the answer, and the error that ended it, if any."""
 
     trace: Trace
     text: str
@@ -49,10 +48,10 @@ class TurnClient:
     Plays turns on one server.
 
     Args:
-        model: The name that requests carry.
-        llama_server: Whether llama-server's own fields may be sent.
-        origin: Monotonic second at which the run's clock is 0.
-        nonce: Tells the salts of this client from those of every other.
+        model: Model name in requests.
+        llama_server: Whether the server accepts llama-server's own fields.
+        origin: Value of ``time.monotonic()`` at which the run's clock is 0.
+        nonce: Makes the salts of this client differ from those of all others.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class TurnClient:
         return time.monotonic() - self._origin
 
     async def play(self, key: TraceKey, messages: list[Message], *, t_scheduled: float) -> PlayedTurn:
-        """Ask for the answer to ``messages``; errors of the engine end up in the trace."""
+        """Request the answer to ``messages``; an engine's error goes into the trace."""
         account = _Account(self.live)
         self.live.key, self.live.chunks, self.live.t_first = key, 0, None
         failure: EngineError | None = None
@@ -92,7 +91,7 @@ class TurnClient:
         return PlayedTurn(trace, "".join(account.texts), failure)
 
     async def warm_up(self, messages: list[Message], cache: Cache, *, max_tokens: int) -> Trace:
-        """Play something that is not counted; raises the engine's error when it fails."""
+        """Play a turn outside the run; raises ``EngineError`` if it fails."""
         account, key = _Account(LiveTurn()), TraceKey("warm-up", cache, 0, "warm-up", self._warm_ups)
         self._warm_ups += 1
         t_sent = self.now()
@@ -100,7 +99,7 @@ class TurnClient:
         return account.trace(key, t_scheduled=t_sent, t_sent=t_sent, t_end=self.now(), failure=None)
 
     def unplayed(self, key: TraceKey, failure: EngineError, *, t_scheduled: float) -> PlayedTurn:
-        """A turn that was not sent, because of what ``failure`` says."""
+        """Return the trace of a turn that was never sent because of ``failure``."""
         now = self.now()
         trace = _Account(LiveTurn()).trace(key, t_scheduled=t_scheduled, t_sent=now, t_end=now, failure=failure)
         return PlayedTurn(trace, "", failure)
@@ -115,9 +114,9 @@ class TurnClient:
 
     def body(self, messages: list[Message], cache: Cache, *, max_tokens: int) -> dict[str, Any]:
         """
-        The request: greedy, with a fixed seed.
+        Return the request body: greedy decoding with a fixed seed.
 
-        ``temperature`` 0 alone leaves llama-server's other samplers in the chain, so the chain is named.
+        With ``temperature`` 0 alone llama-server still runs its other samplers, so the body names the chain.
         """
         body: dict[str, Any] = {
             "model": self._model,
@@ -131,17 +130,17 @@ class TurnClient:
             if self._protocol.ignore_eos:
                 body["ignore_eos"] = True
             if self._protocol.one_at_a_time:
-                # Of a server with several slots one is used, or "warm" would depend on which one it picks.
+                # One slot of a server with several: otherwise "warm" depends on the slot that it picks.
                 body["id_slot"] = 0
         return body
 
 
 def salted(messages: list[Message], key: TraceKey, nonce: str) -> list[Message]:
     """
-    The same prompt behind eight hexadecimal digits that no other request begins with.
+    Prefix a prompt with eight hexadecimal digits that no other request begins with.
 
     Args:
-        nonce: What a request for the same turn by another run, session or target does not have.
+        nonce: Differs between runs, sessions and targets.
     """
     name = f"{nonce}/{key.repeat}/{key.conversation}/{key.turn}"
     salt = hashlib.sha256(name.encode()).hexdigest()[:8]
@@ -149,7 +148,7 @@ def salted(messages: list[Message], key: TraceKey, nonce: str) -> list[Message]:
 
 
 class _Account:
-    """What has been seen of one answer so far."""
+    """The chunks of one answer so far."""
 
     def __init__(self, live: LiveTurn) -> None:
         self._live = live
@@ -163,7 +162,7 @@ class _Account:
         self.timings: Timings | None = None
 
     def chunk(self, t: float, chunk: CompletionChunk) -> None:
-        """Take one chunk that arrived at ``t``."""
+        """Record a chunk that arrived at ``t`` on the run's clock."""
         if chunk.choices:
             choice = chunk.choices[0]
             delta = choice.delta
@@ -215,7 +214,7 @@ class _Account:
 
 
 def describe(failure: EngineError) -> str:
-    """``Kind: sentence``, as traces carry it."""
+    """Return ``Kind: sentence``, the form in traces."""
     if isinstance(failure, EngineRefusedError) and failure.kind == "exceed_context_size_error":
         return f"{CONTEXT_EXCEEDED}: {failure.message}"
     if isinstance(failure, EngineDiedError):

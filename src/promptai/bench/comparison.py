@@ -1,13 +1,13 @@
-"""Measure the engines of one machine against each other, so that the faster one is used because it is faster.
+"""Measure the engines of a machine against each other, to prefer an engine for its measured speed.
 
-Two runs of one engine on a board that warms up differ by more than two engines do.
-So they take turns: each round plays every engine once, every other round backwards,
-and what is compared are the two figures of the same round. One engine is loaded at a
-time, for there may not be room for two, and each is warmed up before it counts.
+Two runs of one engine on a board that warms up differ more than two engines do. So engines take
+turns: each round measures every engine once, every other round in reverse order, and the
+comparison uses figures of the same round. One engine is loaded at a time, because memory may not
+hold two, and each is warmed up before it counts.
 
-An engine is only called faster when the interval of that ratio leaves 1 out; else the
-usual order stays. Both are asked over HTTP, by the same client, with the same flags,
-for the same tokens. Quality is not compared: the answers are not looked at.
+An engine counts as faster only if the interval of that ratio excludes 1; otherwise the default
+order stays. All are measured over HTTP by the same client with the same flags and tokens. Quality
+is not compared: the answers are ignored.
 """
 
 import math
@@ -33,7 +33,7 @@ _CONTEXT_STEP = 256
 
 
 class ComparisonTask(msgspec.Struct, frozen=True, kw_only=True):
-    """What every engine has to do: ``repeats`` times a prompt and an answer."""
+    """The work of every engine: a prompt and an answer, ``repeats`` times."""
 
     model: Path
     prompt_tokens: int
@@ -43,19 +43,19 @@ class ComparisonTask(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ComparisonObserver(Protocol):
-    """Whoever shows how far a comparison is."""
+    """A display of a comparison's progress."""
 
     def share(self, share: float, detail: str) -> None:
-        """0 to 1 of it is done."""
+        """Show the finished share, 0 to 1."""
 
 
 class ComparisonResult(NamedTuple):
     """
-    What came out of a comparison.
+    The result of a comparison.
 
     Attributes:
-        comparison: Of those that got through; the fastest first.
-        failed: Why the others did not, by name.
+        comparison: The engines that finished, fastest first.
+        failed: Errors of the others, by engine name.
     """
 
     comparison: Comparison
@@ -63,15 +63,15 @@ class ComparisonResult(NamedTuple):
 
 
 def turns(engines: int, repeats: int) -> list[list[int]]:
-    """Who plays when: one list a round, every other one backwards, so that a drift weighs on all alike. Pure."""
+    """Return the order of engines in each round, every other one reversed: drift affects all alike. Pure."""
     return [list(range(engines))[:: -1 if number % 2 else 1] for number in range(repeats)]
 
 
 def ratio(ours: Sequence[float], base: Sequence[float]) -> Metric:
     """
-    How many times as much ``ours`` is, from values of the same rounds. Pure.
+    Return ``ours`` / ``base`` from values of the same rounds. Pure.
 
-    The geometric mean of the rounds' own ratios; Student's t on their logarithms from five rounds on.
+    The geometric mean of the rounds' ratios; with at least five rounds, an interval by Student's t on their logarithms.
     """
     logs = np.log(np.array(ours) / np.array(base))
     n, mean = logs.size, float(logs.mean())
@@ -83,23 +83,23 @@ def ratio(ours: Sequence[float], base: Sequence[float]) -> Metric:
 
 def rank(seconds: Sequence[Sequence[float]]) -> list[int]:
     """
-    Put engines in order by the seconds that they took in each round. Pure.
+    Rank engines by their seconds in each round. Pure.
 
-    Nothing stands before what is surely faster, even where noise tells neither from a third.
+    A significantly faster engine always comes first, even if neither differs significantly from a third.
 
     Args:
-        seconds: Of each engine, in the usual order; it stays where noise does not tell two apart.
+        seconds: Seconds of each engine by round, in the default order, which decides where the difference is noise.
     """
     left, order = list(range(len(seconds))), []
     while left:
-        # One at least: who is faster has the smaller mean of the logarithms, so that nobody wins in a circle.
+        # Never empty: a faster engine has the smaller mean of logarithms, so there is no cycle.
         order.append(next(i for i in left if not any(_faster(seconds[other], seconds[i]) for other in left)))
         left.remove(order[-1])
     return order
 
 
 def first_is_faster(comparison: Comparison) -> bool:
-    """Whether the first engine is faster than the second beyond the noise. Pure."""
+    """Whether the first engine is significantly faster than the second. Pure."""
     took = [
         [round_seconds(r, comparison.prompt_tokens, comparison.generated_tokens) for r in engine.rounds]
         for engine in comparison.engines[:2]
@@ -108,7 +108,7 @@ def first_is_faster(comparison: Comparison) -> bool:
 
 
 def round_seconds(measured: Round, prompt_tokens: int, tokens: int) -> float:
-    """What one prompt and its answer take at a round's rates. Pure."""
+    """Seconds of one prompt and its answer at a round's rates. Pure."""
     return prompt_tokens / measured.prefill_tps + tokens / measured.decode_tps
 
 
@@ -116,16 +116,16 @@ async def compare(
     engines: Sequence[EngineBinary], task: ComparisonTask, observer: ComparisonObserver, *, cpu: str, log: Path
 ) -> ComparisonResult:
     """
-    Let engines take turns.
+    Measure engines in turns; an engine that fails is left out of the rest.
 
     Args:
-        engines: In the usual order.
+        engines: In the default order.
         cpu: The ``processor_key`` of this machine.
-        log: What the engines print.
+        log: File for the engines' output.
     """
     rounds: dict[int, list[Round]] = {number: [] for number in range(len(engines))}
     failed: dict[str, str] = {}
-    # Before, not after: one that is built anew meanwhile is not what was measured.
+    # Before, not after: an engine rebuilt in the meantime is not the one measured.
     fingerprints = [fingerprint_of(engine) or "" for engine in engines]
     for number, order in enumerate(turns(len(engines), task.repeats)):
         for place, who in enumerate(order):
@@ -179,7 +179,7 @@ async def _play(binary: EngineBinary, task: ComparisonTask, log: Path) -> Round:
         await client.complete({**body, "n_predict": _WARM_UP_TOKENS})
         timings = (await client.complete({**body, "n_predict": task.tokens})).timings
     if timings is None or timings.prompt_n < len(prompt) or timings.predicted_n < 2:
-        raise EngineProtocolError(f"{binary.name} did not do, or did not tell, what it was asked for")
+        raise EngineProtocolError(f"{binary.name} did not process the requested tokens, or did not report them")
     if min(timings.prompt_ms, timings.predicted_ms) <= 0:
-        raise EngineProtocolError(f"{binary.name} says that it took no time")
+        raise EngineProtocolError(f"{binary.name} reports a duration of 0 ms")
     return Round(timings.prompt_n / timings.prompt_ms * 1000, (timings.predicted_n - 1) / timings.predicted_ms * 1000)

@@ -1,9 +1,8 @@
-"""What happened in a run besides requests: sessions, engines that were loaded, and what the measuring itself cost.
+"""Events of a run besides requests: sessions, opened targets, and the cost of measuring.
 
-One JSON line each in ``events.jsonl``. A harness that does not account for itself
-asks to be believed; this one writes down how much of a core and of memory its
-client and its telemetry took, for every session of the run. Between two sessions
-a board may get another kernel or governor; that is written down too.
+One JSON line each in ``events.jsonl``. A harness that does not measure itself has to be trusted;
+this one records the CPU and memory of its client and its telemetry for every session. Between two
+sessions a board may get another kernel or governor, so each session records them.
 """
 
 import msgspec
@@ -11,11 +10,11 @@ import msgspec
 
 class Session(msgspec.Struct, frozen=True, tag="session", tag_field="event"):
     """
-    Measuring began, or went on.
+    A session of measuring began.
 
     Attributes:
-        t: On the run's clock.
-        kernel, governor: Of the client's machine, as in the manifest.
+        t: Seconds on the run's clock.
+        kernel, governor: The client machine's, as in the manifest.
     """
 
     t: float
@@ -28,11 +27,11 @@ class Opened(msgspec.Struct, frozen=True, tag="opened", tag_field="event"):
     A target was opened and warmed up.
 
     Attributes:
-        t: On the run's clock.
-        load_s: Seconds until it could answer; ``None`` for a server that was already there.
+        t: Seconds on the run's clock.
+        load_s: Seconds until the engine was ready; ``None`` for a server that was already running.
         warm_up_s: Seconds of the first request, which pages the weights in.
-        llama_server: Whether it speaks llama-server's dialect, in which a cache can be switched off; ``None`` in
-            runs that did not write it down.
+        llama_server: Whether it is a llama-server, whose cache can be disabled; ``None`` in older runs, which did
+            not record it.
     """
 
     t: float
@@ -44,16 +43,15 @@ class Opened(msgspec.Struct, frozen=True, tag="opened", tag_field="event"):
 
 class MeasurementCost(msgspec.Struct, frozen=True, tag="cost", tag_field="event"):
     """
-    What one session of measuring took.
+    Resources that one session of measuring used.
 
     Attributes:
-        wall_s: Seconds of playing, from each target's first to its last request: loading and warming up would
-            thin the cost out.
-        client_cpu_s: CPU seconds of this process in those, progress display included.
-        client_max_rss_bytes: The most memory this process held.
-        telemetry_cpu_s, telemetry_max_rss_bytes: The same of the sampler's process.
-        energy_source: Where watts came from; ``None`` when nothing measured them.
-        telemetry_error: Why telemetry ended early; ``None`` when it did not.
+        wall_s: Seconds from each target's first to its last request; loading and warming up would dilute the cost.
+        client_cpu_s: CPU seconds of this process in that time, including the progress display.
+        client_max_rss_bytes: Peak memory of this process.
+        telemetry_cpu_s, telemetry_wall_s, telemetry_max_rss_bytes: The same for the sampler's process.
+        energy_source: Source of the power readings; ``None``: not measured.
+        telemetry_error: Why telemetry ended early; ``None``: it did not.
     """
 
     t: float

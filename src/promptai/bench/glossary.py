@@ -1,19 +1,18 @@
-"""What every metric of ``summary.json`` means, in one sentence each.
+"""Define every metric of ``summary.json`` in one sentence.
 
-The page docs/reference/summary.md and the hover texts of the report are made from
-here; a test fails when a summary holds a metric that is not defined, or the
-other way round.
+docs/reference/summary.md and the hover texts of the report are generated from here; a test fails
+if a summary and this list differ.
 """
 
 _STEADY = {
     "within": "mean of the buckets' own coefficients of variation, weighted by requests: steadiness at one length",
-    "across": "coefficient of variation of the buckets' means: how much prompt length changes the rate",
+    "across": "coefficient of variation of the buckets' means: the influence of prompt length on the rate",
     "all": "sample standard deviation / mean over all requests at once",
 }
 _SHAPES = {
     "mean": "mean",
-    "p50": "median, from 20 requests on",
-    "p95": "95th percentile, from 20 requests on",
+    "p50": "median, with at least 20 requests",
+    "p95": "95th percentile, with at least 20 requests",
     "max": "largest",
 }
 
@@ -28,25 +27,25 @@ METRICS: dict[str, str] = {
     },
     "prefill_tps": "sum of uncached prompt tokens / sum of the engine's prompt time",
     "decode_tps": "sum of (generated - 1) / sum of (end of generation - first token), client's clock",
-    "engine_decode_tps": "the same by the engine's clock, to check the client's",
+    "engine_decode_tps": "the same on the engine's clock, to check the client's",
     "total_tps": "sum of (prompt + generated) / sum of (end of generation - sent)",
     "mean_of_prefill_tps": "mean of the requests' own prefill rates: not a throughput",
     "mean_of_decode_tps": "mean of the requests' own decode rates: not a throughput",
     "mean_of_total_tps": "mean of the requests' own total rates: not a throughput",
-    "prompt_tokens_mean": "tokens of a prompt, history included, by the model's tokenizer",
-    "generated_tokens_mean": "tokens of an answer",
+    "prompt_tokens_mean": "mean tokens of a prompt, including history, by the model's tokenizer",
+    "generated_tokens_mean": "mean tokens of an answer",
     "cached_share": "share of the prompt tokens that came from the KV cache",
-    "capped_share": "share of the answers that were cut at the token limit",
+    "capped_share": "share of the answers that reached the token limit",
     **{f"{rate}_tps_cv_{kind}": words for rate in ("prefill", "decode", "total") for kind, words in _STEADY.items()},
-    "cpu_percent": "busy share of all usable cores while requests ran, whoever used them",
-    "engine_cpu_percent": "the engine's share of all usable cores while requests ran",
+    "cpu_percent": "busy share of all usable cores during requests, by all processes",
+    "engine_cpu_percent": "the engine's share of all usable cores during requests",
     "memory_anon_bytes": "peak anonymous memory of the engine: KV cache, buffers, repacked weights",
-    "memory_file_bytes": "peak mapped files of the engine in memory: weights that the kernel may drop",
+    "memory_file_bytes": "peak mapped files of the engine in memory: weights, which the kernel may drop",
     "memory_rss_bytes": "peak of anonymous, file-backed and shared memory together",
-    "available_bytes_min": "least memory that the machine could still give without swapping",
-    "swap_used_bytes": "peak swap in use, of the machine",
+    "available_bytes_min": "least memory available on the machine without swapping",
+    "swap_used_bytes": "peak swap in use on the machine",
     "temperature_c_max": "highest processor temperature",
-    "cpu_mhz": "mean processor clock while requests ran, as the kernel set it",
-    "watts": "mean power while requests ran; from where, energy_source says",
-    "joules_per_token": "mean power times the requests' seconds / generated tokens; idle power included",
+    "cpu_mhz": "mean processor clock during requests, as set by the kernel",
+    "watts": "mean power during requests; energy_source names the sensor",
+    "joules_per_token": "mean power times the requests' seconds / generated tokens, including idle power",
 }

@@ -1,9 +1,8 @@
-"""What was asked, of what, on what: everything needed to believe a run and to repeat it.
+"""Everything needed to trust a run and to repeat it: requests, targets and machine.
 
-A rate without the engine's build, its flags, the file's hash and the board's
-governor cannot be compared with anything, not even with itself next month. The
-manifest is written before the first request, and it alone decides how a run
-resumes. Nothing in it is derived from measurements.
+A rate without the engine's build, its flags, the file's hash and the board's governor compares
+with nothing, not even with itself next month. The manifest is written before the first request,
+and alone determines how a run resumes. It contains nothing derived from measurements.
 """
 
 import platform
@@ -25,7 +24,7 @@ SCHEMA = 1
 
 
 class MachineFacts(msgspec.Struct, frozen=True):
-    """The machine that the client ran on; for local targets also the measured one."""
+    """The machine on which the client runs; for local targets also the measured machine."""
 
     board: str
     cpu: CpuFacts
@@ -36,11 +35,11 @@ class MachineFacts(msgspec.Struct, frozen=True):
 
 class ModelFacts(msgspec.Struct, frozen=True):
     """
-    The model file, by its own header and hash.
+    A model file, by its header and hash.
 
     Attributes:
-        path: Absolute, for resuming from anywhere.
-        synthetic: Random weights: its accuracy means nothing.
+        path: Absolute, so a run can be resumed from any directory.
+        synthetic: The weights are random: accuracy means nothing.
     """
 
     path: str
@@ -55,7 +54,7 @@ class ModelFacts(msgspec.Struct, frozen=True):
 
 
 class EngineFacts(msgspec.Struct, frozen=True):
-    """The engine of a local target; ``missing_features`` is what the CPU has and it does not use."""
+    """The engine of a local target; ``missing_features``: SIMD of the CPU that the engine does not use."""
 
     source: str
     command: tuple[str, ...]
@@ -67,12 +66,12 @@ class EngineFacts(msgspec.Struct, frozen=True):
 
 class TargetFacts(msgspec.Struct, frozen=True):
     """
-    What was measured.
+    A target.
 
     Attributes:
-        name: Unique within the run; traces carry it.
-        url: Where it was, for a server that somebody else started.
-        model, engine: For a model file that was measured on an engine of this machine.
+        name: Unique within the run; the ``target`` of its traces.
+        url: URL of a running server; ``None`` for a model file.
+        model, engine: A model file and the engine on this machine that serves it; ``None`` for a server.
     """
 
     name: str
@@ -82,18 +81,18 @@ class TargetFacts(msgspec.Struct, frozen=True):
 
     @property
     def here(self) -> bool:
-        """Whether it runs on the client's machine, so that this machine's telemetry is about it."""
+        """Whether it runs on the client's machine, which this machine's telemetry describes."""
         return self.url is None or urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
 
 
 class WorkloadFacts(msgspec.Struct, frozen=True):
     """
-    What was asked.
+    The workload and the selected part of it.
 
     Attributes:
         sha256: Fingerprint of the whole workload.
-        selected: The ids that are played, in order, with their user turns.
-        selection: How they were selected, in words.
+        selected: Ids of the selected conversations, in order, with their user turns.
+        selection: The rule of the selection, in words.
     """
 
     name: str
@@ -106,18 +105,18 @@ class WorkloadFacts(msgspec.Struct, frozen=True):
 
     @property
     def turns(self) -> int:
-        """User turns of the selected conversations: requests of one pass."""
+        """User turns of the selected conversations, which is the number of requests per pass."""
         return sum(self.selected.values())
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """
-    One run as it was asked for.
+    A run as requested.
 
     Attributes:
-        created: UTC, ISO 8601, to the millisecond: it tells this run's salts from another's.
-        command: The command line that makes it again.
-        budget_s: Time limit that the workload was cut to; ``None`` without one.
+        created: UTC, ISO 8601, to the millisecond: makes the salts of two runs differ.
+        command: The command line that started it.
+        budget_s: Time limit that the workload was cut to; ``None``: unlimited.
     """
 
     created: str
@@ -133,7 +132,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def describe_machine() -> MachineFacts:
-    """This machine, now."""
+    """Describe this machine in its present state."""
     return MachineFacts(
         board=board_name(),
         cpu=read_cpu(),
@@ -145,20 +144,18 @@ def describe_machine() -> MachineFacts:
 
 def verify_same_machine(then: MachineFacts, now: MachineFacts) -> None:
     """
-    Refuse to go on with a run on another machine; kernel and governor may change, and are noted.
+    Refuse to resume a run on another machine; kernel and governor may change, and are recorded per session.
 
     Raises:
-        RunError: It is another board, or another processor.
+        RunError: Board or processor differ.
     """
     for began, here in ((then.board, now.board), (then.cpu.model_name, now.cpu.model_name)):
         if began != here:
-            raise RunError(
-                f"the run began on {began}, this is {here}", hint="go on where it began, or start a new run here"
-            )
+            raise RunError(f"the run began on {began}, this is {here}", hint="resume it there, or start a new run here")
 
 
 def describe_workload(workload: Workload, selected: list[Conversation], selection: str) -> WorkloadFacts:
-    """The workload and the part of it that is played."""
+    """Describe a workload and the selected part of it."""
     return WorkloadFacts(
         name=workload.name,
         source=workload.source,
@@ -171,5 +168,5 @@ def describe_workload(workload: Workload, selected: list[Conversation], selectio
 
 
 def describe_packages() -> dict[str, str]:
-    """Versions of what measures, so that a change of it can be told from a change of the board."""
+    """Versions of the packages that measure, to separate their changes from changes of the board."""
     return {name: version(name) for name in ("aiohttp", "msgspec", "numpy")} | {"python": sys.version.split()[0]}

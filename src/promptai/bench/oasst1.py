@@ -1,9 +1,8 @@
-"""Fifty conversations of OpenAssistant/oasst1, the data set of the paper, chosen by a sealed rule.
+"""Fifty conversations of OpenAssistant/oasst1, the paper's data set, selected by a fixed rule.
 
-The paper says "50 multi-turn conversations (>= 5 turns)" and not which. The
-data set is a set of trees: each message has several ranked replies. The rule
-below turns it into conversations without anybody's choosing, and goes into
-every run together with the message ids it found:
+The paper names "50 multi-turn conversations (>= 5 turns)" without listing them. The data set
+consists of trees: each message has several ranked replies. The rule below turns trees into
+conversations without human choice; every run records it with the message ids that it selects:
 
 1. trees of the file ``2023-04-12_oasst_ready.trees.jsonl.gz`` whose root is English and not deleted;
 2. from the root on, the best-ranked reply that is English and not deleted (``rank`` 0 is
@@ -11,8 +10,8 @@ every run together with the message ids it found:
 3. at least 5 messages;
 4. ordered by the SHA-256 of the tree's id, the first 50.
 
-Trees are shallow, so that "5 turns" means messages here: three of the user, two of the assistant
-between them. A last message of the user counts: it is a prompt whether or not somebody answered.
+Trees are shallow, so "5 turns" means messages here: three of the user and two of the assistant
+between them. A final user message without an answer counts, because it is a prompt.
 Data set: Apache-2.0, https://huggingface.co/datasets/OpenAssistant/oasst1.
 """
 
@@ -57,9 +56,9 @@ class _Tree(msgspec.Struct):
 
 def load_oasst1(path: Path, *, source: str = NAME) -> Workload:
     """
-    The fifty conversations of the trees in ``path`` (JSON Lines, gzipped or not).
+    Read the fifty conversations from the trees in ``path`` (JSON Lines, gzipped or not).
 
-    The id of each conversation is the id of its last message, which names the whole path.
+    The id of a conversation is that of its last message, which identifies the whole path.
 
     Raises:
         WorkloadError: The file cannot be read, a line is malformed, or too few trees qualify.
@@ -79,10 +78,10 @@ def load_oasst1(path: Path, *, source: str = NAME) -> Workload:
     except MALFORMED as error:
         raise WorkloadError(f"workload {path}, line {number}: {error}", hint=f"is it {FILENAME}?") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise WorkloadError(f"workload {path} cannot be read: {error}", hint="fetch it again") from None
+        raise WorkloadError(f"cannot read workload {path}: {error}", hint="download it again") from None
     if len(eligible) < _COUNT:
         raise WorkloadError(
-            f"workload {path} holds {len(eligible)} conversations that qualify, {_COUNT} are needed",
+            f"workload {path} contains {len(eligible)} eligible conversations ({_COUNT} are needed)",
             hint=f"is it the whole {FILENAME}?",
         )
     eligible.sort(key=lambda pair: pair[0])

@@ -1,10 +1,9 @@
-"""What to play in which order, how long it will take, and what fits a time budget.
+"""Decide what to play in which order, estimate how long it takes, and fit it into a time budget.
 
-A full evaluation is days of work for a board. Whoever starts one wants to know
-before and during how long it takes; whoever has half an hour wants the part of
-the workload that says most. And the order matters: a board that heats up
-punishes whatever runs last, so targets take turns instead of running one after
-another. Pure: the same input gives the same plan, which is what lets a run resume.
+A full evaluation keeps a board busy for days, so users need an estimate before and during it, and
+with half an hour they need the most informative part of the workload. Order matters: a board that
+heats up penalises the last target, so targets take turns instead of running one after another.
+Pure: the same input gives the same plan, which lets a run resume.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,27 +20,27 @@ from promptai.wire.openai import Message
 if TYPE_CHECKING:
     from random import Random
 
-#: Most conversations of one stage where several targets take turns: what drifts slowly must weigh on all alike.
+#: Most conversations per stage when several targets take turns, so a slow drift affects all alike.
 _LONGEST_BLOCK = 10
-#: Fewest blocks where several targets take turns: A B, B A, A B, B A.
+#: Fewest blocks when several targets take turns: A B, B A, A B, B A.
 _FEWEST_TURNS = 4
-#: How often a block fills its places when conversations run side by side: at its end they are empty, one by one.
+#: Fewest conversations per block and concurrent place: at the end of a block, concurrency runs down.
 _ROUNDS = 4
 
 
 class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """
-    How requests are made; the defaults are the paper's, made explicit.
+    The definition of the requests; the defaults make the paper's explicit.
 
     Attributes:
-        max_tokens: Cap of generated tokens an answer.
-        seed: For the engine's sampler, the arrivals and the choice of a part of the workload.
-        caches: ``cold`` (KV cache off), ``warm`` (earlier turns may be in it), or both.
-        history: ``data``: the data set's own assistant turns stand in the prompt, so that every
-            model gets the same prompts; ``own``: the model's answers do.
-        repeats: Times the workload is played.
-        concurrency: Conversations at once in a closed loop.
-        ignore_eos: Answers always run to ``max_tokens``: for throughput, not for realism.
+        max_tokens: Limit of generated tokens per answer.
+        seed: Seed of the engine's sampler, the arrivals and the selection from the workload.
+        caches: ``cold`` (KV cache off), ``warm`` (it may contain earlier turns), or both.
+        history: Assistant turns in the prompt. ``data``: the data set's, so every model gets the same prompts;
+            ``own``: the model's answers.
+        repeats: Passes over the workload.
+        concurrency: Concurrent conversations in a closed loop.
+        ignore_eos: Every answer runs to ``max_tokens``: for throughput, not for realism.
     """
 
     max_tokens: int = 500
@@ -55,12 +54,12 @@ class Protocol(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def one_at_a_time(self) -> bool:
-        """Whether never more than one request is in progress."""
+        """Whether at most one request is in progress at any time."""
         return self.concurrency == 1 and self.arrivals.kind == "closed"
 
 
 class Stage(msgspec.Struct, frozen=True):
-    """A stretch of one target with one cache setting: conversation ids in order."""
+    """A part of a run with one target and one cache setting: conversation ids in order."""
 
     target: str
     cache: Cache
@@ -70,10 +69,10 @@ class Stage(msgspec.Struct, frozen=True):
 
 class WarmUpRates(msgspec.Struct, frozen=True):
     """
-    What a target was seen to do in its warm-up, as far as forecasts need it.
+    Rates of a target from its warm-up, for forecasts.
 
     Attributes:
-        answer_tokens: Expected tokens an answer.
+        answer_tokens: Expected tokens per answer.
     """
 
     prefill_tps: float
@@ -84,12 +83,12 @@ class WarmUpRates(msgspec.Struct, frozen=True):
 
 class RequestWork(msgspec.Struct, frozen=True):
     """
-    What requests make an engine compute.
+    The work that requests cause an engine.
 
     Attributes:
         chars: Characters of the workload to prefill.
-        reread: The model's own earlier answers to prefill.
-        answers: Answers to decode.
+        reread: Number of the model's own earlier answers to prefill.
+        answers: Number of answers to decode.
     """
 
     chars: int = 0
@@ -97,26 +96,25 @@ class RequestWork(msgspec.Struct, frozen=True):
     answers: int = 0
 
     def plus(self, other: "RequestWork", times: int = 1) -> "RequestWork":
-        """This and ``times`` the other; -1 takes it away."""
+        """Add ``times`` the other; -1 subtracts it."""
         return RequestWork(
             self.chars + times * other.chars, self.reread + times * other.reread, self.answers + times * other.answers
         )
 
     def seconds(self, rates: WarmUpRates) -> float:
-        """How long it should take."""
+        """Expected duration in seconds."""
         prefill = self.chars / rates.chars_per_token + self.reread * rates.answer_tokens
         return prefill / rates.prefill_tps + self.answers * rates.answer_tokens / rates.decode_tps
 
 
 def plan_stages(targets: Sequence[str], conversations: Sequence[str], protocol: Protocol) -> list[Stage]:
     """
-    Every stage of a run, in order.
+    Return every stage of a run, in order.
 
-    Blocks of conversations go through all targets forwards, the next block
-    backwards (A B, B A, …): slow drifts of temperature or clock then weigh on all
-    alike, and neighbouring stages of one target share a loaded engine. A target that
-    is alone, or under open arrivals, plays one block: the next stage begins when the last
-    conversation has ended, and until then there are fewer at once than were asked for.
+    A block of conversations goes through all targets in order, the next block in reverse (A B, B A, …):
+    slow drifts of temperature or clock then affect all alike, and adjacent stages of one target share a
+    loaded engine. A single target, or open arrivals, play one block, because a stage begins only when
+    the last conversation of the one before has ended, and until then concurrency is lower than requested.
     """
     size = max(1, len(conversations))
     if len(targets) > 1 and protocol.arrivals.kind == "closed":
@@ -135,15 +133,15 @@ def plan_stages(targets: Sequence[str], conversations: Sequence[str], protocol: 
 
 
 def arrival_seed(stage: Stage, seed: int) -> str:
-    """What seeds a stage's arrivals: the same for every target and cache setting, and when a run resumes."""
+    """Seed of a stage's arrivals: the same for every target and cache setting, and in a resumed run."""
     return f"{seed}/{stage.repeat}/{stage.conversations[0]}"
 
 
 def stratified(conversations: Sequence[Conversation], count: int, generator: "Random") -> list[Conversation]:
     """
-    Draw ``count`` conversations that stand for all lengths.
+    Draw ``count`` conversations that represent all lengths.
 
-    One comes from each of ``count`` equal strata by prompt length; the original order is kept.
+    One from each of ``count`` equal strata by prompt length; the original order is kept.
     """
     total = len(conversations)
     if count >= total:
@@ -156,9 +154,9 @@ def stratified(conversations: Sequence[Conversation], count: int, generator: "Ra
 
 def request_work(conversation: Conversation, turn: int, cache: Cache, history: History) -> RequestWork:
     """
-    What one request makes an engine compute.
+    Return the work of one request.
 
-    Cold, its whole prompt; warm, what is new since the turn before, of which the model's own answer is not.
+    Cold: the whole prompt. Warm: the part added since the previous turn, without the model's own answer.
     """
     chars, reread = _prompt_chars(conversation, turn, history), turn if history == "own" else 0
     if cache == "warm" and turn > 0:
@@ -167,13 +165,13 @@ def request_work(conversation: Conversation, turn: int, cache: Cache, history: H
 
 
 def conversation_seconds(conversation: Conversation, cache: Cache, rates: WarmUpRates, history: History) -> float:
-    """How long playing ``conversation`` once should take, in seconds."""
+    """Expected seconds of playing ``conversation`` once."""
     turns = range(conversation.user_turns)
     return sum(request_work(conversation, turn, cache, history).seconds(rates) for turn in turns)
 
 
 def typical_prompt(conversations: Sequence[Conversation], history: History) -> list[Message]:
-    """The prompt that is nearest to the mean length of all: what a target does at it stands for the workload."""
+    """Return the prompt closest to the mean length, to represent the workload when rates are measured."""
     turns = [(conversation, turn) for conversation in conversations for turn in range(conversation.user_turns)]
     chars = [_prompt_chars(conversation, turn, history) for conversation, turn in turns]
     mean = sum(chars) / len(chars)
@@ -188,13 +186,13 @@ def fit_budget(
     generator_for: Callable[[int], "Random"],
 ) -> list[Conversation]:
     """
-    The largest stratified part of the workload that fits ``budget_s``.
+    Return the largest stratified part of the workload that fits ``budget_s``.
 
-    Where no stratified part does, the shortest conversation alone; empty when not even that fits.
+    If none fits, the shortest conversation alone; empty if that does not fit either.
 
     Args:
-        seconds: Estimated seconds of one conversation over all targets, caches and repeats.
-        generator_for: A fresh seeded generator for each size that is tried.
+        seconds: Estimates one conversation over all targets, caches and repeats.
+        generator_for: Returns a newly seeded generator for each size tried.
     """
     for count in range(len(conversations), 0, -1):
         part = stratified(conversations, count, generator_for(count))
@@ -206,10 +204,13 @@ def fit_budget(
 
 def chars_per_token(vocabulary: int | None) -> float:
     """
-    Fewest characters a token that a vocabulary of this size can be expected to reach on technical English.
+    Return a cautious estimate of characters per token of technical English.
 
-    Common ones reach 3.6 to 4.5 (32 k to 256 k tokens). Rather too few: a context that is too
-    small loses conversations, one that is a little too large costs some memory.
+    Common vocabularies of 32 k to 256 k tokens reach 3.6 to 4.5. The estimate is rather low: a context
+    that is too small loses conversations; one that is slightly too large costs some memory.
+
+    Args:
+        vocabulary: Size in tokens; ``None``: unknown.
     """
     return 1.8 if vocabulary is not None and vocabulary < 16_000 else 3.0
 
@@ -217,10 +218,10 @@ def chars_per_token(vocabulary: int | None) -> float:
 def context_needed(
     conversations: Iterable[Conversation], max_tokens: int, *, chars_per_token: float, history: History
 ) -> int:
-    """Tokens of context that the longest conversation needs, its answers included, rounded up to 512."""
+    """Tokens of context for the longest conversation with its answers, rounded up to a multiple of 512."""
 
     def tokens(conversation: Conversation) -> int:
-        # 40 characters a message stand for the marks of the chat template.
+        # 40 characters per message allow for the chat template's markers.
         chars = _prompt_chars(conversation, conversation.user_turns - 1, history) + 40 * len(conversation.messages)
         return round(chars / chars_per_token) + max_tokens * (conversation.user_turns if history == "own" else 1)
 
@@ -228,7 +229,7 @@ def context_needed(
 
 
 def _prompt_chars(conversation: Conversation, turn: int, history: History) -> int:
-    """Characters of a prompt that the workload decides."""
+    """Characters of a prompt without the model's own answers."""
     if history == "data":
         return conversation.prompt_chars(turn)
     return sum(len(message.content) for message in conversation.prompt(turn, [""] * turn))

@@ -77,8 +77,7 @@ def prepare(options: BenchOptions, observer: PrepareObserver) -> Prepared:
     Check the options, the workload and every target, and create the run's directory.
 
     Raises:
-        PromptAIError: The run cannot start; the error's class tells options, models, engines, workloads and
-            directories apart.
+        PromptAIError: The run cannot start: options, workload, a model, an engine or the directory are at fault.
     """
     protocol = options.protocol()
     with observer.step("reading the workload"):  # slow if the hub has to send it

@@ -1,10 +1,9 @@
-"""A run's directory: append-only, one line a request, on the disk before the next begins.
+"""A run's directory: append-only, one line per request, on disk before the next request starts.
 
-A night of measuring on a board ends in a power cut, a full SD card or Ctrl-C
-often enough. So nothing is kept in memory that is not on the disk: each trace
-is one line, written and fsynced before the next request starts. A run that was
-killed resumes and repeats nothing but the request that was in flight; a last
-line that was cut in the middle is dropped when reading.
+Long measurements on a board often end in a power cut, a full SD card or Ctrl-C. So no result
+exists in memory only: each trace is one line, written and fsynced before the next request. A
+killed run resumes and repeats only the request that was in flight; a truncated last line is
+dropped.
 
     runs/2026-11-20T12-00-00_yi-coder-1.5b_pi5/
       manifest.json   traces.jsonl   answers.jsonl   events.jsonl   telemetry.jsonl   summary.json   report.html
@@ -38,7 +37,7 @@ _FILES = ("traces.jsonl", "answers.jsonl", "events.jsonl")
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """The text of one answer; kept apart from traces, so that these can be shared."""
+    """The text of one answer; in a file of its own, so traces can be shared."""
 
     key: TraceKey
     text: str
@@ -46,7 +45,7 @@ class Answer(msgspec.Struct, frozen=True):
 
 class Recorder:
     """
-    Writes one run; a context manager that holds the directory's lock.
+    Writes one run; a context manager that holds the lock of the directory.
 
     Args:
         directory: An existing run directory (see ``create_run``).
@@ -62,17 +61,17 @@ class Recorder:
 
     def __enter__(self) -> Self:
         """
-        Open the files for appending, and read what they hold.
+        Open the files for appending, and read their contents.
 
         Raises:
-            RunError: They cannot be written, are damaged, or another process is writing them.
+            RunError: The files cannot be written, are damaged, or another process is writing them.
         """
         try:
             self._open()
         except BlockingIOError:
             self.__exit__()
             raise RunError(
-                f"run {self.directory} is being written by another process", hint="wait for it, or end it"
+                f"another process is writing run {self.directory}", hint="wait for it to end, or stop it"
             ) from None
         except OSError as error:
             self.__exit__()
@@ -86,7 +85,7 @@ class Recorder:
         for name in _FILES:
             self._files.append((self.directory / name).open("ab", buffering=0))
         fcntl.flock(self._files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Only behind the lock: before it, what looks like a cut line may be another process's, half written.
+        # Only with the lock: a line that looks truncated may be one that another process is writing.
         for name in _FILES:
             _drop_cut_line(self.directory / name)
         self.traces = read_traces(self.directory)
@@ -102,15 +101,15 @@ class Recorder:
 
     def append(self, trace: Trace, text: str) -> None:
         """
-        Put one finished request on the disk.
+        Write one finished request to disk.
 
-        The answer goes first: a trace on the disk means that its answer is there too.
+        The answer is written first: if a trace is on disk, so is its answer.
 
         Raises:
             RunError: The disk is full or failing.
         """
         traces, answers, _events = self._files
-        # Conversations that run side by side are recorded by several threads.
+        # Concurrent conversations are recorded by several threads.
         with self._writing:
             try:
                 if trace.error is None:
@@ -122,7 +121,7 @@ class Recorder:
             self.answers[trace.key] = text
 
     def note(self, event: Event) -> None:
-        """Put an event on the disk; raises ``RunError`` when it cannot be written."""
+        """Write an event to disk; raises ``RunError`` if that fails."""
         try:
             _append(self._files[2], msgspec.json.encode(event))
         except OSError as error:
@@ -130,18 +129,18 @@ class Recorder:
         self.events.append(event)
 
     def answered(self) -> set[TraceKey]:
-        """Requests that need not be made again."""
+        """Keys of requests with an answer."""
         return {trace.key for trace in self.traces if trace.error is None}
 
     def hopeless(self) -> set[TraceKey]:
-        """Requests that cannot succeed, because the prompt exceeds the context."""
+        """Keys of requests whose prompt exceeds the context: a retry cannot succeed."""
         return {trace.key for trace in self.traces if is_hopeless(trace)}
 
     def last_t(self) -> float:
         """
-        The latest time on the run's clock; 0 before anything was written.
+        Return the latest time on the run's clock; 0 for a new run.
 
-        Telemetry of a request that was never answered counts: it must not look like a later request's.
+        This includes telemetry of unanswered requests, which must not look like a later request's.
 
         Raises:
             RunError: The telemetry is damaged.
@@ -150,24 +149,24 @@ class Recorder:
         return max(times + [sample.t for sample in read_samples(self.directory / "telemetry.jsonl")], default=0.0)
 
     def _unwritable(self, error: OSError) -> RunError:
-        return _unwritable(self.directory, error, then="go on with --resume")
+        return _unwritable(self.directory, error, then="continue with --resume")
 
 
 def is_hopeless(trace: Trace) -> bool:
-    """Whether making this request again cannot help: its prompt exceeds the context."""
+    """Whether a retry cannot succeed, because the prompt exceeds the context."""
     return (trace.error or "").startswith(CONTEXT_EXCEEDED)
 
 
 def create_run(parent: Path, manifest: Manifest, *, label: str, now: datetime) -> Path:
     """
-    Make a new run directory with its manifest.
+    Create a run directory with its manifest.
 
     Args:
-        parent: Where runs are collected, usually ``runs``.
+        parent: Directory of all runs, usually ``runs``.
         label: Model and board, for the name.
 
     Raises:
-        RunError: The directory cannot be made or written.
+        RunError: The directory cannot be created or written.
     """
     slug = re.sub(r"[^a-z0-9._+-]+", "-", label.lower()).strip("-") or "run"
     stem = f"{now:%Y-%m-%dT%H-%M-%S}_{slug[:80]}"
@@ -187,7 +186,9 @@ def create_run(parent: Path, manifest: Manifest, *, label: str, now: datetime) -
             return directory
     except OSError as error:
         raise _unwritable(parent, error, remedy="choose another directory with --runs") from None
-    raise RunError(f"{parent} holds a hundred runs of this second", hint="choose another directory with --runs")
+    raise RunError(
+        f"{parent} already contains a hundred runs from this second", hint="choose another directory with --runs"
+    )
 
 
 def discard(directory: Path, error: BaseException) -> Path | None:
@@ -205,13 +206,13 @@ def discard(directory: Path, error: BaseException) -> Path | None:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Put the manifest on the disk, whole or not at all."""
+    """Write the manifest to disk, completely or not at all."""
     write_whole(directory / "manifest.json", msgspec.json.format(msgspec.json.encode(manifest), indent=2))
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """
-    Write a file that appears under its name only when it is complete.
+    Write a file that appears under its name only once it is complete.
 
     Raises:
         RunError: The disk is full or the directory cannot be written.
@@ -231,29 +232,29 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def read_manifest(directory: Path) -> Manifest:
     """
-    The manifest of a run.
+    Read the manifest of a run.
 
     Raises:
-        RunError: There is none, or it is damaged.
+        RunError: It is missing or damaged.
     """
     path = directory / "manifest.json"
     try:
         return msgspec.json.decode(path.read_bytes(), type=Manifest)
     except OSError as error:
         raise RunError(
-            f"{directory} is not a run: manifest.json: {error.strerror}", hint="give a directory below runs/"
+            f"{directory} is not a run: manifest.json: {error.strerror}", hint="use a directory below runs/"
         ) from None
     except MALFORMED as error:
-        raise RunError(f"{path} is damaged or of another version: {error}", hint="measure again") from None
+        raise RunError(f"{path} is damaged or from another version: {error}", hint="measure again") from None
 
 
 def read_traces(directory: Path) -> list[Trace]:
-    """Every whole trace of a run, in the order they were written; raises ``RunError`` on damage."""
+    """Read every complete trace of a run, in order of writing; raises ``RunError`` on damage."""
     return _read_lines(directory / "traces.jsonl", Trace)
 
 
 def read_events(directory: Path) -> list[Event]:
-    """Every event of a run, in order; raises ``RunError`` on damage."""
+    """Read every event of a run, in order; raises ``RunError`` on damage."""
     return _read_lines(directory / "events.jsonl", Event)  # type: ignore[arg-type]  # mypy has no TypeForm yet
 
 
@@ -263,7 +264,7 @@ def _read_lines(path: Path, kind: type[T]) -> list[T]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise RunError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from None
+        raise RunError(f"cannot read {path}: {error.strerror}", hint="check its permissions") from None
     decoder = msgspec.json.Decoder(kind)
     found = []
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):
@@ -277,7 +278,7 @@ def _read_lines(path: Path, kind: type[T]) -> list[T]:
 
 
 def _drop_cut_line(path: Path) -> None:
-    """Cut off what a power cut left of a last line, so that the next one starts on its own."""
+    """Remove a last line that a power cut truncated, so the next one starts on a new line."""
     if not path.exists():
         return
     with path.open("r+b") as file:
@@ -293,7 +294,7 @@ def _append(file: BinaryIO, line: bytes) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(file.fileno())
     except OSError:
-        os.ftruncate(file.fileno(), start)  # no half line stays behind
+        os.ftruncate(file.fileno(), start)  # leave no partial line
         raise
 
 
@@ -301,7 +302,7 @@ def _remove_empty(directory: Path) -> None:
     try:
         directory.rmdir()
     except OSError:
-        return  # somebody has put something there: not ours to remove
+        return  # not empty: another process has written to it
 
 
 def _unwritable(

@@ -1,9 +1,8 @@
-"""What requests did to the machine: telemetry samples joined to the requests that ran meanwhile.
+"""Effects of requests on the machine: telemetry samples joined to the requests that ran meanwhile.
 
-"CPU %" in a table means little without its denominator and its window. Here it is
-0-100 of *all* usable cores, and only samples that fall into a request count: a
-board that waits for the next prompt is not half as busy, it is idle. Memory is
-split the way the kernel splits it, because weights that are mapped from the file
+"CPU %" in a table means little without its denominator and its window. Here it is 0-100 of *all*
+usable cores, and only samples within a request count: a board that waits for the next prompt is
+idle, not half busy. Memory is split as the kernel splits it, because weights mapped from the file
 (page cache) can be dropped and anonymous memory cannot.
 """
 
@@ -16,7 +15,7 @@ from promptai.device.sample import Sample
 
 
 def samples_during(traces: Iterable[Trace], samples: Sequence[Sample]) -> list[Sample]:
-    """Samples taken while a request was in progress; ``samples`` are in order of time."""
+    """Return the samples taken during a request; ``samples`` must be in order of time."""
     times = [sample.t for sample in samples]
     chosen: set[int] = set()
     for trace in traces:
@@ -25,7 +24,7 @@ def samples_during(traces: Iterable[Trace], samples: Sequence[Sample]) -> list[S
 
 
 def resource_metrics(traces: Sequence[Trace], samples: Sequence[Sample]) -> dict[str, Metric]:
-    """CPU, memory, heat, clock and power while requests ran; what was not seen is ``None``."""
+    """CPU, memory, temperature, clock and power during requests; ``None``: not measured."""
     during = samples_during(traces, samples)
     return {
         "cpu_percent": _mean(during, lambda s: s.cpu_percent, "%"),
@@ -43,7 +42,7 @@ def resource_metrics(traces: Sequence[Trace], samples: Sequence[Sample]) -> dict
 
 
 def _joules_per_token(traces: Sequence[Trace], during: Sequence[Sample]) -> Metric:
-    """Mean power times the seconds in which requests ran, over generated tokens; gross, idle power included."""
+    """Mean power times the seconds of requests / generated tokens; gross, including idle power."""
     watts = [sample.watts for sample in during if sample.watts is not None]
     counted = [trace for trace in traces if trace.generated_tokens is not None]
     seconds = busy_seconds(counted)
@@ -54,7 +53,7 @@ def _joules_per_token(traces: Sequence[Trace], during: Sequence[Sample]) -> Metr
 
 
 def busy_seconds(traces: Iterable[Trace]) -> float:
-    """Seconds in which at least one request was in progress: overlapping ones count once."""
+    """Seconds with at least one request in progress; overlaps count once."""
     total, end = 0.0, float("-inf")
     for trace in sorted(traces, key=lambda t: t.t_sent):
         total += max(0.0, trace.t_end - max(end, trace.t_sent))

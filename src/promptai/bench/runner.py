@@ -1,16 +1,15 @@
-"""Play a plan: open each target, warm it up, play its stages, put every trace on the disk.
+"""Play a plan: open each target, warm it up, play its stages, write every trace to disk.
 
-The only place of the harness that has effects and an event loop. What to play
-was decided in ``bench.plan``, what is known is on the disk in ``bench.recorder``;
-so this module can be killed at any moment and started again.
+The only module of the harness with effects and an event loop. ``bench.plan`` decides what to play
+and ``bench.recorder`` has on disk what is done, so this module can be killed at any moment and
+started again.
 
     for each group of stages of one target:
         open it -> warm up (not counted) -> for each stage: play its conversations -> close it
 
-A conversation's turns follow one another; conversations run side by side only
-when the protocol says so. Before each warm conversation the KV cache is made
-to hold something else, so that "warm" always means: this conversation's own
-earlier turns. It does not compute statistics and prints nothing.
+The turns of a conversation follow one another; conversations run concurrently only if the
+protocol asks for it. Before each warm conversation the KV cache is filled with another text, so
+"warm" always means this conversation's own earlier turns. No statistics and no output here.
 """
 
 import asyncio
@@ -41,25 +40,25 @@ _MAX_FAILURES_IN_A_ROW = 3
 
 
 class RunObserver(Interface):
-    """Who wants to know how the run goes; every method returns at once."""
+    """A display of a run's progress; every method must return at once."""
 
     def opened(self, target: str, rates: WarmUpRates, client: TurnClient) -> None:
-        """A target was seen to do ``rates`` in its warm-up; ``client.live`` shows the turn in progress."""
+        """A target has finished its warm-up with these rates; ``client.live`` shows the turn in progress."""
 
     def stage(self, stage: Stage) -> None:
         """A stage begins."""
 
     def played(self, played: PlayedTurn) -> None:
-        """A turn is on the disk."""
+        """A turn has been written to disk."""
 
 
 class Runner:
     """
-    Plays one run, from wherever it stands.
+    Plays one run from its current state.
 
     Args:
         conversations: The selected ones, in order.
-        api_key: For targets that demand one.
+        api_key: For servers that require one.
         silence_s: Longest wait for the next bytes of an answer.
     """
 
@@ -82,7 +81,7 @@ class Runner:
         self._silence_s = silence_s
         self._answered = recorder.answered()
         self._hopeless = recorder.hopeless()
-        # The run's clock goes on where it stopped; a second apart, so that sessions can be told.
+        # The run's clock continues one second after its last entry, which separates the sessions.
         last_t = recorder.last_t()
         self.origin = time.monotonic() - (last_t + 1.0 if last_t else 0.0)
         self._session = 1 + sum(isinstance(event, Session) for event in recorder.events)
@@ -91,13 +90,13 @@ class Runner:
         self._playing_s = self._playing_cpu_s = 0.0
 
     def remaining(self) -> list[Stage]:
-        """Stages that still have something to play, in order."""
+        """Stages with requests left to play, in order."""
         names = [target.name for target in self._manifest.targets]
         stages = plan_stages(names, list(self._conversations), self._protocol)
         return [stage for stage in stages if any(self._pending(stage, id_) for id_ in stage.conversations)]
 
     def pending(self) -> list[TraceKey]:
-        """Every request that is still to be made, in order."""
+        """Requests left to play, in order."""
         return [
             self._key(stage, id_, turn)
             for stage in self.remaining()
@@ -107,7 +106,7 @@ class Runner:
 
     async def run(self) -> None:
         """
-        Play what remains.
+        Play the rest of the run.
 
         Raises:
             EngineError: A target cannot be opened, died, or failed several times in a row.
@@ -144,7 +143,7 @@ class Runner:
         async with open_target(facts, log=log, api_key=self._api_key, silence_s=self._silence_s) as opened:
             if self._protocol.ignore_eos and not opened.llama_server:
                 raise SettingsError(
-                    f"{facts.name} is no llama-server and cannot keep --ignore-eos", hint="leave --ignore-eos out"
+                    f"{facts.name} is not a llama-server and does not support --ignore-eos", hint="drop --ignore-eos"
                 )
             telemetry.watch(opened.pid)
             try:
@@ -162,13 +161,13 @@ class Runner:
                 telemetry.watch(None)
 
     def _next_nonce(self) -> str:
-        """Salts differ from run to run, and each time a target is opened: another's URL may lead to the same server."""
+        """Return a new nonce for salts: differs by run and by opening, as two URLs may lead to one server."""
         self._openings += 1
         return f"{self._manifest.created}/{self._session}/{self._openings}"
 
     @contextmanager
     def _playing(self) -> Iterator[None]:
-        """Count the time inside as played."""
+        """Count the block's wall and CPU time as measuring."""
         cpu_start, start = time.process_time(), time.monotonic()
         try:
             yield
@@ -177,7 +176,7 @@ class Runner:
             self._playing_s += time.monotonic() - start
 
     async def _stage(self, stage: Stage, client: TurnClient, opened: OpenTarget) -> None:
-        """Let the stage's conversations begin as the arrivals say."""
+        """Start the stage's conversations according to the arrivals."""
         ids = stage.conversations
         pending = [position for position, id_ in enumerate(ids) if self._pending(stage, id_)]
         generator = Random(arrival_seed(stage, self._protocol.seed))  # noqa: S311  reproducible, not secret
@@ -193,7 +192,7 @@ class Runner:
                     for position, offset in zip(pending, remaining_offsets(offsets, pending), strict=True):
                         group.create_task(self._arrival(stage, ids[position], begin + offset, client, opened))
         except BaseExceptionGroup as errors:
-            # One engine, one cause: the first error tells it, the others are its echo.
+            # One engine, one cause: the first error is the cause, the others follow from it.
             raise errors.exceptions[0] from None
 
     async def _worker(self, stage: Stage, queue: Iterator[str], client: TurnClient, opened: OpenTarget) -> None:
@@ -225,21 +224,21 @@ class Runner:
             t_scheduled = played.trace.t_end  # the next turn is due when this one has been answered
             await self._record(played)
             if played.failure is not None:
-                return  # its further turns would stand on an answer that never came
+                return  # later turns would build on an answer that does not exist
 
     async def _record(self, played: PlayedTurn) -> None:
-        """Put a turn on the disk; raises its failure where the run cannot go on."""
+        """Write a turn to disk; raises its failure if the run cannot continue."""
         await asyncio.to_thread(self._recorder.append, played.trace, played.text)
         self._observer.played(played)
         if played.failure is None:
             self._failures = 0
-        elif not is_hopeless(played.trace):  # one that is will not get shorter; the other conversations may fit
+        elif not is_hopeless(played.trace):  # the prompt exceeds the context; other conversations may fit
             self._failures += 1
             if isinstance(played.failure, EngineDiedError) or self._failures >= _MAX_FAILURES_IN_A_ROW:
                 raise played.failure
 
     async def _prepare_cache(self, client: TurnClient, conversation: Conversation, stage: Stage, turn: int) -> None:
-        """Put into the one slot what an undisturbed run would find there: nothing, or the turn before."""
+        """Fill the slot with what an uninterrupted run would find there: unrelated text, or the previous turn."""
         if turn == 0:
             await client.warm_up([Message("user", "-")], "warm", max_tokens=1)
         else:
@@ -256,7 +255,7 @@ class Runner:
         return TraceKey(stage.target, stage.cache, stage.repeat, id_, turn)
 
     def _pending(self, stage: Stage, id_: str) -> list[int]:
-        """Turns of a conversation that are still to be played; none after one that cannot fit the context."""
+        """Turns of a conversation left to play; none if a turn has exceeded the context."""
         turns = range(self._conversations[id_].user_turns)
         keys = [self._key(stage, id_, turn) for turn in turns]
         if any(key in self._hopeless for key in keys):

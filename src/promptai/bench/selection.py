@@ -20,13 +20,13 @@ from promptai.models.hub import fetch_dataset_file
 
 def load_workload(source: str) -> Workload:
     """
-    ``edge-50``, ``oasst1`` (fetched from the hub when it is not cached), ``oasst1:FILE`` or a .jsonl file.
+    Load ``edge-50``, ``oasst1`` (from the hub unless cached), ``oasst1:FILE`` or a .jsonl file.
 
-    Its ``source`` names a file absolutely, so that a run goes on from any folder.
+    The ``source`` of a file is an absolute path, so a run can be resumed from any directory.
 
     Raises:
         WorkloadError: It is malformed or cannot be read.
-        PromptAIError: The hub cannot give it.
+        HubError: The hub cannot deliver it.
     """
     if source == EDGE_50:
         return load_bundled()
@@ -40,12 +40,12 @@ def load_workload(source: str) -> Workload:
 
 
 def choose_conversations(workload: Workload, *, count: int | None, seed: int) -> tuple[list[Conversation], str]:
-    """The conversations to play and how they were chosen, in words; ``count`` ``None`` takes all."""
+    """Return the conversations to play and the rule of selection in words; ``count`` ``None``: all."""
     everything = list(workload.conversations)
     if count is None or count >= len(everything):
         return everything, "all"
     if count < 1:
-        raise SettingsError(f"{count} conversations cannot be played", hint="give at least 1")
+        raise SettingsError(f"--conversations must be at least 1, not {count}")
     part = stratified(everything, count, Random(seed))  # noqa: S311  reproducible, not secret
     return part, f"{count} of {len(everything)}, one from each of {count} strata by length, seed {seed}"
 
@@ -58,13 +58,13 @@ def cut_to_budget(
     budget_s: float,
 ) -> tuple[list[Conversation], str]:
     """
-    The part of the workload that all targets together can play in ``budget_s``, and how it was chosen.
+    Return the part of the workload that fits ``budget_s`` on all targets together, and the rule in words.
 
     Args:
-        selection: How ``conversations`` were chosen, in words.
+        selection: The rule that selected ``conversations``, in words.
 
     Raises:
-        SettingsError: Not even one conversation fits.
+        SettingsError: No conversation fits.
     """
 
     def seconds(conversation: Conversation) -> float:
@@ -81,15 +81,18 @@ def cut_to_budget(
     if not part:
         shortest = min(seconds(conversation) for conversation in conversations)
         raise SettingsError(
-            f"the shortest conversation takes about {shortest:.0f} s on these targets, the budget is {budget_s:.0f} s",
-            hint="give a larger --budget, or a smaller --max-tokens",
+            f"the shortest conversation takes about {shortest:.0f} s here, over the budget of {budget_s:.0f} s",
+            hint="use a larger --budget or a smaller --max-tokens",
         )
     everything, these = ("", "") if selection == "all" else (f"{selection}; then ", "these ")
     total = len(conversations)
     if len(part) == total:
         return part, f"{everything}all{' of these' if these else ''}, which fit the budget of {budget_s:.0f} s"
     if len(part) == 1 and part != stratified(conversations, 1, generator_for(1)):
-        return part, f"{everything}the shortest of {these}{total}: no even draw fits a budget of {budget_s:.0f} s"
+        return (
+            part,
+            f"{everything}the shortest of {these}{total}: no stratified selection fits a budget of {budget_s:.0f} s",
+        )
     return part, (
         f"{everything}{len(part)} of {these}{total}, one from each of {len(part)} strata by length, "
         f"as many as fit a budget of {budget_s:.0f} s, seed {protocol.seed}"
@@ -98,10 +101,10 @@ def cut_to_budget(
 
 def reload_selected(workload: Workload, sha256: str, selected: Iterable[str]) -> list[Conversation]:
     """
-    The conversations that an earlier session selected.
+    Return the conversations that the first session selected.
 
     Raises:
-        WorkloadError: The workload is no longer the same.
+        WorkloadError: The workload has changed.
     """
     if workload.sha256 != sha256:
         raise WorkloadError(

@@ -1,9 +1,8 @@
-"""Measure the measuring: our own harness against an engine whose speed is known because it was chosen.
+"""Measure our own harness against an engine with known, configured speed.
 
-The truth is the simulated engine's configuration, and, independently of it, the
-engine's notes of when it really wrote each chunk. Whatever differs between
-truth and measurement is the harness's own error on this machine, right now:
-scheduling, parsing, a busy processor.
+The truth is the configuration of the simulated engine and, independently, the times at which the
+engine really wrote each chunk. Any difference between truth and measurement is the harness's own
+error on this machine at this moment: scheduling, parsing, a busy processor.
 """
 
 from collections.abc import Callable
@@ -19,12 +18,12 @@ from promptai.engine.simulation import SimulationConfig, render, tokenize
 from promptai.errors import PromptAIError
 from promptai.wire.openai import Message
 
-#: A harness that is further off than this should not publish anything.
+#: Largest relative error with which results may be published.
 TOLERANCE = 0.02
 
 
 class SelftestCase(msgspec.Struct, frozen=True):
-    """One prompt length and the rates that make it take about a second."""
+    """One prompt length, with rates at which it takes about a second."""
 
     prompt_tokens: int
     prefill_tps: float
@@ -40,12 +39,7 @@ CASES = (
 
 
 class SelftestCheck(msgspec.Struct, frozen=True):
-    """
-    One metric against its truth.
-
-    Attributes:
-        error: (measured - expected) / expected.
-    """
+    """One metric and its true value."""
 
     case: SelftestCase
     metric: str
@@ -55,16 +49,16 @@ class SelftestCheck(msgspec.Struct, frozen=True):
 
     @property
     def error(self) -> float:
-        """Relative error; 0.01 is 1 % too much."""
+        """(measured - expected) / expected."""
         return self.measured / self.expected - 1
 
 
 async def selftest(cases: tuple[SelftestCase, ...] = CASES) -> list[SelftestCheck]:
     """
-    Play every case once on a simulated engine of its own.
+    Play every case once, each on a new simulated engine.
 
     Raises:
-        PromptAIError: A token count is not exact, or nothing was answered: that is a bug, not noise.
+        PromptAIError: A token count is wrong or an answer is missing, which is a bug, not noise.
     """
     found: list[SelftestCheck] = []
     for case in cases:
@@ -81,7 +75,7 @@ async def selftest(cases: tuple[SelftestCase, ...] = CASES) -> list[SelftestChec
 
 
 def prompt_of(tokens: int) -> list[Message]:
-    """A conversation whose rendered prompt has exactly ``tokens`` tokens on the simulated engine."""
+    """Return a prompt of exactly ``tokens`` tokens on the simulated engine, template included."""
     marks = len(tokenize(render([Message("user", "")])))
     return [Message("user", "word" + " word" * (tokens - marks - 1))]
 
@@ -90,7 +84,7 @@ def _compare(case: SelftestCase, trace: Trace, sent: list[float]) -> list[Selfte
     counts = (trace.prompt_tokens, trace.cached_tokens, trace.generated_tokens, trace.chunks)
     expected_counts = (case.prompt_tokens, 0, case.generated_tokens, case.generated_tokens)
     if counts != expected_counts:
-        raise PromptAIError(f"token counts are {counts}, the truth is {expected_counts}", hint="please report this")
+        raise PromptAIError(f"token counts are {counts}, expected {expected_counts}", hint="please report this bug")
     prefill_s = case.prompt_tokens / case.prefill_tps
     decode_s = (case.generated_tokens - 1) / case.decode_tps
     truths: dict[str, tuple[str, float, Callable[[Trace], float | None]]] = {
@@ -102,13 +96,13 @@ def _compare(case: SelftestCase, trace: Trace, sent: list[float]) -> list[Selfte
             (case.prompt_tokens + case.generated_tokens) / (prefill_s + decode_s),
             lambda t: t.total_tps,
         ),
-        # Not what was intended but what happened: first and last chunk as they were written.
+        # The actual times of the first and last chunk, not the configured ones.
         "decode_s, as sent": ("s", sent[-1] - sent[0], lambda t: t.decode_s),
     }
     checks = []
     for name, (unit, expected, read) in truths.items():
         measured = read(trace)
         if measured is None:
-            raise PromptAIError(f"{name} was not measured", hint="please report this")
+            raise PromptAIError(f"{name} was not measured", hint="please report this bug")
         checks.append(SelftestCheck(case, name, unit, expected, measured))
     return checks

@@ -1,14 +1,13 @@
-"""Numbers with their uncertainty, from traces and nothing else.
+"""Metrics with their uncertainty, from traces only.
 
-Three mistakes are common in published tables of this field: a mean of rates
-called throughput, turns of one conversation counted as independent samples,
-and a p99 of a dozen requests. Here rates are sums divided by sums (``mean_of_*``
-says when they are not), intervals come from leaving out whole *conversations*,
-and a percentile needs twenty values.
+Three mistakes are common in published tables of this field: a mean of rates presented as
+throughput, turns of one conversation counted as independent samples, and a p99 of a dozen
+requests. Here rates are sums divided by sums (exceptions are named ``mean_of_*``), intervals come
+from leaving out whole *conversations*, and a percentile needs twenty values.
 
-Runs are small: five to fifty conversations. There a percentile bootstrap, which
-this module once used, covers 82 to 93 % instead of 95, and its memory grows with
-requests times resamples. The jackknife with Student's t does better for less.
+Runs are small: five to fifty conversations. At that size a percentile bootstrap, which this
+module once used, covers 82 to 93 % instead of 95, and its memory grows with requests times
+resamples. The jackknife with Student's t covers more at less cost.
 
 Pure: the same traces give the same summary, byte for byte.
 """
@@ -23,9 +22,9 @@ from numpy.typing import NDArray
 from promptai.bench.trace import Trace
 
 MIN_FOR_PERCENTILE = 20
-#: Fewer conversations than this say too little about how much conversations differ.
+#: Fewer conversations do not show how much conversations differ.
 MIN_FOR_INTERVAL = 5
-#: Conversations that must be expected beyond a percentile: the median needs five of them, the 95th percentile fifty.
+#: Expected conversations beyond a percentile: five conversations suffice for the median, fifty for the 95th.
 _MIN_BEYOND = 2.5
 
 Floats = NDArray[np.float64]
@@ -33,13 +32,13 @@ Floats = NDArray[np.float64]
 
 class Metric(msgspec.Struct, frozen=True):
     """
-    One number as it is reported.
+    One reported number.
 
     Attributes:
-        value: ``None`` when it could not be measured, never 0 in its place.
+        value: ``None``: not measured; never 0 in its place.
         unit: ``s``, ``tokens/s``, ``bytes``, ``%``, ``1`` (a ratio) …
-        n: Values it rests on.
-        ci95: 95 % interval over conversations; ``None`` with fewer than five of them.
+        n: Number of values behind it.
+        ci95: 95 % interval over conversations; ``None`` with fewer than five.
     """
 
     value: float | None
@@ -53,8 +52,8 @@ class Bucket(msgspec.Struct, frozen=True):
     Requests of similar prompt length.
 
     Attributes:
-        low, high: Prompt tokens, ``low`` included, ``high`` not; ``None``: no upper bound.
-        rated: Requests that have each rate, by metric name.
+        low, high: Range of prompt tokens, including ``low`` but not ``high``; ``None``: unlimited.
+        rated: Number of requests with each rate, by metric name.
         cv: Coefficient of variation of each rate within the bucket, by metric name.
         mean: Mean of each rate over the bucket's requests, by metric name.
     """
@@ -76,7 +75,7 @@ _CV_OF: dict[str, Callable[[Trace], float | None]] = {
 
 
 def latency_metrics(name: str, traces: Sequence[Trace], value: Callable[[Trace], float | None]) -> dict[str, Metric]:
-    """Mean, median, 95th percentile and maximum of a duration in seconds, as ``NAME_mean`` and so on."""
+    """Return mean, median, 95th percentile and maximum of a duration in seconds, as ``NAME_mean`` and so on."""
     values, clusters = _collect(traces, value)
     if not values.size:
         return {f"{name}_{what}": Metric(None, "s", 0) for what in ("mean", "p50", "p95", "max")}
@@ -93,7 +92,7 @@ def latency_metrics(name: str, traces: Sequence[Trace], value: Callable[[Trace],
 def rate_metric(
     traces: Sequence[Trace], count: Callable[[Trace], int | None], seconds: Callable[[Trace], float | None]
 ) -> Metric:
-    """A throughput in tokens/s: the sum of counts over the sum of seconds, over traces that have both."""
+    """Return a throughput in tokens/s: sum of counts / sum of seconds, over traces with both."""
     counts, times, names = [], [], []
     for trace in traces:
         tokens, duration = count(trace), seconds(trace)
@@ -108,7 +107,7 @@ def rate_metric(
 
 
 def mean_metric(traces: Sequence[Trace], value: Callable[[Trace], float | None], unit: str) -> Metric:
-    """Plain mean over traces that have the value."""
+    """Return the arithmetic mean over traces with the value."""
     values, clusters = _collect(traces, value)
     if not values.size:
         return Metric(None, unit, 0)
@@ -116,7 +115,7 @@ def mean_metric(traces: Sequence[Trace], value: Callable[[Trace], float | None],
 
 
 def buckets(traces: Sequence[Trace]) -> list[Bucket]:
-    """Requests grouped by prompt length, with mean and CV of each rate; empty groups are left out."""
+    """Group requests by prompt length, with mean and CV of each rate; empty groups are omitted."""
     found = []
     for low, high in zip(BUCKET_EDGES, (*BUCKET_EDGES[1:], None), strict=True):
         inside = [
@@ -143,11 +142,11 @@ def buckets(traces: Sequence[Trace]) -> list[Bucket]:
 
 def cv_metrics(traces: Sequence[Trace], grouped: Sequence[Bucket]) -> dict[str, Metric]:
     """
-    How steady each rate is, as the paper asks: sample standard deviation / mean of per-prompt throughput.
+    Return the steadiness of each rate, the paper's measure: sample standard deviation / mean of per-prompt throughput.
 
     ``*_cv_within``: mean of the buckets' own CV, weighted by requests: steadiness at a given length.
-    ``*_cv_across``: CV of the buckets' means: how much prompt length changes the rate.
-    ``*_cv_all``: over all prompts at once, the paper's figure as far as it is defined.
+    ``*_cv_across``: CV of the buckets' means: the influence of prompt length on the rate.
+    ``*_cv_all``: over all prompts at once, the closest to the paper's figure, whose definition is incomplete.
     """
     result: dict[str, Metric] = {}
     for name, rate in _CV_OF.items():
@@ -164,7 +163,7 @@ def cv_metrics(traces: Sequence[Trace], grouped: Sequence[Bucket]) -> dict[str, 
 
 
 def coefficient_of_variation(values: Floats) -> float | None:
-    """Sample standard deviation (n - 1) over mean; ``None`` for fewer than two values or a mean of 0."""
+    """Sample standard deviation (n - 1) / mean; ``None`` for fewer than two values or a mean of 0."""
     if values.size < 2 or values.mean() == 0:
         return None
     return float(values.std(ddof=1) / values.mean())
@@ -191,7 +190,7 @@ def _ratio_interval(num: Floats, den: Floats, clusters: NDArray[np.intp]) -> tup
     The logarithm keeps a duration or a rate above 0 and suits their skew.
     """
     count = int(clusters.max()) + 1
-    # Of each cluster: the sums without it.
+    # The sums without each cluster.
     nums, dens = num.sum() - np.bincount(clusters, num, count), den.sum() - np.bincount(clusters, den, count)
     if count < MIN_FOR_INTERVAL or nums.min() <= 0 or dens.min() <= 0:
         return None
@@ -201,10 +200,10 @@ def _ratio_interval(num: Floats, den: Floats, clusters: NDArray[np.intp]) -> tup
 
 def _percentile(values: Floats, clusters: NDArray[np.intp], percent: int) -> Metric:
     """
-    A percentile, interpolated as NumPy does, with Woodruff's interval; ``None`` below twenty values.
+    Return a percentile, interpolated as in NumPy, with Woodruff's interval; ``None`` below twenty values.
 
-    The share of values at or below it is a mean and has an error; the values at both ends of that share's
-    interval are the ends of this one.
+    The share of values at or below the percentile is a mean with an error; the values at both ends of that
+    share's interval are the ends of this one.
     """
     n = int(values.size)
     if n < MIN_FOR_PERCENTILE:
@@ -220,13 +219,13 @@ def _percentile(values: Floats, clusters: NDArray[np.intp], percent: int) -> Met
 
 
 def _jackknife_error(without_one: Floats) -> float:
-    """Standard error of a figure, from what it is without each cluster in turn."""
+    """Standard error of a figure, from its values without each cluster in turn."""
     count = without_one.size
     return math.sqrt((count - 1) / count * float(((without_one - without_one.mean()) ** 2).sum()))
 
 
 def t975(freedom: int) -> float:
-    """The 97.5 % point of Student's t from 4 degrees of freedom on: Abramowitz and Stegun, 26.7.5, within 0.0008."""
+    """97.5 % point of Student's t for at least 4 degrees of freedom, within 0.0008 (Abramowitz and Stegun 26.7.5)."""
     z, v = 1.959963985, freedom
     return (
         z

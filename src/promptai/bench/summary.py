@@ -1,8 +1,8 @@
-"""What a run says, in one JSON file that can be made again from the raw lines at any time.
+"""Derive a run's summary from its raw lines, at any time.
 
 ``summary.json`` has a ``schema`` number and, per target and per cold/warm, metric
-name -> {value, unit, n, ci95}. Reporting never measures: this reads traces,
-telemetry and events, and derives. docs/reference/summary.md lists every metric.
+name -> {value, unit, n, ci95}. Nothing here measures: the input is traces, telemetry and events.
+docs/reference/summary.md lists every metric.
 """
 
 from collections import Counter
@@ -39,8 +39,8 @@ class CacheSummary(msgspec.Struct, frozen=True):
     One target with one cache setting.
 
     Attributes:
-        planned, answered, failed: Requests.
-        metrics: By name.
+        planned, answered, failed: Numbers of requests.
+        metrics: Metrics by name.
         buckets: The same rates by prompt length.
     """
 
@@ -56,9 +56,9 @@ class TargetSummary(msgspec.Struct, frozen=True):
     One target.
 
     Attributes:
-        load_s: Seconds to load, over every time it was loaded.
-        cold, warm: ``None`` when it was not played that way.
-        findings: What a reader must know before believing the numbers.
+        load_s: Mean seconds of loading, over every load.
+        cold, warm: ``None``: not measured with this cache setting.
+        findings: Reasons to distrust the numbers, and explanations of them.
     """
 
     name: str
@@ -70,7 +70,7 @@ class TargetSummary(msgspec.Struct, frozen=True):
 
 
 class HarnessCost(msgspec.Struct, frozen=True):
-    """What measuring took: percent of one core, and the most memory in bytes."""
+    """Resources that measuring used: percent of one core, and peak memory in bytes."""
 
     cpu_percent_of_one_core: Metric
     client_max_rss_bytes: Metric
@@ -78,7 +78,7 @@ class HarnessCost(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole run."""
+    """A run in numbers."""
 
     run: str
     complete: bool
@@ -89,7 +89,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RecordedRun(msgspec.Struct, frozen=True):
-    """Everything a run directory holds, read back."""
+    """The contents of a run directory."""
 
     directory: str
     manifest: Manifest
@@ -99,34 +99,34 @@ class RecordedRun(msgspec.Struct, frozen=True):
 
 
 def read_run(directory: Path) -> RecordedRun:
-    """Read a run; raises ``RunError`` when it is none, or holds no trace yet."""
+    """Read a run; raises ``RunError`` if the directory is not a run or has no trace yet."""
     manifest = read_manifest(directory)
     traces = latest(read_traces(directory))
     if not traces:
-        raise RunError(f"run {directory} holds no request yet", hint="go on with promptai bench --resume")
+        raise RunError(f"run {directory} contains no request yet", hint="continue with promptai bench --resume")
     return RecordedRun(
         directory.resolve().name,
         manifest,
         traces,
-        # Sessions of older runs could overlap; what joins samples to requests needs them in order.
+        # Sessions of older runs could overlap; joining samples to requests needs them in order.
         sorted(read_samples(directory / "telemetry.jsonl"), key=lambda sample: sample.t),
         read_events(directory),
     )
 
 
 def latest(traces: Sequence[Trace]) -> list[Trace]:
-    """One trace a request: a request that failed and was made again counts as its last try."""
+    """Return one trace per request: the last attempt."""
     return list({trace.key: trace for trace in traces}.values())
 
 
 def summarize(run: RecordedRun) -> Summary:
-    """Derive the summary."""
+    """Derive the summary of a run."""
     planned = run.manifest.workload.turns * run.manifest.protocol.repeats
     costs = [event for event in run.events if isinstance(event, MeasurementCost)]
     targets = []
     for facts in run.manifest.targets:
         mine = [trace for trace in run.traces if trace.target == facts.name]
-        # What this machine felt says nothing about a server on another one.
+        # Telemetry of this machine does not describe a server on another.
         samples = run.samples if facts.here else []
         parts: dict[Cache, CacheSummary] = {}
         for cache in run.manifest.protocol.caches:
@@ -162,7 +162,7 @@ def summarize(run: RecordedRun) -> Summary:
 
 
 def _complete(run: RecordedRun) -> bool:
-    """Whether each conversation was answered to its end, or to where it outgrew the context."""
+    """Whether each conversation was answered to its end, or until it exceeded the context."""
     answered: Counter[tuple[str, Cache, int, str]] = Counter()
     outgrown: set[tuple[str, Cache, int, str]] = set()
     for trace in run.traces:
@@ -180,7 +180,7 @@ def _complete(run: RecordedRun) -> bool:
 
 
 def write_summary(directory: Path, summary: Summary) -> Path:
-    """Put ``summary.json`` into the run's directory."""
+    """Write ``summary.json`` to the run's directory."""
     path = directory / "summary.json"
     write_whole(path, msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
     return path

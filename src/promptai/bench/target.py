@@ -21,15 +21,15 @@ from promptai.errors import EngineDiedError, EngineRefusedError, SettingsError
 
 class OpenTarget(msgspec.Struct, frozen=True):
     """
-    A target that answers.
+    A target that is ready for requests.
 
     Attributes:
-        client: Connected to it.
-        model: The name that requests carry.
-        llama_server: Whether it speaks llama-server's dialect.
-        pid: The engine's process, when it is ours to watch.
-        load_s: Seconds it took to load, when we loaded it.
-        death: Why it has gone; ``None`` while it lives, or when it is not ours.
+        client: Sends requests to it.
+        model: Model name in requests.
+        llama_server: Whether it is a llama-server.
+        pid: Process of an engine started here; ``None`` for a server.
+        load_s: Seconds until that engine was ready; ``None`` for a server.
+        death: Returns why that engine has ended; ``None`` while it runs, and for a server.
     """
 
     client: EngineClient
@@ -51,15 +51,16 @@ async def open_target(
     facts: TargetFacts, *, log: Path, api_key: str | None, silence_s: float
 ) -> AsyncIterator[OpenTarget]:
     """
-    Start or reach a target; inside the block it answers.
+    Start an engine or connect to a server; the target is ready within the block.
 
     Args:
-        log: Where an engine that is started writes its log.
-        api_key: For servers that demand one.
+        log: File for the log of an engine started here.
+        api_key: For servers that require one.
         silence_s: Longest wait for the next bytes of an answer.
 
     Raises:
-        EngineError: It cannot be started or reached.
+        EngineError: The engine cannot be started, or the server cannot be reached.
+        SettingsError: The server has no model loaded.
     """
     if facts.engine is None or facts.model is None:
         async with EngineClient(facts.url or "", api_key=api_key, silence_s=silence_s) as client:
@@ -79,9 +80,9 @@ async def _reach(client: EngineClient) -> OpenTarget:
         props = await client.props()
     except EngineRefusedError as refused:
         if refused.status in (401, 503):
-            raise  # a missing key, or a model that is still loading: no matter of dialect
+            raise  # a missing key or a model that is still loading does not reveal the dialect
         models = await client.models()
         if not models:
-            raise SettingsError(f"{client.base_url} serves no model", hint="load one there first") from None
+            raise SettingsError(f"{client.base_url} serves no model", hint="load a model there first") from None
         return OpenTarget(client, models[0], False, None, None, lambda: None)
     return OpenTarget(client, props.model_alias or "model", True, None, None, lambda: None)

@@ -125,7 +125,7 @@ def describe_model(
     missing: list[str],
     sha256: str,
 ) -> TargetFacts:
-    """A model file and the engine it will run on."""
+    """Describe a model file and the engine that will serve it."""
     model = ModelFacts(
         path=flags.model,
         sha256=sha256,
@@ -143,13 +143,13 @@ def describe_model(
 
 def check_fits(header: GgufHeader, context: int, available_bytes: int, *, cache_type: str = "f16") -> None:
     """
-    Refuse a model whose weights and KV cache alone exceed the memory that is left.
+    Reject a model whose weights and KV cache alone exceed the available memory.
 
-    Compute buffers come on top, so that this is a lower bound: it never refuses what would fit.
-    A model with a sliding window keeps less than its context; its cache counts as nothing here.
+    This is a lower bound, because compute buffers are extra: a model that fits is never rejected. The cache
+    of a model with a sliding window is smaller than its context and counts as 0.
 
     Raises:
-        ModelTooLargeError: With the numbers.
+        ModelTooLargeError: The message contains the numbers.
     """
     per_token = header.kv_bytes_per_token(bytes_per_value=BYTES_PER_VALUE[cache_type])
     kv_bytes = 0 if header.sliding_window else (per_token or 0) * context
@@ -157,7 +157,7 @@ def check_fits(header: GgufHeader, context: int, available_bytes: int, *, cache_
     if needed > available_bytes:
         raise ModelTooLargeError(
             f"{header.path} needs at least {needed / _GIB:.2f} GiB (weights {header.tensor_bytes / _GIB:.2f}, "
-            f"KV cache {kv_bytes / _GIB:.2f} for {context} tokens), {available_bytes / _GIB:.2f} GiB are available",
+            f"KV cache {kv_bytes / _GIB:.2f} for {context} tokens); {available_bytes / _GIB:.2f} GiB are available",
             hint="use a smaller model, a smaller quantisation or a smaller --context",
         )
 
@@ -182,7 +182,7 @@ def _context(header: GgufHeader, conversations: Sequence[Conversation], options:
 
 
 def _chars_per_token(header: GgufHeader) -> float:
-    """Synthetic models speak promptai-tiny's tokens, however many they have, and toys one token a byte."""
+    """Synthetic models have promptai-tiny's tokenizer whatever their vocabulary; the smallest use a token per byte."""
     if not header.synthetic:
         return chars_per_token(header.vocabulary)
     return chars_per_token(BORROWED_TOKENS) if (header.vocabulary or 0) >= BORROWED_TOKENS else 1.0
@@ -205,10 +205,10 @@ def _name(source: EngineUrl | Path) -> str:
 
 def verify_unchanged(facts: TargetFacts, progress: Callable[[int], None] | None = None) -> None:
     """
-    Refuse to go on with a model file that is no longer the one that was measured.
+    Refuse to resume with a model file that is not the one measured so far.
 
     Raises:
-        ModelError: It has gone, or changed.
+        ModelError: The file is missing or has changed.
     """
     if facts.model is None:
         return
@@ -220,10 +220,10 @@ def verify_unchanged(facts: TargetFacts, progress: Callable[[int], None] | None 
 
 def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
     """
-    SHA-256 of a file.
+    Return the SHA-256 of a file.
 
     Args:
-        progress: Called with the bytes of each piece that was read.
+        progress: Receives the number of bytes in each piece read.
     """
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:

@@ -1,9 +1,8 @@
-"""How long the rest of a run will take, corrected by what the finished part took.
+"""Forecast the remaining time of a run, corrected by the time of its finished part.
 
-A progress bar that counts requests lies when late prompts are ten times as long
-as early ones. This one counts seconds: each request's time is estimated from its
-length and the rates seen in the warm-up, and the estimates of each target and
-cache setting are scaled by how wrong they have been so far. Pure.
+A progress bar that counts requests misleads if late prompts are ten times as long as early ones.
+This forecast counts seconds: it estimates each request from its length and the rates of the
+warm-up, and scales the estimates of each target and cache setting by their error so far. Pure.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,14 +18,14 @@ Group = tuple[str, Cache]
 
 class TimeLeft:
     """
-    Estimates for one run.
+    The forecast of one run.
 
-    Keeps sums a group, not requests, so that asking is cheap however long the run is.
+    Keeps sums per group instead of requests, so a forecast is cheap for any length of run.
 
     Args:
-        pending: Requests that are still to be made.
-        conversations: By id.
-        history: Whose answers stand in the prompts.
+        pending: Requests left to play.
+        conversations: Conversations by id.
+        history: Source of the answers in prompts.
     """
 
     def __init__(
@@ -45,11 +44,11 @@ class TimeLeft:
         self._finished = 0
 
     def opened(self, target: str, rates: WarmUpRates) -> None:
-        """Learn what a target can do."""
+        """Record the rates of a target."""
         self._rates[target] = rates
 
     def played(self, key: TraceKey, seconds: float) -> None:
-        """A request is finished and took ``seconds``."""
+        """Record that a request finished after ``seconds``."""
         self._finished_s += seconds
         self._finished += 1
         work = self._take(key)
@@ -59,14 +58,14 @@ class TimeLeft:
             self._seen[group] = (estimated + work.seconds(self._rates[key.target]), taken + seconds)
 
     def given_up(self, key: TraceKey, seconds: float) -> None:
-        """A request failed after ``seconds``, and the rest of its conversation is left out."""
+        """Record that a request failed after ``seconds``; the rest of its conversation will be skipped."""
         self._finished_s += seconds
         self._finished += 1
         while self._take(key) is not None:
             key = msgspec.structs.replace(key, turn=key.turn + 1)
 
     def seconds(self) -> float | None:
-        """Seconds that are left; ``None`` while no target has been seen."""
+        """Forecast the seconds left; ``None`` until a target has been opened."""
         if not self._rates:
             return None
         known = [
@@ -76,25 +75,25 @@ class TimeLeft:
         ]
         unknown = sum(left.answers for group, left in self._left.items() if group[0] not in self._rates)
         total, count = sum(seconds for seconds, _ in known), sum(count for _, count in known)
-        # A target that has not been opened yet counts like those that have, their finished requests included.
+        # A target not opened yet counts like the mean of the others, including their finished requests.
         requests = count + self._finished
         return total + (unknown * (total + self._finished_s) / requests if requests else 0.0)
 
     def share(self) -> float:
-        """Finished share of the run's seconds, 0 to 1."""
+        """Return the finished share of the run's seconds, 0 to 1."""
         left = self.seconds()
         if left is None or self._finished_s + left <= 0:
             return 0.0
         return self._finished_s / (self._finished_s + left)
 
     def _correction(self, group: Group) -> float:
-        """Taken / estimated of the group so far; before its first request, of the same target's other group."""
+        """Actual / estimated seconds of the group so far; before its first request, of the target's other group."""
         pairs = [self._seen[group]] if group in self._seen else [p for g, p in self._seen.items() if g[0] == group[0]]
         estimated, taken = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
         return taken / estimated if estimated > 0 else 1.0
 
     def _take(self, key: TraceKey) -> RequestWork | None:
-        """Count a request among what is left no more; ``None`` when it was not."""
+        """Remove a request from the work left; ``None`` if it was not part of it."""
         work = self._work.pop(key, None)
         if work is not None:
             group = (key.target, key.cache)

@@ -1,9 +1,8 @@
-"""One request as it was seen: raw timestamps and counts, nothing derived but what is defined here.
+"""One request as recorded: raw timestamps and counts, and the definitions of everything derived.
 
-Every rate that PromptAI prints comes from these lines, so that anyone can
-compute it again, and so that a definition stands in one place: the names below
-are the metric names of the whole project. What a server does not say is
-``None``; a ratio with a missing part is ``None``; nothing becomes 0.
+Every rate that PromptAI prints is computed from these lines, so users can recompute it, and each
+definition exists once: the names below are the metric names of the whole project. A value that a
+server does not report is ``None``; a ratio with a missing part is ``None``; nothing becomes 0.
 """
 
 from typing import Literal
@@ -14,7 +13,7 @@ Cache = Literal["cold", "warm"]
 
 
 class TraceKey(msgspec.Struct, frozen=True):
-    """What names a request within a run; a resumed run plays only keys that it has not seen."""
+    """Identifies a request within a run; a resumed run plays only keys without an answer."""
 
     target: str
     cache: Cache
@@ -31,23 +30,23 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     run, and continued (never overlapping) when a run is resumed.
 
     Attributes:
-        target: Name of what was measured.
-        cache: ``cold``: the KV cache was off; ``warm``: earlier turns could be in it.
-        repeat: Which pass over the workload, from 0.
-        turn: Which user turn of the conversation, from 0.
-        prompt_tokens: All tokens of the prompt, cached or not.
-        cached_tokens: Those that the server took from its cache.
+        target: Name of the target.
+        cache: ``cold``: the KV cache was off; ``warm``: it could contain earlier turns.
+        repeat: Pass over the workload, from 0.
+        turn: User turn of the conversation, from 0.
+        prompt_tokens: Tokens of the prompt, cached or not.
+        cached_tokens: Prompt tokens reused from the server's cache.
         generated_tokens: Tokens of the answer, by the server's count.
-        chunks: Streamed chunks that carried text.
-        t_scheduled: When the request should have been sent.
-        t_sent: When it was handed to the socket.
+        chunks: Streamed chunks that contained text.
+        t_scheduled: Time at which the request was due.
+        t_sent: Time at which it was handed to the socket.
         t_first: Arrival of the first *content* chunk; role-only, empty and reasoning chunks do not count.
-        t_first_reasoning: Arrival of the first reasoning chunk, of models that have them.
-        t_last: Arrival of the end of generation (the chunk that carries the finish reason).
+        t_first_reasoning: Arrival of the first reasoning chunk; ``None``: the model sent none.
+        t_last: Arrival of the end of generation (the chunk with the finish reason).
         prompt_n, prompt_ms, predicted_n, predicted_ms: The engine's own ``timings``.
         finish_reason: ``stop`` or ``length``.
-        error: What went wrong, as ``Kind: sentence``.
-        text_sha256: Of the answer's UTF-8 bytes: equal hashes are byte-identical answers.
+        error: The error as ``Kind: sentence``; ``None``: answered.
+        text_sha256: Hash of the answer's UTF-8 bytes: equal hashes are byte-identical answers.
     """
 
     target: str
@@ -75,12 +74,12 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> TraceKey:
-        """What names this request within its run."""
+        """Identifies this request within its run."""
         return TraceKey(self.target, self.cache, self.repeat, self.conversation, self.turn)
 
     @property
     def ttft_s(self) -> float | None:
-        """Seconds until the first content token was there: what a person waits."""
+        """Seconds until the first content token arrived: the wait of a user."""
         return None if self.t_first is None else self.t_first - self.t_sent
 
     @property
@@ -96,19 +95,19 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def decode_steps(self) -> int | None:
-        """Tokens after the first: (generated - 1), the steps that ``decode_s`` holds."""
+        """Tokens after the first: (generated - 1), the steps within ``decode_s``."""
         if self.generated_tokens is None or self.generated_tokens < 2:
             return None
         return self.generated_tokens - 1
 
     @property
     def decode_tps(self) -> float | None:
-        """(generated - 1) / (t_last - t_first): tokens a second while answering."""
+        """(generated - 1) / (t_last - t_first), in tokens/s."""
         return _rate(self.decode_steps, self.decode_s)
 
     @property
     def uncached_tokens(self) -> int | None:
-        """Prompt tokens that had to be computed; the engine's count, else prompt minus cached."""
+        """Prompt tokens computed: the engine's count, else prompt minus cached."""
         if self.prompt_n is not None:
             return self.prompt_n
         if self.prompt_tokens is None or self.cached_tokens is None:
@@ -117,17 +116,17 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def prompt_s(self) -> float | None:
-        """Seconds of prefill by the engine's account."""
+        """Seconds of prefill on the engine's clock."""
         return None if self.prompt_ms is None else self.prompt_ms / 1000
 
     @property
     def prefill_tps(self) -> float | None:
-        """Uncached prompt tokens / prompt time, both the engine's."""
+        """Uncached prompt tokens / seconds of prefill, both the engine's."""
         return _rate(self.uncached_tokens, self.prompt_s)
 
     @property
     def all_tokens(self) -> int | None:
-        """Tokens of prompt and answer, cached ones included."""
+        """Tokens of prompt and answer, including cached ones."""
         if self.prompt_tokens is None or self.generated_tokens is None:
             return None
         return self.prompt_tokens + self.generated_tokens

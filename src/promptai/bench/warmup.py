@@ -27,16 +27,16 @@ _WARM_UP = (
 
 async def warm_up(client: TurnClient, *, answer_tokens: float) -> tuple[WarmUpRates, float]:
     """
-    Let a target page its weights in, and see what it does then.
+    Let a target page its weights in, then measure its rates.
 
     Returns:
-        What it does, and the seconds that its very first request took.
+        The rates, and the seconds of the very first request.
 
     Raises:
-        EngineError: It cannot answer even this.
+        EngineError: The target does not answer.
     """
     first = await client.warm_up([Message("user", _WARM_UP)], "cold", max_tokens=_WARM_UP_TOKENS)
-    # A second look, because the first paid for the paging.
+    # The second request is measured; the first includes paging.
     trace = await client.warm_up([Message("user", _WARM_UP)], "cold", max_tokens=_WARM_UP_TOKENS)
     return _rates(trace, trace.prompt_s, len(_WARM_UP), answer_tokens), first.t_end - first.t_sent
 
@@ -79,15 +79,15 @@ async def refine_rates(
     client: TurnClient, rates: WarmUpRates, prompt: list[Message], *, at_most_s: float
 ) -> WarmUpRates:
     """
-    See what a target does at a length of the workload: behind long prompts a model decodes more slowly.
+    Measure a target's rates at a length of the workload: decoding is slower after long prompts.
 
-    Everything that a request waits for is in these rates, tokenising and connecting included.
+    These rates include everything that a request waits for, such as tokenising and connecting.
 
     Args:
-        rates: From its warm-up; returned as they are where the look should take longer than ``at_most_s``.
+        rates: From the warm-up; returned unchanged if the measurement would take longer than ``at_most_s``.
 
     Raises:
-        EngineError: It cannot answer.
+        EngineError: The target does not answer.
     """
     chars = sum(len(message.content) for message in prompt)
     if RequestWork(chars, 0, 1).seconds(rates) > at_most_s:
@@ -98,10 +98,10 @@ async def refine_rates(
 
 def _rates(trace: Trace, prefill_s: float | None, chars: int, answer_tokens: float) -> WarmUpRates:
     tokens = trace.prompt_tokens or chars / 4
-    # Tokens from a cache took no time.
+    # Cached tokens took no time.
     prefill_tps = (trace.uncached_tokens or tokens) / (prefill_s or trace.ttft_s or 1.0)
-    # An answer that arrives at once, at a client that was not scheduled in time, is timed with its prefill; one of a
-    # single token shows no decode rate at all, of which the prefill rate is an upper bound.
+    # All chunks may arrive at once at a client that was not scheduled in time: then the decode rate includes prefill.
+    # An answer of one token shows no decode rate; the prefill rate is its upper bound.
     steps, latency_s = trace.decode_steps, trace.latency_s
     whole_tps = (steps + 1) / latency_s if steps and latency_s else None
     return WarmUpRates(

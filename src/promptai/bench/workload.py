@@ -1,13 +1,12 @@
 """Conversations to play, with a fingerprint.
 
-Two runs compare only if they asked the same. So a workload is a list of
-conversations plus the SHA-256 of exactly what will be asked, which goes into
-every run; the bundled one is sealed, that is, refused when its bytes changed.
-Files from outside are read line by line and refused with file, line and reason:
-half a workload that loads silently is worse than none.
+Two runs compare only if their prompts are the same. So a workload is a list of conversations plus
+the SHA-256 of their exact contents, which every run records; the bundled workload is sealed: it is
+rejected if its bytes have changed. Other files are read line by line and rejected with file, line
+and reason, because half a workload that loads silently is worse than none.
 
-Reads JSON Lines in OpenAI's form (``messages``) and ShareGPT's (``conversations``);
-the trees of oasst1 are read by ``bench.oasst1``.
+Reads JSON Lines in OpenAI's form (``messages``) and ShareGPT's (``conversations``); ``bench.oasst1``
+reads the trees of oasst1.
 """
 
 import hashlib
@@ -41,16 +40,15 @@ class Conversation(msgspec.Struct, frozen=True):
 
     @property
     def user_turns(self) -> int:
-        """How often the user speaks, which is how many requests it takes to play."""
+        """Number of user messages, which is the number of requests."""
         return sum(message.role == "user" for message in self.messages)
 
     def prompt(self, turn: int, own_answers: list[str] | None = None) -> list[Message]:
         """
-        The messages that stand before the answer to user turn ``turn`` (from 0).
+        Return the messages before the answer to user turn ``turn`` (from 0).
 
         Args:
-            own_answers: The model's answers to the earlier turns, to stand in
-                place of the data's; ``None`` keeps the data's.
+            own_answers: The model's answers to the earlier turns, which replace the data set's; ``None`` keeps those.
         """
         prompt: list[Message] = []
         answered = 0
@@ -67,18 +65,18 @@ class Conversation(msgspec.Struct, frozen=True):
         raise IndexError(f"conversation {self.id} has no user turn {turn}")
 
     def prompt_chars(self, turn: int) -> int:
-        """Characters of the prompt of ``turn``, for estimates before anything is tokenised."""
+        """Characters of the prompt of ``turn``, for estimates before tokenising."""
         return sum(len(message.content) for message in self.prompt(turn))
 
 
 class Workload(msgspec.Struct, frozen=True):
     """
-    Conversations and where they come from.
+    Conversations and their source.
 
     Attributes:
         name: ``edge-50``, ``oasst1`` or the file's name.
-        source: What to give to ``load`` to get it again.
-        rule: How the conversations were chosen from their source, in words.
+        source: Argument with which ``load_workload`` loads it again.
+        rule: The rule that selected the conversations from their source, in words.
     """
 
     name: str
@@ -118,21 +116,21 @@ _SHARE_GPT_ROLES: dict[str, Literal["system", "user", "assistant"]] = {
 
 def load_bundled() -> Workload:
     """
-    The 50 conversations that come with the package.
+    Load the 50 conversations bundled with the package.
 
     Raises:
-        WorkloadError: They are not the ones that were sealed.
+        WorkloadError: They differ from the sealed ones.
     """
     path = Path(str(files("promptai.bench") / "data" / "edge-50.jsonl"))
     workload = Workload(EDGE_50, EDGE_50, "all of the bundled conversations", _read(path))
     if workload.sha256 != _EDGE_50_SHA256:
-        raise WorkloadError(f"the bundled workload at {path} was changed", hint="install promptai again")
+        raise WorkloadError(f"the bundled workload {path} has been modified", hint="reinstall promptai")
     return workload
 
 
 def load_jsonl(path: Path) -> Workload:
     """
-    Every conversation of a JSON Lines file.
+    Load every conversation of a JSON Lines file.
 
     Raises:
         WorkloadError: The file cannot be read, or a line of it is malformed.
@@ -141,14 +139,14 @@ def load_jsonl(path: Path) -> Workload:
 
 
 def check_turns(messages: list[Message]) -> str | None:
-    """Why these messages are no playable conversation; ``None`` when they are one."""
+    """Return why these messages cannot be played; ``None`` if they can."""
     turns = messages[1:] if messages and messages[0].role == "system" else messages
     if not turns:
-        return "there is no user message"
+        return "it has no user message"
     for position, message in enumerate(turns):
         expected = "user" if position % 2 == 0 else "assistant"
         if message.role != expected:
-            return f"message {position + 1} is from {message.role!r}; user and assistant must alternate, user first"
+            return f"message {position + 1} is from {message.role!r} (user and assistant must alternate, user first)"
         if not message.content.strip():
             return f"message {position + 1} is empty"
     return None
@@ -162,21 +160,21 @@ def _read(path: Path) -> tuple[Conversation, ...]:
                 if line.strip():
                     conversation = _parse(path, number, line)
                     if conversation.id in found:
-                        raise _malformed(path, number, f"the id {conversation.id!r} was used before")
+                        raise _malformed(path, number, f"duplicate id {conversation.id!r}")
                     found[conversation.id] = conversation
     except OSError as error:
         raise WorkloadError(
-            f"workload {path} cannot be read: {error.strerror}",
-            hint=f"give {EDGE_50}, oasst1 or the path of a .jsonl file",
+            f"cannot read workload {path}: {error.strerror}",
+            hint=f"use {EDGE_50}, oasst1 or the path of a .jsonl file",
         ) from None
     if not found:
-        raise WorkloadError(f"workload {path} holds no conversation", hint="it needs one JSON object a line")
+        raise WorkloadError(f"workload {path} contains no conversation", hint="it needs one JSON object per line")
     return tuple(found.values())
 
 
 def _parse(path: Path, number: int, line: bytes) -> Conversation:
     if len(line) > _MAX_LINE_BYTES:
-        raise _malformed(path, number, f"the line has {len(line):,} bytes")
+        raise _malformed(path, number, f"the line is too long ({len(line):,} bytes)")
     try:
         fields = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
         if "conversations" in fields:
@@ -187,7 +185,7 @@ def _parse(path: Path, number: int, line: bytes) -> Conversation:
             plain = msgspec.json.decode(line, type=_OpenAiLine)
             name, messages = plain.id, plain.messages
         else:
-            raise _malformed(path, number, "it has neither 'messages' nor 'conversations'")
+            raise _malformed(path, number, "neither 'messages' nor 'conversations' found")
     except MALFORMED as error:
         raise _malformed(path, number, str(error)) from None
     reason = check_turns(messages)
@@ -197,4 +195,4 @@ def _parse(path: Path, number: int, line: bytes) -> Conversation:
 
 
 def _malformed(path: Path, line: int, reason: str) -> WorkloadError:
-    return WorkloadError(f"workload {path}, line {line}: {reason}", hint="correct the line or remove it")
+    return WorkloadError(f"workload {path}, line {line}: {reason}", hint="fix or remove the line")

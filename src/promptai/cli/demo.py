@@ -1,4 +1,4 @@
-"""``promptai demo``: the main job on what comes with the package."""
+"""``promptai demo``: measure the bundled model on the bundled workload."""
 
 import click
 import msgspec
@@ -14,7 +14,7 @@ _CONVERSATIONS = 10
 @click.command(
     epilog="""\b
 Example:
-  promptai demo        then open the report that it names
+  promptai demo        and open the report at the printed path
 """
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
@@ -23,7 +23,7 @@ def demo(*, as_json: bool) -> None:
     Measure the bundled model on this machine, without network, download or compiler.
 
     Starts the engine, plays ten of the bundled conversations cold and warm,
-    watches the machine meanwhile, prints a table and writes a report.
+    records the machine's load, prints a table and writes a report.
     """
     console = Console(stderr=as_json)
     # The demo is the same everywhere; of the user's settings, only those of the engine and the directories apply.
@@ -31,8 +31,8 @@ def demo(*, as_json: bool) -> None:
     options = msgspec.structs.replace(default_options(settings), conversations=_CONVERSATIONS)
     start(options, OutputOptions(console, as_json, write_report=True))
     console.print(
-        "\nnext:    promptai bench YOUR-MODEL.gguf     measure a model of your own, by the paper's protocol\n"
+        "\nnext:    promptai bench YOUR-MODEL.gguf     measure your own model with the paper's protocol\n"
         "         promptai bench http://HOST:8080    measure a server that is already running\n"
-        "         promptai doctor --selftest         see how exact these measurements are here",
+        "         promptai doctor --selftest         check the accuracy of these measurements",
         highlight=False,
     )

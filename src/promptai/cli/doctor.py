@@ -1,4 +1,4 @@
-"""``promptai doctor``: what this machine is, what would spoil a measurement on it, and how exact ours are."""
+"""``promptai doctor``: show this machine, its obstacles to measuring, and the accuracy of our measurements."""
 
 import asyncio
 from collections.abc import Iterator
@@ -23,16 +23,18 @@ from promptai.settings import cache_directory, load_settings
     epilog="""\b
 Examples:
   promptai doctor
-  promptai doctor --selftest     measures a pretended engine of known speed and prints our own error
+  promptai doctor --selftest     measures a simulated engine of known speed and prints the error
 """
 )
-@click.option("--selftest", "test", is_flag=True, help="Measure the measuring; exit code 1 beyond 2 %.")
+@click.option(
+    "--selftest", "test", is_flag=True, help="Measure the accuracy of measuring; exit code 1 if an error exceeds 2 %."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(*, test: bool, as_json: bool) -> int:
-    """Check this machine before you trust what it measures."""
+    """Check whether this machine measures reliably."""
     console = Console()
     if test:
-        with console.status("playing three prompts of known speed, about 6 s"):
+        with console.status("measuring three prompts of known speed, about 6 s"):
             checks = asyncio.run(selftest())
         if as_json:
             click.echo(msgspec.json.encode([{"error": check.error, **msgspec.to_builtins(check)} for check in checks]))
@@ -62,33 +64,33 @@ def doctor(*, test: bool, as_json: bool) -> int:
     for line in advice:
         console.print(f"[yellow]advice[/]  {escape(line)}", highlight=False)
     if not advice:
-        console.print("nothing to complain about", highlight=False)
+        console.print("no problems found", highlight=False)
     return 0
 
 
 def _advice(machine: MachineFacts, memory: MemoryFacts, engines: list[EngineBinary]) -> Iterator[str]:
-    """What would make measurements slower or less steady here, and the remedy."""
+    """Yield obstacles to fast and steady measurements, with the remedy."""
     cpu = machine.cpu
     if cpu.governor is not None and cpu.governor != "performance":
         yield (
-            f"the CPU governor is {cpu.governor}, so the clock wanders; before measuring: "
+            f"the CPU governor is {cpu.governor}, so the clock varies; before measuring: "
             "echo performance | sudo tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor"
         )
     missing = missing_features(engines[0], cpu.features)
     if missing:
         yield (
-            f"the engine that is used does not use this CPU's {', '.join(missing)}; "
-            "a llama-server built on this machine is faster: promptai engine build, then engine compare"
+            f"the engine in use does not use this CPU's {', '.join(missing)}; "
+            "a llama-server built on this machine is faster: promptai engine build, then promptai engine compare"
         )
     if cpu.quota_cpus is not None and cpu.quota_cpus < cpu.usable_cores:
         yield (
-            f"a CPU quota of {cpu.quota_cpus:g} is set for {cpu.usable_cores} cores; the engine's threads wait for one "
-            "another, so a throttled one stops all: better to give whole cores and no quota"
+            f"a CPU quota of {cpu.quota_cpus:g} is set for {cpu.usable_cores} cores; the engine's threads wait for "
+            "each other, so a throttled thread stops all: assign whole cores without a quota instead"
         )
     if memory.swap_used_bytes:
         yield (
-            f"{fmt.quantity(memory.swap_used_bytes, 'bytes')} of swap are in use; "
-            "close what is not needed, or results will show it"
+            f"{fmt.quantity(memory.swap_used_bytes, 'bytes')} of swap are in use, which slows measurements; "
+            "stop programs that are not needed"
         )
 
 
@@ -102,13 +104,13 @@ def _machine_table(
         ("board", machine.board),
         ("processor", f"{cpu.model_name}, {cpu.architecture}"),
         ("cores", f"{cpu.physical_cores} physical, {cpu.usable_cores} usable, {quota}"),
-        ("SIMD", " ".join(cpu.features) or "none that llama.cpp uses"),
-        ("governor", cpu.governor or "not told (no cpufreq)"),
-        ("memory", f"{total}, {free} free"),
-        ("power from", energy or "nothing here measures it"),
+        ("SIMD", " ".join(cpu.features) or "none used by llama.cpp"),
+        ("governor", cpu.governor or "unknown (no cpufreq)"),
+        ("memory", f"{total}, {free} available"),
+        ("power", energy or "not available on this machine"),
     ]
     for number, binary in enumerate(engines):
-        features = "unknown SIMD" if binary.features is None else " ".join(binary.features)
+        features = "SIMD unknown" if binary.features is None else " ".join(binary.features)
         rows.append(("engine" if number == 0 else "also", f"{binary.label} ({binary.source}): {features}"))
     table = Table(show_header=False)
     for label, words in rows:
@@ -121,10 +123,10 @@ def _selftest_table(checks: list[SelftestCheck]) -> Table:
     table = Table(
         "prompt",
         "metric",
-        "truth",
+        "true value",
         "measured",
         "error",
-        caption=f"worst error {worst:.2%}, allowed {TOLERANCE:.0%}; token counts exact",
+        caption=f"largest error {100 * worst:.2f} %, limit {100 * TOLERANCE:.0f} %; token counts are exact",
         caption_justify="left",
     )
     for check in checks:
@@ -134,6 +136,6 @@ def _selftest_table(checks: list[SelftestCheck]) -> Table:
             check.metric,
             fmt.quantity(check.expected, check.unit),
             fmt.quantity(check.measured, check.unit),
-            f"[{colour}]{check.error:+.2%}[/]",
+            f"[{colour}]{100 * check.error:+.2f} %[/]",
         )
     return table

@@ -1,8 +1,8 @@
-"""Measure and show: what ``demo`` and ``bench`` have in common.
+"""Measure and show: the common part of ``demo`` and ``bench``.
 
-Puts the parts together in their order (recorder, runner, progress, summary, report)
-and prints. The report is rendered by a process of its own: its JavaScript bundle
-takes over 200 MB for a second, which must not weigh on the board while an engine is loaded.
+Runs the recorder, runner, progress display, summary and report in order. Another process renders
+the report: its JavaScript bundle takes over 200 MB for a second, which must not burden a board
+while an engine is loaded.
 """
 
 import asyncio
@@ -27,11 +27,11 @@ from promptai.report.table import print_summary
 
 class OutputOptions(NamedTuple):
     """
-    Where results go.
+    How results are shown.
 
     Attributes:
-        console: For people; stderr when stdout carries JSON.
-        as_json: Print the summary as JSON on stdout.
+        console: For people; stderr if the JSON goes to stdout.
+        as_json: Print the summary as JSON to stdout.
         write_report: Also render report.html.
     """
 
@@ -90,7 +90,7 @@ async def _run(runner: Runner, progress: RunProgress) -> None:
 
 
 def show(directory: Path, output: OutputOptions) -> None:
-    """Derive the summary, write it and the report, print it."""
+    """Derive the summary, write it and the report, and print it."""
     console = output.console
     summary = summarize(read_run(directory))
     write_summary(directory, summary)
@@ -107,7 +107,7 @@ def show(directory: Path, output: OutputOptions) -> None:
 
 
 def _render(directory: Path) -> bool:
-    """Write report.html in another process; say why when that fails, but keep the numbers."""
+    """Write report.html in another process; a failure is printed, and the numbers stay."""
     done = subprocess.run(  # noqa: S603  ourselves
         [sys.executable, "-P", "-m", "promptai", "report", str(directory), "--quiet"],
         check=False,
@@ -116,7 +116,7 @@ def _render(directory: Path) -> bool:
     )
     if done.returncode != 0:
         click.echo(
-            f"promptai: the report could not be written: {done.stderr.decode(errors='replace').strip()}",
+            f"promptai: cannot write the report: {done.stderr.decode(errors='replace').strip()}",
             err=True,
         )
     return done.returncode == 0

@@ -1,8 +1,7 @@
-"""The progress line of a run: where it is, how fast, and how long it will take.
+"""Progress displays: the current position of a run, its rate, and the time left.
 
-Redrawn twice a second from values that the runner leaves lying about, never from
-inside the path that is being measured. Where there is no terminal (a log, CI) it
-prints one plain line a stage and a tenth instead.
+Redrawn twice a second from values that the runner leaves behind, never from within the measured
+path. Without a terminal (a log, CI) plain lines appear instead: one per stage and per tenth.
 """
 
 from collections.abc import Callable, Iterator
@@ -60,14 +59,14 @@ def print_kept_log(console: Console, log: Path) -> None:
 
 
 class RunProgress:
-    """Shows one run; an observer of the runner and a context manager."""
+    """Shows a run; the observer of ``bench.runner`` and a context manager."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.percentage:>3.0f} %"),
             TextColumn("[cyan]{task.fields[rate]}[/]"),
             TextColumn("{task.fields[left]}"),
             console=console,
@@ -82,27 +81,27 @@ class RunProgress:
         self._client: TurnClient | None = None
         self._stage: Stage | None = None
         self._last_rate = ""
-        self._told = 0
-        self._at_once = 1
+        self._logged_tenths = 0
+        self._concurrency = 1
 
     def begin(self, runner: Runner, conversations: list[Conversation], protocol: Protocol) -> None:
-        """Learn what is to be played."""
+        """Take over the requests left to play."""
         self._conversations = {conversation.id: conversation for conversation in conversations}
         self._left = TimeLeft(runner.pending(), self._conversations, protocol.history)
-        self._at_once = protocol.concurrency
+        self._concurrency = protocol.concurrency
 
     def __enter__(self) -> Self:
-        """Begin to draw."""
+        """Start drawing."""
         self._progress.start()
         self._task = self._progress.add_task("starting the engine", total=1.0, rate="", left="")
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
         self._progress.stop()
 
     def opened(self, target: str, rates: WarmUpRates, client: TurnClient) -> None:
-        """A target answers."""
+        """Print the rates of a target after its warm-up."""
         self._client, self._live = client, client.live
         if self._left is not None:
             self._left.opened(target, rates)
@@ -113,7 +112,7 @@ class RunProgress:
         )
 
     def stage(self, stage: Stage) -> None:
-        """A stage begins."""
+        """Record that a stage begins."""
         self._stage = stage
         if not self._console.is_terminal:
             self._console.print(
@@ -121,23 +120,23 @@ class RunProgress:
             )
 
     def played(self, played: PlayedTurn) -> None:
-        """A turn is finished."""
+        """Record a finished turn."""
         if self._left is not None:
             finished = self._left.played if played.failure is None else self._left.given_up
             finished(played.trace.key, played.trace.t_end - played.trace.t_sent)
-            self._tell_the_log(self._left.share())
+            self._log_tenth(self._left.share())
         rate = played.trace.decode_tps
         if rate is not None:
             self._last_rate = f"{rate:,.1f} tokens/s"
 
-    def _tell_the_log(self, share: float) -> None:
-        """Where nothing is redrawn, a line at every tenth: a stage may last for days."""
-        if not self._console.is_terminal and int(10 * share) > self._told < 9:
-            self._told = int(10 * share)
-            self._console.print(f"{share:.0%} done, {self._remaining()}", highlight=False)
+    def _log_tenth(self, share: float) -> None:
+        """Without a terminal, print a line per finished tenth: a stage may last for days."""
+        if not self._console.is_terminal and int(10 * share) > self._logged_tenths < 9:
+            self._logged_tenths = int(10 * share)
+            self._console.print(f"{100 * share:.0f} % done, {self._remaining()}", highlight=False)
 
     def redraw(self) -> None:
-        """Draw the line anew; called by a timer of the event loop."""
+        """Redraw the line; called by a timer of the event loop."""
         if self._task is None or self._left is None:
             return
         self._progress.update(
@@ -157,7 +156,7 @@ class RunProgress:
         return f"{escape(key.target)} {key.cache}: conversation {place}/{total}, turn {key.turn + 1}/{turns}"
 
     def _rate(self) -> str:
-        """Tokens a second of the answer in progress, else of the last one."""
+        """Tokens per second of the answer in progress, else of the last one."""
         if self._live.t_first is None or self._client is None or self._live.chunks < 2:
             return self._last_rate
         elapsed = self._client.now() - self._live.t_first
@@ -165,7 +164,7 @@ class RunProgress:
 
     def _remaining(self) -> str:
         seconds = self._left.seconds() if self._left is not None else None
-        return "" if seconds is None else f"about {duration(seconds / self._at_once)} left"
+        return "" if seconds is None else f"about {duration(seconds / self._concurrency)} left"
 
 
 def duration(seconds: float) -> str:

@@ -1,1 +1,1 @@
-"""Faces of a run: a table for the terminal, figures, one offline HTML page."""
+"""Views of a run: a table for the terminal, figures, an offline HTML page."""

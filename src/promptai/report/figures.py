@@ -1,9 +1,8 @@
-"""The figures of a run, as Vega-Lite charts; the only module that draws.
+"""Draw the figures of a run as Vega-Lite charts; the only module that draws.
 
-Each figure answers one question that the paper asks: how long were the prompts,
-how fast is prefill and decode, where does the time go, what does it take from the
-machine, how steady is it. Data are thinned before they are embedded, so that a
-run of a day does not make a page of 100 MB.
+Each figure answers a question of the paper: the length of prompts, the speed of prefill and decode,
+the breakdown of latency, the use of the machine, the steadiness of rates. Data are thinned before
+they are embedded, or a run of a day would make a page of 100 MB.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,9 +38,9 @@ class Figure(msgspec.Struct, frozen=True):
 
     Attributes:
         name: For files and anchors.
-        title: The question it answers, as a heading.
-        caption: How to read it.
-        spec: Vega-Lite, with its data inside.
+        title: The question that it answers, as a heading.
+        caption: An explanation for readers.
+        spec: Vega-Lite with inline data.
     """
 
     name: str
@@ -51,26 +50,26 @@ class Figure(msgspec.Struct, frozen=True):
 
 
 def draw(run: RecordedRun, summary: Summary) -> list[Figure]:
-    """Every figure that the run has data for."""
+    """Return every figure for which the run has data."""
     found = [_prompt_lengths(run), _throughput(summary), _latency(summary), _first_token(run)]
-    # This machine's readings are about the targets on it; a server elsewhere has its own.
+    # Telemetry of this machine describes only targets on this machine.
     samples = run.samples if any(target.here for target in run.manifest.targets) else []
     found += [_steadiness(run, summary), _memory(samples), _cpu(samples), _heat(samples)]
     return [figure for figure in found if figure is not None]
 
 
 def to_svg(figure: Figure) -> str:
-    """The figure as SVG; nothing is fetched."""
+    """Render the figure as SVG, without network access."""
     return str(vl_convert.vegalite_to_svg(figure.spec, vl_version=VEGA_LITE, allowed_base_urls=[]))
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure as PNG, at twice the size for sharp print."""
+    """Render the figure as PNG, at twice the size for sharp print."""
     return bytes(vl_convert.vegalite_to_png(figure.spec, vl_version=VEGA_LITE, scale=2, allowed_base_urls=[]))
 
 
 def javascript() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script, so that the page needs no network."""
+    """Return Vega, Vega-Lite and Vega-Embed as one script, so the page needs no network."""
     return str(vl_convert.javascript_bundle(vl_version=VEGA_LITE))  # type: ignore[call-arg]  # its stub is wrong
 
 
@@ -83,7 +82,7 @@ def _data(rows: list[Row]) -> alt.InlineData:
 
 
 def _legend(run: RecordedRun) -> alt.Legend | None:
-    """A legend of targets, where there is more than one to tell apart."""
+    """Return a legend of targets; ``None`` for a single target."""
     return alt.Legend() if len(run.manifest.targets) > 1 else None
 
 
@@ -104,7 +103,7 @@ def _prompt_lengths(run: RecordedRun) -> Figure | None:
         .mark_line(point=alt.OverlayMarkDef(size=18), opacity=0.55, strokeWidth=1.2)
         .encode(
             x=alt.X("turn:O", title="user turn", axis=alt.Axis(labelAngle=0)),
-            y=alt.Y("tokens:Q", title="tokens of the prompt, history included"),
+            y=alt.Y("tokens:Q", title="prompt tokens, including history"),
             detail="conversation:N",
             color=alt.Color("target:N", title=None, legend=_legend(run)),
             tooltip=["conversation:N", "turn:O", "tokens:Q"],
@@ -113,8 +112,8 @@ def _prompt_lengths(run: RecordedRun) -> Figure | None:
     )
     return _figure(
         "prompt-lengths",
-        "How long were the prompts?",
-        "One line a conversation: tokens of the whole prompt at each user turn, by the model's own tokenizer.",
+        "How long are the prompts?",
+        "One line per conversation: tokens of the whole prompt at each user turn, by the model's own tokenizer.",
         lines,
     )
 
@@ -152,7 +151,7 @@ def _throughput(summary: Summary) -> Figure | None:
         y=alt.Y("target:N", title=None, axis=alt.Axis(labelLimit=160)), yOffset=alt.YOffset("cache:N")
     )
     bars = base.mark_bar().encode(
-        x=alt.X("tps:Q", title="tokens a second"),
+        x=alt.X("tps:Q", title="tokens per second"),
         color=alt.Color("cache:N", title="KV cache", scale=_COLOURS, legend=alt.Legend(orient="top")),
         tooltip=[
             "target:N",
@@ -173,7 +172,7 @@ def _throughput(summary: Summary) -> Figure | None:
     return _figure(
         "throughput",
         "How fast is it?",
-        "Tokens a second: sums over sums. Lines are 95 % intervals over conversations. Each column has its own scale.",
+        "Tokens per second: sums over sums. Lines: 95 % intervals over conversations. Each column has its own scale.",
         chart,
     )
 
@@ -193,7 +192,7 @@ def _latency(summary: Summary) -> Figure | None:
         .mark_bar()
         .encode(
             y=alt.Y("where:N", title=None, axis=alt.Axis(labelLimit=220)),
-            x=alt.X("seconds:Q", title="seconds of a mean request"),
+            x=alt.X("seconds:Q", title="mean seconds per request"),
             color=alt.Color(
                 "part:N",
                 title=None,
@@ -211,7 +210,7 @@ def _latency(summary: Summary) -> Figure | None:
     return _figure(
         "latency",
         "Where does the time go?",
-        "Mean seconds of a request on the client's clock, split at the first token.",
+        "Mean seconds per request on the client's clock, split at the first token.",
         chart,
     )
 
@@ -234,7 +233,7 @@ def _first_token(run: RecordedRun) -> Figure | None:
         alt.Chart(_data(rows))
         .mark_point(filled=True, opacity=0.6, size=28)
         .encode(
-            x=alt.X("tokens:Q", title="tokens of the prompt"),
+            x=alt.X("tokens:Q", title="prompt tokens"),
             y=alt.Y("ttft:Q", title="seconds until the first token"),
             color=alt.Color("cache:N", title="KV cache", scale=_COLOURS),
             shape=alt.Shape("target:N", title=None, legend=_legend(run)),
@@ -244,8 +243,8 @@ def _first_token(run: RecordedRun) -> Figure | None:
     )
     return _figure(
         "first-token",
-        "How long until the first word?",
-        "One point a request. Cold, the wait grows with the whole prompt; warm, only with what is new.",
+        "How long until the first token?",
+        "One point per request. Cold, the wait grows with the whole prompt; warm, only with its new part.",
         chart,
     )
 
@@ -275,7 +274,7 @@ def _steadiness(run: RecordedRun, summary: Summary) -> Figure | None:
             alt.Chart(_data(rows))
             .mark_line(point=True)
             .encode(
-                x=alt.X("size:O", title="tokens of the prompt", sort=_SIZES, axis=alt.Axis(labelAngle=-40)),
+                x=alt.X("size:O", title="prompt tokens", sort=_SIZES, axis=alt.Axis(labelAngle=-40)),
                 y=y,
                 color=alt.Color("cache:N", title="KV cache", scale=_COLOURS, legend=legend),
                 strokeDash=alt.StrokeDash("target:N", title=None, legend=_legend(run)),
@@ -287,13 +286,13 @@ def _steadiness(run: RecordedRun, summary: Summary) -> Figure | None:
         )
         return lines
 
-    means = panel(alt.Y("mean:Q", title="tokens a second", scale=alt.Scale(zero=True)), 180)
+    means = panel(alt.Y("mean:Q", title="tokens per second", scale=alt.Scale(zero=True)), 180)
     spread = panel(alt.Y("cv:Q", title="CV at this length", axis=alt.Axis(format="%")), 110)
     return _figure(
         "steadiness",
         "How steady is it across prompt lengths?",
-        "Above, the mean of per-prompt rates by prompt length. Below, their coefficient of variation at that length: "
-        "sample standard deviation / mean. Lengths with a single request have none.",
+        "Above: the mean of per-prompt rates by prompt length. Below: their coefficient of variation at that length, "
+        "sample standard deviation / mean; undefined for a single request.",
         alt.vconcat(means, spread),
     )
 
@@ -304,12 +303,14 @@ def _memory(samples: Sequence[Sample]) -> Figure | None:
         "mapped weights (page cache)": lambda s: _mib(s.engine_file_bytes),
     }
     mark = alt.MarkDef("area", opacity=0.75)
-    y = alt.Y("value:Q", title="MiB of the engine", stack="zero")
+    y = alt.Y("value:Q", title="engine memory, MiB", stack="zero")
     chart = _over_time(samples, series, mark, y, ["#b65c5c", "#8fb3a6"])
     return (
         None
         if chart is None
-        else _figure("memory", "What memory does it take?", "The engine's process tree, once a second.", chart)
+        else _figure(
+            "memory", "How much memory does it use?", "The engine's process tree, sampled once per second.", chart
+        )
     )
 
 
@@ -324,7 +325,10 @@ def _cpu(samples: Sequence[Sample]) -> Figure | None:
         None
         if chart is None
         else _figure(
-            "cpu", "How busy is the processor?", "100 % means every core is busy. Gaps between engines are idle.", chart
+            "cpu",
+            "How busy is the processor?",
+            "100 % means that every core is busy. Gaps between engines are idle.",
+            chart,
         )
     )
 
@@ -339,7 +343,7 @@ def _heat(samples: Sequence[Sample]) -> Figure | None:
 def _over_time(
     samples: Sequence[Sample], series: Series, mark: alt.MarkDef, y: alt.Y, colours: list[str]
 ) -> alt.Chart | None:
-    """Several readings over the run's clock; ``None`` when this machine has none of them."""
+    """Chart several readings over time; ``None`` if this machine has none of them."""
     rows: list[Row] = [
         {"t": sample.t, "kind": kind, "value": value}
         for sample in thin(samples)
@@ -357,7 +361,7 @@ def _over_time(
     tooltip = [alt.Tooltip("kind:N"), alt.Tooltip("value:Q", format=",.1f"), alt.Tooltip("t:Q", format=",.0f")]
     chart: alt.Chart = (
         alt.Chart(_data(rows), mark=mark)
-        .encode(x=alt.X("t:Q", title="seconds of the run"), y=y, color=colour, tooltip=tooltip)
+        .encode(x=alt.X("t:Q", title="seconds since the start of the run"), y=y, color=colour, tooltip=tooltip)
         .properties(width=_WIDTH, height=170)
     )
     return chart
@@ -368,6 +372,6 @@ def _mib(size: int | None) -> float | None:
 
 
 def thin(items: Sequence[T]) -> list[T]:
-    """At most ``_MOST_POINTS`` items, evenly taken."""
+    """Return at most ``_MOST_POINTS`` items, evenly spaced."""
     step = max(1, -(-len(items) // _MOST_POINTS))
     return list(items[::step])

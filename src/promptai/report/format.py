@@ -1,4 +1,4 @@
-"""How numbers are written for people: three digits, units, and the interval beside them."""
+"""Format numbers for people: three significant digits, units, and intervals."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ _GIB = 1024**3
 
 
 def number(value: float | None) -> str:
-    """Three significant digits, thousands separated; a dash for what was not measured."""
+    """Three significant digits, thousands separated; a dash for ``None``."""
     if value is None:
         return _MISSING
     if value == 0:
@@ -26,7 +26,7 @@ def number(value: float | None) -> str:
 
 
 def quantity(value: float | None, unit: str) -> str:
-    """A number with its unit, scaled to what people say: ms, MiB, %."""
+    """Format a number with its unit, scaled to a readable one: ms, MiB, %."""
     if value is None:
         return _MISSING
     factor, label = _scale(unit, value)
@@ -34,7 +34,7 @@ def quantity(value: float | None, unit: str) -> str:
 
 
 def metric(found: Metric) -> str:
-    """A metric with its 95 % interval, as ``41.2 tokens/s (40.8 to 41.6)``."""
+    """Format a metric with its 95 % interval: ``41.2 tokens/s (40.8 to 41.6)``."""
     if found.value is None or found.ci95 is None:
         return quantity(found.value, found.unit)
     factor, label = _scale(found.unit, found.value)
@@ -44,9 +44,9 @@ def metric(found: Metric) -> str:
 
 def row(metrics: Sequence[Metric]) -> tuple[str, list[str]]:
     """
-    Metrics of one kind side by side: their common unit, and each as ``41.2 (40.8–41.6)``.
+    Format metrics of one kind: their common unit, and each as ``41.2 (40.8–41.6)``.
 
-    The unit suits the largest, so that numbers of one row compare at a glance.
+    The unit suits the largest value, so numbers of one row compare at a glance.
     """
     values = [found.value for found in metrics if found.value is not None]
     factor, label = _scale(metrics[0].unit, max(values, default=0.0))
@@ -60,7 +60,7 @@ def row(metrics: Sequence[Metric]) -> tuple[str, list[str]]:
 
 
 def _scale(unit: str, value: float) -> tuple[float, str]:
-    """The factor and the unit in which a value of this size is said."""
+    """Return the factor and the unit in which a value of this size is shown."""
     if unit == "s" and value < 0.9995:
         return 1000, "ms"
     if unit == "s" and value >= 120:

@@ -1,10 +1,9 @@
-"""One HTML file that opens anywhere, any year, with the network off.
+"""Write a run as one HTML file that opens anywhere, at any time, without a network.
 
-Reports that load their charts from a CDN go blank (guidellm #303). Everything is
-inside this one: data, styles, and the JavaScript that draws, which a Content
-Security Policy forbids to fetch anything. Names of models come from files of
-strangers, so every value is escaped by the template engine, and data inside
-scripts cannot close the script.
+Reports that load their charts from a CDN go blank (guidellm #303). This file contains everything:
+data, styles, and the JavaScript that draws, which a Content Security Policy forbids to fetch
+anything. Names of models come from untrusted files, so the template engine escapes every value,
+and data inside scripts cannot close the script.
 """
 
 import json
@@ -30,7 +29,7 @@ def write_report(directory: Path, run: RecordedRun, summary: Summary) -> Path:
     Write ``report.html`` into the run's directory.
 
     Raises:
-        RunError: It cannot be written.
+        RunError: The file cannot be written.
     """
     path = directory / "report.html"
     write_whole(path, render(run, summary, draw(run, summary)).encode())
@@ -38,7 +37,7 @@ def write_report(directory: Path, run: RecordedRun, summary: Summary) -> Path:
 
 
 def write_figures(directory: Path, run: RecordedRun, summary: Summary) -> list[Path]:
-    """Write every figure as SVG and PNG into ``figures/``; raises ``RunError``."""
+    """Write every figure as SVG and PNG to ``figures/``; raises ``RunError`` if that fails."""
     folder = directory / "figures"
     try:
         folder.mkdir(exist_ok=True)
@@ -54,7 +53,7 @@ def write_figures(directory: Path, run: RecordedRun, summary: Summary) -> list[P
 
 
 def render(run: RecordedRun, summary: Summary, figures: list[Figure]) -> str:
-    """The page as text."""
+    """Render the page."""
     environment = Environment(
         loader=PackageLoader("promptai.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -74,20 +73,20 @@ def render(run: RecordedRun, summary: Summary, figures: list[Figure]) -> str:
 
 
 def _script_json(value: object) -> Markup:
-    """JSON that can stand inside a script element: no ``<`` survives to close it."""
+    """Encode JSON for a script element: without ``<`` it cannot close the element."""
     text = json.dumps(value).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     return Markup(text)  # noqa: S704  escaped on the line above
 
 
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:
-    """What was measured, of what, on what: label and words."""
+    """Return label and text of every fact about machine, workload, protocol and targets."""
     machine, cpu = manifest.machine, manifest.machine.cpu
     quota = f", CPU quota {cpu.quota_cpus:g}" if cpu.quota_cpus is not None else ""
     found: list[tuple[str, Any]] = [
         ("board", machine.board),
         ("processor", f"{cpu.model_name}, {cpu.architecture}, {cpu.physical_cores} cores{quota}"),
         ("SIMD", " ".join(cpu.features) or "unknown"),
-        ("governor", cpu.governor or "not told (no cpufreq)"),
+        ("governor", cpu.governor or "unknown (no cpufreq)"),
         ("memory", fmt.quantity(machine.memory_bytes, "bytes")),
         ("kernel", machine.kernel),
         ("workload", f"{manifest.workload.name}: {manifest.workload.selection}; {manifest.workload.rule}"),
@@ -118,7 +117,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
                     f"{target.name} engine",
                     (
                         f"{engine.source}, build {engine.build or 'unknown'}; {flags.threads} threads, "
-                        f"context {flags.context}, {flags.slots} slot(s), batch {flags.batch}, "
+                        f"context {flags.context}, slots {flags.slots}, batch {flags.batch}, "
                         f"KV cache {flags.cache_type_k}, prompt cache {flags.cache_ram_mib} MiB, "
                         f"mmap {'on' if flags.mmap else 'off'}"
                     ),
@@ -132,12 +131,12 @@ def _protocol(manifest: Manifest) -> str:
     asked = manifest.protocol
     return (
         f"greedy (temperature 0, top-k 1), seed {asked.seed}, at most {asked.max_tokens} tokens, "
-        f"{' and '.join(asked.caches)}, history from the {'data' if asked.history == 'data' else 'model itself'}, "
-        f"{asked.repeats} pass(es), {_arrivals(asked)}"
+        f"{' and '.join(asked.caches)}, history from the {'data set' if asked.history == 'data' else 'model itself'}, "
+        f"passes: {asked.repeats}, {_arrivals(asked)}"
     )
 
 
 def _arrivals(asked: Protocol) -> str:
     if asked.arrivals.rate_per_s is None:
-        return f"{asked.concurrency} conversation(s) at once, the next when one has ended"
-    return f"{asked.arrivals.kind} arrivals of {asked.arrivals.rate_per_s:g} conversations a second"
+        return f"closed loop, concurrent conversations: {asked.concurrency}"
+    return f"{asked.arrivals.kind} arrivals at {asked.arrivals.rate_per_s:g} conversations per second"

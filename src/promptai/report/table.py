@@ -1,4 +1,4 @@
-"""The table of a run for the terminal."""
+"""Print the table of a run to the terminal."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -10,23 +10,23 @@ from promptai.report.rows import ROWS
 
 
 def print_summary(summary: Summary, console: Console) -> None:
-    """Print what was measured, what to doubt, and what measuring cost."""
+    """Print the main metrics, the findings, and the cost of measuring."""
     for target in summary.targets:
         name = f"[bold]{escape(target.name)}[/]{' (synthetic weights)' if target.synthetic else ''}"
         if target.cold is None and target.warm is None:
-            console.print(f"{name}: nothing was measured", highlight=False)
+            console.print(f"{name}: no results", highlight=False)
             continue
         console.print(name, highlight=False)
         console.print(_table(target))
         console.print(_caption(target), highlight=False, style="dim")
         for finding in target.findings:
-            mark = "[yellow]doubt[/]" if finding.serious else "[cyan]note[/] "
+            mark = "[yellow]warning[/]" if finding.serious else "[cyan]note[/]   "
             console.print(f"{mark}  {escape(finding.message)}: {escape(finding.action)}", highlight=False)
     if not summary.complete:
-        console.print("[yellow]doubt[/]  the run is not complete: these are the requests so far", highlight=False)
+        console.print("[yellow]warning[/]  the run is incomplete: these are the results so far", highlight=False)
     harness = summary.harness
     console.print(
-        f"measuring took {fmt.quantity(harness.cpu_percent_of_one_core.value, '%')} of one core, "
+        f"measuring used {fmt.quantity(harness.cpu_percent_of_one_core.value, '%')} of one core, "
         f"{fmt.quantity(harness.client_max_rss_bytes.value, 'bytes')} for the client and "
         f"{fmt.quantity(harness.telemetry_max_rss_bytes.value, 'bytes')} for telemetry",
         highlight=False,
@@ -47,9 +47,9 @@ def _table(target: TargetSummary) -> Table:
 
 def _caption(target: TargetSummary) -> str:
     failed = sum(part.failed for part in (target.cold, target.warm) if isinstance(part, CacheSummary))
-    words = ["cold: KV cache off; warm: earlier turns may be in it; in brackets the 95 % interval"]
+    words = ["cold: KV cache off; warm: it may contain earlier turns; 95 % intervals in brackets"]
     if target.load_s.value is not None:
         words.append(f"loaded in {fmt.quantity(target.load_s.value, 's')}")
     if failed:
-        words.append(f"{failed} failed")
+        words.append(f"{failed} requests failed")
     return "; ".join(words)
