@@ -46,7 +46,7 @@ def test_the_interval_is_wilsons(count: int, n: int, expected: tuple[float, floa
 
 
 def test_agreement_matches_a_count_by_hand() -> None:
-    """Three of four agree; each token is a nat less likely, or a nat more, so that nothing changed in the mean."""
+    """Three of four agree; tokens are a nat less or more likely in turn, so the mean is unchanged."""
     source = [Position(-1.0, 5), Position(-2.0, 6), Position(-3.0, 7), Position(-2.0, 8)]
     result = [Position(-2.0, 5), Position(-1.0, 6), Position(-4.0, 7), Position(-1.0, 9)]
 
@@ -61,7 +61,7 @@ def test_agreement_matches_a_count_by_hand() -> None:
 
 
 def test_skips_positions_that_either_model_lacks() -> None:
-    """The middle of a character; but not most of the text."""
+    """Tokens within a character may be missing, but not most of the text."""
     known = [Position(-1.0, 1), Position(-2.0, 2)]
 
     assert compare([*known, None], [*known, Position(-9.0, 9)]).positions == 2
@@ -70,13 +70,13 @@ def test_skips_positions_that_either_model_lacks() -> None:
 
 
 def test_a_probability_of_zero_does_not_crash() -> None:
-    """A damaged model may hold a token for impossible."""
+    """A damaged model may assign a token the probability 0."""
     assert perplexity([Position(-1e9, 1)]) == math.inf
 
 
 @pytest.mark.parametrize("broken", [Position(-1000.0, -1), Position(-3.4e38, 3)], ids=["nan", "impossible"])
 def test_a_model_that_computes_nan_has_no_difference(broken: Position) -> None:
-    """One such place is enough: what stands for it is no measurement, and no mean of it is."""
+    """A single NaN is enough: its placeholder is not a measurement."""
     good = [Position(-1.0, 1), Position(-2.0, 2), Position(-3.0, 3)]
 
     found = compare(good, [*good[:2], broken])
@@ -97,19 +97,19 @@ def test_the_passages_are_answers_after_their_openings() -> None:
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model in 16 bits."""
+    """The bundled model in F16."""
     return write_half(tmp_path_factory.mktemp("half") / "tiny-f16.gguf")
 
 
 def known_sentences(count: int) -> list[Passage]:
-    """Sentences of the small world that the bundled model knows."""
+    """Sentences like the bundled model's training data."""
     lines = (files("promptai.bench") / "data" / "edge-pronouns.jsonl").read_text().splitlines()
     items = [json.loads(line) for line in lines[: 2 * count : 2]]
     return [Passage("", item["sentence"].replace("_", item[f"option{item['answer']}"])) for item in items]
 
 
 def damaged(path: Path, target: Path, *, by: type[np.uint8 | np.uint16]) -> Path:
-    """The same with the weights of some matrices in the wrong places, or with their bytes exchanged."""
+    """A copy with the weights of some matrices in the wrong places, or with swapped bytes."""
     header = read_header(path)
     data = bytearray(path.read_bytes())
     for hurt in (tensor for tensor in header.tensors if "ffn_down" in tensor.name):
@@ -121,7 +121,7 @@ def damaged(path: Path, target: Path, *, by: type[np.uint8 | np.uint16]) -> Path
 
 @pytest.mark.real
 def test_q8_agrees_with_f16_and_a_damaged_file_does_not(half: Path, tmp_path: Path) -> None:
-    """On text that the model knows; the damaged file loads and talks like any other."""
+    """On text that the model knows; the damaged file loads and generates text like any other."""
     eight = tmp_path / "q8.gguf"
     quantize(half, eight, "q8_0", tool=None, progress=Quiet(), threads=1)
     passages = known_sentences(18)
@@ -150,7 +150,7 @@ def test_q8_agrees_with_f16_and_a_damaged_file_does_not(half: Path, tmp_path: Pa
 
 @pytest.mark.real
 def test_a_model_that_computes_nan_never_agrees(half: Path, tmp_path: Path) -> None:
-    """Not even with itself; llama-server reports null for NaN."""
+    """Not even with itself: llama-server reports null for NaN."""
     broken = damaged(half, tmp_path / "broken.gguf", by=np.uint8)
     log = tmp_path / "engine.log"
     found = asyncio.run(score(broken, known_sentences(2), engine=EMBEDDED, threads=1, log=log))
@@ -174,7 +174,7 @@ UNEXPECTED = "Unexpected negative standard deviation of log(prob)"
 
 
 def fake_perplexity(folder: Path, *, first: str = FIRST, second: str = SECOND, code: int = 0) -> Path:
-    """A program that prints what the real one did, and notes how it was called."""
+    """A program that prints the recorded output of the real one, and records its arguments."""
     path = folder / "llama-perplexity"
     path.write_text(
         f'#!/bin/sh\nprintf "%s " "$@" "${{LLAMA_ARG_CTX_SIZE-unset}}" >> {folder}/called\n'
@@ -186,7 +186,7 @@ def fake_perplexity(folder: Path, *, first: str = FIRST, second: str = SECOND, c
 
 
 def by_perplexity(folder: Path, program: Path) -> Agreement:
-    """The comparison by this program; its time left is passed on."""
+    """Compare with this program, and check that its expected time is passed on."""
     left: list[tuple[str, float]] = []
     found = run_perplexity(
         program,
@@ -202,7 +202,7 @@ def by_perplexity(folder: Path, program: Path) -> Agreement:
 
 @pytest.mark.real
 def test_takes_each_perplexity_from_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not in the source's perplexity that it recalls from a file, which is clipped; nor do our shell's wishes count."""
+    """The source's perplexity from the stored file is clipped; the user's LLAMA_* variables are ignored."""
     monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "64")
 
     found = by_perplexity(tmp_path, fake_perplexity(tmp_path))
@@ -233,7 +233,7 @@ def test_rejects_unexpected_output_of_llama_perplexity(tmp_path: Path, second: s
 
 @pytest.mark.real
 def test_a_result_that_never_agrees_is_doubtful(tmp_path: Path) -> None:
-    """Nought is what was measured here, and not that nothing was."""
+    """Here 0 is a measurement, not a missing value."""
     found = by_perplexity(tmp_path, fake_perplexity(tmp_path, second=SECOND.replace("98.039", " 0.000")))
 
     assert (found.agreed, found.share, found.doubtful) == (0, 0.0, True)
@@ -241,7 +241,7 @@ def test_a_result_that_never_agrees_is_doubtful(tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_rejects_a_source_that_computes_nan(tmp_path: Path) -> None:
-    """llama-perplexity ends well all the same."""
+    """llama-perplexity exits with code 0 nevertheless."""
     first = FIRST.replace("Final estimate: PPL = 20.0000 +/- 1.5", UNEXPECTED)
 
     with pytest.raises(EngineProtocolError, match="reports no perplexity of the source"):

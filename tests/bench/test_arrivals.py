@@ -7,7 +7,7 @@ from promptai.bench.arrivals import Arrivals, Kind, remaining_offsets, start_off
 
 
 def poisson(seed: int, count: int = 4000) -> list[float]:
-    """Arrivals at two conversations a second."""
+    """Arrivals at two conversations per second."""
     offsets = start_offsets(Arrivals("poisson", 2.0), count, Random(seed))
     assert offsets is not None
     return offsets
@@ -46,7 +46,7 @@ def test_a_resumed_stage_keeps_the_remaining_gaps() -> None:
 
 
 def test_poisson_gaps_are_exponential_with_the_requested_mean() -> None:
-    """Mean and standard deviation of an exponential are the same; 4000 gaps know both to 5 %."""
+    """An exponential's mean and standard deviation are equal; 4000 gaps estimate both to within 5 %."""
     gaps = [after - before for before, after in pairwise([0.0, *poisson(7)])]
     mean = sum(gaps) / len(gaps)
     deviation = (sum((gap - mean) ** 2 for gap in gaps) / len(gaps)) ** 0.5

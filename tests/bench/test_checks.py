@@ -13,7 +13,7 @@ from promptai.device.sample import Sample
 from support_runs import COST, ENGINE, FACTS, MACHINE, MODEL, make_failure, make_manifest, make_trace, talk
 
 MIB = 1024**2
-#: Forty requests one after the other, and a sample in the middle of each: nothing to complain of.
+#: Forty requests one after the other, and a sample in the middle of each: a sound run.
 TRACES = [make_trace(at=3.0 * n, conversation=f"c{n}") for n in range(40)]
 SAMPLES = [
     Sample(
@@ -28,15 +28,15 @@ SAMPLES = [
     for n in range(40)
 ]
 PC = replace(MACHINE, board="OptiPlex 7090")
-#: A part of forty of a hundred conversations.
+#: Forty of a hundred conversations.
 MANIFEST = make_manifest([talk(f"c{n}", "why?") for n in range(40)])
 MANIFEST = replace(MANIFEST, workload=replace(MANIFEST.workload, total=100))
-#: A server that is no llama-server; cold prompts begin with a salt there.
+#: A server other than llama-server: cold prompts begin with a salt.
 PLAIN = Opened(0.0, "m", None, 1.0, llama_server=False)
 
 
 def metrics(n: int = 40, decode: float = 10.0, engine: float = 10.0, spread: float = 0.01) -> Mapping[str, Metric]:
-    """What the checks look at; ``spread`` is the interval's half width as a share."""
+    """Evidence for the checks; ``spread`` is the interval's half width as a share."""
     return {
         "ttft_s_mean": Metric(1.0, "s", n),
         "decode_tps": Metric(decode, "tokens/s", n, (decode * (1 - spread), decode * (1 + spread))),
@@ -53,7 +53,7 @@ def findings(
     cold: Mapping[str, Metric] | None = None,
     events: Sequence[Event] = (COST,),
 ) -> list[Finding]:
-    """What is found when everything is as it should be but for what is given."""
+    """The findings of a sound run with the given changes."""
     seen: dict[Cache, Mapping[str, Metric]] = {"cold": cold or metrics()}
     return check_target(replace(MANIFEST, machine=machine), facts, traces, samples, seen, events)
 
@@ -68,7 +68,7 @@ def sampled(**fields: Any) -> list[Sample]:
 
 
 def paged(pages: int) -> list[Sample]:
-    """The good samples, and one more in which the last request has read pages from the disk."""
+    """The good samples, and another during which the last request reads pages from disk."""
     last = SAMPLES[-1]
     return [*SAMPLES, replace(last, t=last.t + 1, major_faults=(last.major_faults or 0) + pages)]
 
@@ -137,7 +137,7 @@ EXPLAINS = [
 
 @pytest.mark.parametrize(("check", "evidence", "words"), FIRES)
 def test_reports_a_warning_with_numbers_and_a_remedy(check: str, evidence: dict[str, Any], words: str) -> None:
-    """That check and no other: one cause, one finding."""
+    """One cause, one finding."""
     found = findings(**evidence)
 
     assert [(check, True)] == [(finding.check, finding.serious) for finding in found]
@@ -156,9 +156,9 @@ def test_reports_an_explanation_as_a_note(check: str, evidence: dict[str, Any], 
 @pytest.mark.parametrize(
     "evidence",
     [
-        pytest.param({}, id="all-is-well"),
+        pytest.param({}, id="sound"),
         pytest.param({"samples": []}, id="no-telemetry"),
-        pytest.param({"samples": [Sample(t=sample.t) for sample in SAMPLES]}, id="a-board-that-tells-nothing"),
+        pytest.param({"samples": [Sample(t=sample.t) for sample in SAMPLES]}, id="a-board-without-sensors"),
         pytest.param({"samples": [*SAMPLES, Sample(t=1000.0, throttled=0b1111, cpu_mhz=600.0)]}, id="after-the-end"),
         pytest.param({"samples": [replace(s, throttled=0b1111 << 16) for s in SAMPLES]}, id="throttled-long-ago"),
         pytest.param({"samples": paged(1000)}, id="a-thousand-pages"),
@@ -172,11 +172,11 @@ def test_reports_an_explanation_as_a_note(check: str, evidence: dict[str, Any], 
         pytest.param({"traces": slowing(0.97)}, id="three-percent-slower"),
         pytest.param({"traces": slowing(0.5, prompt_tokens=1000)}, id="slower-because-longer"),
         pytest.param({"traces": answered(cache="warm", cached_tokens=50)}, id="warm-hits"),
-        pytest.param({"machine": PC, "cold": metrics(decode=30, engine=30)}, id="fast-but-no-pi"),
+        pytest.param({"machine": PC, "cold": metrics(decode=30, engine=30)}, id="fast-but-not-a-pi"),
         pytest.param(
             {"facts": model(file_bytes=10**8), "cold": metrics(decode=300, engine=300)}, id="fast-because-small"
         ),
-        pytest.param({"facts": replace(FACTS, model=None, engine=None)}, id="a-server-of-somebody-else"),
+        pytest.param({"facts": replace(FACTS, model=None, engine=None)}, id="a-running-server"),
         pytest.param({"events": [session(), session()]}, id="two-sessions-alike"),
         pytest.param(
             {"facts": TargetFacts("m", url="http://pi:8080"), "events": [session(), session("ondemand")]},
@@ -189,7 +189,7 @@ def test_a_sound_run_has_no_findings(evidence: dict[str, Any]) -> None:
 
 
 def test_pages_read_while_an_engine_reloads_do_not_count() -> None:
-    """Between two requests the other target ran, and this one's weights were read anew in its warm-up."""
+    """Between two requests the other target ran, and the warm-up read this one's weights again."""
     counts = (10, 10, 60_000, 60_000)
     samples = [Sample(t=t, major_faults=faults) for t, faults in zip((1.0, 2.0, 100.5, 101.5), counts, strict=True)]
 
@@ -210,7 +210,7 @@ def test_a_server_without_timings_gets_a_note_on_prefill() -> None:
     ],
 )
 def test_a_server_that_cannot_disable_its_cache_gets_a_note_on_salted_prompts(answers: dict[str, Any]) -> None:
-    """By its dialect, not by what it tells. What stands before the salt is the same in every prompt."""
+    """Recognised by its dialect, not its fields. The text before the salt is the same in every prompt."""
     found = findings(traces=answered(**answers), events=[PLAIN])
 
     assert [(finding.check, finding.serious) for finding in found] == [("salted", False)]
@@ -220,11 +220,11 @@ def test_warns_of_a_salted_prompt_found_in_a_cache() -> None:
     found = findings(traces=answered(cached_tokens=600, prompt_tokens=900), events=[PLAIN])
 
     assert [finding.check for finding in found] == ["cold-cache-hits", "salted"]
-    assert "cache_prompt" not in found[0].action  # nobody sent it that
+    assert "cache_prompt" not in found[0].action  # the client does not send it to this server
 
 
 def test_salted_prompts_do_not_count_as_repeated() -> None:
-    """Each pass asks behind another salt. Warm prompts have none, and are compared."""
+    """Each pass has another salt. Warm prompts have none, and are compared."""
     again = [replace(t, repeat=1, text_sha256="other") for t in TRACES]
     warm = [replace(t, cache="warm") for t in (*TRACES, *again)]
 
@@ -236,7 +236,7 @@ def test_salted_prompts_do_not_count_as_repeated() -> None:
     ("total", "words"), [(100, "play more conversations"), (40, "all 40 conversations")], ids=["a-part", "all"]
 )
 def test_a_wide_interval_calls_for_more_conversations_not_repeats(total: int, words: str) -> None:
-    """Repeats stay inside of their conversation, and it is the differences between conversations that are wide."""
+    """Repeats stay within their conversation; the differences between conversations make the interval wide."""
     manifest = replace(MANIFEST, workload=replace(MANIFEST.workload, total=total))
     found = check_target(manifest, FACTS, TRACES, SAMPLES, {"cold": metrics(spread=0.08)}, [])
 

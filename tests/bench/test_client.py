@@ -21,14 +21,14 @@ ASKED = [Message("user", "why?")]
 
 
 class Script(EngineClient):
-    """A server that says this, a second after the other, and then fails or ends."""
+    """A server that sends these chunks one second apart, then fails or ends."""
 
     def __init__(self, chunks: Sequence[CompletionChunk], failure: EngineError | None = None) -> None:
         super().__init__("http://scripted")
         self.chunks, self.failure = chunks, failure
 
     async def stream_chat(self, body: dict[str, Any]) -> AsyncGenerator[Arrival, None]:
-        """Say it all."""
+        """Send every chunk."""
         self.asked: list[Message] = body["messages"]
         for second, chunk in enumerate(self.chunks, start=1):
             yield Arrival(float(second), chunk)
@@ -47,7 +47,7 @@ def play(*chunks: CompletionChunk, failure: EngineError | None = None) -> Played
 def says(
     content: str | None = None, *, reasoning: str | None = None, thinks: str | None = None, end: str | None = None
 ) -> CompletionChunk:
-    """A chunk with one choice; ``thinks`` is reasoning in the words of Ollama and vLLM."""
+    """A chunk with one choice; ``thinks`` uses the field for reasoning of Ollama and vLLM."""
     return CompletionChunk([ChunkChoice(Delta(content, reasoning, thinks), end)])
 
 
@@ -77,7 +77,7 @@ def test_a_failed_turn_keeps_its_timestamps_but_has_no_answer() -> None:
 
 
 def test_the_first_token_is_the_first_with_content() -> None:
-    """Role-only, empty and reasoning chunks are nothing that a person could read."""
+    """Role-only, empty and reasoning chunks contain nothing for the user to read."""
     chunks = [says(), says(""), says(reasoning="hm"), says(reasoning="so"), says("be"), says("cause"), says(end="stop")]
     trace = play(*chunks).trace
 
@@ -86,7 +86,7 @@ def test_the_first_token_is_the_first_with_content() -> None:
 
 
 def test_decoding_begins_with_reasoning_in_either_field() -> None:
-    """Else the tokens that were thought are counted and their seconds are not."""
+    """Otherwise reasoning tokens would count without their seconds."""
     account = CompletionChunk(usage=Usage(5, 4))
     answers = [
         play(says(**{name: "hm"}), says(**{name: "so"}), says("be"), says("cause", end="stop"), account).trace
@@ -169,7 +169,7 @@ def test_salts_a_cold_prompt_if_the_cache_cannot_be_disabled(cache: Cache, llama
 
 
 def test_every_prompt_of_every_run_has_a_different_salt() -> None:
-    """The role and the text behind it stay."""
+    """Role and text stay the same."""
     prompts = [*ASKED, Message("assistant", "because."), Message("user", "really?")]
     keys = [KEY, *(replace(KEY, **{part: 1}) for part in ("repeat", "turn")), replace(KEY, conversation="b")]
     salts = {salted(prompts, key, run)[0].content.removesuffix(" why?") for key in keys for run in ("one", "two")}
@@ -180,7 +180,7 @@ def test_every_prompt_of_every_run_has_a_different_salt() -> None:
 
 
 def test_every_cold_warm_up_has_a_different_salt() -> None:
-    """Else the second one, which is timed, finds the first in the cache."""
+    """Otherwise the second warm-up, which is timed, would find the first in the cache."""
     server = Script([says("yes"), says(end="stop")])
     turns, asked = client(server, llama_server=False), []
     for _ in range(2):
@@ -192,7 +192,7 @@ def test_every_cold_warm_up_has_a_different_salt() -> None:
 
 @pytest.mark.parametrize(("cache", "cached"), [("cold", False), ("warm", True)])
 def test_sets_sampler_and_cache_of_a_llama_server(cache: Cache, cached: object) -> None:
-    """Temperature 0 alone leaves its other samplers in the chain."""
+    """Temperature 0 alone leaves the other samplers in the chain."""
     body = client(Script([])).body(ASKED, cache, max_tokens=9)
 
     assert (body["samplers"], body["top_k"], body["temperature"]) == (["top_k"], 1, 0)
@@ -210,5 +210,5 @@ def test_ignore_eos_is_sent_to_a_llama_server() -> None:
     ids=["one-at-a-time", "side-by-side", "open-arrivals"],
 )
 def test_pins_one_slot_if_requests_run_one_at_a_time(protocol: dict[str, Any], slot: int | None) -> None:
-    """Of a server with several, "warm" would else depend on which one it picks."""
+    """With several slots, "warm" would depend on the slot that the server picks."""
     assert slot == client(Script([]), **protocol).body(ASKED, "warm", max_tokens=9).get("id_slot")

@@ -13,13 +13,13 @@ from support_fake_engine import write_fake_engine
 
 
 class Watched:
-    """Remembers what it was told."""
+    """Records the progress."""
 
     def __init__(self) -> None:
         self.told: list[tuple[float, str]] = []
 
     def share(self, share: float, detail: str) -> None:
-        """How far."""
+        """Record the share."""
         self.told.append((share, detail))
 
 
@@ -41,7 +41,7 @@ def noisy(mean: float, spread: float, seed: int, n: int = 9) -> list[float]:
 
 @pytest.mark.real
 def test_excludes_a_failing_engine_with_its_error(tmp_path: Path) -> None:
-    """The others are compared all the same."""
+    """The other engines are still compared."""
     engines = [
         fake(tmp_path / "broken", prefill=1, decode=1, breaks=True),
         fake(tmp_path / "a", prefill=4000, decode=400),
@@ -57,7 +57,7 @@ def test_excludes_a_failing_engine_with_its_error(tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_engines_of_known_speed_are_measured_in_turns(tmp_path: Path) -> None:
-    """Two rounds tell nothing apart, so the usual order stays."""
+    """Two rounds show no significant difference, so the default order stays."""
     engines = [fake(tmp_path / "slow", prefill=1000, decode=100), fake(tmp_path / "fast", prefill=2000, decode=200)]
     watched = Watched()
 
@@ -79,7 +79,7 @@ def test_engines_of_known_speed_are_measured_in_turns(tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_records_the_fingerprint_from_before_a_rebuild(tmp_path: Path) -> None:
-    """So that the comparison does not count for it."""
+    """The comparison does not apply to the rebuilt engine."""
     engines = [fake(tmp_path / name, prefill=4000, decode=400) for name in ("a", "b")]
     before = fingerprint_of(engines[0])
 
@@ -140,7 +140,9 @@ def test_the_interval_has_its_nominal_coverage() -> None:
         pytest.param([noisy(m, 0.01, s) for s, m in enumerate((1.0, 0.7, 0.4))], [2, 1, 0], id="all-backwards"),
         pytest.param([noisy(m, 0.01, s) for s, m in enumerate((0.7, 1.0, 0.7))], [0, 2, 1], id="a-tie-stays"),
         pytest.param(
-            [noisy(1.0, 0.01, 0), noisy(0.95, 0.2, 1), noisy(0.9, 0.01, 2)], [1, 2, 0], id="two-ties-hide-no-loser"
+            [noisy(1.0, 0.01, 0), noisy(0.95, 0.2, 1), noisy(0.9, 0.01, 2)],
+            [1, 2, 0],
+            id="two-ties-do-not-hide-a-slower-engine",
         ),
         pytest.param([], [], id="nobody"),
     ],
@@ -150,7 +152,7 @@ def test_only_a_significantly_faster_engine_moves_ahead(seconds: list[list[float
 
 
 def test_weights_both_rates_by_prompt_and_answer_length() -> None:
-    """An engine may be faster at reading and slower at writing."""
+    """An engine may be faster at prefill and slower at decode."""
     reader, writer = Round(prefill_tps=200, decode_tps=10), Round(prefill_tps=50, decode_tps=20)
 
     assert round_seconds(reader, 1000, 10) < round_seconds(writer, 1000, 10)

@@ -15,7 +15,7 @@ from support_runs import MACHINE
     ids=["other-board", "other-processor"],
 )
 def test_refuses_to_resume_on_another_machine(now: MachineFacts, words: str) -> None:
-    """Half of its figures would be another board's, under the name of the first."""
+    """Half of its figures would be from another board, under the name of the first."""
     with pytest.raises(RunError, match=words) as error:
         verify_same_machine(MACHINE, now)
 
@@ -23,6 +23,6 @@ def test_refuses_to_resume_on_another_machine(now: MachineFacts, words: str) -> 
 
 
 def test_resumes_with_another_kernel_governor_or_python() -> None:
-    """What differs is written into the session, and doubted."""
+    """The session records the difference, and a warning reports it."""
     cpu = replace(MACHINE.cpu, governor="ondemand")
     verify_same_machine(MACHINE, replace(MACHINE, kernel="Linux 6.12", python="3.13.1", cpu=cpu))

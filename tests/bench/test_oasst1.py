@@ -12,29 +12,29 @@ from promptai.errors import WorkloadError
 
 Node = dict[str, Any]
 
-#: Names of 60 trees in the order of rule 4; a tree that is called by the first name comes first, if it qualifies.
+#: Ids of 60 trees in the order of rule 4: an eligible tree with the first id comes first.
 NAMES = sorted((f"tree-{n}" for n in range(60)), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
 
 
 def node(id_: str, *replies: Node, role: str = "prompter", **fields: Any) -> Node:
-    """One message; the text is its id."""
+    """A message whose text is its id."""
     return {"message_id": id_, "text": id_, "role": role, "lang": "en", "replies": list(replies)} | fields
 
 
 def chain(*ids: str, then: tuple[Node, ...] = (), **fields: Any) -> Node:
-    """Messages that answer one another; ``fields`` change the first."""
+    """A chain of replies; ``fields`` override those of the first message."""
     first, *rest = ids
     replies = (chain(*rest, then=then),) if rest else then
     return node(first, *replies, **fields) | {"role": role_of(first)} | fields
 
 
 def role_of(id_: str) -> str:
-    """User messages are called u..., the others a...."""
+    """Ids of user messages begin with u, the others with a."""
     return "prompter" if id_.startswith("u") else "assistant"
 
 
 def reply(id_: str, **fields: Any) -> Node:
-    """One of several replies to choose from."""
+    """One of several replies."""
     return node(id_, role=role_of(id_)) | fields
 
 
@@ -44,19 +44,19 @@ def line(name: str, root: Node) -> bytes:
 
 
 def plain(name: str) -> bytes:
-    """A tree that qualifies and has one path only, which ends in a message called by the tree's name."""
+    """An eligible tree with a single path, whose last message has the tree's id."""
     return line(name, chain("u1", "a1", "u2", "a2", "u3", f"a-{name}"))
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the trees are."""
+    """Write the trees to a file."""
     return tmp_path / "trees.jsonl"
 
 
 @pytest.fixture
 def ids_of(path: Path) -> Callable[[Node], list[str] | None]:
-    """The message ids chosen from a tree that stands among 50 others; ``None`` when it does not qualify."""
+    """The message ids selected from a tree among 50 others; ``None`` if it is not eligible."""
 
     def ids_of(root: Node) -> list[str] | None:
         path.write_bytes(line(NAMES[0], root) + b"".join(map(plain, NAMES[1:51])))
@@ -69,7 +69,7 @@ def ids_of(path: Path) -> Callable[[Node], list[str] | None]:
 def test_rejects_too_few_trees_with_both_numbers(path: Path) -> None:
     path.write_bytes(b"".join(map(plain, NAMES[:49])))
 
-    with pytest.raises(WorkloadError, match="contains 49 eligible conversations .50 are needed"):
+    with pytest.raises(WorkloadError, match=r"contains 49 eligible conversations \(50 are needed\)"):
         load_oasst1(path)
 
 
@@ -119,7 +119,7 @@ def test_rejects_a_missing_file(path: Path) -> None:
         pytest.param(chain("u1", "a1", "u2", "a2", "u3", "a3", lang="de"), id="root-not-english"),
         pytest.param(chain("u1", "a1", "u2", "a2", "u3", "a3", deleted=True), id="root-deleted"),
         pytest.param(chain("u1", "a1", "u2", "a2"), id="four-messages"),
-        pytest.param(chain("u1", "a1", "u2", "a2", then=(reply("u3", lang="de"),)), id="goes-on-in-german"),
+        pytest.param(chain("u1", "a1", "u2", "a2", then=(reply("u3", lang="de"),)), id="continues-in-german"),
         pytest.param(chain("u1", "a1", "u2", "a2", "a3", "u3", "a4"), id="two-answers-in-a-row"),
         pytest.param(chain("u1", "a1", "u2", "a2", then=(node("u3", reply("a3"), text=" "),)), id="a-blank-message"),
     ],
@@ -153,13 +153,13 @@ def test_follows_the_best_ranked_usable_reply(
 def test_five_messages_suffice_with_either_role_last(
     ids_of: Callable[[Node], list[str] | None], ids: list[str]
 ) -> None:
-    """A last message of the user is a prompt, whether or not somebody answered it."""
+    """A final user message without an answer is a prompt, too."""
     assert ids == ids_of(chain(*ids))
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bytes], ids=["gzip", "plain"])
 def test_selects_the_first_fifty_by_hash_of_the_tree_id(path: Path, pack: Callable[[bytes], bytes]) -> None:
-    """Whatever the order of the file; each is called by its last message."""
+    """In any order of the file; the id is that of the last message."""
     path.write_bytes(pack(b"".join(map(plain, sorted(NAMES)))))
 
     found = load_oasst1(path, source="oasst1:trees")

@@ -30,18 +30,18 @@ FIFTY = [talk(f"c{n}", "x" * (n * 7 % 51)) for n in range(1, 51)]
 
 
 def length(conversation: Conversation) -> float:
-    """Seconds that grow with the text: one a character."""
+    """One second per character."""
     return float(conversation.prompt_chars(0))
 
 
 def fitting(budget_s: float, conversations: Sequence[Conversation] = FIFTY, seed: int = 0) -> list[Conversation]:
-    """What fits, at one second a character."""
+    """The selection at one second per character."""
     return fit_budget(conversations, budget_s, length, lambda count: Random(f"{seed}/{count}"))
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_budget_for_the_shortest_conversation_selects_it(seed: int) -> None:
-    """The draw of a single conversation must not fall on one that is too long."""
+    """A draw of a single conversation could select one that is too long."""
     long_and_short = [talk("long", "x" * 100), talk("short", "x")]
 
     assert [conversation.id for conversation in fitting(50.0, long_and_short, seed)] == ["short"]
@@ -64,7 +64,7 @@ def test_a_larger_budget_never_selects_fewer_conversations() -> None:
 
 
 def test_targets_take_turns_forwards_and_backwards() -> None:
-    """A board that heats up must not punish whoever comes last."""
+    """A board that heats up must not penalise the last target."""
     stages = plan_stages(["A", "B"], list("12345678"), Protocol(caches=("cold",)))
 
     assert [stage.target + "".join(stage.conversations) for stage in stages] == [
@@ -80,7 +80,7 @@ def test_targets_take_turns_forwards_and_backwards() -> None:
 
 
 def blocks(targets: int, count: int, **protocol: Any) -> list[int]:
-    """Conversations of each stage of the first target."""
+    """Number of conversations in each stage of the first target."""
     stages = plan_stages(
         [f"t{n}" for n in range(targets)], [f"c{n}" for n in range(count)], Protocol(caches=("cold",), **protocol)
     )
@@ -103,7 +103,7 @@ def test_stages_of_several_targets_allow_four_turns_and_have_at_most_ten_convers
 
 @pytest.mark.parametrize("protocol", [{}, {"concurrency": 20}], ids=["one-at-a-time", "twenty-at-once"])
 def test_a_single_target_plays_one_block(protocol: dict[str, Any]) -> None:
-    """A block's end waits for its last conversation: twenty at once would be ten at most, and then one."""
+    """A block ends with its last conversation: with blocks of ten, a concurrency of twenty is never reached."""
     assert blocks(1, 25, **protocol) == [25]
 
 
@@ -112,7 +112,7 @@ def test_a_block_holds_several_rounds_of_concurrent_conversations() -> None:
 
 
 def test_open_arrivals_play_one_block() -> None:
-    """What arrives must find the others still there, or the load is not the one that was asked for."""
+    """New arrivals must overlap earlier conversations, or the load is not the requested one."""
     assert blocks(2, 30, arrivals=Arrivals("poisson", 1.0)) == [30]
 
 
@@ -179,7 +179,7 @@ def test_estimates_prefill_and_answers_of_a_conversation(cache: Cache, prefill_s
 @pytest.mark.parametrize(
     ("cache", "prefill_s"),
     [
-        ("cold", (100 + 250 + 400) / 100),  # 100 tokens a message, 50 an answer: all of them again
+        ("cold", (100 + 250 + 400) / 100),  # 100 tokens per message, 50 per answer, all prefilled again
         ("warm", 300 / 100),  # its own answers are in the cache already
     ],
 )
@@ -190,7 +190,7 @@ def test_own_history_adds_earlier_answers_to_the_prefill(cache: Cache, prefill_s
 
 
 def test_the_typical_prompt_has_the_mean_length() -> None:
-    """Of 10, 20, 30, 100 and 300 characters, 92 on average."""
+    """Prompts of 10, 20, 30, 100 and 300 characters have a mean of 92."""
     conversations = [
         long_talk("a", turns=2, chars=10),
         talk("b", "x" * 20),
@@ -209,7 +209,7 @@ def test_the_typical_prompt_has_the_mean_length() -> None:
     ],
 )
 def test_context_fits_the_longest_prompt_and_its_answer(chars: int, max_tokens: int, tokens: int) -> None:
-    """Two characters a token here, 40 of template a message, rounded up to 512."""
+    """Two characters per token, 40 of template per message, rounded up to 512."""
     conversations = [talk("short", "x"), talk("long", "x" * chars)]
 
     assert tokens == context_needed(conversations, max_tokens, chars_per_token=2.0, history="data")

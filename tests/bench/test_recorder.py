@@ -45,7 +45,7 @@ def disk_full_after(path: Path, room: int) -> Iterator[None]:
 
 @pytest.fixture
 def fail_fsync(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Let every fsync fail with this error number: the disk takes the bytes but cannot keep them."""
+    """Make every fsync fail with this error number: the disk accepts the bytes but cannot keep them."""
 
     def fail(number: int) -> None:
         def fsync(_fd: int) -> None:
@@ -58,7 +58,7 @@ def fail_fsync(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 @pytest.fixture
 def recorder(tmp_path: Path) -> Iterator[Recorder]:
-    """A recorder that has put one request on the disk."""
+    """A recorder that has written one request to disk."""
     with Recorder(tmp_path) as recorder:
         recorder.append(FIRST, "one")
         yield recorder
@@ -66,13 +66,13 @@ def recorder(tmp_path: Path) -> Iterator[Recorder]:
 
 @pytest.fixture
 def under_a_file(tmp_path: Path) -> Path:
-    """A place that nobody may write to, not even root: below something that is no directory."""
+    """A path that even root cannot write: its parent is not a directory."""
     (tmp_path / "file").touch()
     return tmp_path / "file" / "runs"
 
 
 def test_a_full_disk_leaves_no_partial_line(recorder: Recorder, tmp_path: Path) -> None:
-    """The limit strikes in the middle of the trace, after its answer was written."""
+    """The limit is reached within the trace, after its answer has been written."""
     before = (tmp_path / "traces.jsonl").read_bytes()
 
     with disk_full_after(tmp_path / "traces.jsonl", room=100), pytest.raises(RunError, match="no space left") as error:
@@ -116,7 +116,7 @@ def test_rejects_a_second_writer(recorder: Recorder) -> None:
 
 
 def test_a_rejected_second_writer_changes_nothing(recorder: Recorder, tmp_path: Path) -> None:
-    """What looks like a cut line is the first writer's, in the middle of its write."""
+    """The apparently truncated line belongs to the first writer, which is still writing it."""
     path = tmp_path / "traces.jsonl"
     path.write_bytes(path.read_bytes() + b'{"target":')
     before = path.read_bytes()
@@ -128,7 +128,7 @@ def test_a_rejected_second_writer_changes_nothing(recorder: Recorder, tmp_path: 
 
 
 def test_the_next_writer_reads_the_existing_entries(tmp_path: Path) -> None:
-    """A recorder that was made while another was at work looks again when its turn has come."""
+    """A recorder created while another is writing reads the files again once it has the lock."""
     with Recorder(tmp_path) as one:
         two = Recorder(tmp_path)
         one.append(FIRST, "one")
@@ -156,7 +156,7 @@ def test_rejects_an_unwritable_directory(tmp_path: Path) -> None:
     ],
 )
 def test_rejects_a_damaged_line_with_its_number(tmp_path: Path, damage: bytes) -> None:
-    """Half a run that is read silently is worse than none."""
+    """Reading half a run silently is worse than failing."""
     whole = msgspec.json.encode(FIRST) + b"\n"
     (tmp_path / "traces.jsonl").write_bytes(whole + damage + whole)
 
@@ -183,14 +183,14 @@ def test_drops_a_truncated_last_line(tmp_path: Path, tail: bytes) -> None:
 
 
 def test_each_request_is_on_disk_before_the_next_begins(recorder: Recorder, tmp_path: Path) -> None:
-    """Read while the recorder is still open, as after SIGKILL."""
+    """Read while the recorder is open, as after SIGKILL."""
     assert read_traces(tmp_path) == [FIRST]
     recorder.append(SECOND, "two")
     assert read_traces(tmp_path) == [FIRST, SECOND]
 
 
 def test_concurrent_conversations_are_recorded_in_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the runner does it: each append in whatever thread is free. Taking back one line must not take another's."""
+    """The runner appends from several threads. Removing a partial line must not remove another thread's."""
     busy, overlaps, real = Lock(), [], os.fsync
 
     def fsync(fd: int) -> None:
@@ -235,7 +235,7 @@ def test_a_resumed_run_knows_answered_and_hopeless_requests_and_its_last_time(tm
 
 @pytest.mark.parametrize("trace", [[FIRST], []], ids=["one-answered", "none-answered"])
 def test_the_clock_of_a_run_includes_every_entry(tmp_path: Path, trace: list[Trace]) -> None:
-    """A session that is killed in a long request leaves telemetry and events behind that are later than its traces."""
+    """A session killed during a long request leaves telemetry and events later than its traces."""
     write_lines(tmp_path / "traces.jsonl", trace)
     samples = write_lines(tmp_path / "telemetry.jsonl", [Sample(t=4.0), Sample(t=310.0)])
     samples.write_bytes(samples.read_bytes() + b'{"t":311.0,"cpu')
@@ -332,13 +332,13 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, fail_fsync: Callable[
     with pytest.raises(RunError, match="no space left") as error:
         write_whole(tmp_path / "manifest.json", b"{}")
 
-    assert "--resume" not in error.value.hint  # whoever makes a report resumes nothing
+    assert "--resume" not in error.value.hint  # writing a report does not resume a run
     assert read_manifest(tmp_path) == MANIFEST
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
 def test_rejects_a_file_in_an_impossible_place(under_a_file: Path) -> None:
-    """As on a disk that the kernel has made read-only: what was not written cannot be removed either."""
+    """On a disk that the kernel has made read-only, the partial file cannot be removed either."""
     with pytest.raises(RunError, match="cannot write to") as error:
         write_whole(under_a_file, b"{}")
 

@@ -10,7 +10,7 @@ REQUESTS = [make_trace(generated_tokens=20), make_trace(at=10.0, generated_token
 
 
 def test_a_machine_without_sensors_has_no_values() -> None:
-    """``None`` and never 0: an invented 0 would call a hot board cool."""
+    """``None``, never 0: a temperature of 0 would make a hot board look cool."""
     metrics = resource_metrics(REQUESTS, [Sample(t=1.0), Sample(t=11.0)])
 
     assert {(None, 0)} == {(metric.value, metric.n) for metric in metrics.values()}
@@ -30,7 +30,7 @@ def test_energy_per_token_needs_tokens(tokens: int | None) -> None:
 
 
 def test_a_request_with_unknown_tokens_adds_no_energy() -> None:
-    """Its seconds must not be charged to the tokens of the others."""
+    """Its seconds must not count for the tokens of the others."""
     requests = [REQUESTS[0], make_trace(at=10.0, generated_tokens=None)]
     metrics = resource_metrics(requests, [Sample(t=1.0, watts=5.0), Sample(t=11.0, watts=5.0)])
 
@@ -38,7 +38,7 @@ def test_a_request_with_unknown_tokens_adds_no_energy() -> None:
 
 
 def test_a_second_shared_by_two_requests_counts_once() -> None:
-    """Two answers side by side in 3 s of 5 W took 15 J, not 30."""
+    """Two concurrent answers in 3 s at 5 W take 15 J, not 30."""
     side_by_side = [make_trace(generated_tokens=20), make_trace(conversation="b", generated_tokens=20)]
     metrics = resource_metrics(side_by_side, [Sample(t=1.0, watts=5.0)])
 

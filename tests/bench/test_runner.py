@@ -1,4 +1,4 @@
-"""What a runner knows before it runs, and when it goes on; that it plays truly is shown in ``tests/truth``."""
+"""The state of a runner at the start and after a resume; ``tests/truth`` shows that it measures correctly."""
 
 import asyncio
 import time
@@ -30,8 +30,8 @@ TALKS = [long_talk("a", turns=3, chars=10), long_talk("b", turns=2, chars=10)]
 Resume = Callable[..., Runner]
 
 
-class Nobody:
-    """An observer who does not care."""
+class SilentObserver:
+    """An observer that ignores everything."""
 
     def opened(self, target: str, rates: WarmUpRates, client: TurnClient) -> None:
         """Ignore it."""
@@ -45,14 +45,14 @@ class Nobody:
 
 @pytest.fixture
 def resume(tmp_path: Path) -> Resume:
-    """A cold run of two conversations that stands where these requests left it."""
+    """Return the runner of a cold run of two conversations after these requests."""
 
     def resume(*traces: Trace) -> Runner:
         with Recorder(tmp_path) as recorder:
             for trace in traces:
                 recorder.append(trace, "")
         with Recorder(tmp_path) as recorder:
-            return Runner(make_manifest(TALKS, caches=("cold",)), TALKS, recorder, Nobody())
+            return Runner(make_manifest(TALKS, caches=("cold",)), TALKS, recorder, SilentObserver())
 
     return resume
 
@@ -84,7 +84,7 @@ def test_a_finished_run_has_nothing_left(resume: Resume) -> None:
 
 
 def test_the_clock_of_a_resumed_run_continues(resume: Resume) -> None:
-    """A second later, so that sessions can be told apart; a new run begins at 0."""
+    """One second later, which separates the sessions; a new run begins at 0."""
     assert pytest.approx(0.0, abs=0.5) == time.monotonic() - resume().origin
     assert pytest.approx(103.0 + 1.0, abs=0.5) == time.monotonic() - resume(make_trace(at=100.0)).origin
 
@@ -96,27 +96,27 @@ def test_the_clock_of_a_run_without_answers_continues_after_its_telemetry(resume
 
 
 def test_salts_differ_by_run_session_and_opening(tmp_path: Path) -> None:
-    """Two URLs may lead to one server, whose cache knows what the first of them asked, or the run of yesterday."""
+    """Two URLs may lead to one server, whose cache may contain prompts of the other URL or of an earlier run."""
     manifests = [replace(make_manifest(TALKS), created=f"2026-11-20T12:00:00.{run}") for run in (1, 2)]
     nonces = []
     for session in range(2):
         with Recorder(tmp_path) as recorder:
             recorder.note(Session(float(session), "Linux 6.6", None))
-            runners = [Runner(manifest, TALKS, recorder, Nobody()) for manifest in manifests]
+            runners = [Runner(manifest, TALKS, recorder, SilentObserver()) for manifest in manifests]
             nonces += [runner._next_nonce() for runner in runners for _ in range(2)]
 
     assert len(set(nonces)) == 8
 
 
 class Slot(EngineClient):
-    """Fails to prepare its cache so many times, and answers everything else with one word."""
+    """Fails to prepare its cache a number of times, and answers everything else with one word."""
 
     def __init__(self, failures: int, kind: type[EngineError]) -> None:
         super().__init__("http://none")
         self.failures, self.kind = failures, kind
 
     async def stream_chat(self, body: dict[str, Any]) -> AsyncGenerator[Arrival, None]:
-        """Fail, as often as was said; the one-token requests are those that nobody counts."""
+        """Fail the given number of times; one-token requests prepare the cache."""
         self.failures -= body["max_tokens"] == 1
         if body["max_tokens"] == 1 and self.failures >= 0:
             raise self.kind("the answer was cut")
@@ -124,14 +124,14 @@ class Slot(EngineClient):
 
 
 def play_warm(directory: Path, slot: Slot) -> list[Trace]:
-    """What is on the disk when five conversations of a turn have been played warm."""
+    """The traces on disk after playing five conversations of one turn warm."""
     talks = [long_talk(id_, turns=1, chars=10) for id_ in "abcde"]
     stage = Stage("m", "warm", 0, tuple(talk.id for talk in talks))
     opened = OpenTarget(slot, "m", True, None, None, lambda: None)
     manifest = make_manifest(talks, caches=("warm",))
     with Recorder(directory) as recorder:
         client = opened.turn_client(manifest.protocol, origin=0.0, nonce="")
-        asyncio.run(Runner(manifest, talks, recorder, Nobody())._stage(stage, client, opened))
+        asyncio.run(Runner(manifest, talks, recorder, SilentObserver())._stage(stage, client, opened))
     return read_traces(directory)
 
 
@@ -160,7 +160,7 @@ def test_a_session_records_kernel_target_and_cost_without_loading(tmp_path: Path
             manifest = make_manifest(TALKS, [TargetFacts("m", url=engine.base_url)], max_tokens=2)
             with Recorder(tmp_path) as recorder:
                 start = time.monotonic()
-                await Runner(manifest, TALKS, recorder, Nobody()).run()
+                await Runner(manifest, TALKS, recorder, SilentObserver()).run()
                 return time.monotonic() - start
 
     whole_s = asyncio.run(play())

@@ -19,7 +19,7 @@ def test_rejects_fewer_than_one_conversation(count: int) -> None:
         choose_conversations(TEN, count=count, seed=0)
 
 
-@pytest.mark.parametrize("count", [None, 10, 99], ids=["not-told", "exactly", "too-many"])
+@pytest.mark.parametrize("count", [None, 10, 99], ids=["not-given", "exactly", "too-many"])
 def test_selects_all_conversations_unless_fewer_are_requested(count: int | None) -> None:
     assert (list(TEN.conversations), "all") == choose_conversations(TEN, count=count, seed=0)
 
@@ -74,7 +74,7 @@ def test_describes_a_selection_within_a_selection(budget_s: float, words: str) -
 
 @pytest.mark.parametrize("seed", [0, 1, 3])
 def test_does_not_describe_the_shortest_conversation_as_drawn(seed: int) -> None:
-    """With these seeds the draw of one falls on the long one; it would claim to stand for all lengths."""
+    """With these seeds a draw of one selects the long conversation, and would claim to represent all lengths."""
     long_and_short = (talk("long", "x" * 40_000), talk("short", "x"))
 
     part, said = cut_to_budget(long_and_short, "all", Protocol(caches=("cold",), seed=seed), {"m": FAST}, 5.0)
@@ -93,7 +93,7 @@ def test_resuming_restores_the_selection_in_order() -> None:
 
 
 def test_loads_every_kind_of_workload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bundled one, a file, trees in a file, and the trees that the hub gives."""
+    """The bundled workload, a file, trees in a file, and trees from the hub."""
     asked: list[str] = []
 
     def load_trees(path: Path, *, source: str = "oasst1") -> Workload:

@@ -23,7 +23,7 @@ from support_runs import make_trace
 
 
 def answers(seconds: Sequence[float], conversations: Sequence[str] | None = None) -> list[Trace]:
-    """Requests with these latencies, each a conversation of its own unless told."""
+    """Requests with these latencies, by default each in a conversation of its own."""
     names = conversations or [f"c{n}" for n in range(len(seconds))]
     return [make_trace(conversation=name, t_last=s) for name, s in zip(names, seconds, strict=True)]
 
@@ -37,7 +37,7 @@ def decode_rate(traces: Sequence[Trace]) -> Metric:
 
 
 def decoded(steps: int | None, seconds: float, conversation: str = "a", prompt_tokens: int | None = 100) -> Trace:
-    """An answer that decoded ``steps`` tokens after the first in that time."""
+    """An answer with ``steps`` tokens after the first in that time."""
     return make_trace(
         conversation=conversation,
         prompt_tokens=prompt_tokens,
@@ -48,7 +48,7 @@ def decoded(steps: int | None, seconds: float, conversation: str = "a", prompt_t
 
 
 def width(metric: Metric) -> float:
-    """Of the interval."""
+    """Width of the interval."""
     assert metric.ci95 is not None
     return metric.ci95[1] - metric.ci95[0]
 
@@ -96,7 +96,7 @@ def test_an_undefined_coefficient_of_variation_is_none(values: list[float]) -> N
 
 
 def test_a_request_without_a_rate_does_not_count() -> None:
-    """``n`` says on how many values a number rests, not how many requests there were."""
+    """``n`` is the number of values behind a metric, not the number of requests."""
     traces = [decoded(10, 1.0), decoded(10, 2.0), decoded(None, 1.0)]
     metrics = cv_metrics(traces, buckets(traces))
 
@@ -105,7 +105,7 @@ def test_a_request_without_a_rate_does_not_count() -> None:
 
 
 def test_throughput_is_a_sum_over_a_sum() -> None:
-    """10 tokens in 1 s and 10 in 4 s are 4 tokens a second; the mean of the rates would say 6.25."""
+    """10 tokens in 1 s and 10 in 4 s are 4 tokens/s; the mean of the rates is 6.25."""
     traces = [decoded(10, 1.0), decoded(10, 4.0), decoded(None, 100.0)]
 
     assert Metric(4.0, "tokens/s", 2) == decode_rate(traces)
@@ -147,7 +147,7 @@ def test_every_interval_contains_its_value() -> None:
 
 @pytest.mark.parametrize("what", ["mean", "p50"])
 def test_turns_of_one_conversation_are_not_independent_samples(what: str) -> None:
-    """Taking each turn for a sample of its own would halve the interval, and lie."""
+    """Treating each turn as an independent sample would halve the interval, which would be wrong."""
     traces = correlated(Random(2), 30, 8)
     separate = answers([trace.latency_s or 0 for trace in traces])
 
@@ -160,10 +160,10 @@ def test_turns_of_one_conversation_are_not_independent_samples(what: str) -> Non
 @pytest.mark.parametrize("conversations", [5, 10, 30])
 def test_about_95_percent_of_intervals_contain_the_true_value(conversations: int) -> None:
     """
-    Of 2,000 runs of six turns: rates differ by 15 % between conversations and by 5 % within them.
+    2,000 runs of six turns: rates differ by 15 % between conversations and by 5 % within them.
 
     Delete-one jackknife of the logarithm with Student's t (Tukey 1958; whole clusters as in Bell and McCaffrey
-    2002). A percentile bootstrap over conversations holds it in 82, 88 and 92 %.
+    2002). A percentile bootstrap over conversations covers it in 82, 88 and 92 %.
     """
     generator = np.random.default_rng(1)
     truth = 1 / np.mean(1 / (50 * (1 + 0.15 * np.random.default_rng(5).standard_normal(1_000_000))))
@@ -195,7 +195,7 @@ def test_about_95_percent_of_percentile_intervals_contain_the_true_value(percent
 
 @pytest.mark.parametrize("skew", [0.5, 1.0])
 def test_skewed_values_lower_the_coverage_somewhat(skew: float) -> None:
-    """Means of durations that differ much: no interval of few conversations is exact there, but this one stays near."""
+    """Means of very different durations: no interval over few conversations is exact, but this one comes close."""
     generator, truth = np.random.default_rng(3), np.exp(skew**2 / 2)
     held = []
     for _ in range(1000):
@@ -208,7 +208,7 @@ def test_skewed_values_lower_the_coverage_somewhat(skew: float) -> None:
 
 @pytest.mark.parametrize(("percent", "needed"), [(50, 5), (95, 50)])
 def test_a_percentile_needs_enough_conversations_beyond_it_for_an_interval(percent: int, needed: int) -> None:
-    """With 30 conversations in which turns are alike, an interval of the 95th percentile held the truth in 81 %."""
+    """With 30 conversations of similar turns, an interval of the 95th percentile covered the true value in 81 %."""
     for conversations, given in ((needed, True), (needed - 1, False)):
         traces = correlated(Random(4), conversations, 6)
         assert (latency_metrics("x", traces, latency)[f"x_p{percent}"].ci95 is not None) is given
@@ -220,7 +220,7 @@ def test_students_t_matches_published_tables(freedom: int, t: float) -> None:
 
 
 def test_summarises_a_day_of_requests_in_little_memory() -> None:
-    """20,000 requests; a bootstrap that keeps a weight of each value and resample took 650 MB."""
+    """20,000 requests; a bootstrap with a weight per value and resample took 650 MB."""
     values, clusters = np.linspace(1, 2, 20_000), np.arange(20_000) % 200
     tracemalloc.start()
     try:
@@ -233,7 +233,7 @@ def test_summarises_a_day_of_requests_in_little_memory() -> None:
 
 
 def test_groups_requests_by_prompt_length() -> None:
-    """A bucket begins with its lower edge; what has no length has no bucket."""
+    """A bucket includes its lower edge; a request of unknown length has no bucket."""
     lengths = [127, 128, 255, 2047, 2048, 9000, None]
     found = buckets([decoded(10, 1.0, prompt_tokens=length) for length in lengths])
 

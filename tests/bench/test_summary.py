@@ -16,7 +16,7 @@ from promptai.device.sample import Sample
 from promptai.errors import RunError
 from support_runs import COST, FACTS, MODEL, make_failure, make_manifest, make_run, make_trace, talk, write_run
 
-#: Two conversations, three user turns: three requests a pass.
+#: Two conversations, three user turns: three requests per pass.
 TALKS = [talk("a", "one", "two", "three"), talk("b", "four")]
 COLD = [
     make_trace(conversation="a", turn=0, generated_tokens=11),  # 10 steps in 2 s
@@ -26,7 +26,7 @@ COLD = [
 
 
 def a_run(*traces: Trace, caches: tuple[Cache, ...] = ("cold",), repeats: int = 1) -> RecordedRun:
-    """A run of the two conversations, cold unless told."""
+    """A run of the two conversations, cold by default."""
     return RecordedRun("run", make_manifest(TALKS, caches=caches, repeats=repeats), list(traces), [], [])
 
 
@@ -60,7 +60,7 @@ def test_summarises_a_run_without_telemetry(tmp_path: Path) -> None:
 
 
 def test_a_run_is_named_by_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``promptai report .`` inside of the run."""
+    """``promptai report .`` in the run's directory."""
     monkeypatch.chdir(write_run(tmp_path / "2026-11-20_m_pi5", make_run()))
 
     assert read_run(Path()).directory == "2026-11-20_m_pi5"
@@ -73,7 +73,7 @@ def test_a_run_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_derives_metrics_from_raw_lines() -> None:
-    """Worked out by hand: 60 steps in 8 s, three prompts of 100 tokens in 0.5 s each."""
+    """Computed by hand: 60 steps in 8 s, three prompts of 100 tokens in 0.5 s each."""
     metrics = cold(summarize(a_run(*COLD)))
 
     assert metrics["decode_tps"] == Metric(60 / 8, "tokens/s", 3)
@@ -134,7 +134,7 @@ def test_a_run_is_complete_once_every_request_is_answered(protocol: dict[str, An
     ids=["outgrew-the-context", "engine-died"],
 )
 def test_a_conversation_that_exceeds_the_context_is_complete(failure: str, complete: object) -> None:
-    """Resuming would play what failed by accident, and not what cannot succeed."""
+    """A resume would repeat accidental failures, but not requests that cannot succeed."""
     assert summarize(a_run(COLD[0], make_failure(failure, turn=1), COLD[2])).complete is complete
 
 
@@ -151,7 +151,7 @@ def test_load_time_is_the_mean_over_engines_started_here() -> None:
 
 
 def test_the_cost_of_measuring_includes_client_and_telemetry() -> None:
-    """1 s of 100 s for the client, 0.5 of 100 for the sampler; of two sessions the larger memory."""
+    """1 s of 100 s for the client, 0.5 of 100 for the sampler; the larger memory of two sessions."""
     summary = summarize(replace(a_run(*COLD), events=[COST, replace(COST, client_max_rss_bytes=70_000_000)]))
 
     assert Metric(1.5, "%", 2) == summary.harness.cpu_percent_of_one_core
@@ -169,7 +169,7 @@ def test_an_unknown_cost_is_none() -> None:
 
 
 def test_events_of_a_run_lead_to_findings() -> None:
-    """A server that is no llama-server, and telemetry that died."""
+    """A server other than llama-server, and telemetry that ended early."""
     events = [Opened(0, "m", None, 1.0, llama_server=False), replace(COST, telemetry_error="disk full")]
     found = summarize(replace(a_run(*COLD), events=events)).targets[0].findings
 
@@ -177,7 +177,7 @@ def test_events_of_a_run_lead_to_findings() -> None:
 
 
 def test_sorts_telemetry_of_overlapping_sessions_by_time(tmp_path: Path) -> None:
-    """A run whose second session began again at 0, as older versions did."""
+    """A run whose second session began at 0 again, as in older versions."""
     write_run(tmp_path, replace(a_run(*COLD), samples=[Sample(t=t) for t in (1.0, 90.0, 2.0, 3.0)]))
 
     assert [sample.t for sample in read_run(tmp_path).samples] == [1.0, 2.0, 3.0, 90.0]

@@ -11,7 +11,7 @@ from support_runs import FACTS
 
 
 def opened(*answers: bytes) -> OpenTarget:
-    """What is made of a server that gives these answers."""
+    """The target opened on a server that gives these answers."""
 
     async def play() -> OpenTarget:
         async with raw_server(*answers) as server:
@@ -25,7 +25,7 @@ def opened(*answers: bytes) -> OpenTarget:
 @pytest.mark.parametrize(
     "props",
     [
-        pytest.param(answer("404 Not Found", b"404 page not found"), id="no-such-address"),
+        pytest.param(answer("404 Not Found", b"404 page not found"), id="no-such-path"),
         pytest.param(
             answer("200 OK", b'{"error": "Unexpected endpoint or method. (GET /props)"}'), id="an-error-in-200"
         ),
@@ -33,7 +33,7 @@ def opened(*answers: bytes) -> OpenTarget:
     ],
 )
 def test_uses_plain_openai_with_other_servers(props: bytes) -> None:
-    """LM Studio answers HTTP 200 to every address; its cache cannot be switched off, its model has a name."""
+    """LM Studio answers HTTP 200 on every path; its cache cannot be disabled, and its model has a name."""
     target = opened(props, answer("200 OK", b'{"data": [{"id": "yi"}]}'))
 
     assert (target.llama_server, target.model) == (False, "yi")

@@ -20,7 +20,7 @@ from support_gguf import U16, entry, gguf, llama
 from support_runs import CPU, FACTS, MODEL, long_talk, talk
 
 GIB = 1024**3
-#: 128 numbers of keys and 128 of values a token: 512 bytes of KV cache in f16.
+#: 128 key and 128 value numbers per token: 512 bytes of KV cache in f16.
 SHAPE = Shape(layers=2, width=64, heads=2, kv_heads=2, ffn=64, vocabulary=300, context=1 << 22)
 SMALL = Shape(layers=1, width=32, heads=1, kv_heads=1, ffn=32, vocabulary=258)
 ENGINE = EngineBinary("PATH", ("llama-server",), "b1 (abc)", ("NEON",))
@@ -29,7 +29,7 @@ TEN = tuple(talk(f"c{n}", "x" * (n + 1)) for n in range(10))
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that was made for four million tokens."""
+    """A tiny model with a context of four million tokens."""
     return write_synthetic(tmp_path_factory.mktemp("models") / "tiny.gguf", SHAPE, name="Tiny")
 
 
@@ -60,7 +60,7 @@ def describe(
 
 
 def test_the_context_fits_the_models_own_answers_with_own_history(model: Path) -> None:
-    """Four answers of 100 tokens, and four messages of 900 where the data has seven."""
+    """Four answers of 100 tokens, and four messages of 900 instead of the data set's seven."""
     found = describe(model, conversations=(long_talk("a", turns=4, chars=900),), options=make_options(history="own"))[
         0
     ].engine
@@ -70,7 +70,7 @@ def test_the_context_fits_the_models_own_answers_with_own_history(model: Path) -
 
 
 def test_rejects_a_part_of_a_split_model(tmp_path: Path) -> None:
-    """Size and checksum would be those of a part, in a run that is about the whole."""
+    """Size and checksum would be a part's, in a run about the whole model."""
     part = tmp_path / "part.gguf"
     part.write_bytes(gguf([*llama(), entry("split.no", U16, 0), entry("split.count", U16, 3)]))
 
@@ -79,7 +79,7 @@ def test_rejects_a_part_of_a_split_model(tmp_path: Path) -> None:
 
 
 def context_of(model: Path, options: BenchOptions) -> int:
-    """The context that its engine is started with for one conversation of four turns."""
+    """The context of its engine for one conversation of four turns."""
     engine = describe(model, options=options, conversations=(long_talk("a", turns=4, chars=900),))[0].engine
     assert engine is not None
     return engine.flags.context
@@ -117,7 +117,7 @@ def test_every_slot_needs_its_own_context(model: Path) -> None:
 
 
 def test_accepts_a_model_that_fits_with_a_smaller_cache_type(model: Path) -> None:
-    """q8_0 takes 34 bytes for 32 numbers, hardly more than half of f16's."""
+    """q8_0 takes 34 bytes for 32 values, little more than half of f16."""
     options = make_options(context=1 << 21)
     with pytest.raises(ModelTooLargeError):
         describe(model, options=options, available_bytes=2 * GIB // 3)
@@ -126,7 +126,7 @@ def test_accepts_a_model_that_fits_with_a_smaller_cache_type(model: Path) -> Non
 
 
 def test_the_path_of_a_model_is_absolute(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file is given as seen from today's folder; the engine that resumes is started in another."""
+    """The path is relative to the current directory; a resumed run may start in another."""
     monkeypatch.chdir(model.parent)
     facts = describe(model.name)[0]
 
@@ -136,7 +136,7 @@ def test_the_path_of_a_model_is_absolute(model: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_link_to_a_model_keeps_its_name(model: Path, tmp_path: Path) -> None:
-    """The file behind it may be called by its hash alone, as in the hub's cache."""
+    """Its target may be named by a hash, as in the hub's cache."""
     (tmp_path / "yi.gguf").symlink_to(model)
     engine = describe(tmp_path / "yi.gguf")[0].engine
 
@@ -173,18 +173,18 @@ def test_rejects_more_context_than_the_model_supports(model: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "context"),
     [
-        pytest.param(make_options(), 7168, id="what-the-workload-needs"),
-        pytest.param(make_options(context=1000), 1000, id="what-was-asked-for"),
-        pytest.param(make_options(slots=2), 2 * 7168, id="of-all-slots-together"),
+        pytest.param(make_options(), 7168, id="fits-the-workload"),
+        pytest.param(make_options(context=1000), 1000, id="as-given"),
+        pytest.param(make_options(slots=2), 2 * 7168, id="for-all-slots"),
     ],
 )
 def test_the_context_fits_the_workload_unless_given(model: Path, options: BenchOptions, context: int) -> None:
-    """A prompt of 6300 characters and 7 messages; a synthetic model has a token a byte."""
+    """A prompt of 6300 characters and 7 messages; a synthetic model has one token per byte."""
     assert context == context_of(model, options)
 
 
 def test_a_synthetic_model_with_a_real_vocabulary_needs_the_context_of_the_bundled_one(tmp_path: Path) -> None:
-    """1.8 characters a token, as promptai-tiny, whose tokenizer it has."""
+    """1.8 characters per token, like promptai-tiny, whose tokenizer it has."""
     large = write_synthetic(tmp_path / "large.gguf", replace(SHAPE, vocabulary=4000), name="Large")
 
     assert context_of(large, make_options()) == 4096

@@ -16,7 +16,7 @@ def keys(target: str = "m", cache: Cache = "cold") -> list[TraceKey]:
 
 
 def time_left(*pending: TraceKey) -> TimeLeft:
-    """Of a run whose target m has been opened."""
+    """The forecast of a run whose target m has been opened."""
     left = TimeLeft(pending, TALKS, "data")
     left.opened("m", RATES)
     return left
@@ -30,12 +30,12 @@ def test_there_is_no_forecast_before_a_target_is_opened() -> None:
 
 @pytest.mark.parametrize(("cache", "seconds"), [("cold", COLD_S), ("warm", WARM_S)])
 def test_prompts_count_by_their_uncached_part(cache: Cache, seconds: float) -> None:
-    """Cold the whole prompt, warm what is new since the turn before."""
+    """Cold: the whole prompt; warm: the part added since the previous turn."""
     assert pytest.approx(seconds) == time_left(*keys(cache=cache)).seconds()
 
 
 def test_own_answers_count_as_prefill() -> None:
-    """Prompts of 100, 200 and 300 tokens of the user's, and no, one and two answers of 50."""
+    """User messages of 100, 200 and 300 tokens, and zero, one and two answers of 50."""
     left = TimeLeft(keys(), TALKS, "own")
     left.opened("m", RATES)
 
@@ -43,7 +43,7 @@ def test_own_answers_count_as_prefill() -> None:
 
 
 def test_a_failed_conversation_takes_no_more_time() -> None:
-    """Its second prompt was refused at once: the third is never sent, and says nothing about speed."""
+    """Its second prompt fails at once: the third is never sent, and the failure does not count as speed."""
     left = time_left(*keys(), *keys(cache="warm"))
     left.played(keys()[0], 9.0)
     left.given_up(keys()[1], 0.01)
@@ -79,7 +79,7 @@ def test_an_unopened_target_counts_like_the_others() -> None:
 
 
 def test_an_unopened_target_still_counts_after_the_others_have_finished() -> None:
-    """The moment at which the second model begins to load: the run is half done, not done."""
+    """While the second model loads, the run is half finished, not finished."""
     left = time_left(*keys(), *keys("other"))
     for key, seconds in zip(keys(), (9.0, 17.0, 25.0), strict=True):
         left.played(key, seconds)

@@ -27,7 +27,7 @@ DERIVED = {
 }
 
 
-#: Part that a server may not tell -> what cannot be derived without it.
+#: Field that a server may not report -> metrics that need it.
 UNKNOWN_WITHOUT: dict[str, set[str]] = {
     "t_first": {"ttft_s", "decode_s", "decode_tps"},
     "t_last": {"latency_s", "decode_s", "decode_tps", "total_tps"},
@@ -57,7 +57,7 @@ def test_only_values_that_depend_on_a_missing_field_are_none(missing: str) -> No
     ],
 )
 def test_an_answer_of_one_token_has_no_decode_rate(changes: dict[str, float]) -> None:
-    """Neither 0 nor infinite: there was nothing to measure."""
+    """Neither 0 nor infinite: nothing was measured."""
     assert make_trace(**changes).decode_tps is None
 
 
@@ -74,7 +74,7 @@ def test_prefers_the_engines_count_of_computed_tokens() -> None:
 
 
 def test_decoding_begins_with_reasoning_but_ttft_ends_with_content() -> None:
-    """A reasoning model decodes long before a person sees a word."""
+    """A reasoning model decodes long before the user sees a word."""
     trace = make_trace(t_first_reasoning=0.5, t_first=2.0, t_last=4.5, generated_tokens=41)
 
     assert (trace.ttft_s, trace.decode_s, trace.decode_tps) == (2.0, 4.0, 10.0)

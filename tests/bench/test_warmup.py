@@ -14,7 +14,7 @@ from support_runs import make_trace
 
 
 class Cached(EngineClient):
-    """A server that has 60 of 100 prompt tokens in its cache, and takes half a second for the others."""
+    """A server with 60 of 100 prompt tokens in its cache, which takes half a second for the rest."""
 
     async def stream_chat(self, body: dict[str, Any]) -> AsyncGenerator[Arrival, None]:
         """Answer with 21 tokens in 2 s."""
@@ -40,14 +40,14 @@ def test_cached_tokens_do_not_raise_the_warm_up_rates() -> None:
 
 @pytest.mark.parametrize(("tokens", "decode_tps"), [(21, 10.5), (1, 50.0)], ids=["all-at-once", "one-token"])
 def test_an_answer_without_a_decode_rate_gets_an_estimate(tokens: int, decode_tps: float) -> None:
-    """100 tokens of prompt in 2 s, and the answer with them."""
+    """A prompt of 100 tokens takes 2 s, and the answer arrives with it."""
     trace = make_trace(t_first=2.0, t_last=2.0, generated_tokens=tokens)
 
     assert _rates(trace, 2.0, 300, 500).decode_tps == decode_tps
 
 
 def test_keeps_the_warm_up_rates_if_refining_them_takes_too_long() -> None:
-    """100 characters at 10 a token and 10 tokens a second, and an answer of one second."""
+    """100 characters at 10 per token and 10 tokens/s, and an answer of one second."""
     opened = OpenTarget(EngineClient("http://none"), "m", False, None, None, lambda: None)
     client, rates = opened.turn_client(Protocol(), origin=0.0, nonce=""), WarmUpRates(10.0, 10.0, 10.0, 10.0)
 

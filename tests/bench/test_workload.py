@@ -19,7 +19,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Write a workload of these lines."""
+    """Write these lines as a workload."""
 
     def write(*lines: bytes) -> Path:
         path = tmp_path / "talks.jsonl"
@@ -30,12 +30,12 @@ def write(tmp_path: Path) -> Write:
 
 
 def line_of(*messages: object, **fields: object) -> bytes:
-    """A line in OpenAI's form."""
+    """A line in OpenAI's format."""
     return json.dumps({"messages": messages} | fields).encode()
 
 
 def shared_line(*pairs: tuple[str, str]) -> bytes:
-    """A line in ShareGPT's form."""
+    """A line in ShareGPT's format."""
     return json.dumps({"id": "good", "conversations": [{"from": who, "value": text} for who, text in pairs]}).encode()
 
 
@@ -45,10 +45,10 @@ def shared_line(*pairs: tuple[str, str]) -> bytes:
         pytest.param(b'{"messages": [', "truncated", id="not-json"),
         pytest.param(b"[1, 2]", "Expected `object`", id="not-an-object"),
         pytest.param(b'{"messages": [{"role": "user", "content": "\xff"}]}', "utf-8", id="not-utf-8"),
-        pytest.param(b'{"x": ' + b"[" * 5000 + b"]" * 5000 + b"}", "", id="nested-without-end"),
+        pytest.param(b'{"x": ' + b"[" * 5000 + b"]" * 5000 + b"}", "", id="endless-nesting"),
         pytest.param(b'{"id": "x"}', "neither 'messages' nor 'conversations'", id="no-messages-key"),
         pytest.param(line_of(), "no user message", id="no-messages"),
-        pytest.param(line_of({"role": "system", "content": "be brief"}), "no user message", id="system-alone"),
+        pytest.param(line_of({"role": "system", "content": "be brief"}), "no user message", id="system-only"),
         pytest.param(line_of(ASSISTANT, USER), "message 1 is from 'assistant'", id="assistant-first"),
         pytest.param(line_of(USER, USER), "message 2 is from 'user'", id="user-twice"),
         pytest.param(
@@ -102,7 +102,7 @@ def test_rejects_an_unreadable_file(tmp_path: Path, name: str, reason: str) -> N
 
 @pytest.fixture
 def bundled_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the bundled workload, which ``load_bundled`` reads in the original's place."""
+    """A copy of the bundled workload, which ``load_bundled`` reads instead of the original."""
     copy = tmp_path / "data" / "edge-50.jsonl"
     copy.parent.mkdir()
     copy.write_bytes((files("promptai.bench") / "data" / "edge-50.jsonl").read_bytes())

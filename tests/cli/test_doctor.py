@@ -10,7 +10,7 @@ from support_runs import CPU, MACHINE
 
 
 def test_shows_markup_in_machine_names_literally() -> None:
-    """A board's name comes from its firmware and an engine's from its path; square brackets there are no markup."""
+    """A board's name comes from its firmware and an engine's from its path: square brackets in them are not markup."""
     machine = replace(MACHINE, board="Board [/b]", cpu=replace(CPU, model_name="CPU [red]x[", governor="[bold]"))
     engine = EngineBinary("/opt/e[avx2]/llama-server", ("llama-server",), "b1 [abc]", ("[x]",))
     out = StringIO()

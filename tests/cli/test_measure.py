@@ -10,7 +10,7 @@ pytestmark = pytest.mark.real
 def test_the_rendering_process_does_not_import_the_users_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """People call their scripts signal.py; here it gets as far as to see that there is no run."""
+    """Users name scripts signal.py; here rendering gets as far as finding no run."""
     (tmp_path / "signal.py").write_text("raise SystemExit('the file of a user was run')")
     monkeypatch.chdir(tmp_path)
 

@@ -1,4 +1,4 @@
-"""What a run says while it goes on, where there is no terminal."""
+"""The output of a run in progress, without a terminal."""
 
 from io import StringIO
 from pathlib import Path
@@ -22,7 +22,7 @@ RATES = WarmUpRates(prefill_tps=25.0, decode_tps=10.0, chars_per_token=4.0, answ
 
 
 def opened(directory: Path, out: StringIO, **protocol: Any) -> RunProgress:
-    """A run of which nothing has been played yet."""
+    """A run before its first request."""
     manifest = make_manifest(TALKS, caches=("cold",), **protocol)
     progress = RunProgress(Console(file=out, width=200))
     with Recorder(directory) as recorder:

@@ -1,4 +1,4 @@
-"""Every bad input ends in one clear line, a non-zero exit code, and nothing half-written."""
+"""Every invalid input leads to one clear line, a non-zero exit code, and no partial output."""
 
 import json
 import os
@@ -33,7 +33,7 @@ MODEL, ENGINE, WORKLOAD, RUN, USAGE = 3, 4, 5, 6, 2
 
 
 def assert_refused(done: "subprocess.CompletedProcess[str]", code: int, *words: str) -> None:
-    """One line that names everything in ``words``, and the exit code."""
+    """Expect one line with everything in ``words``, and the exit code."""
     errors = [line for line in done.stderr.splitlines() if line.startswith("promptai: error:")]
     assert len(errors) == 1, done.stderr
     assert "Traceback" not in done.stderr
@@ -43,14 +43,14 @@ def assert_refused(done: "subprocess.CompletedProcess[str]", code: int, *words: 
 
 
 def kept_log(stdout: str, cwd: Path) -> str:
-    """The engine's log that a message names."""
+    """The contents of the engine's log that a message names."""
     named = re.search(r"the engine's log is kept: (.+)", stdout)
     assert named is not None, stdout
     return (cwd / named[1]).read_text()
 
 
 def assert_nothing_left(cwd: Path) -> None:
-    """No run directory was begun."""
+    """Expect no run directory."""
     assert not list((cwd / "runs").glob("*"))
 
 
@@ -91,7 +91,7 @@ def test_rejects_a_missing_model(tmp_path: Path) -> None:
 
 
 def test_rejects_a_model_larger_than_memory_before_loading(tmp_path: Path) -> None:
-    """A sparse file that really is as long as its header says, but holds more than any test machine."""
+    """A sparse file as long as its header claims, larger than the memory of any test machine."""
     path = tmp_path / "huge.gguf"
     shape = Shape(layers=1, width=64, heads=4, kv_heads=2, ffn=128, vocabulary=512)
     write_synthetic(path, shape, name="huge")
@@ -204,7 +204,7 @@ def test_reports_an_unwritable_run_directory(workload: Path, tmp_path: Path) -> 
 
 
 def test_a_full_disk_ends_the_run_with_complete_lines(workload: Path, tmp_path: Path) -> None:
-    """The kernel's file size limit stands in for a full disk: writes fail in the middle of a line."""
+    """The kernel's file size limit simulates a full disk: writes fail in the middle of a line."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))

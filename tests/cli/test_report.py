@@ -1,4 +1,4 @@
-"""``promptai report`` as a user calls it."""
+"""``promptai report`` as a command."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.real
 
 
 def test_prints_markup_in_a_directory_literally(tmp_path: Path) -> None:
-    """Square brackets are markup to the library that prints."""
+    """Square brackets are markup in rich."""
     write_run(tmp_path / "pi[bold]5[" / "run", make_run(conversations=1, turns=1))
 
     done = promptai("report", "pi[bold]5[/run", cwd=tmp_path)
@@ -28,12 +28,12 @@ def test_rejects_json_with_figures(tmp_path: Path) -> None:
     done = promptai("report", "run", "--json", "--figures", cwd=tmp_path)
 
     assert done.returncode == 2
-    assert "promptai: error: --json writes no figures" in done.stderr
+    assert "promptai: error: --json cannot be combined with --figures" in done.stderr
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def test_json_imports_no_drawing_library(tmp_path: Path) -> None:
-    """They take a second and 200 MB, which a board may not have."""
+    """They need a second and 200 MB, which a board may not have."""
     write_run(tmp_path / "run", make_run(conversations=1, turns=1))
     script = (
         "import sys; from promptai.cli.report import report; report.main(['run', '--json'], standalone_mode=False); "

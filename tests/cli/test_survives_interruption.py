@@ -1,4 +1,4 @@
-"""What was measured survives Ctrl-C, kill -9 and dead engines, and is never measured twice."""
+"""Results survive Ctrl-C, kill -9 and dead engines, and no request is measured twice."""
 
 import json
 import os
@@ -57,12 +57,12 @@ def test_a_killed_run_resumes_and_loses_at_most_the_request_in_flight(
     assert before == after[: len(before)]
     assert len(after) == REQUESTS
     assert len(set(keys(after))) == REQUESTS
-    # The run's clock goes on; nothing of the second session overlaps the first.
+    # The run's clock continues: the sessions do not overlap.
     assert min(t["t_sent"] for t in after[len(before) :]) > max(t["t_end"] for t in before)
 
 
 def test_a_resumed_warm_conversation_finds_its_cache(workload: Path, tmp_path: Path) -> None:
-    """Its next turn takes the earlier ones from the cache, as if nothing had happened."""
+    """Its next turn reuses the earlier ones from the cache, as without an interruption."""
     with simulated("--decode-tps", "200", "--prefill-tps", "2000", cwd=tmp_path) as url:
         bench = start_and_wait_for(2, url, workload, tmp_path, "--cache", "warm")
         os.killpg(bench.pid, signal.SIGKILL)
@@ -73,7 +73,7 @@ def test_a_resumed_warm_conversation_finds_its_cache(workload: Path, tmp_path: P
     found = traces(tmp_path)
     assert len(found) == REQUESTS // 2
     first = {t["cached_tokens"] for t in found if t["turn"] == 0}
-    assert max(first) <= 1  # the template's first mark at most
+    assert max(first) <= 1  # at most the template's first marker
     for turn in (1, 2):
         assert {t["cached_tokens"] for t in found if t["turn"] == turn and t["conversation"] == "c3"} == {
             t["cached_tokens"] for t in found if t["turn"] == turn and t["conversation"] == "c0"

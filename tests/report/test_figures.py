@@ -25,14 +25,14 @@ def drawn(run: RecordedRun) -> dict[str, Figure]:
 
 
 def rows_of(figure: Figure) -> list[dict[str, Any]]:
-    """The data inside of a figure."""
+    """The data of a figure."""
     (rows,) = figure.spec["datasets"].values()
     return list(rows)
 
 
 @pytest.fixture(scope="module")
 def whole() -> dict[str, Figure]:
-    """The figures of a run that has everything."""
+    """The figures of a complete run."""
     return drawn(RUN)
 
 
@@ -52,7 +52,7 @@ def test_omits_the_figures_of_the_machine_without_telemetry() -> None:
 
 
 def test_omits_the_figures_of_this_machine_for_a_server_elsewhere() -> None:
-    """The processor that got hot here is not the one that answered."""
+    """The processor measured here is not the one that answers."""
     manifest = replace(RUN.manifest, targets=(TargetFacts("m", url="http://pi:8080"),))
 
     assert list(drawn(replace(RUN, manifest=manifest))) == ABOUT_ANSWERS
@@ -77,7 +77,7 @@ def test_a_figure_contains_its_data_and_fetches_nothing(whole: dict[str, Figure]
 
 
 def test_the_throughput_figure_shows_the_summary(whole: dict[str, Figure]) -> None:
-    """The bars are the very numbers of the table, with their intervals."""
+    """The bars are the numbers of the table, with their intervals."""
     part = summarize(RUN).targets[0].warm
     assert part is not None
     metric = part.metrics["prefill_tps"]

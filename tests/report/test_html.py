@@ -25,12 +25,12 @@ RUN = make_run()
 
 class Page(HTMLParser):
     """
-    A page as a browser takes it apart.
+    A page as parsed by a browser.
 
     Attributes:
         tags: Every start tag with its attributes.
-        text: What is read, between the tags.
-        styles, scripts: What is inside of these elements.
+        text: The text between the tags.
+        styles, scripts: The contents of these elements.
     """
 
     def __init__(self, source: str) -> None:
@@ -43,18 +43,18 @@ class Page(HTMLParser):
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Count it."""
+        """Record a start tag."""
         self.tags.append((tag, dict(attrs)))
         self._inside = tag
         if tag == "script":
             self.scripts.append("")
 
     def handle_endtag(self, tag: str) -> None:
-        """Leave it."""
+        """Record an end tag."""
         self._inside = "" if tag == self._inside else self._inside
 
     def handle_data(self, data: str) -> None:
-        """Sort what is inside."""
+        """Record text by element."""
         if self._inside == "script":
             self.scripts[-1] += data
         elif self._inside == "style":
@@ -64,7 +64,7 @@ class Page(HTMLParser):
 
     @property
     def findings(self) -> list[str | None]:
-        """The class of each."""
+        """The class of each finding."""
         return [attributes.get("class") for tag, attributes in self.tags if tag == "li"]
 
     @property
@@ -74,7 +74,7 @@ class Page(HTMLParser):
         return found
 
     def external(self) -> list[str]:
-        """Whatever would be fetched when the page is opened."""
+        """Every URL that opening the page would fetch."""
         linked = [
             value or ""
             for _, attributes in self.tags
@@ -87,7 +87,7 @@ class Page(HTMLParser):
 
 
 def hostile(run: RecordedRun) -> RecordedRun:
-    """The same run, in which whatever comes from outside attacks the page."""
+    """The same run, in which every external string attacks the page."""
     model = replace(MODEL, name=ATTACK, architecture=ATTACK, quantization=ATTACK)
     engine = replace(ENGINE, build=ATTACK, source=ATTACK)
     manifest = replace(
@@ -109,7 +109,7 @@ def page_of(run: RecordedRun) -> str:
 
 @pytest.fixture(autouse=True, scope="module")
 def short_bundle() -> Iterator[None]:
-    """The real bundle takes seconds to make; one test below is about it."""
+    """The real bundle takes seconds to build; one test below covers it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(html, "javascript", lambda: "/* vega */")
         yield
@@ -117,13 +117,13 @@ def short_bundle() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def page() -> Page:
-    """The page of a whole run."""
+    """The page of a complete run."""
     return Page(page_of(RUN))
 
 
 @pytest.fixture(scope="module")
 def attacked() -> str:
-    """The source of a page of which everything from outside is hostile."""
+    """The source of a page whose external strings are all hostile."""
     return page_of(hostile(RUN))
 
 
@@ -133,7 +133,7 @@ def test_raises_run_error_if_the_page_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_hostile_name_starts_no_script(attacked: str) -> None:
-    """Names of models come from files of strangers."""
+    """Names of models come from untrusted files."""
     attacked_page = Page(attacked)
 
     assert "<script>alert" not in attacked
@@ -142,7 +142,7 @@ def test_a_hostile_name_starts_no_script(attacked: str) -> None:
 
 
 def test_a_hostile_name_is_plain_data_in_charts(attacked: str) -> None:
-    """It is escaped in the script, and whole again when the script reads it."""
+    """It is escaped in the script, and intact once the script reads it."""
     (rows,) = Page(attacked).specs[0]["datasets"].values()
 
     assert {row["target"] for row in rows} == {ATTACK}
@@ -245,7 +245,7 @@ def test_the_page_distinguishes_warnings_from_notes(page: Page) -> None:
 
 @pytest.mark.real
 def test_the_real_page_is_complete_and_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the real JavaScript, which takes seconds to put together."""
+    """With the real JavaScript, which takes seconds to build."""
     monkeypatch.setattr(html, "javascript", javascript)
     path = write_report(tmp_path, RUN, summarize(RUN))
     page = Page(path.read_text(encoding="utf-8"))

@@ -13,14 +13,14 @@ RUN = make_run()
 
 
 def printed(run: RecordedRun) -> str:
-    """What a wide terminal shows."""
+    """The output on a wide terminal."""
     out = StringIO()
     print_summary(summarize(run), Console(file=out, width=200))
     return out.getvalue()
 
 
 def named(run: RecordedRun, name: str) -> RecordedRun:
-    """The same run, its target called otherwise."""
+    """The same run with another target name."""
     facts = replace(FACTS, name=name)
     return replace(
         run,
@@ -49,7 +49,7 @@ def test_counts_failures_and_warns_of_them() -> None:
 
 
 def test_names_a_target_without_requests() -> None:
-    """A table without columns must not squeeze the name into four letters a line."""
+    """A table without columns must not wrap the name after four letters."""
     absent = replace(FACTS, name="never-reached")
     manifest = make_manifest([talk("a", "one")], [absent])
 
