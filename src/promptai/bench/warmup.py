@@ -54,7 +54,7 @@ async def measure_rates(
     Open every target once and measure its rates.
 
     Args:
-        prompt: Of the workload's mean length.
+        prompt: A prompt of the workload's mean length.
         at_most_s: Longest expected answer to it; a slower target keeps its warm-up rates.
         logs: Directory for the logs of engines.
 
