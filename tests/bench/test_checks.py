@@ -103,15 +103,15 @@ FIRES = [
     pytest.param("clocks-disagree", {"cold": metrics(engine=10.6)}, "10.0 tokens/s", id="clocks"),
     pytest.param("implausible", {"cold": metrics(decode=30, engine=30)}, "2.97 times", id="too-fast"),
     pytest.param("implausible", {"cold": metrics(decode=5, engine=5)}, "0.50 times", id="too-slow"),
-    pytest.param("throttled", {"samples": sampled(throttled=0b0001)}, "under-voltage during 50 %", id="under-voltage"),
-    pytest.param("throttled", {"samples": sampled(throttled=0b0010)}, "capped clock during 50 %", id="capped-clock"),
-    pytest.param("throttled", {"samples": sampled(throttled=0b0100)}, "throttling during 50 %", id="throttling"),
+    pytest.param("throttled", {"samples": sampled(throttled=0b0001)}, "under-voltage in 50 %", id="under-voltage"),
+    pytest.param("throttled", {"samples": sampled(throttled=0b0010)}, "capped clock in 50 %", id="capped-clock"),
+    pytest.param("throttled", {"samples": sampled(throttled=0b0100)}, "throttling in 50 %", id="throttling"),
     pytest.param("throttled", {"samples": sampled(throttled=0b1000)}, "soft temperature limit", id="soft-limit"),
     pytest.param(
         "throttled", {"samples": sampled(throttled=0b100 << 16)}, "between two samples", id="throttled-briefly"
     ),
     pytest.param(
-        "telemetry", {"events": [replace(COST, telemetry_error="disk full")]}, "early: disk full", id="telemetry-died"
+        "telemetry", {"events": [replace(COST, telemetry_error="disk full")]}, "early (disk full)", id="telemetry-died"
     ),
     pytest.param(
         "sessions-differ", {"events": [session(), session("ondemand")]}, "ondemand and performance", id="new-governor"
@@ -122,7 +122,7 @@ FIRES = [
     pytest.param("paging", {"samples": paged(2001)}, "2,001 pages", id="paging"),
     pytest.param("swapping", {"samples": sampled(swap_used_bytes=65 * MIB)}, "65 MiB", id="swapping"),
     pytest.param("background-load", {"samples": sampled(engine_cpu_percent=73.0)}, "12 %", id="background"),
-    pytest.param("clock", {"samples": sampled(cpu_mhz=1500.0)}, "2400 to 1500 MHz", id="clock"),
+    pytest.param("clock", {"samples": sampled(cpu_mhz=1500.0)}, "from 1500 to 2400 MHz", id="clock"),
     pytest.param("drift", {"traces": slowing(0.8)}, "slower", id="slowing-down"),
     pytest.param("drift", {"traces": slowing(1.25)}, "faster", id="speeding-up"),
     pytest.param("few-values", {"cold": metrics(n=19)}, "only 19 cold requests", id="few"),

@@ -16,4 +16,4 @@ def test_the_rendering_process_does_not_import_the_users_files(
 
     assert not _render(tmp_path / "absent")
 
-    assert "the report could not be written: promptai: " in capsys.readouterr().err
+    assert "cannot write the report: promptai: " in capsys.readouterr().err

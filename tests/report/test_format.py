@@ -37,7 +37,7 @@ def test_formats_three_significant_digits_and_thousands_separators(value: float 
         pytest.param(0.0456, "1", "4.6 %", id="ratio"),
         pytest.param(98.76, "%", "98.8 %", id="percent"),
         pytest.param(1234.5, "tokens/s", "1,234 tokens/s", id="rate"),
-        pytest.param(61.04, "°C", "61.0 °C", id="heat"),
+        pytest.param(61.04, "°C", "61.0 °C", id="temperature"),
     ],
 )
 def test_scales_a_quantity_to_a_readable_unit(value: float | None, unit: str, text: str) -> None:

@@ -1,18 +1,18 @@
 """Measure how closely a quantised model agrees with its source, with intervals.
 
-"4-bit costs almost nothing" is true of some models and files and not of others, and a damaged
-file loads and generates text. So source and result read the same text token by token
-(teacher-forced: the given text is the context, not their own answers), and each position compares
-two things: whether both choose the same next token, and the probability that each assigns to the
-token that really follows.
+4-bit weights cost almost nothing in some models and files and much in others, and a damaged file
+still loads and generates text. So source and result read the same text token by token
+(teacher-forced: each model gets the text, not its own continuation), and two things are compared
+at each position: whether both choose the same next token, and the probability that each assigns
+to the token that really follows.
 
-Two methods. ``score`` works with any llama-server, one decode step per position, exactly.
+There are two methods. ``score`` works with any llama-server, one decode step per position, exactly.
 ``run_perplexity`` runs llama.cpp's ``llama-perplexity``, which is faster. Its agreement is exact,
 but the likelihoods that it stores for the source are clipped: a model compared with itself came
 out 0.21 ± 0.03 nats better than itself (b1 of 0c1e570). So its perplexities come from the two
 runs, each exact, and their difference has no interval.
 
-Positions of one text are correlated, so the intervals are rather too narrow. Agreement is not a
+Positions of one text are correlated, so the intervals are somewhat too narrow. Agreement is not a
 measure of correct answers, and means nothing for random weights.
 """
 
@@ -74,9 +74,10 @@ class Agreement(msgspec.Struct, frozen=True):
 
     Attributes:
         by: ``engine`` or ``llama-perplexity``.
-        positions: Number of positions compared; ``agreed``: those at which both choose the same token.
+        positions: Number of positions compared.
+        agreed: Number of positions at which both models choose the same token.
         share: ``agreed`` / ``positions``, with its 95 % interval (Wilson's).
-        source_perplexity, result_perplexity: On the same tokens.
+        source_perplexity, result_perplexity: Perplexity on the same tokens.
         difference: Mean log-probability of the text's tokens, result minus source, in nats per token; ``None`` if a
             perplexity is infinite.
         difference_ci95: Its 95 % interval; ``None`` if ``difference`` is, or single positions are unknown.
@@ -223,7 +224,7 @@ def run_perplexity(
     Compare two models with ``llama-perplexity``, on the bundled conversations as plain text.
 
     Args:
-        folder: For its files: some 60 MB for each 32 k of vocabulary.
+        folder: Folder for its files: about 60 MB for each 32 k of vocabulary.
         progress: Receives ``source`` or ``result``, and the seconds expected for it.
 
     Raises:

@@ -37,12 +37,12 @@ def start_offsets(arrivals: Arrivals, count: int, generator: "Random") -> list[f
     """
     Return when each conversation begins, in seconds from the start of a stage.
 
-    ``None`` for a closed loop, where answers decide. The gaps of a
+    ``None`` for a closed loop, whose starts depend on the answers. The gaps of a
     Poisson process are exponential with mean 1 / rate; the first arrival is at 0 for
     ``constant`` and after the first gap for ``poisson``.
 
     Raises:
-        ValueError: An open kind has no positive rate.
+        ValueError: ``constant`` or ``poisson`` arrivals without a positive rate.
     """
     if arrivals.kind == "closed":
         return None

@@ -29,7 +29,7 @@ class Finding(msgspec.Struct, frozen=True):
         check: The check's name, stable for scripts.
         message: The observation, with numbers.
         action: The remedy.
-        serious: False if the finding explains a number rather than calling it into question.
+        serious: True for a warning, which calls a number into question; False for a note, which explains it.
     """
 
     check: str
@@ -68,7 +68,7 @@ def check_target(
     metrics: Mapping[Cache, Mapping[str, Metric]],
     events: Sequence[Event],
 ) -> list[Finding]:
-    """Run every check on one target; serious findings come first."""
+    """Run every check on one target; warnings come before notes."""
     evidence = Evidence(manifest, facts, list(traces), samples_during(traces, samples), metrics, events)
     found = [finding for check in _CHECKS for finding in check(evidence)]
     return sorted(found, key=lambda finding: not finding.serious)
@@ -90,7 +90,7 @@ def _telemetry(seen: Evidence) -> Iterator[Finding]:
     if error is not None:
         yield Finding(
             "telemetry",
-            f"telemetry ended early: {error}",
+            f"telemetry ended early ({error})",
             "memory, CPU and temperature are missing or incomplete; measure again",
         )
 
@@ -103,7 +103,7 @@ def _sessions_differ(seen: Evidence) -> Iterator[Finding]:
         if seen.facts.here and sessions and len(values) > 1:
             yield Finding(
                 "sessions-differ",
-                f"the run was resumed with a different {what}: {' and '.join(sorted(values))}",
+                f"the run was resumed with a different {what} ({' and '.join(sorted(values))})",
                 "the figures mix both; start a new run",
             )
 
@@ -114,7 +114,7 @@ def _few_values(seen: Evidence) -> Iterator[Finding]:
         if n < MIN_FOR_PERCENTILE:
             yield Finding(
                 "few-values",
-                f"only {n} {cache} requests: no percentiles, and only rough intervals",
+                f"only {n} {cache} requests, so there are no percentiles and intervals are rough",
                 "play more conversations; repeats improve percentiles, not intervals",
             )
 
@@ -122,10 +122,11 @@ def _few_values(seen: Evidence) -> Iterator[Finding]:
 def _wide_interval(seen: Evidence) -> Iterator[Finding]:
     # Two quantisations or two engines often differ by 5 %; a wider interval cannot separate them.
     workload = seen.manifest.workload
-    remedy = "play more conversations, and stop other programs"
+    remedy = "play more conversations, and keep other programs off the machine"
     if len(workload.selected) == workload.total:
         remedy = (
-            f"all {workload.total} conversations were played: ignore smaller differences, or use a larger --workload"
+            f"all {workload.total} conversations were played; treat smaller differences as noise, "
+            "or use a larger --workload"
         )
     for cache, metrics in seen.metrics.items():
         decode = metrics["decode_tps"]
@@ -154,7 +155,7 @@ def _drift(seen: Evidence) -> Iterator[Finding]:
         direction = "slower" if change < 0 else "faster"
         yield Finding(
             "drift",
-            f"decode was {100 * abs(change):.0f} % {direction} in the last third than in the first",
+            f"decode was {100 * abs(change):.0f} % {direction} in the last third of the run than in the first",
             "check temperature, clock and background load over time; cool the board and measure again",
         )
 
@@ -171,9 +172,9 @@ def _throttled(seen: Evidence) -> Iterator[Finding]:
     flags = [sample.throttled for sample in seen.during if sample.throttled is not None]
     for bit, name in names.items():
         share = sum(flag >> bit & 1 for flag in flags) / len(flags) if flags else 0
-        remedy = f"{'use the 27 W supply' if bit == 0 else 'cool the board'} and measure again"
+        remedy = f"{'use the 27 W power supply' if bit == 0 else 'cool the board'} and measure again"
         if share:
-            yield Finding("throttled", f"{name} during {100 * share:.0f} % of the samples", remedy)
+            yield Finding("throttled", f"{name} in {100 * share:.0f} % of the samples", remedy)
         elif flags and flags[-1] >> (bit + 16) & 1 and not flags[0] >> (bit + 16) & 1:
             yield Finding("throttled", f"{name} occurred between two samples", remedy)
 
@@ -184,7 +185,7 @@ def _clock(seen: Evidence) -> Iterator[Finding]:
     if clocks and min(clocks) < 0.9 * max(clocks):
         yield Finding(
             "clock",
-            f"the CPU clock dropped from {max(clocks):.0f} to {min(clocks):.0f} MHz during requests",
+            f"the CPU clock ranged from {min(clocks):.0f} to {max(clocks):.0f} MHz during requests",
             "set the governor to performance and check the cooling",
         )
 
@@ -196,14 +197,14 @@ def _memory_pressure(seen: Evidence) -> Iterator[Finding]:
     if growth > 1000:
         yield Finding(
             "paging",
-            f"the engine read {growth:,} pages from disk during requests: the weights do not stay in memory",
+            f"the engine read {growth:,} pages from disk during requests, so the weights do not stay in memory",
             "use a smaller model or quantisation, or stop other programs",
         )
     if swap and max(swap) - swap[0] > 64 * 1024**2:
         yield Finding(
             "swapping",
             f"swap grew by {(max(swap) - swap[0]) / 1024**2:.0f} MiB during requests",
-            "use a smaller model or --context",
+            "use a smaller model or a smaller --context",
         )
 
 
@@ -240,8 +241,8 @@ def _clocks_disagree(seen: Evidence) -> Iterator[Finding]:
         if client and engine and abs(client / engine - 1) > 0.05:
             yield Finding(
                 "clocks-disagree",
-                f"{cache} decode is {client:.1f} tokens/s by the client's clock and {engine:.1f} by the engine's",
-                "a proxy, the network or a busy client delays the stream",
+                f"{cache} decode is {client:.1f} tokens/s by the client's clock but {engine:.1f} by the engine's",
+                "look for a delay between engine and client (a proxy, the network or a busy client)",
             )
 
 
@@ -252,7 +253,7 @@ def _cold_hits(seen: Evidence) -> Iterator[Finding]:
     if hits:
         yield Finding(
             "cold-cache-hits",
-            f"{hits} cold requests reused cached tokens: their prefill is not cold",
+            f"{hits} cold requests reused cached tokens, so their prefill was not cold",
             "the server caches more than prompt prefixes; restart it before each run"
             if seen.salted
             else "the server ignores cache_prompt=false; measure the engine itself",
@@ -270,7 +271,7 @@ def _not_deterministic(seen: Evidence) -> Iterator[Finding]:
         yield Finding(
             "not-deterministic",
             f"{different} of {len(texts)} prompts gave different answers with the same seed",
-            "expected with several slots; a fault of the engine with one slot",
+            "this is expected with several slots; with one slot it is a fault of the engine",
         )
 
 
@@ -278,7 +279,7 @@ def _salted(seen: Evidence) -> Iterator[Finding]:
     if seen.salted and "cold" in seen.metrics:
         yield Finding(
             "salted",
-            "the server cannot disable its cache: each cold prompt began with a salt of about ten tokens",
+            "the server cannot disable its cache, so each cold prompt began with a salt of about ten tokens",
             "cold figures compare only roughly with those of a llama-server",
             serious=False,
         )
@@ -288,7 +289,7 @@ def _no_timings(seen: Evidence) -> Iterator[Finding]:
     if seen.answered and all(trace.prompt_ms is None for trace in seen.answered):
         yield Finding(
             "no-timings",
-            "the server reports no timings: prefill and waiting cannot be separated",
+            "the server reports no timings, so prefill and waiting cannot be separated",
             "for prefill rates, measure the llama-server behind it",
             serious=False,
         )
@@ -301,7 +302,7 @@ def _implausible(seen: Evidence) -> Iterator[Finding]:
     if model is None or decode is None or not decode.value or not board.startswith("Raspberry Pi 5"):
         return
     ratio = decode.value * model.file_bytes / 10.1e9
-    # Files below 0.2 GB are not bound by memory; the law does not apply.
+    # Models in files below 0.2 GB are not bound by memory bandwidth, so the rule does not apply.
     if model.file_bytes > 2e8 and not 0.6 <= ratio <= 1.3:
         yield Finding(
             "implausible",
@@ -327,7 +328,7 @@ def _capped(seen: Evidence) -> Iterator[Finding]:
     if answered and capped == len(answered):
         yield Finding(
             "capped",
-            "every answer reached the token limit: latency reflects the limit",
+            "every answer reached the token limit, so latency reflects the limit",
             "compare latencies only between runs with the same --max-tokens",
             serious=False,
         )
@@ -337,7 +338,7 @@ def _synthetic(seen: Evidence) -> Iterator[Finding]:
     if seen.facts.model is not None and seen.facts.model.synthetic:
         yield Finding(
             "synthetic",
-            "the weights are random: speed and memory are real, the text is noise",
+            "the weights are random, so speed and memory are real but the text is noise",
             "ignore the answers",
             serious=False,
         )

@@ -1,4 +1,4 @@
-"""Measure the engines of a machine against each other, to prefer an engine for its measured speed.
+"""Measure a machine's engines against each other and rank them by speed, as far as noise allows.
 
 Two runs of one engine on a board that warms up differ more than two engines do. So engines take
 turns: each round measures every engine once, every other round in reverse order, and the
@@ -128,21 +128,21 @@ async def compare(
     # Before, not after: an engine rebuilt in the meantime is not the one measured.
     fingerprints = [fingerprint_of(engine) or "" for engine in engines]
     for number, order in enumerate(turns(len(engines), task.repeats)):
-        for place, who in enumerate(order):
+        for place, index in enumerate(order):
             done = number * len(order) + place
             observer.share(
-                done / (task.repeats * len(order)), f"round {number + 1}/{task.repeats}, {engines[who].name}"
+                done / (task.repeats * len(order)), f"round {number + 1}/{task.repeats}, {engines[index].name}"
             )
-            if who not in rounds:
+            if index not in rounds:
                 continue
             try:
-                rounds[who].append(await _play(engines[who], task, log))
+                rounds[index].append(await _play(engines[index], task, log))
             except EngineError as error:
-                failed[engines[who].name] = error.message
-                del rounds[who]
-    playing = sorted(rounds)
-    took = [[round_seconds(r, task.prompt_tokens, task.tokens) for r in rounds[who]] for who in playing]
-    ranked = [playing[place] for place in rank(took)]
+                failed[engines[index].name] = error.message
+                del rounds[index]
+    finished = sorted(rounds)
+    seconds = [[round_seconds(r, task.prompt_tokens, task.tokens) for r in rounds[index]] for index in finished]
+    ranked = [finished[place] for place in rank(seconds)]
     return ComparisonResult(
         Comparison(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -152,7 +152,8 @@ async def compare(
             prompt_tokens=task.prompt_tokens,
             generated_tokens=task.tokens,
             engines=[
-                MeasuredEngine(engines[who].name, engines[who].label, fingerprints[who], rounds[who]) for who in ranked
+                MeasuredEngine(engines[index].name, engines[index].label, fingerprints[index], rounds[index])
+                for index in ranked
             ],
         ),
         failed,

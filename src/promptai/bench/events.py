@@ -10,11 +10,11 @@ import msgspec
 
 class Session(msgspec.Struct, frozen=True, tag="session", tag_field="event"):
     """
-    A session of measuring began.
+    A session of measuring began: the run started or was resumed.
 
     Attributes:
         t: Seconds on the run's clock.
-        kernel, governor: The client machine's, as in the manifest.
+        kernel, governor: Kernel and CPU governor of the client's machine, as in the manifest.
     """
 
     t: float
@@ -46,7 +46,9 @@ class MeasurementCost(msgspec.Struct, frozen=True, tag="cost", tag_field="event"
     Resources that one session of measuring used.
 
     Attributes:
-        wall_s: Seconds from each target's first to its last request; loading and warming up would dilute the cost.
+        t: Seconds on the run's clock.
+        wall_s: Seconds from each target's first to its last request, summed; loading and warm-up are left out because
+            they would dilute the cost.
         client_cpu_s: CPU seconds of this process in that time, including the progress display.
         client_max_rss_bytes: Peak memory of this process.
         telemetry_cpu_s, telemetry_wall_s, telemetry_max_rss_bytes: The same for the sampler's process.

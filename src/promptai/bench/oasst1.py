@@ -76,13 +76,13 @@ def load_oasst1(path: Path, *, source: str = NAME) -> Workload:
                 if conversation is not None:
                     eligible.append((hashlib.sha256(tree.message_tree_id.encode()).hexdigest(), conversation))
     except MALFORMED as error:
-        raise WorkloadError(f"workload {path}, line {number}: {error}", hint=f"is it {FILENAME}?") from None
+        raise WorkloadError(f"workload {path}, line {number}: {error}", hint=f"check that it is {FILENAME}") from None
     except (OSError, EOFError, zlib.error) as error:
         raise WorkloadError(f"cannot read workload {path}: {error}", hint="download it again") from None
     if len(eligible) < _COUNT:
         raise WorkloadError(
             f"workload {path} contains {len(eligible)} eligible conversations ({_COUNT} are needed)",
-            hint=f"is it the whole {FILENAME}?",
+            hint=f"check that it is the whole {FILENAME}",
         )
     eligible.sort(key=lambda pair: pair[0])
     return Workload(NAME, source, RULE, tuple(conversation for _, conversation in eligible[:_COUNT]))

@@ -42,7 +42,7 @@ def resource_metrics(traces: Sequence[Trace], samples: Sequence[Sample]) -> dict
 
 
 def _joules_per_token(traces: Sequence[Trace], during: Sequence[Sample]) -> Metric:
-    """Mean power times the seconds of requests / generated tokens; gross, including idle power."""
+    """Mean power times the seconds with a request in progress / generated tokens; idle power included."""
     watts = [sample.watts for sample in during if sample.watts is not None]
     counted = [trace for trace in traces if trace.generated_tokens is not None]
     seconds = busy_seconds(counted)

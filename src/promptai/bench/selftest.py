@@ -23,7 +23,7 @@ TOLERANCE = 0.02
 
 
 class SelftestCase(msgspec.Struct, frozen=True):
-    """One prompt length, with rates at which it takes about a second."""
+    """A prompt length, with rates at which a request takes one to two seconds."""
 
     prompt_tokens: int
     prefill_tps: float

@@ -2,7 +2,7 @@
 
 Three mistakes are common in published tables of this field: a mean of rates presented as
 throughput, turns of one conversation counted as independent samples, and a p99 of a dozen
-requests. Here rates are sums divided by sums (exceptions are named ``mean_of_*``), intervals come
+requests. Here rates are sums divided by sums (a mean of rates is named ``mean_of_*``), intervals come
 from leaving out whole *conversations*, and a percentile needs twenty values.
 
 Runs are small: five to fifty conversations. At that size a percentile bootstrap, which this
@@ -38,7 +38,8 @@ class Metric(msgspec.Struct, frozen=True):
         value: ``None``: not measured; never 0 in its place.
         unit: ``s``, ``tokens/s``, ``bytes``, ``%``, ``1`` (a ratio) …
         n: Number of values behind it.
-        ci95: 95 % interval over conversations; ``None`` with fewer than five.
+        ci95: 95 % interval over conversations; ``None`` with fewer than five of them (percentiles need more), or
+            where none is defined.
     """
 
     value: float | None
@@ -145,8 +146,8 @@ def cv_metrics(traces: Sequence[Trace], grouped: Sequence[Bucket]) -> dict[str, 
     Return the steadiness of each rate, the paper's measure: sample standard deviation / mean of per-prompt throughput.
 
     ``*_cv_within``: mean of the buckets' own CV, weighted by requests: steadiness at a given length.
-    ``*_cv_across``: CV of the buckets' means: the influence of prompt length on the rate.
-    ``*_cv_all``: over all prompts at once, the closest to the paper's figure, whose definition is incomplete.
+    ``*_cv_across``: CV of the bucket means: how much the prompt length changes the rate.
+    ``*_cv_all``: CV over all prompts, the paper's figure as far as the paper defines it.
     """
     result: dict[str, Metric] = {}
     for name, rate in _CV_OF.items():
@@ -190,7 +191,7 @@ def _ratio_interval(num: Floats, den: Floats, clusters: NDArray[np.intp]) -> tup
     The logarithm keeps a duration or a rate above 0 and suits their skew.
     """
     count = int(clusters.max()) + 1
-    # The sums without each cluster.
+    # For each cluster, the sums over all the others.
     nums, dens = num.sum() - np.bincount(clusters, num, count), den.sum() - np.bincount(clusters, den, count)
     if count < MIN_FOR_INTERVAL or nums.min() <= 0 or dens.min() <= 0:
         return None
@@ -202,8 +203,8 @@ def _percentile(values: Floats, clusters: NDArray[np.intp], percent: int) -> Met
     """
     Return a percentile, interpolated as in NumPy, with Woodruff's interval; ``None`` below twenty values.
 
-    The share of values at or below the percentile is a mean with an error; the values at both ends of that
-    share's interval are the ends of this one.
+    The share of values at or below the percentile is a mean with a known error. The values at the two ends of that
+    share's interval bound the percentile.
     """
     n = int(values.size)
     if n < MIN_FOR_PERCENTILE:

@@ -25,7 +25,7 @@ class TimeLeft:
     Args:
         pending: Requests left to play.
         conversations: Conversations by id.
-        history: Source of the answers in prompts.
+        history: Whether earlier answers in a prompt come from the data or from the model.
     """
 
     def __init__(

@@ -2,8 +2,8 @@
 
 Two runs compare only if their prompts are the same. So a workload is a list of conversations plus
 the SHA-256 of their exact contents, which every run records; the bundled workload is sealed: it is
-rejected if its bytes have changed. Other files are read line by line and rejected with file, line
-and reason, because half a workload that loads silently is worse than none.
+rejected if its bytes have changed. A malformed line in any other file is an error with file, line
+and reason, because a workload that silently loads only in part is worse than none.
 
 Reads JSON Lines in OpenAI's form (``messages``) and ShareGPT's (``conversations``); ``bench.oasst1``
 reads the trees of oasst1.
@@ -119,12 +119,12 @@ def load_bundled() -> Workload:
     Load the 50 conversations bundled with the package.
 
     Raises:
-        WorkloadError: They differ from the sealed ones.
+        WorkloadError: The file was changed.
     """
     path = Path(str(files("promptai.bench") / "data" / "edge-50.jsonl"))
     workload = Workload(EDGE_50, EDGE_50, "all of the bundled conversations", _read(path))
     if workload.sha256 != _EDGE_50_SHA256:
-        raise WorkloadError(f"the bundled workload {path} has been modified", hint="reinstall promptai")
+        raise WorkloadError(f"the bundled workload {path} has been modified", hint="install promptai again")
     return workload
 
 
@@ -133,7 +133,7 @@ def load_jsonl(path: Path) -> Workload:
     Load every conversation of a JSON Lines file.
 
     Raises:
-        WorkloadError: The file cannot be read, or a line of it is malformed.
+        WorkloadError: The file cannot be read, contains no conversation, or has a malformed line.
     """
     return Workload(path.name, str(path), "all conversations of the file", _read(path))
 

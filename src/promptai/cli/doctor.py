@@ -1,4 +1,4 @@
-"""``promptai doctor``: show this machine, its obstacles to measuring, and the accuracy of our measurements."""
+"""``promptai doctor``: describe this machine, warn of bad conditions, and measure our own error."""
 
 import asyncio
 from collections.abc import Iterator
@@ -27,11 +27,14 @@ Examples:
 """
 )
 @click.option(
-    "--selftest", "test", is_flag=True, help="Measure the accuracy of measuring; exit code 1 if an error exceeds 2 %."
+    "--selftest",
+    "test",
+    is_flag=True,
+    help="Measure a simulated engine of known speed; exit with 1 if an error exceeds 2 %.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(*, test: bool, as_json: bool) -> int:
-    """Check whether this machine measures reliably."""
+    """Check this machine before you trust its measurements."""
     console = Console()
     if test:
         with console.status("measuring three prompts of known speed, about 6 s"):
@@ -69,11 +72,11 @@ def doctor(*, test: bool, as_json: bool) -> int:
 
 
 def _advice(machine: MachineFacts, memory: MemoryFacts, engines: list[EngineBinary]) -> Iterator[str]:
-    """Yield obstacles to fast and steady measurements, with the remedy."""
+    """Yield each condition that makes measurements slower or less steady here, with its remedy."""
     cpu = machine.cpu
     if cpu.governor is not None and cpu.governor != "performance":
         yield (
-            f"the CPU governor is {cpu.governor}, so the clock varies; before measuring: "
+            f"the CPU governor is {cpu.governor}, so the clock varies; before measuring, run: "
             "echo performance | sudo tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor"
         )
     missing = missing_features(engines[0], cpu.features)
@@ -85,12 +88,12 @@ def _advice(machine: MachineFacts, memory: MemoryFacts, engines: list[EngineBina
     if cpu.quota_cpus is not None and cpu.quota_cpus < cpu.usable_cores:
         yield (
             f"a CPU quota of {cpu.quota_cpus:g} is set for {cpu.usable_cores} cores; the engine's threads wait for "
-            "each other, so a throttled thread stops all: assign whole cores without a quota instead"
+            "each other, so one throttled thread stalls all: assign whole cores instead of a quota"
         )
     if memory.swap_used_bytes:
         yield (
-            f"{fmt.quantity(memory.swap_used_bytes, 'bytes')} of swap are in use, which slows measurements; "
-            "stop programs that are not needed"
+            f"{fmt.quantity(memory.swap_used_bytes, 'bytes')} of swap is in use, which distorts results; "
+            "close other programs"
         )
 
 
@@ -107,7 +110,7 @@ def _machine_table(
         ("SIMD", " ".join(cpu.features) or "none used by llama.cpp"),
         ("governor", cpu.governor or "unknown (no cpufreq)"),
         ("memory", f"{total}, {free} available"),
-        ("power", energy or "not available on this machine"),
+        ("power", f"measured by {energy}" if energy else "not available on this machine"),
     ]
     for number, binary in enumerate(engines):
         features = "SIMD unknown" if binary.features is None else " ".join(binary.features)
@@ -123,7 +126,7 @@ def _selftest_table(checks: list[SelftestCheck]) -> Table:
     table = Table(
         "prompt",
         "metric",
-        "true value",
+        "expected",
         "measured",
         "error",
         caption=f"largest error {100 * worst:.2f} %, limit {100 * TOLERANCE:.0f} %; token counts are exact",

@@ -1,7 +1,8 @@
 """Progress displays: the current position of a run, its rate, and the time left.
 
-Redrawn twice a second from values that the runner leaves behind, never from within the measured
-path. Without a terminal (a log, CI) plain lines appear instead: one per stage and per tenth.
+The line is redrawn twice a second from values that the runner stores, never from within the
+measured path. Without a terminal (a log, CI), plain lines appear instead: one for each stage and
+for each tenth of the run.
 """
 
 from collections.abc import Callable, Iterator

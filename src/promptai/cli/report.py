@@ -1,4 +1,4 @@
-"""``promptai report``: derive summary and report from a run's raw lines, any number of times."""
+"""``promptai report``: rebuild the summary and the report from a run's raw data."""
 
 from pathlib import Path
 
@@ -18,13 +18,13 @@ Examples:
 """
 )
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON; write no report.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON instead of writing a report.")
 @click.option("--quiet", is_flag=True, help="Print nothing.")
 @click.option("--figures", is_flag=True, help="Also write each figure as SVG and PNG to RUN/figures/.")
 def report(run: Path, *, as_json: bool, quiet: bool, figures: bool) -> None:
-    """Rewrite summary.json and report.html of RUN, and print the table."""
+    """Rebuild summary.json and report.html of RUN, and print the table."""
     if as_json and figures:
-        raise SettingsError("--json cannot be combined with --figures", hint="drop one of the two options")
+        raise SettingsError("--json cannot be combined with --figures", hint="leave one of them out")
     data = read_run(run)
     summary = summarize(data)
     write_summary(run, summary)

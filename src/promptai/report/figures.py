@@ -1,8 +1,8 @@
 """Draw the figures of a run as Vega-Lite charts; the only module that draws.
 
 Each figure answers a question of the paper: the length of prompts, the speed of prefill and decode,
-the breakdown of latency, the use of the machine, the steadiness of rates. Data are thinned before
-they are embedded, or a run of a day would make a page of 100 MB.
+the breakdown of latency, the use of the machine, the steadiness of rates. Data is thinned before
+it is embedded: a run of a day would otherwise make a page of 100 MB.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,9 +37,9 @@ class Figure(msgspec.Struct, frozen=True):
     One figure.
 
     Attributes:
-        name: For files and anchors.
+        name: Name used for files and anchors.
         title: The question that it answers, as a heading.
-        caption: An explanation for readers.
+        caption: How to read the figure.
         spec: Vega-Lite with inline data.
     """
 
@@ -112,7 +112,7 @@ def _prompt_lengths(run: RecordedRun) -> Figure | None:
     )
     return _figure(
         "prompt-lengths",
-        "How long are the prompts?",
+        "How long were the prompts?",
         "One line per conversation: tokens of the whole prompt at each user turn, by the model's own tokenizer.",
         lines,
     )
@@ -151,7 +151,7 @@ def _throughput(summary: Summary) -> Figure | None:
         y=alt.Y("target:N", title=None, axis=alt.Axis(labelLimit=160)), yOffset=alt.YOffset("cache:N")
     )
     bars = base.mark_bar().encode(
-        x=alt.X("tps:Q", title="tokens per second"),
+        x=alt.X("tps:Q", title="tokens/s"),
         color=alt.Color("cache:N", title="KV cache", scale=_COLOURS, legend=alt.Legend(orient="top")),
         tooltip=[
             "target:N",
@@ -172,7 +172,7 @@ def _throughput(summary: Summary) -> Figure | None:
     return _figure(
         "throughput",
         "How fast is it?",
-        "Tokens per second: sums over sums. Lines: 95 % intervals over conversations. Each column has its own scale.",
+        "Sum of tokens / sum of seconds, with 95 % intervals over conversations. Each column has its own scale.",
         chart,
     )
 
@@ -286,7 +286,7 @@ def _steadiness(run: RecordedRun, summary: Summary) -> Figure | None:
         )
         return lines
 
-    means = panel(alt.Y("mean:Q", title="tokens per second", scale=alt.Scale(zero=True)), 180)
+    means = panel(alt.Y("mean:Q", title="tokens/s", scale=alt.Scale(zero=True)), 180)
     spread = panel(alt.Y("cv:Q", title="CV at this length", axis=alt.Axis(format="%")), 110)
     return _figure(
         "steadiness",

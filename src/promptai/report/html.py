@@ -128,15 +128,16 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _protocol(manifest: Manifest) -> str:
-    asked = manifest.protocol
+    protocol = manifest.protocol
+    history = "data set" if protocol.history == "data" else "model itself"
     return (
-        f"greedy (temperature 0, top-k 1), seed {asked.seed}, at most {asked.max_tokens} tokens, "
-        f"{' and '.join(asked.caches)}, history from the {'data set' if asked.history == 'data' else 'model itself'}, "
-        f"passes: {asked.repeats}, {_arrivals(asked)}"
+        f"greedy (temperature 0, top-k 1), seed {protocol.seed}, at most {protocol.max_tokens} tokens, "
+        f"{' and '.join(protocol.caches)}, history from the {history}, "
+        f"passes: {protocol.repeats}, {_arrivals(protocol)}"
     )
 
 
-def _arrivals(asked: Protocol) -> str:
-    if asked.arrivals.rate_per_s is None:
-        return f"closed loop, concurrent conversations: {asked.concurrency}"
-    return f"{asked.arrivals.kind} arrivals at {asked.arrivals.rate_per_s:g} conversations per second"
+def _arrivals(protocol: Protocol) -> str:
+    if protocol.arrivals.rate_per_s is None:
+        return f"closed loop, concurrent conversations: {protocol.concurrency}"
+    return f"{protocol.arrivals.kind} arrivals at {protocol.arrivals.rate_per_s:g} conversations per second"

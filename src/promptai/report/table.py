@@ -47,7 +47,7 @@ def _table(target: TargetSummary) -> Table:
 
 def _caption(target: TargetSummary) -> str:
     failed = sum(part.failed for part in (target.cold, target.warm) if isinstance(part, CacheSummary))
-    words = ["cold: KV cache off; warm: it may contain earlier turns; 95 % intervals in brackets"]
+    words = ["cold: KV cache off; warm: the cache may contain earlier turns; in brackets: 95 % interval"]
     if target.load_s.value is not None:
         words.append(f"loaded in {fmt.quantity(target.load_s.value, 's')}")
     if failed:
