@@ -9,7 +9,7 @@ ROWS = {
     "prefill_tps": "prefill",
     "decode_tps": "decode",
     "total_tps": "total",
-    "generated_tokens_mean": "tokens per answer, mean",
+    "generated_tokens_mean": "answer length, mean",
     "cached_share": "cached share of prompt tokens",
     "decode_tps_cv_within": "decode CV at one length",
     "decode_tps_cv_across": "decode CV across lengths",
