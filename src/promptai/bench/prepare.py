@@ -140,7 +140,7 @@ def _measure_rates(
     budget_s: float,
     observer: PrepareObserver,
 ) -> dict[str, WarmUpRates]:
-    """Open every target briefly to measure what fits the budget; the log of an engine that fails is kept."""
+    """Open every target briefly to measure its rates for the budget; the log of an engine that fails is kept."""
     logs = Path(tempfile.mkdtemp(prefix="promptai-"))
     try:
         with observer.step("measuring the targets briefly"):

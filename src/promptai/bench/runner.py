@@ -1,8 +1,7 @@
 """Play a plan: open each target, warm it up, play its stages, write every trace to disk.
 
-The only module of the harness with effects and an event loop. ``bench.plan`` decides what to play
-and ``bench.recorder`` has on disk what is done, so this module can be killed at any moment and
-started again.
+``bench.plan`` decides what to play and ``bench.recorder`` keeps the finished requests on disk, so
+this module can be killed at any moment and started again.
 
     for each group of stages of one target:
         open it -> warm up (not counted) -> for each stage: play its conversations -> close it

@@ -28,7 +28,7 @@ _GIB = 1024**3
 
 def parse_targets(given: Sequence[str], library: Path) -> list[EngineUrl | Path]:
     """
-    Resolve what a user named; the bundled model where nothing is named.
+    Resolve the targets that a user named; the bundled model if there are none.
 
     Args:
         given: URLs of servers, paths of GGUF files, or names of models in the library.
@@ -163,7 +163,7 @@ def check_fits(header: GgufHeader, context: int, available_bytes: int, *, cache_
 
 
 def _context(header: GgufHeader, conversations: Sequence[Conversation], options: BenchOptions) -> int:
-    """Tokens of context of one slot: as requested, else what the workload needs, capped at the model's own."""
+    """Tokens of context of one slot: as requested, else enough for the workload, capped at the model's own."""
     most = header.context_length
     if options.context is not None:
         if most is not None and options.context > most:
