@@ -23,7 +23,7 @@ from promptai.engine.upstream import Piece, is_done
 from promptai.errors import EngineError
 from promptai.fleet.registry import Registry
 from promptai.fleet.replica import Rates, Snapshot, State
-from promptai.fleet.static import StaticSource, Target
+from promptai.fleet.static import StaticServer, StaticSource
 from promptai.gateway.admission import AdmissionRules
 from promptai.gateway.app import Gateway
 from promptai.gateway.auth import Guard
@@ -160,7 +160,7 @@ async def front(
     """Run a gateway in front of these engines."""
     async with Recorder() as upstream:
         registry = Registry(
-            [StaticSource([Target(url, rates=rates or Rates()) for url in urls], upstream, period_s=0.2)]
+            [StaticSource([StaticServer(url, rates=rates or Rates()) for url in urls], upstream, period_s=0.2)]
         )
         dispatcher = Dispatcher(FleetState(registry, RateBook()), STRATEGIES["affinity"]())
         gateway = Gateway(dispatcher, upstream, Guard(None, open=True), rules=AdmissionRules(stall_s=stall_s))

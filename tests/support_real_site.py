@@ -13,7 +13,7 @@ from promptai.engine.http_upstream import HttpUpstream
 from promptai.engine.launch import RunningEngine, free_port
 from promptai.engine.locate import locate
 from promptai.fleet.registry import Registry
-from promptai.fleet.static import StaticSource, Target
+from promptai.fleet.static import StaticServer, StaticSource
 from promptai.models.bundled import bundled_model
 from promptai.router.estimate.policy import Affinity
 from promptai.router.estimate.rates import RateBook
@@ -40,7 +40,7 @@ def real_site(log: Path, *, context: int = 2048) -> Iterator[RealSite]:
     async def run(thread: Threaded) -> None:
         async with RunningEngine(locate(), flags, log=log) as engine, HttpUpstream() as upstream:
             engines.append(engine.base_url)
-            registry = Registry([StaticSource([Target(engine.base_url)], upstream)])
+            registry = Registry([StaticSource([StaticServer(engine.base_url)], upstream)])
             dispatcher = Dispatcher(FleetState(registry, RateBook()), Affinity())
 
             async def play() -> None:

@@ -101,8 +101,6 @@ def test_a_test_that_may_assert_nothing_is_found(body: str, hollow: bool) -> Non
     assert hollow_tests(f"def test_it():\n    {body}\n") == (["test_it"] if hollow else [])
 
 
-# For the lead: remove both marks as soon as all the packages are rewritten.
-@pytest.mark.xfail(strict=False, reason="not all packages are rewritten yet")
 @pytest.mark.parametrize("habit", HABITS)
 def test_docstrings_keep_the_limit_of_each_habit(habit: str) -> None:
     words, hits = count()
@@ -111,7 +109,6 @@ def test_docstrings_keep_the_limit_of_each_habit(habit: str) -> None:
     assert 1000 * len(hits[habit]) / words <= HABITS[habit][1]
 
 
-@pytest.mark.xfail(strict=False, reason="not all packages are rewritten yet")
 def test_a_public_class_name_means_one_thing() -> None:
     assert duplicate_classes() == {}
 

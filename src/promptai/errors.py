@@ -1,10 +1,9 @@
-"""Everything that can go wrong on purpose, in one tree.
+"""The tree of errors that PromptAI raises on purpose.
 
-A person in front of a board at night needs one line: what happened, to what,
-and what to do next. So every error that PromptAI raises deliberately carries a
-``message`` (what happened, to what) and a ``hint`` (what to do next), and the
-command line prints exactly these two and leaves with ``exit_code``. Whatever is
-not in this tree is a bug of ours and may show a traceback.
+A person in front of a board at night needs one line: what happened, to what, and what to do next. So every error
+carries a ``message`` (what happened, to what) and a ``hint`` (what to do next); the command line prints these two and
+exits with ``exit_code``, and ``gateway.errors`` maps each class to an HTTP status. An exception outside this tree is a
+bug and may show a traceback.
 
     PromptAIError                  1
     ├── SettingsError              2   same as a wrong option
@@ -39,12 +38,12 @@ Exceptions of libraries are translated where the library is called, never here.
 
 class PromptAIError(Exception):
     """
-    Something went wrong that the user can understand and act on.
+    An error that the user can understand and act on.
 
     Attributes:
-        message: One line: what happened, to what.
-        hint: One line: what to do next; empty when there is nothing to do.
-        exit_code: What the command line leaves with.
+        message: What happened, to what, in one line.
+        hint: What to do next, in one line; empty if there is nothing to do.
+        exit_code: Exit code of the command line.
     """
 
     exit_code = 1
@@ -71,23 +70,23 @@ class ModelError(PromptAIError):
 
 
 class ModelNotFoundError(ModelError):
-    """There is no file where a model was expected."""
+    """A model file does not exist."""
 
 
 class ModelFormatError(ModelError):
-    """A file is not a GGUF, or a damaged one."""
+    """A file is not a GGUF file, or is damaged."""
 
 
 class ModelTooLargeError(ModelError):
-    """A model needs more memory than this machine has left."""
+    """A model needs more memory than is available on this machine."""
 
 
 class ModelChecksumError(ModelError):
-    """A file is not the one that its source promised."""
+    """A file does not match the checksum of its source."""
 
 
 class LibraryError(ModelError):
-    """The directory where models are kept has no space left, or cannot be read or written."""
+    """The library has no space left, or cannot be read or written."""
 
 
 class EngineError(PromptAIError):
@@ -97,15 +96,15 @@ class EngineError(PromptAIError):
 
 
 class EngineNotFoundError(EngineError):
-    """No engine is where it was said to be, or none at all."""
+    """An engine does not exist at the configured path, or none is installed."""
 
 
 class EngineStartError(EngineError):
-    """An engine ended, or never answered, while it was starting."""
+    """An engine exited or did not respond while it was starting."""
 
 
 class EngineDiedError(EngineError):
-    """An engine that was serving is gone."""
+    """An engine died, disconnected or fell silent while serving."""
 
 
 class EngineRefusedError(EngineError):
@@ -113,10 +112,10 @@ class EngineRefusedError(EngineError):
     An engine answered a request with an error.
 
     Attributes:
-        status: The HTTP status; ``None`` when the error came inside a stream.
-        kind: The ``type`` of the error envelope, e.g. ``exceed_context_size_error``.
-        body: What it sent, as far as it was kept.
-        retry_after_s: When it wants to be asked again; ``None``: it did not say.
+        status: HTTP status; ``None`` for an error inside a stream.
+        kind: The ``type`` in the error envelope, e.g. ``exceed_context_size_error``.
+        body: The response body, possibly truncated.
+        retry_after_s: Seconds of ``Retry-After``; ``None`` without one.
     """
 
     def __init__(
@@ -137,7 +136,7 @@ class EngineRefusedError(EngineError):
 
 
 class EngineProtocolError(EngineError):
-    """An engine answered something that its API does not allow."""
+    """An engine sent a response that its API does not allow."""
 
 
 class WorkloadError(PromptAIError):
@@ -153,35 +152,35 @@ class RunError(PromptAIError):
 
 
 class HubError(PromptAIError):
-    """A model hub, or another server of files, does not give what was asked of it."""
+    """A model hub or file server cannot provide a file."""
 
     exit_code = 7
 
 
 class HubNotFoundError(HubError):
-    """A hub has no repository or file of that name, or does not show it to us."""
+    """A hub has no repository or file of that name, or none that is visible without access."""
 
 
 class HubGatedError(HubError):
-    """A hub gives a file only to those who accepted its licence."""
+    """A hub provides a file only to users who have accepted its licence."""
 
 
 class HubUnreachableError(HubError):
-    """A server cannot be reached, is overloaded, or broke off; trying again may help."""
+    """A server cannot be reached, is overloaded, or disconnected; trying again may help."""
 
 
 class RoutingError(PromptAIError):
-    """The gateway has no replica for a request, or lost the one that it had."""
+    """The gateway has no replica for a request, or has lost it."""
 
     exit_code = 8
 
 
 class SaturatedError(RoutingError):
     """
-    As many requests wait already as may wait, or one has waited for as long as it may.
+    The queue is full, or a request has waited for too long.
 
     Attributes:
-        retry_after_s: When the queue will have moved, as it looks now.
+        retry_after_s: Estimated seconds until a slot is free.
     """
 
     def __init__(self, message: str, *, retry_after_s: float, hint: str = "") -> None:
@@ -191,10 +190,10 @@ class SaturatedError(RoutingError):
 
 class NoCapacityError(RoutingError):
     """
-    No replica that could serve a model is there.
+    No replica can serve a model.
 
     Attributes:
-        retry_after_s: When one may be back; ``None`` where nothing speaks for that.
+        retry_after_s: Seconds until a replica may be back; ``None``: unknown.
     """
 
     def __init__(self, message: str, *, retry_after_s: float | None = None, hint: str = "") -> None:
@@ -204,10 +203,10 @@ class NoCapacityError(RoutingError):
 
 class RequestRefusedError(RoutingError):
     """
-    A request cannot be served as it is, wherever it goes.
+    A request is invalid on every replica.
 
     Attributes:
-        status: What HTTP calls it; ``code`` and ``param`` as in OpenAI's errors.
+        status: HTTP status; ``code`` and ``param`` are those of OpenAI's errors.
     """
 
     def __init__(
@@ -220,4 +219,4 @@ class RequestRefusedError(RoutingError):
 
 
 class BrokenOffError(RoutingError):
-    """An answer that had begun cannot be finished anywhere."""
+    """An answer that has begun cannot be completed on any replica."""

@@ -22,7 +22,7 @@ from promptai.cli.serve_show import (
     why_unavailable,
 )
 from promptai.fleet.replica import Rates, Replica, Snapshot, State
-from promptai.fleet.static import Target
+from promptai.fleet.static import StaticServer
 
 READY = Replica(id="pi-1:80", url="http://pi-1:80", model="m", slots=2, context=4096, rates=Rates(prefill_tps=60.0))
 LOADING = Replica(id="local/m", url="", model="m", state=State.LOADING, load_s=40.0)
@@ -58,7 +58,7 @@ def test_foreign_names_cannot_control_the_terminal() -> None:
         table(
             [Replica(id="x\x1b[2J", url="u", model="m\x1b]0;title\x07\n")],
             [],
-            [Target("http://pi-2:80", model="t\x9b2J")],
+            [StaticServer("http://pi-2:80", model="t\x9b2J")],
         )
     )
 
@@ -69,7 +69,7 @@ def test_foreign_names_cannot_control_the_terminal() -> None:
 
 
 def test_lists_a_board_that_has_not_answered_yet() -> None:
-    shown = plain(table([READY], [], [Target("http://pi-1:80"), Target("http://pi-2:80/v1")]))
+    shown = plain(table([READY], [], [StaticServer("http://pi-1:80"), StaticServer("http://pi-2:80/v1")]))
 
     assert "2×4096" in shown  # noqa: RUF001
     assert shown.count("pi-1") == 1

@@ -8,7 +8,7 @@ import pytest
 from promptai.errors import SettingsError
 from promptai.fleet.registry import Registry
 from promptai.fleet.replica import Rates, Replica, State
-from promptai.fleet.static import StaticSource, Target
+from promptai.fleet.static import StaticServer, StaticSource
 from support_clock import run_virtually
 from support_fleet import FakeUpstream, Host, Watch, beside, llama_server
 
@@ -17,7 +17,7 @@ PROMPTAI = {"/health": (200, {}), "/api/fleet": (200, {"gateway": "promptai", "m
 
 
 def play(
-    targets: list[Target],
+    targets: list[StaticServer],
     hosts: dict[str, Host],
     test: Callable[[Watch, FakeUpstream], Coroutine[Any, Any, None]],
 ) -> None:
@@ -30,7 +30,7 @@ def play(
     run_virtually(main())
 
 
-def found(hosts: dict[str, Host], *targets: Target) -> list[Replica]:
+def found(hosts: dict[str, Host], *targets: StaticServer) -> list[Replica]:
     """Return what a source publishes after five seconds."""
     published: list[Replica] = []
 
@@ -38,7 +38,7 @@ def found(hosts: dict[str, Host], *targets: Target) -> list[Replica]:
         await asyncio.sleep(5)
         published.extend(watch.seen[-1][1])
 
-    play(list(targets) or [Target(url) for url in hosts], hosts, test)
+    play(list(targets) or [StaticServer(url) for url in hosts], hosts, test)
     return published
 
 
@@ -53,7 +53,7 @@ def test_a_dead_server_is_down_and_probed_less_and_less_often() -> None:
         pauses = [after - before for before, after in itertools.pairwise(times)]
         assert pauses[:6] == [2.0, 4.0, 8.0, 15.0, 15.0, 15.0]
 
-    play([Target(PI)], hosts, test)
+    play([StaticServer(PI)], hosts, test)
 
 
 def test_a_dead_or_slow_server_delays_no_other() -> None:
@@ -69,7 +69,7 @@ def test_a_dead_or_slow_server_delays_no_other() -> None:
         health = [at for at, url, path in upstream.asked if (url, path) == ("http://well:3", "/health")]
         assert health == [2.0 * n for n in range(11)]
 
-    play([Target(url) for url in hosts], hosts, test)
+    play([StaticServer(url) for url in hosts], hosts, test)
 
 
 @pytest.mark.parametrize("status", [500, 401, 302])
@@ -91,7 +91,7 @@ def test_reads_slots_context_and_model_of_a_llama_server() -> None:
         assert upstream.paths(PI) == ["/health", "/props", *["/health"] * 4]
         assert len(watch.seen) >= 1
 
-    play([Target(f"{PI}/v1/")], hosts, test)
+    play([StaticServer(f"{PI}/v1/")], hosts, test)
 
 
 def test_a_server_that_loads_is_loading_until_it_is_ready() -> None:
@@ -105,7 +105,7 @@ def test_a_server_that_loads_is_loading_until_it_is_ready() -> None:
         await asyncio.sleep(2)
         assert watch.states("pi-1:8080") == [State.LOADING, State.READY]
 
-    play([Target(PI)], hosts, test)
+    play([StaticServer(PI)], hosts, test)
 
 
 def test_reads_the_model_again_after_an_outage() -> None:
@@ -122,7 +122,7 @@ def test_reads_the_model_again_after_an_outage() -> None:
         assert (watch.now("pi-1:8080").model, watch.now("pi-1:8080").slots) == ("qwen", 1)
         assert upstream.paths(PI).count("/props") == 2
 
-    play([Target(PI)], hosts, test)
+    play([StaticServer(PI)], hosts, test)
 
 
 def test_a_busy_board_may_miss_one_time_limit() -> None:
@@ -139,7 +139,7 @@ def test_a_busy_board_may_miss_one_time_limit() -> None:
         await asyncio.sleep(12)
         assert watch.states("pi-1:8080") == [State.READY, State.DOWN]
 
-    play([Target(PI)], hosts, test)
+    play([StaticServer(PI)], hosts, test)
 
 
 def test_a_recovered_server_is_probed_at_the_usual_period() -> None:
@@ -155,7 +155,7 @@ def test_a_recovered_server_is_probed_at_the_usual_period() -> None:
         later = [at for at in health if at >= answered]
         assert [after - before for before, after in itertools.pairwise(later)][:3] == [2.0, 2.0, 2.0]
 
-    play([Target(PI)], hosts, test)
+    play([StaticServer(PI)], hosts, test)
 
 
 def test_a_server_that_was_not_probed_yet_is_not_down() -> None:
@@ -170,20 +170,20 @@ def test_a_server_that_was_not_probed_yet_is_not_down() -> None:
         await asyncio.sleep(6)
         assert watch.states("slow:1") == [State.LOADING, State.READY]
 
-    play([Target(url) for url in hosts], hosts, test)
+    play([StaticServer(url) for url in hosts], hosts, test)
 
 
 def test_changing_a_slow_board_keeps_its_model_in_the_fleet() -> None:
     hosts = {PI: llama_server("yi"), "http://well:3": llama_server("qwen")}
     upstream = FakeUpstream(hosts)
-    registry = Registry([StaticSource([Target(url) for url in hosts], upstream)])
+    registry = Registry([StaticSource([StaticServer(url) for url in hosts], upstream)])
     seen: list[dict[str, State]] = []
 
     async def test() -> None:
         await asyncio.sleep(3)
         registry.subscribe(lambda snapshot: seen.append({one.model: one.state for one in snapshot.replicas}))
         hosts[PI].slow_s = 2.5
-        registry.replace([StaticSource([Target(url, slots=3) for url in hosts], upstream)])
+        registry.replace([StaticSource([StaticServer(url, slots=3) for url in hosts], upstream)])
         await asyncio.sleep(20)
         assert [(one.model, one.slots) for one in registry.snapshot.replicas] == [("yi", 3), ("qwen", 3)]
         assert {tuple(models.items()) for models in seen} == {(("yi", State.READY), ("qwen", State.READY))}
@@ -217,12 +217,12 @@ def test_notices_a_server_restarted_with_another_model_between_two_checks(
         assert watch.now("pi-1:8080").model == "qwen"
         assert watch.states("pi-1:8080") == [State.READY]
 
-    play([Target(PI)], hosts, test)
+    play([StaticServer(PI)], hosts, test)
 
 
 def test_settings_override_what_a_server_reports() -> None:
     rates = Rates(prefill_tps=30.0, source="settings")
-    target = Target(PI, name="kitchen", model="coder", slots=1, rates=rates, capability=1.5)
+    target = StaticServer(PI, name="kitchen", model="coder", slots=1, rates=rates, capability=1.5)
 
     [replica] = found({PI: llama_server()}, target)
 
@@ -250,7 +250,9 @@ def test_any_other_server_has_one_slot_unless_settings_give_more() -> None:
     chatty.answers["/v1/models"] = models
 
     replicas = found(
-        {"http://bare:1": bare, "http://chatty:1": chatty}, Target("http://bare:1", slots=3), Target("http://chatty:1")
+        {"http://bare:1": bare, "http://chatty:1": chatty},
+        StaticServer("http://bare:1", slots=3),
+        StaticServer("http://chatty:1"),
     )
 
     assert [(r.dialect, r.model, r.slots, r.state) for r in replicas] == [
@@ -293,7 +295,7 @@ def test_a_server_without_health_check_that_stops_listing_its_models_is_down() -
         await asyncio.sleep(2)
         assert watch.now("pi-1:8080").reason == "HTTP 500 from /v1/models"
 
-    play([Target(PI)], hosts, test)
+    play([StaticServer(PI)], hosts, test)
 
 
 def test_another_gateway_is_one_replica_per_model_and_follows_its_reports() -> None:
@@ -316,7 +318,7 @@ def test_another_gateway_is_one_replica_per_model_and_follows_its_reports() -> N
         assert {replica.state for replica in watch.seen[-1][1]} == {State.DOWN}
         assert len(watch.seen[-1][1]) == 2
 
-    play([Target(PI)], hosts, test)
+    play([StaticServer(PI)], hosts, test)
 
 
 def test_counts_every_replica_of_another_gateway_that_may_answer() -> None:
@@ -345,8 +347,8 @@ def test_uses_only_the_configured_model_of_another_gateway() -> None:
     served = [{"id": "yi", "slots": 6}, {"id": "qwen", "slots": 1}]
     host = Host({**PROMPTAI, "/api/fleet": (200, {"gateway": "promptai", "models": served})})
 
-    assert [replica.id for replica in found({PI: host}, Target(PI, model="qwen", name="far"))] == ["far"]
-    assert found({PI: host}, Target(PI, model="phi"))[0].reason == "does not serve phi"
+    assert [replica.id for replica in found({PI: host}, StaticServer(PI, model="qwen", name="far"))] == ["far"]
+    assert found({PI: host}, StaticServer(PI, model="phi"))[0].reason == "does not serve phi"
 
 
 @pytest.mark.parametrize(
@@ -358,21 +360,21 @@ def test_uses_only_the_configured_model_of_another_gateway() -> None:
     ],
 )
 def test_a_replica_is_named_by_host_and_port(url: str, name: str) -> None:
-    assert Target(url).replica_id == name
+    assert StaticServer(url).replica_id == name
 
 
 @pytest.mark.parametrize("url", ["pi-1:8080", "http://", "http://pi:port", "ftp://pi", ""])
 def test_rejects_an_invalid_url_at_once(url: str) -> None:
     with pytest.raises(SettingsError, match="is not an engine URL"):
-        StaticSource([Target(url)], FakeUpstream({}))
+        StaticSource([StaticServer(url)], FakeUpstream({}))
 
 
 def test_the_same_list_is_the_same_configuration() -> None:
     """So that a reload keeps the source running."""
-    one, two = (StaticSource([Target(PI)], FakeUpstream({})) for _ in range(2))
+    one, two = (StaticSource([StaticServer(PI)], FakeUpstream({})) for _ in range(2))
 
     assert one.configuration == two.configuration
-    assert one.configuration != StaticSource([Target(PI, slots=2)], FakeUpstream({})).configuration
+    assert one.configuration != StaticSource([StaticServer(PI, slots=2)], FakeUpstream({})).configuration
 
 
 def test_an_empty_list_publishes_nothing_and_keeps_running() -> None:

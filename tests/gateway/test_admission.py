@@ -52,7 +52,7 @@ def test_auto_chooses_the_larger_model_when_idle_and_the_smaller_when_busy() -> 
     assert idle.reason.startswith("auto: large, predicted 5.")
     assert "auto: small, predicted 1." in busy.reason
     assert "large would take 2" in busy.reason
-    assert "too long, but the fastest" in hasty.reason
+    assert "over budget, but the fastest" in hasty.reason
 
 
 def test_the_response_headers_contain_the_reason() -> None:

@@ -118,7 +118,7 @@ def test_text_completion(client: openai.OpenAI) -> None:
 def test_lists_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["yi", "gpt-4o"]
     assert client.models.retrieve("yi").owned_by == "promptai"
-    with pytest.raises(openai.NotFoundError, match="no model is called"):
+    with pytest.raises(openai.NotFoundError, match="no model named"):
         client.models.retrieve("../yi")
 
 

@@ -145,7 +145,7 @@ def test_every_documented_time_is_accepted(name: str, value: str) -> None:
 @pytest.mark.parametrize("value", ["", "0", "0s", "0.0s", "-1s", "1e3", "9" * 400, "10h", "soon", "s", ".5s"])
 def test_no_invalid_time_is_documented(name: str, value: str) -> None:
     assert not Draft202012Validator(request_headers(CHAT)[name]["schema"]).is_valid(value)
-    with pytest.raises(ValueError, match="a budget is"):
+    with pytest.raises(ValueError, match="invalid duration"):
         parse_budget(value)
 
 

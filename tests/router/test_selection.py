@@ -51,7 +51,7 @@ def test_an_unknown_name_is_answered_with_those_near_to_it() -> None:
     refused = unknown("Phi-3.5")
 
     assert refused.near[0] == "phi-3.5-mini"
-    assert refused.message == "no model is called 'Phi-3.5'"
+    assert refused.message == "no model named 'Phi-3.5'"
     assert refused.hint.startswith("did you mean phi-3.5-mini")
 
 
@@ -66,14 +66,14 @@ def test_an_unknown_name_that_is_like_none_is_answered_with_what_there_is() -> N
 def test_a_name_from_outside_is_escaped_and_cut() -> None:
     refused = unknown("\n\x1b[31m" + "x" * 100_000)
 
-    assert refused.message.startswith(r"no model is called '\n\x1b[31mxxx")
+    assert refused.message.startswith(r"no model named '\n\x1b[31mxxx")
     assert len(refused.message) < 130
 
 
 @pytest.mark.parametrize("name", [None, "", "default"])
 def test_no_name_is_refused_where_there_are_several_models(name: str | None) -> None:
     assert unknown(name).message == "the request names no model"
-    assert unknown(name, models=(), names=ModelNames()).message == "no model is served"
+    assert unknown(name, models=(), names=ModelNames()).message == "no model is being served"
 
 
 def test_an_alias_or_default_of_a_model_that_is_not_served_says_so() -> None:
@@ -192,20 +192,20 @@ TINY = AutoCandidate(model="tiny", capability=0.1)
 def test_no_model_that_holds_the_prompt_is_no_choice() -> None:
     short = AutoCandidate(model="short", finish_s=1.0, fits_context=False)
 
-    assert choose_auto([short], 10.0, 200) == AutoChoice(model=None, reason="auto: no model holds the prompt")
+    assert choose_auto([short], 10.0, 200) == AutoChoice(model=None, reason="auto: the prompt exceeds every context")
     assert choose_auto([], 10.0, 200) == AutoChoice(model=None, reason="auto: no model")
 
 
 def test_when_nothing_is_in_time_the_fastest_is_taken_and_says_by_how_much_it_misses() -> None:
     assert choose_auto([PHI, YI], 5.0, 200) == AutoChoice(
-        model="yi-coder-1.5b", reason="auto: yi-coder-1.5b, predicted 7.9 s of 5 s, 2.9 s too long, but the fastest"
+        model="yi-coder-1.5b", reason="auto: yi-coder-1.5b, predicted 7.9 s of 5 s, 2.9 s over budget, but the fastest"
     )
 
 
 def test_a_smaller_model_of_unknown_speed_is_tried_when_nothing_known_is_in_time() -> None:
     assert choose_auto([PHI, TINY, NEW, YI], 5.0, 200) == AutoChoice(
         model="tiny",
-        reason="auto: tiny, whose speed is unknown; the fastest known is yi-coder-1.5b, predicted 7.9 s of 5 s",
+        reason="auto: tiny, speed unknown but smaller; the fastest known is yi-coder-1.5b, predicted 7.9 s of 5 s",
     )
 
 
@@ -217,7 +217,7 @@ def test_a_model_of_unknown_speed_that_is_no_smaller_is_not_tried(new: AutoCandi
 
 def test_when_no_speed_is_known_the_smallest_is_taken() -> None:
     assert choose_auto([NEW, TINY], 10.0, None) == AutoChoice(
-        model="tiny", reason="auto: tiny, whose speed is unknown, as is that of every other; wanted 10 s"
+        model="tiny", reason="auto: tiny, no speed known yet; budget 10 s"
     )
 
 
@@ -270,7 +270,7 @@ def test_of_equally_capable_models_the_faster_is_taken() -> None:
 
 @pytest.mark.parametrize("text", ["", "soon", "0", "0s", "-5s", "1e3", "10 h", "nan", "inf", "9" * 400, "1.s", "٣s"])
 def test_a_budget_that_is_no_time_is_refused_in_one_line(text: str) -> None:
-    with pytest.raises(ValueError, match="a budget is a time above 0 such as 10s, 1500ms or 2m, not '") as refusal:
+    with pytest.raises(ValueError, match="invalid duration '") as refusal:
         parse_budget(text)
 
     assert "\n" not in str(refusal.value)

@@ -19,7 +19,7 @@ from promptai.errors import SettingsError
 from promptai.fleet.replica import Rates, Replica
 from promptai.fleet.simulated import SimulatedSource
 from promptai.fleet.source import Source
-from promptai.fleet.static import StaticSource, Target
+from promptai.fleet.static import StaticServer, StaticSource
 from promptai.gateway.admission import AdmissionRules
 from promptai.router.schedule.dispatcher import QueueLimits
 from promptai.router.selection import Alias, ModelNames
@@ -41,7 +41,7 @@ class Boards(NamedTuple):
         keys: Their API keys, by URL.
     """
 
-    targets: tuple[Target, ...]
+    targets: tuple[StaticServer, ...]
     keys: dict[str, str]
 
 
@@ -55,7 +55,7 @@ def parse_boards(entries: Sequence[FleetEntry], environ: Mapping[str, str] = os.
     targets, keys = [], {}
     for entry in _without_duplicates(entries):
         known = entry.prefill_tps is not None or entry.decode_tps is not None
-        target = Target(
+        target = StaticServer(
             url=entry.url,
             name=entry.name,
             model=entry.model,
@@ -74,7 +74,7 @@ def parse_boards(entries: Sequence[FleetEntry], environ: Mapping[str, str] = os.
     return Boards(_with_unique_names(targets), keys)
 
 
-def _with_unique_names(targets: Sequence[Target]) -> tuple[Target, ...]:
+def _with_unique_names(targets: Sequence[StaticServer]) -> tuple[StaticServer, ...]:
     """
     Give every board a name of its own: path or model are added where host and port are the same.
 
@@ -141,12 +141,12 @@ def _refuse_overlap(one: FleetEntry, other: FleetEntry) -> None:
         return
     names = " and ".join(entry.name or entry.url for entry in (one, other))
     raise SettingsError(
-        f"{names} are the same board at {Target(one.url).base_url}",
+        f"{names} are the same board at {StaticServer(one.url).base_url}",
         hint="list it once, or set a different model in each entry",
     )
 
 
-def static_sources(targets: Sequence[Target], upstream: Upstream) -> list[Source]:
+def static_sources(targets: Sequence[StaticServer], upstream: Upstream) -> list[Source]:
     """Return one source per board, so that a change of one does not affect the others."""
     return [StaticSource([target], upstream, name=f"fleet:{target.replica_id}") for target in targets]
 

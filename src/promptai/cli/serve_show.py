@@ -22,7 +22,7 @@ from promptai.cli.progress import duration
 from promptai.cli.terminal_text import one_line
 from promptai.fleet.local import LocalModel
 from promptai.fleet.replica import Replica, Snapshot, State
-from promptai.fleet.static import Target
+from promptai.fleet.static import StaticServer
 from promptai.gateway.server import url_host
 
 _log = logging.getLogger("promptai.serve")
@@ -35,7 +35,7 @@ _ALL_READ = 0.99
 _GIB = 1024**3
 
 
-def table(replicas: Sequence[Replica], models: Sequence[LocalModel], targets: Sequence[Target]) -> Table:
+def table(replicas: Sequence[Replica], models: Sequence[LocalModel], targets: Sequence[StaticServer]) -> Table:
     """Build the table: a row per replica, and per board that has not answered yet."""
     local = {model.name: model for model in models}
     shown = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))

@@ -40,7 +40,7 @@ _FIRST_ROUND_S = 1.0
 _LEARN_EVERY = 5
 
 
-class Target(msgspec.Struct, frozen=True):
+class StaticServer(msgspec.Struct, frozen=True):
     """
     The URL of one server, and settings that override what the server reports.
 
@@ -160,7 +160,7 @@ class StaticSource:
     """
 
     def __init__(
-        self, targets: Sequence[Target], upstream: Upstream, *, name: str = "static", period_s: float = 2.0
+        self, targets: Sequence[StaticServer], upstream: Upstream, *, name: str = "static", period_s: float = 2.0
     ) -> None:
         self.name = name
         self.configuration: object = (tuple(targets), period_s)
@@ -208,7 +208,7 @@ class StaticSource:
 class _Probe:
     """One server and its last response."""
 
-    def __init__(self, target: Target, upstream: Upstream) -> None:
+    def __init__(self, target: StaticServer, upstream: Upstream) -> None:
         self._target = target
         self._upstream = upstream
         self._url = target.base_url

@@ -1,15 +1,13 @@
-"""Which model a request is for: by name, by alias, by default, or the best one in the time there is.
+"""Select the model of a request: by name, alias or default, or the best one within a time budget.
 
-A client that cannot be changed asks for ``gpt-4o-mini``; a person asks for ``phi:fast``, or for
-``auto`` and an answer within ten seconds. And a prompt may be longer than its model can hold.
-Engines differ in what they do then, some cut off its beginning without a word. Here it goes to
-a model that the operator named for the purpose, or is refused with the numbers.
+A client that cannot be changed requests ``gpt-4o-mini``; a person requests ``phi:fast``, or ``auto`` with an answer
+within ten seconds. And a prompt may exceed its model's context. Engines handle that differently, and some silently
+truncate the prompt. Here it goes to the fallback that the operator configured, or is refused with the numbers.
 
-``auto`` asks no other model to judge the prompt. It takes the most capable model whose answer
-is predicted to be complete in time; the prediction is the caller's, from what was measured.
+``auto`` does not use another model to judge the prompt. It takes the most capable model whose answer is predicted to
+be complete in time; the caller predicts that from measurements.
 
-Everything is a value that comes in or goes out. What is refused is a result, not an exception:
-the gateway turns it into an answer. Pure.
+All functions take and return values. A refusal is a result, not an exception: the gateway raises the error. Pure.
 """
 
 import difflib
@@ -24,10 +22,10 @@ from promptai.fleet.replica import Replica
 
 AUTO = "auto"
 DEFAULT = "default"
-_PATIENCE_S = 30.0  # what ``auto`` aims at when the request names no budget
-_SHOWN = 3
-_SHOWN_MODELS = 8
-_SHOWN_CHARS = 80
+_DEFAULT_BUDGET_S = 30.0  # target of ``auto`` for a request without a budget
+_MAX_SUGGESTIONS = 3
+_MAX_LISTED = 8
+_MAX_CHARS = 80
 _LENGTHS = frozenset({"max_tokens", "max_completion_tokens", "n_predict"})  # one setting under three names
 _UNITS_S = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0}
 _BUDGET = re.compile(r"([0-9]+(?:\.[0-9]+)?) *(ms|s|m|)")
@@ -35,11 +33,11 @@ _BUDGET = re.compile(r"([0-9]+(?:\.[0-9]+)?) *(ms|s|m|)")
 
 class Alias(msgspec.Struct, frozen=True):
     """
-    Another name of a model.
+    Another name for a model.
 
     Attributes:
         model: A served model, another alias, or ``auto``.
-        params: Fields for the requests that do not set them.
+        params: Defaults for fields that the request does not set.
     """
 
     model: str
@@ -48,11 +46,11 @@ class Alias(msgspec.Struct, frozen=True):
 
 class ModelNames(msgspec.Struct, frozen=True, kw_only=True):
     """
-    What models may be called. An alias comes before a model of the same name, which may so be given params.
+    Names for models. An alias takes precedence over a model of the same name, and can so add params to it.
 
     Attributes:
-        aliases: By name.
-        default: What a request without a model is for; ``None``: the only model, if there is just one.
+        aliases: Aliases by name.
+        default: Model, alias or ``auto`` for requests without a model; ``None``: the only model, if there is only one.
     """
 
     aliases: dict[str, Alias] = {}
@@ -61,13 +59,13 @@ class ModelNames(msgspec.Struct, frozen=True, kw_only=True):
 
 class ResolvedName(msgspec.Struct, frozen=True, kw_only=True):
     """
-    What a request is for.
+    A model name and the model it stands for.
 
     Attributes:
-        name: As it was asked for; ``default`` where the request names none.
-        meant: The same, or what the default is: a model, an alias or ``auto``.
+        name: The name in the request; ``default`` if it has none.
+        meant: The same name, or the configured default: a model, an alias or ``auto``.
         model: A served model, or ``auto``.
-        params: Of the aliases on the way; see ``filled``.
+        params: Defaults from the aliases that were followed; see ``filled``.
     """
 
     name: str
@@ -77,14 +75,14 @@ class ResolvedName(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def auto(self) -> bool:
-        """Whether ``choose_auto`` is to name the model."""
+        """Whether ``choose_auto`` chooses the model."""
         return self.model == AUTO
 
     def filled(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """
-        The request with the params of its alias where it sets none itself; the request wins.
+        Return the request with the alias's params for fields that it does not set.
 
-        ``null`` sets nothing, as in OpenAI's API. A length under any of its names is a length.
+        ``null`` sets nothing, as in OpenAI's API. Setting one name of the length limit sets all of them.
         """
         given = {field for field, value in request.items() if value is not None}
         if given & _LENGTHS:
@@ -94,12 +92,12 @@ class ResolvedName(msgspec.Struct, frozen=True, kw_only=True):
 
 class UnknownModel(msgspec.Struct, frozen=True, kw_only=True):
     """
-    Nothing here has that name.
+    No model has the requested name.
 
     Attributes:
-        name: As it was asked for; empty: the request named none.
-        meaning: What the name stands for, an alias or a default whose model is not served; else empty.
-        near: Names that are like it.
+        name: The name in the request; empty if it has none.
+        meaning: The model that an alias or the default stands for and that is not served; else empty.
+        near: Similar names.
         known: All names.
     """
 
@@ -110,36 +108,36 @@ class UnknownModel(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def message(self) -> str:
-        """One line: what happened."""
+        """What happened, in one line."""
         if not self.known:
-            return "no model is served"
+            return "no model is being served"
         if self.meaning:
             return f"{_shown(self.name or DEFAULT)} stands for {_shown(self.meaning)}, which is not served"
-        return f"no model is called {_shown(self.name)}" if self.name else "the request names no model"
+        return f"no model named {_shown(self.name)}" if self.name else "the request names no model"
 
     @property
     def hint(self) -> str:
-        """One line: what to ask for instead."""
+        """What to request instead, in one line."""
         if self.near:
             return f"did you mean {' or '.join(self.near)}?"
         if not self.known:
-            return "wait for a model to be ready, or add one"
-        more = f" and {len(self.known) - _SHOWN_MODELS} more" if len(self.known) > _SHOWN_MODELS else ""
-        return f"known: {', '.join(self.known[:_SHOWN_MODELS])}{more}"
+            return "wait until a model is ready, or add one"
+        more = f" and {len(self.known) - _MAX_LISTED} more" if len(self.known) > _MAX_LISTED else ""
+        return f"known: {', '.join(self.known[:_MAX_LISTED])}{more}"
 
 
 def resolve(name: str | None, models: Sequence[str], names: ModelNames) -> ResolvedName | UnknownModel:
     """
-    Find out what a name stands for.
+    Resolve a model name.
 
     Args:
-        name: Of the request; ``None`` or empty where it gives none.
-        models: That are served.
+        name: The name in the request; ``None`` or empty if it has none.
+        models: Models being served.
     """
     params: dict[str, Any] = {}
     passed: set[str] = set()
     reached = meant = _or_default(name or DEFAULT, models, names)
-    # An alias of an alias is followed; one that leads back to itself ends at its own name.
+    # Aliases of aliases are followed; a cycle ends at the name it began with.
     while reached in names.aliases and reached not in passed:
         passed.add(reached)
         alias = names.aliases[reached]
@@ -155,11 +153,11 @@ def resolve(name: str | None, models: Sequence[str], names: ModelNames) -> Resol
 
 class ContextFits(msgspec.Struct, frozen=True, kw_only=True):
     """
-    A model that holds the prompt.
+    A model whose context holds the prompt.
 
     Attributes:
-        model: It, or its fallback.
-        reason: One line, when it is a fallback; else empty.
+        model: The requested model, or its fallback.
+        reason: One line for a fallback; else empty.
     """
 
     model: str
@@ -168,10 +166,10 @@ class ContextFits(msgspec.Struct, frozen=True, kw_only=True):
 
 class ContextTooLong(msgspec.Struct, frozen=True, kw_only=True):
     """
-    No model that may be used holds the prompt.
+    The prompt exceeds the context of the requested model and of its fallbacks.
 
     Attributes:
-        contexts: Tokens of the largest context of each model that was considered, by name.
+        contexts: Largest context of each model in tokens, by name.
     """
 
     prompt_tokens: int
@@ -179,14 +177,14 @@ class ContextTooLong(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def message(self) -> str:
-        """One line: what happened."""
+        """What happened, in one line."""
         held = ", ".join(f"{model} holds {context}" for model, context in self.contexts.items())
         return f"the prompt has {self.prompt_tokens} tokens; {held}, the answer included"
 
     @property
     def hint(self) -> str:
-        """One line: what to do about it."""
-        return "shorten the conversation, or ask for a model with a larger context"
+        """What to do, in one line."""
+        return "shorten the conversation, or request a model with a larger context"
 
 
 def check_context(
@@ -197,40 +195,40 @@ def check_context(
     fallbacks: Mapping[str, str],
 ) -> ContextFits | ContextTooLong:
     """
-    See that a prompt fits into the context of its model, or else of the fallback of that.
+    Find a context for a prompt: its model's, or else that of a fallback.
 
-    Nothing is cut off. Replicas count whatever their state: one that is away for a moment does not
-    make a prompt too long for ever.
+    Nothing is truncated. Replicas count in any state: a replica that is unavailable for a moment does not make the
+    prompt too long.
 
     Args:
-        replicas: Of all models; at least one of ``model``.
-        fallbacks: The model for prompts that one does not hold, by that one's name.
+        replicas: Replicas of all models, at least one of ``model``.
+        fallbacks: Model with a larger context, by the name of the model whose context is too small.
     """
     contexts: dict[str, int] = {}
     current: str | None = model
     while current is not None and current not in contexts:
         own = [replica.context for replica in replicas if replica.model == current]
-        told = [context for context in own if context is not None]
+        reported = [context for context in own if context is not None]
         if not own:  # a fallback that is not served
             break
         moved = f"{model} holds {contexts[model]} tokens, the prompt has {prompt_tokens}" if contexts else ""
-        if len(told) < len(own) or prompt_tokens < max(told):
+        if len(reported) < len(own) or prompt_tokens < max(reported):
             return ContextFits(model=current, reason=moved)
-        contexts[current] = max(told)
+        contexts[current] = max(reported)
         current = fallbacks.get(current)
     return ContextTooLong(prompt_tokens=prompt_tokens, contexts=contexts)
 
 
 class AutoCandidate(msgspec.Struct, frozen=True, kw_only=True):
     """
-    A model that ``auto`` may take.
+    A model that ``auto`` may choose.
 
     Attributes:
-        capability: Parameters in billions, or what settings say; ``None``: not known.
+        capability: Parameters in billions, or the value in the settings; ``None``: unknown.
         accuracy: Share of items solved in an earlier run; ``None``: not measured.
-        finish_s: Predicted seconds until an answer of full length is complete, waiting and loading included;
-            ``None``: not known.
-        fits_context: Whether it holds the prompt.
+        finish_s: Predicted seconds until an answer of full length is complete, including the queue and loading;
+            ``None``: unknown.
+        fits_context: Whether its context holds the prompt.
     """
 
     model: str
@@ -242,10 +240,10 @@ class AutoCandidate(msgspec.Struct, frozen=True, kw_only=True):
 
 class AutoChoice(msgspec.Struct, frozen=True, kw_only=True):
     """
-    What ``auto`` came to.
+    The choice of ``auto``.
 
     Attributes:
-        model: ``None``: no candidate holds the prompt.
+        model: ``None`` if no candidate's context holds the prompt.
         reason: One line with the numbers.
     """
 
@@ -255,19 +253,21 @@ class AutoChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 def choose_auto(candidates: Sequence[AutoCandidate], budget_s: float | None, max_tokens: int | None) -> AutoChoice:
     """
-    Take the most capable model that is predicted to finish in time.
+    Choose the most capable model that is predicted to finish in time.
 
-    If none is, the fastest; but a smaller one of unknown speed comes before that, being likely
-    to be faster still. Capable is who is accurate, if that was measured of all; else who is large.
+    Without one, choose the fastest, or a smaller model of unknown speed, which is probably faster still. Capability is
+    accuracy if it was measured for all candidates, else size.
 
     Args:
-        budget_s: Seconds for the whole answer; ``None``: 30, as an aim.
-        max_tokens: That ``finish_s`` was predicted for; ``None``: as long as answers usually are.
+        budget_s: Seconds for the whole answer; ``None``: a target of 30.
+        max_tokens: Answer length that ``finish_s`` assumes; ``None``: the usual length.
     """
     fitting = [candidate for candidate in candidates if candidate.fits_context]
     if not fitting:
-        return AutoChoice(model=None, reason="auto: no model holds the prompt" if candidates else "auto: no model")
-    limit_s = _PATIENCE_S if budget_s is None else budget_s
+        return AutoChoice(
+            model=None, reason="auto: the prompt exceeds every context" if candidates else "auto: no model"
+        )
+    limit_s = _DEFAULT_BUDGET_S if budget_s is None else budget_s
     limit = f"{_seconds(limit_s)}{' (no budget given)' if budget_s is None else ''}"
     by_accuracy = all(candidate.accuracy is not None for candidate in fitting)
 
@@ -280,9 +280,10 @@ def choose_auto(candidates: Sequence[AutoCandidate], budget_s: float | None, max
         best = max(in_time, key=rank)
         answer = f" for {max_tokens} tokens" if max_tokens is not None else ""
         passed_over = sorted((other for other in fitting if rank(other) > rank(best)), key=rank, reverse=True)
-        told = "".join(f"; {_why_not(other)}" for other in passed_over[:_SHOWN])
+        others = "".join(f"; {_why_not(other)}" for other in passed_over[:_MAX_SUGGESTIONS])
         return AutoChoice(
-            model=best.model, reason=f"auto: {best.model}, predicted {_seconds(_finish(best))} of {limit}{answer}{told}"
+            model=best.model,
+            reason=f"auto: {best.model}, predicted {_seconds(_finish(best))} of {limit}{answer}{others}",
         )
     fastest = min(fitting, key=_finish)
     unknown = [candidate for candidate in fitting if candidate.finish_s is None]
@@ -292,15 +293,15 @@ def choose_auto(candidates: Sequence[AutoCandidate], budget_s: float | None, max
 
 def parse_budget(text: str) -> float:
     """
-    Seconds of a budget such as ``10s``, ``1500ms``, ``2m`` or ``10``.
+    Return the seconds of a budget such as ``10s``, ``1500ms``, ``2m`` or ``10``.
 
     Raises:
-        ValueError: It is none, or not above 0.
+        ValueError: The text is not a duration above 0.
     """
     match = _BUDGET.fullmatch(text.strip())
     seconds = float(match[1]) * _UNITS_S[match[2]] if match else 0.0
     if not 0 < seconds < math.inf:
-        raise ValueError(f"a budget is a time above 0 such as 10s, 1500ms or 2m, not {_shown(text)}")
+        raise ValueError(f"invalid duration {_shown(text)} (expected a time above 0 such as 10s, 1500ms or 2m)")
     return seconds
 
 
@@ -313,27 +314,27 @@ def _or_default(name: str, models: Sequence[str], names: ModelNames) -> str:
 
 
 def _near(name: str, known: Sequence[str]) -> tuple[str, ...]:
-    """Names like that one, whatever their case; a name from outside may be of any length, so only its beginning."""
+    """Return similar names, ignoring case; only the beginning counts, since a name from outside may have any length."""
     spelled = {other.casefold(): other for other in known}
-    close = difflib.get_close_matches(name[:_SHOWN_CHARS].casefold(), spelled, n=_SHOWN, cutoff=0.5)
+    close = difflib.get_close_matches(name[:_MAX_CHARS].casefold(), spelled, n=_MAX_SUGGESTIONS, cutoff=0.5)
     return tuple(spelled[other] for other in close)
 
 
 def _shown(text: str) -> str:
-    """A text from outside, escaped and of bounded length."""
-    return ascii(text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "...")
+    """Return a text from outside, escaped and shortened."""
+    return ascii(text if len(text) <= _MAX_CHARS else text[:_MAX_CHARS] + "...")
 
 
 def _late(fastest: AutoCandidate, smallest: AutoCandidate, limit_s: float, limit: str) -> AutoChoice:
-    """Nothing that is known is in time: the fastest, or a smaller one of unknown speed."""
+    """Choose when no known speed meets the budget: the fastest model, or a smaller one of unknown speed."""
     if fastest.finish_s is None:
-        reason = f"auto: {smallest.model}, whose speed is unknown, as is that of every other; wanted {limit}"
+        reason = f"auto: {smallest.model}, no speed known yet; budget {limit}"
         return AutoChoice(model=smallest.model, reason=reason)
     missed = f"predicted {_seconds(fastest.finish_s)} of {limit}"
     if fastest.capability is not None and _size(smallest) < fastest.capability:
-        reason = f"auto: {smallest.model}, whose speed is unknown; the fastest known is {fastest.model}, {missed}"
+        reason = f"auto: {smallest.model}, speed unknown but smaller; the fastest known is {fastest.model}, {missed}"
         return AutoChoice(model=smallest.model, reason=reason)
-    over = f"{_seconds(fastest.finish_s - limit_s)} too long, but the fastest"
+    over = f"{_seconds(fastest.finish_s - limit_s)} over budget, but the fastest"
     return AutoChoice(model=fastest.model, reason=f"auto: {fastest.model}, {missed}, {over}")
 
 
