@@ -160,14 +160,14 @@ class StaticSource:
     """
 
     def __init__(
-        self, targets: Sequence[StaticServer], upstream: Upstream, *, name: str = "static", period_s: float = 2.0
+        self, servers: Sequence[StaticServer], upstream: Upstream, *, name: str = "static", period_s: float = 2.0
     ) -> None:
         self.name = name
-        self.configuration: object = (tuple(targets), period_s)
+        self.configuration: object = (tuple(servers), period_s)
         self.exclusive = False
         self.replica_ids: Container[str] | None = None
         self._period_s = period_s
-        self._probes = [_Probe(target, upstream) for target in targets]
+        self._probes = [_Probe(server, upstream) for server in servers]
 
     async def run(self, publish: Callable[[Sequence[Replica]], None]) -> None:
         """Probe every server periodically and publish the results."""
@@ -208,13 +208,13 @@ class StaticSource:
 class _Probe:
     """One server and its last response."""
 
-    def __init__(self, target: StaticServer, upstream: Upstream) -> None:
-        self._target = target
+    def __init__(self, server: StaticServer, upstream: Upstream) -> None:
+        self._server = server
         self._upstream = upstream
-        self._url = target.base_url
-        self._id = target.replica_id
+        self._url = server.base_url
+        self._id = server.replica_id
         self._served: tuple[_ServedModel, ...] = (
-            _ServedModel(model=target.model or "", slots=target.slots or 1, context=None, dialect="llama-server"),
+            _ServedModel(model=server.model or "", slots=server.slots or 1, context=None, dialect="llama-server"),
         )
         self._learned = False
         self._timeouts = self._checks = 0
@@ -258,19 +258,19 @@ class _Probe:
         return state is State.LOADING
 
     def _as_replicas(self, state: State, reason: str) -> tuple[Replica, ...]:
-        target = self._target
+        server = self._server
         return tuple(
             Replica(
                 id=f"{self._id}{served.suffix}",
                 url=self._url,
                 model=served.model,
-                slots=max(1, target.slots or served.slots),
+                slots=max(1, server.slots or served.slots),
                 context=served.context,
                 state=state if served.slots or state is not State.READY else State.DOWN,
                 reason=reason if served.slots or state is not State.READY else "no engine is ready",
                 dialect=served.dialect,
-                rates=target.rates,
-                capability=served.capability if target.capability is None else target.capability,
+                rates=server.rates,
+                capability=served.capability if server.capability is None else server.capability,
             )
             for served in self._served
         )
@@ -297,30 +297,30 @@ class _Probe:
         Raises:
             _Unusable: It does not serve the configured model, or serves several and none is configured.
         """
-        target = self._target
+        server = self._server
         props = await self._json("/props", _Props)
         if props is not None and _is_single_model_engine(props):
-            listed = [] if target.model or props.model_alias else await self._listed()
-            name = target.model or props.model_alias or next(iter(listed), None) or props.model_path or ""
+            listed = [] if server.model or props.model_alias else await self._listed()
+            name = server.model or props.model_alias or next(iter(listed), None) or props.model_path or ""
             context = props.default_generation_settings.n_ctx
             return (_ServedModel(_model_name(name), max(1, props.total_slots), context, "llama-server"),)
         fleet = await self._json("/api/fleet", FleetResponse)
         if fleet is not None and fleet.gateway == "promptai":
-            served = [model for model in fleet.models if target.model in {None, model.id}]
+            served = [model for model in fleet.models if server.model in {None, model.id}]
             if not served:
-                raise _Unusable(State.DOWN, f"does not serve {target.model}" if target.model else "serves no model")
+                raise _Unusable(State.DOWN, f"does not serve {server.model}" if server.model else "serves no model")
             return tuple(
                 _ServedModel(
                     model.id,
                     fleet.slots(model),
                     model.context,
                     "promptai",
-                    suffix="" if target.model else f"/{model.id}",
+                    suffix="" if server.model else f"/{model.id}",
                     capability=model.capability,
                 )
                 for model in served
             )
-        models = [target.model] if target.model else await self._listed()
+        models = [server.model] if server.model else await self._listed()
         if len(models) != 1:
             which = f"serves {len(models)} models; set model in [[fleet]]" if models else "serves no model"
             raise _Unusable(State.DOWN, which)
@@ -329,7 +329,7 @@ class _Probe:
     async def _learn_again(self) -> tuple[_ServedModel, ...]:
         """Repeat ``_learn``; for an ``openai`` server, read only the list of models while it is unchanged."""
         first = self._served[0]
-        if first.dialect == "openai" and (self._target.model or await self._listed() == [first.model]):
+        if first.dialect == "openai" and (self._server.model or await self._listed() == [first.model]):
             return self._served
         return await self._learn()
 
