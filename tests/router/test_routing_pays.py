@@ -28,38 +28,38 @@ def afternoons() -> dict[str, Played]:
     return {name: run_virtually(play_before(name, SCRIPT, BOARDS)) for name in strategies}
 
 
-def test_first_tokens_come_much_earlier_than_with_round_robin(afternoons: dict[str, Played]) -> None:
+def test_first_tokens_are_much_earlier_than_with_round_robin(afternoons: dict[str, Played]) -> None:
     ours, other = afternoons["affinity"], afternoons["round-robin"]
 
     assert other.ttft_s(50) >= 3 * ours.ttft_s(50)
     assert other.ttft_s(95) >= 2 * ours.ttft_s(95)
 
 
-def test_first_tokens_come_much_earlier_than_with_least_busy(afternoons: dict[str, Played]) -> None:
+def test_first_tokens_are_much_earlier_than_with_least_busy(afternoons: dict[str, Played]) -> None:
     ours, other = afternoons["affinity"], afternoons["least-busy"]
 
     assert other.ttft_s(50) >= 1.7 * ours.ttft_s(50)
     assert other.ttft_s(95) >= 1.4 * ours.ttft_s(95)
 
 
-def test_no_fewer_tokens_are_generated_a_second(afternoons: dict[str, Played]) -> None:
+def test_throughput_is_not_lower(afternoons: dict[str, Played]) -> None:
     assert afternoons["affinity"].tokens_per_s >= 0.98 * max(one.tokens_per_s for one in afternoons.values())
 
 
-def test_the_slowest_first_tokens_are_nearly_an_oracle_s(afternoons: dict[str, Played]) -> None:
+def test_the_slowest_first_tokens_are_close_to_the_oracle(afternoons: dict[str, Played]) -> None:
     ours = afternoons["affinity"]
 
     assert ours.ttft_s(95) <= 1.3 * ours.oracle_s(95, BOARDS.prefill_tps)
 
 
-def test_everybody_is_asked_the_same_whoever_routes(afternoons: dict[str, Played]) -> None:
+def test_every_strategy_gets_the_same_questions(afternoons: dict[str, Played]) -> None:
     """The comparison rests on it."""
     ours, *others = (_asked(played) for played in afternoons.values())
 
     assert others == [ours, ours]
 
 
-def test_a_prefix_that_all_share_does_not_draw_all_to_one_board() -> None:
+def test_a_common_prefix_does_not_attract_all_requests_to_one_board() -> None:
     script = Script(turns=3, max_tokens=80, think_s=30.0, system=RULES)
 
     played = run_virtually(play_before("affinity", script, Boards(answer_tokens=40, host_cache=65536)))
@@ -67,7 +67,7 @@ def test_a_prefix_that_all_share_does_not_draw_all_to_one_board() -> None:
     assert played.busiest(4) <= 1.5
 
 
-def test_rates_that_nobody_told_are_learned_and_serve_nearly_as_well() -> None:
+def test_learned_rates_route_nearly_as_well_as_known_ones() -> None:
     """What is assumed of a board is six times as fast as these are."""
     learned: list[float] = []
 
@@ -85,7 +85,7 @@ def test_rates_that_nobody_told_are_learned_and_serve_nearly_as_well() -> None:
     assert played.ttft_s(95) <= 2 * known.ttft_s(95)
 
 
-def test_a_board_that_dies_in_the_middle_of_answers_loses_nobody_and_not_a_word() -> None:
+def test_a_dying_board_loses_no_answer_and_no_word() -> None:
     script = Script(conversations=16, turns=4, max_tokens=80)
     boards = Boards(answer_tokens=40)
     cut_off: list[int] = []

@@ -47,7 +47,7 @@ def wanted(name: str | None, models: tuple[str, ...] = MODELS, names: ModelNames
     return found
 
 
-def test_an_unknown_name_is_answered_with_those_near_to_it() -> None:
+def test_an_unknown_name_suggests_similar_ones() -> None:
     refused = unknown("Phi-3.5")
 
     assert refused.near[0] == "phi-3.5-mini"
@@ -55,7 +55,7 @@ def test_an_unknown_name_is_answered_with_those_near_to_it() -> None:
     assert refused.hint.startswith("did you mean phi-3.5-mini")
 
 
-def test_an_unknown_name_that_is_like_none_is_answered_with_what_there_is() -> None:
+def test_an_unknown_name_lists_all_models() -> None:
     refused = unknown("zzz", names=ModelNames())
 
     assert refused.near == ()
@@ -63,7 +63,7 @@ def test_an_unknown_name_that_is_like_none_is_answered_with_what_there_is() -> N
     assert unknown("zzz", tuple(f"m{number}" for number in range(20)), ModelNames()).hint.endswith("m7 and 12 more")
 
 
-def test_a_name_from_outside_is_escaped_and_cut() -> None:
+def test_a_name_from_outside_is_escaped_and_shortened() -> None:
     refused = unknown("\n\x1b[31m" + "x" * 100_000)
 
     assert refused.message.startswith(r"no model named '\n\x1b[31mxxx")
@@ -71,22 +71,22 @@ def test_a_name_from_outside_is_escaped_and_cut() -> None:
 
 
 @pytest.mark.parametrize("name", [None, "", "default"])
-def test_no_name_is_refused_where_there_are_several_models(name: str | None) -> None:
+def test_a_missing_name_is_refused_with_several_models(name: str | None) -> None:
     assert unknown(name).message == "the request names no model"
     assert unknown(name, models=(), names=ModelNames()).message == "no model is being served"
 
 
-def test_an_alias_or_default_of_a_model_that_is_not_served_says_so() -> None:
+def test_an_alias_or_default_of_an_unserved_model_is_reported() -> None:
     assert unknown("gone").message == "'gone' stands for 'phi-3-mini', which is not served"
     assert unknown("gone").hint.startswith("did you mean phi-3.5-mini")
     assert unknown(None, names=ModelNames(default="big")).message == "'default' stands for 'big', which is not served"
 
 
-def test_an_alias_that_leads_nowhere_is_not_offered_in_its_own_place() -> None:
+def test_a_dangling_alias_does_not_suggest_itself() -> None:
     assert unknown("gone").known == (*MODELS, "fast", "phi:fast", "gpt-4o-mini", "best", "round", "about")
 
 
-def test_aliases_that_go_in_circles_lead_nowhere() -> None:
+def test_cyclic_aliases_resolve_to_nothing() -> None:
     assert unknown("round").name == "round"
 
 
@@ -104,18 +104,18 @@ def test_a_name_is_itself_or_an_alias() -> None:
 
 @pytest.mark.parametrize("name", [None, "", "default"])
 @pytest.mark.parametrize("default", ["fast", "gpt-4o-mini", "phi-3.5-mini", "auto"])
-def test_what_the_default_is_counts_as_asked_for(name: str | None, default: str) -> None:
+def test_the_default_counts_as_the_requested_name(name: str | None, default: str) -> None:
     assert wanted(name, names=msgspec.structs.replace(NAMES, default=default)).meant == default
 
 
-def test_an_alias_of_an_alias_has_the_params_of_both_and_the_outer_ones_win() -> None:
+def test_an_alias_of_an_alias_merges_params_and_the_outer_wins() -> None:
     found = wanted("gpt-4o-mini")
 
     params = {"max_tokens": 200, "temperature": 0.7}
     assert found == ResolvedName(name="gpt-4o-mini", meant="gpt-4o-mini", model="phi-3.5-mini", params=params)
 
 
-def test_an_alias_may_give_params_to_the_model_of_its_own_name() -> None:
+def test_an_alias_may_add_params_to_the_model_of_its_name() -> None:
     names = ModelNames(aliases={"phi-3.5-mini": Alias("phi-3.5-mini", {"temperature": 0.1})})
 
     assert wanted("phi-3.5-mini", names=names).params == {"temperature": 0.1}
@@ -127,7 +127,7 @@ def test_auto_is_a_name_and_may_have_aliases() -> None:
     assert not wanted("fast").auto
 
 
-def test_what_a_request_sets_wins_over_its_alias() -> None:
+def test_the_request_wins_over_its_alias() -> None:
     filled = wanted("phi:fast").filled
 
     assert filled({"temperature": 1.0, "n": 1}) == {"temperature": 1.0, "n": 1, "max_tokens": 200}
@@ -148,37 +148,37 @@ def check(model: str, prompt: int, *, fallbacks: Mapping[str, str] | None = None
     return check_context(model, prompt, replicas=FLEET, fallbacks=fallbacks or {})
 
 
-def test_a_prompt_that_is_too_long_is_refused_with_the_numbers() -> None:
+def test_a_prompt_longer_than_its_context_is_refused_with_the_numbers() -> None:
     refused = check("small", 5000)
 
     assert refused == ContextTooLong(prompt_tokens=5000, contexts={"small": 4096})
     assert refused.message == "the prompt has 5000 tokens; small holds 4096, the answer included"
 
 
-def test_a_prompt_that_no_fallback_holds_is_refused_with_all_numbers() -> None:
+def test_a_prompt_longer_than_every_fallback_is_refused_with_all_numbers() -> None:
     refused = check("small", 20000, fallbacks={"small": "large", "large": "small"})
 
     assert refused == ContextTooLong(prompt_tokens=20000, contexts={"small": 4096, "large": 16384})
 
 
-def test_a_fallback_that_is_not_served_is_no_help() -> None:
+def test_an_unserved_fallback_is_ignored() -> None:
     assert check("small", 5000, fallbacks={"small": "huge"}) == ContextTooLong(
         prompt_tokens=5000, contexts={"small": 4096}
     )
 
 
-def test_a_prompt_that_leaves_no_room_for_an_answer_is_too_long() -> None:
+def test_a_prompt_without_room_for_an_answer_is_too_long() -> None:
     assert isinstance(check("small", 4096), ContextTooLong)
     assert check("small", 4095) == ContextFits(model="small")
 
 
-def test_a_prompt_that_is_too_long_goes_to_the_fallback() -> None:
+def test_a_long_prompt_goes_to_the_fallback() -> None:
     assert check("small", 5000, fallbacks={"small": "large"}) == ContextFits(
         model="large", reason="small holds 4096 tokens, the prompt has 5000"
     )
 
 
-def test_an_engine_that_does_not_tell_its_context_may_hold_anything() -> None:
+def test_an_unknown_context_is_assumed_to_fit() -> None:
     assert check("mute", 10**6) == ContextFits(model="mute")
 
 
@@ -189,20 +189,20 @@ NEW = AutoCandidate(model="new-7b", capability=7.0)
 TINY = AutoCandidate(model="tiny", capability=0.1)
 
 
-def test_no_model_that_holds_the_prompt_is_no_choice() -> None:
+def test_auto_has_no_choice_if_no_context_fits() -> None:
     short = AutoCandidate(model="short", finish_s=1.0, fits_context=False)
 
     assert choose_auto([short], 10.0, 200) == AutoChoice(model=None, reason="auto: the prompt exceeds every context")
     assert choose_auto([], 10.0, 200) == AutoChoice(model=None, reason="auto: no model")
 
 
-def test_when_nothing_is_in_time_the_fastest_is_taken_and_says_by_how_much_it_misses() -> None:
+def test_without_a_model_in_time_auto_takes_the_fastest_and_reports_the_excess() -> None:
     assert choose_auto([PHI, YI], 5.0, 200) == AutoChoice(
         model="yi-coder-1.5b", reason="auto: yi-coder-1.5b, predicted 7.9 s of 5 s, 2.9 s over budget, but the fastest"
     )
 
 
-def test_a_smaller_model_of_unknown_speed_is_tried_when_nothing_known_is_in_time() -> None:
+def test_auto_tries_a_smaller_model_of_unknown_speed_if_none_is_in_time() -> None:
     assert choose_auto([PHI, TINY, NEW, YI], 5.0, 200) == AutoChoice(
         model="tiny",
         reason="auto: tiny, speed unknown but smaller; the fastest known is yi-coder-1.5b, predicted 7.9 s of 5 s",
@@ -210,42 +210,42 @@ def test_a_smaller_model_of_unknown_speed_is_tried_when_nothing_known_is_in_time
 
 
 @pytest.mark.parametrize("new", [NEW, AutoCandidate(model="new"), AutoCandidate(model="yi2", capability=1.5)])
-def test_a_model_of_unknown_speed_that_is_no_smaller_is_not_tried(new: AutoCandidate) -> None:
+def test_auto_skips_a_larger_model_of_unknown_speed(new: AutoCandidate) -> None:
     assert choose_auto([YI, new], 5.0, 200).model == "yi-coder-1.5b"
     assert choose_auto([new, AutoCandidate(model="known", finish_s=9.0)], 5.0, 200).model == "known"
 
 
-def test_when_no_speed_is_known_the_smallest_is_taken() -> None:
+def test_auto_takes_the_smallest_if_no_speed_is_known() -> None:
     assert choose_auto([NEW, TINY], 10.0, None) == AutoChoice(
         model="tiny", reason="auto: tiny, no speed known yet; budget 10 s"
     )
 
 
-def test_the_most_capable_model_in_time_is_taken() -> None:
+def test_auto_takes_the_most_capable_model_in_time() -> None:
     assert choose_auto([LLAMA, YI, PHI], 10.0, None) == AutoChoice(
         model="yi-coder-1.5b",
         reason="auto: yi-coder-1.5b, predicted 7.9 s of 10 s; phi-3.5-mini would take 24.1 s",
     )
 
 
-def test_a_model_that_needs_all_of_the_budget_is_in_time() -> None:
+def test_a_model_that_needs_the_whole_budget_is_in_time() -> None:
     assert choose_auto([LLAMA, YI], 7.9, None).model == "yi-coder-1.5b"
 
 
-def test_a_model_of_unknown_speed_is_passed_over_by_name_when_another_is_in_time() -> None:
+def test_auto_names_a_model_of_unknown_speed_that_it_skips() -> None:
     assert choose_auto([NEW, LLAMA, PHI, YI], 10.0, 200).reason == (
         "auto: yi-coder-1.5b, predicted 7.9 s of 10 s for 200 tokens; the speed of new-7b is unknown; "
         "phi-3.5-mini would take 24.1 s"
     )
 
 
-def test_a_model_that_does_not_hold_the_prompt_is_not_taken() -> None:
+def test_auto_skips_a_model_whose_context_is_too_small() -> None:
     short = AutoCandidate(model="short-70b", capability=70.0, finish_s=1.0, fits_context=False)
 
     assert choose_auto([short, LLAMA], 10.0, 200).model == "llama-3.2-1b"
 
 
-def test_without_a_budget_thirty_seconds_are_aimed_at() -> None:
+def test_without_a_budget_auto_aims_at_30_seconds() -> None:
     assert choose_auto([LLAMA, YI, PHI], None, None) == AutoChoice(
         model="phi-3.5-mini", reason="auto: phi-3.5-mini, predicted 24.1 s of 30 s (no budget given)"
     )
@@ -253,7 +253,7 @@ def test_without_a_budget_thirty_seconds_are_aimed_at() -> None:
     assert choose_auto([slow, AutoCandidate(model="slower", capability=9.0, finish_s=35.0)], None, None).model == "slow"
 
 
-def test_accuracy_counts_when_all_have_it() -> None:
+def test_accuracy_counts_if_all_models_have_it() -> None:
     accurate = AutoCandidate(model="accurate", capability=1.0, accuracy=0.7, finish_s=5.0)
     large = AutoCandidate(model="large", capability=3.0, accuracy=0.6, finish_s=5.0)
     unmeasured = AutoCandidate(model="unmeasured", capability=2.0, finish_s=5.0)
@@ -262,14 +262,14 @@ def test_accuracy_counts_when_all_have_it() -> None:
     assert choose_auto([large, accurate, unmeasured], 10.0, None).model == "large"
 
 
-def test_of_equally_capable_models_the_faster_is_taken() -> None:
+def test_auto_takes_the_faster_of_equally_capable_models() -> None:
     fast, slow = AutoCandidate(model="fast", finish_s=3.0), AutoCandidate(model="slow", finish_s=5.0)
 
     assert choose_auto([slow, fast], 10.0, None) == AutoChoice(model="fast", reason="auto: fast, predicted 3 s of 10 s")
 
 
 @pytest.mark.parametrize("text", ["", "soon", "0", "0s", "-5s", "1e3", "10 h", "nan", "inf", "9" * 400, "1.s", "٣s"])
-def test_a_budget_that_is_no_time_is_refused_in_one_line(text: str) -> None:
+def test_an_invalid_budget_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(ValueError, match="invalid duration '") as refusal:
         parse_budget(text)
 

@@ -11,7 +11,7 @@ def opened(at: float = 0.0) -> Breaker:
     return Breaker().failed(at, weight=FAILURE_LIMIT)
 
 
-def test_three_failures_in_a_row_take_a_replica_out() -> None:
+def test_three_consecutive_failures_open_the_breaker() -> None:
     twice = Breaker().failed(0.0).failed(1.0)
     thrice = twice.failed(2.0)
 
@@ -22,7 +22,7 @@ def test_three_failures_in_a_row_take_a_replica_out() -> None:
     assert thrice.opened_at == 2.0
 
 
-def test_a_refused_connection_takes_it_out_at_once() -> None:
+def test_a_refused_connection_opens_the_breaker_at_once() -> None:
     refused = Breaker().failed(5.0, limit=4, weight=4)
 
     assert not refused.allows(5.0)
@@ -35,7 +35,7 @@ def test_a_late_failure_does_not_extend_the_outage() -> None:
     assert BreakerState.TRIAL is out.state(2.0)
 
 
-def test_a_late_failure_is_not_mistaken_for_the_outcome_of_a_trial() -> None:
+def test_a_late_failure_does_not_end_a_trial() -> None:
     """It was sent before the breaker opened, and timed out while a trial is under way."""
     on_trial = opened(at=10.0).took_trial(12.0)
 
@@ -55,7 +55,7 @@ def test_a_failed_trial_doubles_the_cooldown_up_to_two_minutes() -> None:
     assert cooldowns == [2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 120.0, 120.0, 120.0]
 
 
-def test_only_one_request_at_a_time_is_on_trial() -> None:
+def test_a_trial_allows_one_request_at_a_time() -> None:
     resting = opened()
     on_trial = resting.took_trial(2.0)
 
@@ -64,7 +64,7 @@ def test_only_one_request_at_a_time_is_on_trial() -> None:
     assert not on_trial.allows(100.0)
 
 
-def test_a_trial_without_an_outcome_frees_itself() -> None:
+def test_a_trial_without_an_outcome_expires() -> None:
     on_trial = opened().took_trial(2.0)
 
     assert not on_trial.allows(121.9)
@@ -73,14 +73,14 @@ def test_a_trial_without_an_outcome_frees_itself() -> None:
     assert on_trial.allows(7.0, trial_limit_s=5.0)
 
 
-def test_a_trial_whose_client_left_makes_room_for_another() -> None:
+def test_a_trial_whose_client_disconnects_allows_another() -> None:
     on_trial = opened().took_trial(2.0)
 
     assert on_trial.released_trial().allows(2.1)
     assert on_trial.released_trial(sent_at=2.0).allows(2.1)
 
 
-def test_a_client_that_leaves_an_earlier_request_does_not_end_the_trial() -> None:
+def test_a_disconnect_of_an_earlier_request_does_not_end_the_trial() -> None:
     """One that was sent before the breaker opened, and one whose own trial was given up for this one."""
     on_trial = opened(at=10.0).took_trial(12.0).took_trial(132.0)
 
@@ -90,30 +90,30 @@ def test_a_client_that_leaves_an_earlier_request_does_not_end_the_trial() -> Non
 
 
 @pytest.mark.parametrize("sent_at", [None, 1.0])
-def test_a_client_that_leaves_changes_nothing_where_there_is_no_trial(sent_at: float | None) -> None:
+def test_a_disconnect_outside_a_trial_changes_nothing(sent_at: float | None) -> None:
     for breaker in (Breaker().failed(0.0), opened()):
         assert breaker == breaker.released_trial(sent_at=sent_at)
 
 
-def test_a_failed_trial_leaves_no_trial_behind() -> None:
+def test_a_failed_trial_is_over() -> None:
     again_open = opened().took_trial(2.0).failed(3.0)
 
     assert again_open.allows(7.0)
 
 
 @pytest.mark.parametrize("breaker", [Breaker(), Breaker().failed(0.0), opened()], ids=["new", "failed-once", "open"])
-def test_nothing_is_on_trial_outside_of_trial(breaker: Breaker) -> None:
+def test_took_trial_changes_nothing_outside_a_trial(breaker: Breaker) -> None:
     assert breaker == breaker.took_trial(1.0)
 
 
-def test_the_rest_is_what_is_left_of_the_cooldown() -> None:
+def test_rest_s_is_the_remaining_cooldown() -> None:
     assert Breaker().rest_s(1.0) == 0.0
     assert opened(at=10.0).rest_s(10.5) == 1.5
     assert opened(at=10.0).rest_s(60.0) == 0.0
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_dead_replica_costs_ever_fewer_requests_and_a_revived_one_is_back_within_two_minutes(seed: int) -> None:
+def test_a_dead_replica_costs_few_requests_and_returns_within_two_minutes(seed: int) -> None:
     """A request every few seconds, each failing for an hour; then the board comes back."""
     generator, breaker, now = Random(seed), Breaker(), 0.0
     tried: list[float] = []

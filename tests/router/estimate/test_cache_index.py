@@ -22,11 +22,11 @@ def linked(who: int, windows: int) -> Chain:
 ANN, BOB, EVE = (chain(letters(10, seed)) for seed in (1, 2, 3))
 
 
-def test_nothing_is_cached_where_nothing_was_sent() -> None:
+def test_a_replica_without_requests_has_nothing_cached() -> None:
     assert SlotChoice(0) == CacheIndex().best_slot("pi", SLOTS, ANN, busy=(), now=0.0)
 
 
-def test_a_conversation_finds_its_slot_again() -> None:
+def test_a_conversation_returns_to_its_slot() -> None:
     index = CacheIndex()
     index.store("pi", SLOTS, 0, BOB, 0.0)
     index.store("pi", SLOTS, 1, ANN, 1.0)
@@ -36,14 +36,14 @@ def test_a_conversation_finds_its_slot_again() -> None:
     assert SlotChoice(0) == index.best_slot("elsewhere", SLOTS, more, busy=(), now=2.0)
 
 
-def test_a_new_conversation_takes_the_empty_slot_before_anybodys() -> None:
+def test_a_new_conversation_prefers_an_empty_slot() -> None:
     index = CacheIndex()
     index.store("pi", SLOTS, 0, ANN, 0.0)
 
     assert SlotChoice(1) == index.best_slot("pi", SLOTS, BOB, busy=(), now=1.0)
 
 
-def test_a_new_conversation_takes_the_slot_of_whoever_has_been_away_for_longest() -> None:
+def test_a_new_conversation_takes_the_slot_unused_for_longest() -> None:
     index = CacheIndex()
     index.store("pi", SLOTS, 0, ANN, 500.0)
     index.store("pi", SLOTS, 1, BOB, 0.0)
@@ -54,7 +54,7 @@ def test_a_new_conversation_takes_the_slot_of_whoever_has_been_away_for_longest(
     assert 0 < spot.evicted_chars < 0.2 * BOB.chars
 
 
-def test_a_slot_in_use_is_nobody_elses_and_its_cache_is_told_all_the_same() -> None:
+def test_a_busy_slot_is_not_chosen_but_its_cache_is_reported() -> None:
     index = CacheIndex()
     index.store("pi", SLOTS, 0, ANN, 0.0)
 
@@ -62,7 +62,7 @@ def test_a_slot_in_use_is_nobody_elses_and_its_cache_is_told_all_the_same() -> N
     assert SlotChoice(None, ANN.chars) == index.best_slot("pi", SLOTS, ANN, busy={0, 1}, now=1.0)
 
 
-def test_a_shared_beginning_is_not_worth_somebodys_conversation() -> None:
+def test_a_shared_prefix_does_not_evict_another_conversation() -> None:
     """One window of a system prompt against ten of a conversation that goes on, with an empty slot beside it."""
     index, system = CacheIndex(), letters(1, 7)
     index.store("pi", SLOTS, 0, chain(system + letters(10, 1)), 0.0)
@@ -70,7 +70,7 @@ def test_a_shared_beginning_is_not_worth_somebodys_conversation() -> None:
     assert SlotChoice(1) == index.best_slot("pi", SLOTS, chain(system + letters(2, 2)), busy=(), now=1.0)
 
 
-def test_what_is_lost_is_not_found_again() -> None:
+def test_a_dropped_conversation_is_not_found() -> None:
     index = CacheIndex()
     for slot, held in enumerate((ANN, BOB)):
         index.store("pi", SLOTS, slot, held, 0.0)
@@ -82,7 +82,7 @@ def test_what_is_lost_is_not_found_again() -> None:
     assert index.chars("pi") == 0
 
 
-def test_a_prompt_cache_keeps_more_conversations_than_there_are_slots() -> None:
+def test_a_prompt_cache_holds_more_conversations_than_slots() -> None:
     index, room = CacheIndex(), Capacity(slots=1, host_chars=10_000)
     for held in (ANN, BOB, EVE):
         index.store("pi", room, 0, held, 0.0)
@@ -92,7 +92,7 @@ def test_a_prompt_cache_keeps_more_conversations_than_there_are_slots() -> None:
     ]
 
 
-def test_a_full_prompt_cache_loses_what_was_used_longest_ago() -> None:
+def test_a_full_prompt_cache_evicts_the_least_recently_used() -> None:
     index, room = CacheIndex(), Capacity(slots=1, host_chars=2 * ANN.chars)
     for held in (ANN, BOB, EVE):
         index.store("pi", room, 0, held, 0.0)
@@ -102,7 +102,7 @@ def test_a_full_prompt_cache_loses_what_was_used_longest_ago() -> None:
     ]
 
 
-def test_what_a_prompt_pushes_out_of_the_prompt_cache_is_told_before() -> None:
+def test_the_expected_eviction_from_the_prompt_cache_is_reported() -> None:
     index, room = CacheIndex(), Capacity(slots=1, host_chars=2 * ANN.chars)
     for held in (ANN, BOB):
         index.store("pi", room, 0, held, 0.0)
@@ -111,7 +111,7 @@ def test_what_a_prompt_pushes_out_of_the_prompt_cache_is_told_before() -> None:
     assert 0 < index.best_slot("pi", room, EVE, busy=(), now=1.0).evicted_chars < ANN.chars
 
 
-def test_a_conversation_that_goes_on_is_kept_once() -> None:
+def test_a_continued_conversation_is_stored_once() -> None:
     index, room = CacheIndex(), Capacity(slots=1, host_chars=10_000)
     for windows in (3, 5, 10):
         index.store("pi", room, 0, chain(letters(10, 1)[: windows * WINDOW]), 0.0)
@@ -119,7 +119,7 @@ def test_a_conversation_that_goes_on_is_kept_once() -> None:
     assert index.chars("pi") == 10 * WINDOW
 
 
-def test_the_loss_of_a_slot_takes_nothing_from_the_prompt_cache() -> None:
+def test_dropping_a_slot_keeps_the_prompt_cache() -> None:
     index, room = CacheIndex(), Capacity(slots=1, host_chars=10_000)
     index.store("pi", room, 0, ANN, 0.0)
 
@@ -128,7 +128,7 @@ def test_the_loss_of_a_slot_takes_nothing_from_the_prompt_cache() -> None:
     assert ANN.chars == index.chars("pi")
 
 
-def test_a_prompt_finds_what_it_shares_with_a_conversation_that_it_does_not_go_on() -> None:
+def test_a_prompt_reuses_a_prefix_of_another_conversation() -> None:
     """Two people with the same first three windows."""
     index, room, system = CacheIndex(), Capacity(slots=1, host_chars=100_000), letters(3, 7)
     for seed in range(20):
@@ -137,7 +137,7 @@ def test_a_prompt_finds_what_it_shares_with_a_conversation_that_it_does_not_go_o
     assert index.best_slot("pi", room, chain(system + letters(5, 99)), busy=(), now=1.0) == SlotChoice(0, 3 * WINDOW)
 
 
-def test_short_prompts_without_end_take_no_memory_and_no_time() -> None:
+def test_endless_short_prompts_take_no_memory_and_no_time() -> None:
     index, room = CacheIndex(), Capacity(slots=1, host_chars=10**9)
     for number in range(3000):
         index.store("pi", room, 0, linked(number, 2), float(number))
@@ -149,7 +149,7 @@ def test_short_prompts_without_end_take_no_memory_and_no_time() -> None:
     ]
 
 
-def test_a_replica_that_loses_its_prompt_cache_is_known_by_its_slots() -> None:
+def test_a_replica_without_its_prompt_cache_is_tracked_by_slots() -> None:
     index = CacheIndex()
     index.store("pi", Capacity(slots=1, host_chars=10_000), 0, ANN, 0.0)
     index.store("pi", SLOTS, 1, BOB, 0.0)

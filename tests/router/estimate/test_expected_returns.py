@@ -34,12 +34,12 @@ def board(*, cached_tokens: float = 0.0, expected_returns: float = 0.0) -> Repli
 
 
 @pytest.mark.parametrize("room", [SLOTS, CACHE])
-def test_most_of_those_who_were_just_answered_are_expected_back(room: Capacity) -> None:
+def test_most_just_answered_conversations_are_expected_to_return(room: Capacity) -> None:
     assert pytest.approx(left(room).expected_returns("pi", busy=(), current=(), now=0.0)) == 0.75 * 3
 
 
 @pytest.mark.parametrize("room", [SLOTS, CACHE])
-def test_who_has_been_away_for_long_is_not_expected_back(room: Capacity) -> None:
+def test_long_idle_conversations_are_not_expected_to_return(room: Capacity) -> None:
     index = left(room)
 
     assert index.expected_returns("pi", busy=(), current=(), now=240.0) < 0.5 * 3
@@ -47,30 +47,30 @@ def test_who_has_been_away_for_long_is_not_expected_back(room: Capacity) -> None
 
 
 @pytest.mark.parametrize("room", [SLOTS, CACHE])
-def test_who_is_back_is_not_awaited_any_more(room: Capacity) -> None:
+def test_a_returned_conversation_is_no_longer_expected(room: Capacity) -> None:
     back = chain(TEXTS[0] + "and what else?")
 
     assert pytest.approx(left(room).expected_returns("pi", busy=(), current=[back], now=0.0)) == 0.75 * 2
 
 
-def test_what_is_being_overwritten_is_not_awaited() -> None:
+def test_a_conversation_being_evicted_is_not_expected() -> None:
     assert pytest.approx(left(SLOTS).expected_returns("pi", busy=[1], current=(), now=0.0)) == 0.75 * 2
 
 
-def test_a_long_prompt_keeps_away_from_a_board_that_many_will_come_back_to() -> None:
+def test_a_long_prompt_avoids_a_board_with_many_expected_returns() -> None:
     """Ten seconds of computing, and with a mean of 60 s a sixth of four come meanwhile and wait for half of it."""
     found = estimate(ASK, board(expected_returns=4.0))
 
     assert pytest.approx(found.interference_s, rel=0.01) == 4 * 0.1535 * 5
 
 
-def test_a_short_prompt_does_not_care_who_comes_back() -> None:
+def test_a_short_prompt_ignores_expected_returns() -> None:
     short = Demand(prompt_tokens=20, answer_tokens=150, conversation=1)
 
     assert estimate(short, board(expected_returns=4.0)).interference_s < 0.01
 
 
-def test_a_conversation_stays_with_its_cache_beside_streams_that_decode() -> None:
+def test_a_conversation_stays_with_its_cache_beside_decoding_streams() -> None:
     """It would slow others down elsewhere as well."""
     beside = (PendingWork(0.0, 150.0), PendingWork(0.0, 150.0), PendingWork(0.0, 150.0))
     busy = msgspec.structs.replace(

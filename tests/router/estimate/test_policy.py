@@ -31,7 +31,7 @@ def board(name: str = "a", *, slots: int = 2, state: State = State.READY, **fiel
     )
 
 
-def test_a_free_board_costs_what_has_to_be_read() -> None:
+def test_a_free_board_costs_its_uncached_tokens() -> None:
     found = estimate(ASK, board(cached_tokens=400.0))
 
     assert (found.wait_s, found.prefill_s, found.ttft_s, found.interference_s, found.eviction_s) == (
@@ -43,36 +43,36 @@ def test_a_free_board_costs_what_has_to_be_read() -> None:
     )
 
 
-def test_a_prompt_that_is_cached_whole_is_still_asked_for_its_last_token() -> None:
+def test_a_fully_cached_prompt_still_costs_one_token() -> None:
     assert estimate(ASK, board(cached_tokens=500.0)).prefill_s == 1 / 50
 
 
-def test_a_cache_that_is_overwritten_costs_what_it_takes_to_read_it_again() -> None:
+def test_an_eviction_costs_the_prefill_to_restore_it() -> None:
     assert estimate(ASK, board(evicted_tokens=250.0)).eviction_s == 5.0
 
 
-def test_prompts_that_are_read_before_ours_are_waited_for() -> None:
+def test_earlier_prefills_delay_a_prompt() -> None:
     """300 tokens are 6 s, then our 500 are 10 s."""
     found = estimate(ASK, board(running=(PendingWork(300.0, 100.0),)))
 
     assert (found.wait_s, found.prefill_s) == (0.0, 16.0)
 
 
-def test_streams_that_stand_still_meanwhile_count_half_and_no_longer_than_they_last() -> None:
+def test_stalled_streams_count_half_and_only_until_they_end() -> None:
     """10 s of ours; one has 100 tokens left (10 s alone), the other 20 (2 s). Slower by 0.05 s for 120 tokens."""
     found = estimate(ASK, board(slots=4, running=(PendingWork(0.0, 100.0), PendingWork(0.0, 20.0))))
 
     assert found.interference_s == pytest.approx(0.5 * (10 + 2) + 0.05 * 120 * 0.05)
 
 
-def test_a_full_board_is_free_when_the_first_of_its_streams_ends() -> None:
+def test_a_full_board_is_free_when_its_first_stream_ends() -> None:
     """Two streams take 0.15 s a token; the second one's prompt is read before, in 1 s."""
     assert free_in_s(board(running=(PendingWork(0.0, 100.0), PendingWork(50.0, 20.0)))) == pytest.approx(
         1.0 + 20 * 0.15
     )
 
 
-def test_who_waits_there_before_us_goes_first() -> None:
+def test_earlier_queued_requests_go_first() -> None:
     """After 3 s one takes the slot for 1 s of reading and 10 tokens; the other slot is free before that."""
     running = (PendingWork(0.0, 100.0), PendingWork(0.0, 20.0))
     waiting = (PendingWork(50.0, 10.0),)
@@ -80,13 +80,13 @@ def test_who_waits_there_before_us_goes_first() -> None:
     assert free_in_s(board(running=running, reserved=waiting)) == pytest.approx(3.0 + 1.0 + 10 * 0.15)
 
 
-def test_a_cold_board_is_free_once_it_has_loaded() -> None:
+def test_a_cold_board_is_free_once_loaded() -> None:
     found = estimate(ASK, board(state=State.COLD, ready_in_s=20.0))
 
     assert (found.wait_s, found.ttft_s) == (20.0, 30.0)
 
 
-def test_a_conversation_waits_for_its_cache_rather_than_be_read_again_elsewhere() -> None:
+def test_a_conversation_waits_for_its_cache_rather_than_recompute() -> None:
     """A second here, ten there; and where it would take twenty, it goes there."""
     for left, chosen in ((5.0, "a"), (200.0, "b")):
         home = board("a", slots=1, slot=None, cached_tokens=450.0, running=(PendingWork(0.0, left),))
@@ -95,7 +95,7 @@ def test_a_conversation_waits_for_its_cache_rather_than_be_read_again_elsewhere(
         assert (placement.view.replica.id, placement.immediate) == (chosen, chosen == "b")
 
 
-def test_equal_boards_are_chosen_among_by_the_conversation_alone() -> None:
+def test_equal_boards_are_chosen_by_the_conversation_hash() -> None:
     """So that two gateways that see the same fleet agree."""
     views = [board(name) for name in "abcd"]
 
@@ -108,7 +108,7 @@ def test_equal_boards_are_chosen_among_by_the_conversation_alone() -> None:
     assert all(chosen(head, views) == chosen(head, views[::-1]) for head in range(50))
 
 
-def test_least_busy_looks_at_streams_for_slots_and_at_nothing_else() -> None:
+def test_least_busy_compares_only_streams_per_slot() -> None:
     full_of_cache = board("a", cached_tokens=500.0, running=(PendingWork(0.0, 1.0),))
 
     placement = LeastBusy().choose(ASK, [full_of_cache, board("b", slots=4, running=(PendingWork(0.0, 900.0),))])
@@ -117,7 +117,7 @@ def test_least_busy_looks_at_streams_for_slots_and_at_nothing_else() -> None:
     assert placement.view.replica.id == "b"
 
 
-def test_round_robin_goes_on_behind_the_last_one_that_was_taken() -> None:
+def test_round_robin_continues_after_the_last_replica() -> None:
     strategy, order = RoundRobin(), []
     for _ in range(5):
         placement = strategy.choose(ASK, [board("c"), board("a"), board("b")])
@@ -128,7 +128,7 @@ def test_round_robin_goes_on_behind_the_last_one_that_was_taken() -> None:
     assert order == ["a", "b", "c", "a", "b"]
 
 
-def test_round_robin_leaves_out_who_has_no_slot() -> None:
+def test_round_robin_skips_replicas_without_a_free_slot() -> None:
     busy = board("a", slots=1, slot=None, running=(PendingWork(0.0, 9.0),))
 
     placement = RoundRobin().choose(ASK, [busy, board("b")])
@@ -138,5 +138,5 @@ def test_round_robin_leaves_out_who_has_no_slot() -> None:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_where_nobody_is_usable_nobody_is_chosen(name: str) -> None:
+def test_no_usable_replica_means_no_placement(name: str) -> None:
     assert STRATEGIES[name]().choose(ASK, [board(state=State.DOWN), board("b", state=State.DRAINING)]) is None

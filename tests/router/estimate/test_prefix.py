@@ -21,29 +21,29 @@ def test_texts_that_differ_in_their_first_character_share_nothing() -> None:
 
 
 @pytest.mark.parametrize("same", [0, 1, 63, 64, 65, 300, 640])
-def test_what_is_shared_is_counted_in_whole_windows(same: int) -> None:
+def test_shared_prefixes_are_counted_in_whole_windows(same: int) -> None:
     text = letters(10, 1)
     other = text[:same] + letters(10, 2)
 
     assert same // WINDOW * WINDOW == chain(text).shared(chain(other)) == chain(other).shared(chain(text))
 
 
-def test_a_letter_beyond_ascii_changes_nothing_of_what_stands_before_it() -> None:
+def test_a_non_ascii_letter_does_not_change_the_prefix_before_it() -> None:
     text = letters(10, 1)
 
     assert chain(text).shared(chain(text + "ü" * WINDOW)) == 10 * WINDOW
 
 
-def test_a_text_shorter_than_a_window_has_no_links_and_still_a_head() -> None:
+def test_a_text_shorter_than_a_window_has_a_head_but_no_links() -> None:
     assert Chain((), 5) == chain("short")
     assert chain("short").head == chain("trust").head != chain("longer").head
 
 
-def test_text_that_no_encoder_takes_has_a_chain_too() -> None:
+def test_unencodable_text_has_a_chain() -> None:
     assert len(chain("\ud800" * 2 * WINDOW).links) == 2
 
 
-def test_gateways_agree_on_a_replica_without_talking() -> None:
+def test_gateways_agree_on_a_replica_without_communication() -> None:
     names = [f"pi-{number}" for number in range(4)]
 
     assert {rendezvous(7, names)} == {rendezvous(7, list(reversed(names))) for _ in range(3)}
@@ -59,7 +59,7 @@ def test_heads_are_spread_over_replicas_and_stay_when_another_leaves() -> None:
     assert all(after[head] == name for head, name in before.items() if name != "pi-3")
 
 
-def test_boards_are_preferred_equally_however_alike_their_names_are() -> None:
+def test_similar_names_are_chosen_equally_often() -> None:
     names = [f"10.0.0.{number}:8080" for number in (11, 12, 13, 14)]
     preferred = [rendezvous(head, names) for head in range(4000)]
 

@@ -61,7 +61,7 @@ def decoded(*seen: tuple[float, float], tokens: int = 101) -> RateBook:
     return book
 
 
-def test_nothing_is_known_of_a_replica_that_nobody_measured() -> None:
+def test_an_unmeasured_replica_has_no_rates() -> None:
     book = RateBook()
 
     assert book.prefill_tps(UNKNOWN) is None
@@ -70,7 +70,7 @@ def test_nothing_is_known_of_a_replica_that_nobody_measured() -> None:
     assert book.trust("a") == 1.0
 
 
-def test_an_empty_account_teaches_nothing() -> None:
+def test_empty_timings_teach_nothing() -> None:
     """A server that sends zeros has not told anything; least of all that it is infinitely fast."""
     book = RateBook()
     observe(book, prompt_n=100, prompt_ms=0.0, predicted_n=100, predicted_ms=0.0, cache_n=None, prompt_chars=400)
@@ -85,7 +85,7 @@ def test_a_source_without_a_rate_is_unknown() -> None:
     assert RateBook().source(Replica(id="a", url="", model="m", rates=Rates(source="settings"))) == "unknown"
 
 
-def test_a_profile_holds_until_something_was_learned() -> None:
+def test_a_profile_applies_until_rates_are_learned() -> None:
     book = RateBook()
 
     assert book.prefill_tps(PROFILED) == 50.0
@@ -98,7 +98,7 @@ def test_a_profile_holds_until_something_was_learned() -> None:
     assert book.source(PROFILED) == "learned"
 
 
-def test_a_replica_that_changed_its_model_is_learned_anew() -> None:
+def test_a_replica_with_another_model_is_learned_anew() -> None:
     book = prefilled((100, 20.0, True))
     assert book.prefill_tps(Replica(id="a", url="", model="other")) is None
 
@@ -107,7 +107,7 @@ def test_a_replica_that_changed_its_model_is_learned_anew() -> None:
     assert book.prefill_tps(UNKNOWN) is None
 
 
-def test_a_short_prompt_says_nothing_of_prefill() -> None:
+def test_a_short_prompt_does_not_change_the_prefill_rate() -> None:
     assert prefilled((15, 1.0, True)).prefill_tps(UNKNOWN) is None
     assert prefilled((16, 1.0, True)).prefill_tps(UNKNOWN) == 1.0
 
@@ -117,14 +117,14 @@ def test_the_prefill_rate_is_a_sum_over_a_sum() -> None:
     assert prefilled((1000, 100.0, True), (100, 20.0, True)).prefill_tps(UNKNOWN) == pytest.approx(1000 / 14)
 
 
-def test_a_request_among_others_counts_only_if_it_was_faster() -> None:
+def test_a_request_beside_others_counts_only_if_faster() -> None:
     believed = prefilled((100, 50.0, True))
     for rate, expected in [(20.0, 50.0), (100.0, 190 / 2.8)]:
         observe(believed, prompt_n=100, prompt_ms=100_000 / rate, alone=False)
         assert believed.prefill_tps(UNKNOWN) == pytest.approx(expected)
 
 
-def test_a_request_among_others_is_a_lower_bound_until_one_is_alone() -> None:
+def test_a_request_beside_others_is_a_lower_bound_until_one_runs_alone() -> None:
     book = prefilled((100, 20.0, False), (100, 60.0, False), (100, 40.0, False))
     assert book.prefill_tps(UNKNOWN) == 60.0
     assert book.prefill_tps(PROFILED) == 60.0
@@ -134,25 +134,25 @@ def test_a_request_among_others_is_a_lower_bound_until_one_is_alone() -> None:
     assert book.prefill_tps(UNKNOWN) == 40.0
 
 
-def test_a_board_that_throttles_is_believed_after_some_requests() -> None:
+def test_a_throttling_board_shows_after_some_requests() -> None:
     book = prefilled(*[(500, 80.0, True)] * 50, *[(500, 40.0, True)] * 15)
 
     assert book.prefill_tps(UNKNOWN) == pytest.approx(40.0, rel=0.15)
 
 
-def test_a_short_answer_says_nothing_of_decode() -> None:
+def test_a_short_answer_does_not_change_the_decode_step() -> None:
     assert decoded((1.0, 0.1), tokens=7).decode_step_s(UNKNOWN, 1) is None
     assert decoded((1.0, 0.1), tokens=8).decode_step_s(UNKNOWN, 1) == pytest.approx(0.1)
 
 
-def test_steps_of_other_numbers_of_streams_are_filled_in_from_the_nearest() -> None:
+def test_missing_steps_are_interpolated_from_the_nearest() -> None:
     """Seen with two streams at 0.3 s, so 0.2 s alone, as each further one costs half of that."""
     book = decoded((2.0, 0.3))
 
     assert [book.decode_step_s(UNKNOWN, streams) for streams in (0, 1, 2, 3)] == pytest.approx([0.2, 0.2, 0.3, 0.4])
 
 
-def test_the_slowdown_is_taken_from_what_was_seen() -> None:
+def test_the_slowdown_is_fitted_to_observations() -> None:
     """0.1 s alone and 0.14 s with three: each further stream adds a fifth."""
     book = decoded((1.0, 0.1), (3.0, 0.14))
 
@@ -162,27 +162,27 @@ def test_the_slowdown_is_taken_from_what_was_seen() -> None:
     assert steps.slowdown == pytest.approx(0.2)
 
 
-def test_more_streams_are_never_taken_to_be_faster() -> None:
+def test_more_streams_are_never_predicted_to_be_faster() -> None:
     """Noise had the step of two streams below that of one."""
     book = decoded((1.0, 0.11), (2.0, 0.10))
 
     assert book.decode_step_s(UNKNOWN, 4) == pytest.approx(0.10)
 
 
-def test_steps_that_make_no_line_leave_the_expected_slowdown() -> None:
+def test_steps_without_a_line_keep_the_expected_slowdown() -> None:
     """A line through these would have a step of less than nothing for one stream."""
     book = decoded((2.0, 0.1), (3.0, 1.0))
 
     assert book.decode_step_s(UNKNOWN, 1) == pytest.approx(0.1 / 1.5)
 
 
-def test_a_step_between_two_numbers_of_streams_is_carried_to_the_nearer_one() -> None:
+def test_a_step_between_two_stream_counts_moves_to_the_nearer() -> None:
     """1.4 streams took 0.24 s, so one takes 0.2 s."""
     assert decoded((1.4, 0.24)).decode_step_s(UNKNOWN, 1) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_true_speed_of_a_board_is_found_whatever_the_load(seed: int) -> None:
+def test_the_true_speed_is_learned_under_any_load(seed: int) -> None:
     """Steps of 0.08 s that grow by 30 % a stream, with 10 % noise and loads that are never whole."""
     generator, book = Random(seed), RateBook()
     for _ in range(400):
@@ -194,11 +194,11 @@ def test_the_true_speed_of_a_board_is_found_whatever_the_load(seed: int) -> None
         assert book.decode_step_s(UNKNOWN, streams) == pytest.approx(0.08 * (1 + 0.3 * (streams - 1)), rel=0.1)
 
 
-def test_answers_are_taken_to_have_200_tokens_at_first() -> None:
+def test_answers_are_expected_to_have_200_tokens_at_first() -> None:
     assert RateBook().answer_tokens("m") == 200.0
 
 
-def test_a_cut_answer_would_have_been_longer() -> None:
+def test_a_capped_answer_raises_the_expected_length() -> None:
     """Its tokens count, its end does not: (200 + 100) tokens over one end."""
     cut, whole = RateBook(), RateBook()
     observe(cut, predicted_n=100, capped=True)
@@ -210,7 +210,7 @@ def test_a_cut_answer_would_have_been_longer() -> None:
 
 @pytest.mark.parametrize("cap", [50, 400])
 @pytest.mark.parametrize("mean", [60.0, 300.0])
-def test_the_length_of_answers_is_found_although_most_are_cut(mean: float, cap: int) -> None:
+def test_the_answer_length_is_learned_although_most_are_capped(mean: float, cap: int) -> None:
     """Exponential lengths, the model of the estimate; the mean over many streams of them is right to 15 %."""
     estimates = []
     for seed in range(20):
@@ -223,7 +223,7 @@ def test_the_length_of_answers_is_found_although_most_are_cut(mean: float, cap: 
     assert sum(estimates) / len(estimates) == pytest.approx(mean, rel=0.15)
 
 
-def test_characters_per_token_count_those_from_the_cache() -> None:
+def test_characters_per_token_include_cached_tokens() -> None:
     book = RateBook()
     for _ in range(200):
         observe(book, prompt_n=50, cache_n=150, prompt_chars=500)
@@ -231,7 +231,7 @@ def test_characters_per_token_count_those_from_the_cache() -> None:
     assert book.chars_per_token("m") == pytest.approx(2.5, rel=0.05)
 
 
-def test_a_cache_that_never_works_loses_its_trust() -> None:
+def test_a_cache_that_never_works_loses_trust() -> None:
     book = RateBook()
     trusts = []
     for _ in range(8):
@@ -243,14 +243,14 @@ def test_a_cache_that_never_works_loses_its_trust() -> None:
     assert trusts[-1] < 0.15
 
 
-def test_a_cache_that_works_better_than_expected_is_no_more_than_trusted() -> None:
+def test_trust_never_exceeds_one() -> None:
     book = RateBook()
     observe(book, predicted_cached=100.0, cache_n=900)
 
     assert book.trust("a") == 1.0
 
 
-def test_small_predictions_and_silent_engines_do_not_change_the_trust() -> None:
+def test_small_predictions_and_missing_reports_do_not_change_trust() -> None:
     book = RateBook()
     observe(book, predicted_cached=31.0, cache_n=0)
     observe(book, predicted_cached=500.0, cache_n=None)
@@ -258,7 +258,7 @@ def test_small_predictions_and_silent_engines_do_not_change_the_trust() -> None:
     assert book.trust("a") == 1.0
 
 
-def test_a_cache_that_works_again_is_trusted_again() -> None:
+def test_a_cache_that_works_again_regains_trust() -> None:
     book = RateBook()
     for cached in [0] * 20 + [500] * 20:
         observe(book, predicted_cached=500.0, cache_n=cached)
@@ -266,7 +266,7 @@ def test_a_cache_that_works_again_is_trusted_again() -> None:
     assert book.trust("a") > 0.85
 
 
-def test_one_request_teaches_of_the_replica_and_of_its_model() -> None:
+def test_one_request_teaches_about_replica_and_model() -> None:
     book = RateBook()
     observe(book, prompt_n=100, prompt_ms=2000.0, predicted_n=11, predicted_ms=1000.0, capped=False)
 
@@ -275,7 +275,7 @@ def test_one_request_teaches_of_the_replica_and_of_its_model() -> None:
     assert book.answer_tokens("m") == pytest.approx(105.5)
 
 
-def test_of_many_boards_the_last_ones_are_remembered() -> None:
+def test_the_most_recent_replicas_are_remembered() -> None:
     book = RateBook()
     for number in range(1100):
         timings = Timings(prompt_n=100, prompt_ms=1000.0, predicted_n=1, predicted_ms=0.0)

@@ -20,7 +20,7 @@ def linked(who: int, windows: int) -> Chain:
     return Chain(tuple(1000 * who + number for number in range(windows)), windows * WINDOW)
 
 
-def test_who_was_just_here_is_likelier_back_than_who_has_been_away() -> None:
+def test_the_probability_of_a_return_falls_with_age() -> None:
     likely = [ReuseModel().probability(age) for age in (0, 60, 300, 3600)]
 
     assert sorted(likely, reverse=True) == likely
@@ -29,7 +29,7 @@ def test_who_was_just_here_is_likelier_back_than_who_has_been_away() -> None:
 
 
 @pytest.mark.parametrize(("share", "mean_gap_s"), [(0.5, 20.0), (0.9, 20.0), (0.9, 300.0)])
-def test_it_is_learned_how_many_come_back_and_when(share: float, mean_gap_s: float) -> None:
+def test_share_and_pause_of_returns_are_learned(share: float, mean_gap_s: float) -> None:
     """Exponential pauses; each conversation ends after an answer with a known chance, and another one begins."""
     generator, returns = Random(0), ReuseModel()
     turns = [(generator.expovariate(1 / mean_gap_s), who, 2) for who in range(20)]
@@ -45,7 +45,7 @@ def test_it_is_learned_how_many_come_back_and_when(share: float, mean_gap_s: flo
     assert returns.probability(0.0) == pytest.approx(share, abs=0.1)
 
 
-def test_a_client_that_strips_an_answer_is_recognised_all_the_same() -> None:
+def test_a_client_that_strips_answers_is_recognised() -> None:
     """What the last window held has changed then; the one before it has not."""
     returns, text = ReuseModel(), letters(10, 1)
     returns.answered(chain(text), 0.0)
@@ -56,7 +56,7 @@ def test_a_client_that_strips_an_answer_is_recognised_all_the_same() -> None:
     assert returns.mean_gap_s > before
 
 
-def test_what_is_remembered_of_answers_is_bounded() -> None:
+def test_remembered_answers_are_bounded() -> None:
     returns = ReuseModel()
     for number in range(5000):
         returns.answered(chain(letters(3, number)), 0.0)

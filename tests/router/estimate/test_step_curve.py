@@ -5,14 +5,14 @@ import pytest
 from promptai.router.estimate.step_curve import StepCurve, grid_point
 
 
-def test_one_number_that_was_seen_tells_all_along_the_slowdown() -> None:
+def test_one_observation_extends_along_the_slowdown() -> None:
     """Two streams at 0.3 s: 0.2 s alone, as each further one costs half of that."""
     steps = StepCurve.between({2: 0.3}, 0.5)
 
     assert [steps.at(streams) for streams in (0, 1, 2, 3, 9)] == pytest.approx([0.2, 0.2, 0.3, 0.4, 1.0])
 
 
-def test_what_was_not_seen_is_filled_in_from_the_nearest_that_was() -> None:
+def test_missing_numbers_follow_the_nearest_observation() -> None:
     """Without a slowdown each stands for its neighbours, and half-way is the mean of both."""
     steps = StepCurve.between({2: 0.2, 6: 0.5, 9: 0.8}, 0.0)
 
@@ -21,13 +21,13 @@ def test_what_was_not_seen_is_filled_in_from_the_nearest_that_was() -> None:
     assert found == pytest.approx([0.2, 0.2, 0.2, 0.35, 0.5, 0.5, 0.5, 0.8, 0.8, 0.8, 0.8])
 
 
-def test_neighbours_have_nobody_between_them() -> None:
+def test_adjacent_observations_have_no_piece_between_them() -> None:
     steps = StepCurve.between({1: 0.1, 2: 0.3, 3: 0.2}, 0.0)
 
     assert [steps.at(streams) for streams in (1, 2, 3, 4)] == pytest.approx([0.1, 0.3, 0.2, 0.2])
 
 
-def test_the_longest_is_never_less_than_with_fewer_streams() -> None:
+def test_the_longest_step_never_falls_with_more_streams() -> None:
     steps = StepCurve.between({1: 0.1, 2: 0.3, 3: 0.2, 7: 0.25}, 0.1)
 
     longest = [steps.longest(streams) for streams in range(12)]
@@ -36,11 +36,11 @@ def test_the_longest_is_never_less_than_with_fewer_streams() -> None:
     assert longest[1:] == pytest.approx([max(steps.at(n) for n in range(1, most + 1)) for most in range(1, 12)])
 
 
-def test_flat_is_the_same_for_any_number() -> None:
+def test_flat_is_constant() -> None:
     assert {StepCurve.flat(0.1).longest(streams) for streams in (0, 1, 5, 500)} == {0.1}
 
 
-def test_few_streams_are_kept_one_by_one_and_many_by_their_size() -> None:
+def test_few_streams_are_exact_and_many_are_on_a_grid() -> None:
     """A server with 256 slots is not remembered 256 times."""
     assert [grid_point(streams) for streams in (0.2, 1.0, 1.4, 1.6, 7.4, 8.0, 9.0, 10.0)] == [1, 1, 1, 2, 7, 8, 10, 10]
     assert len({grid_point(streams) for streams in range(1, 257)}) < 25

@@ -29,7 +29,7 @@ from support_routed import (
 from support_serve import World
 
 
-def test_a_killed_board_is_out_at_once_and_its_requests_are_elsewhere() -> None:
+def test_a_killed_board_is_avoided_at_once_and_its_requests_move() -> None:
     async def play() -> tuple[list[Got], BreakerState]:
         async with world().running() as running:
             admitted_requests = [
@@ -51,7 +51,7 @@ def test_a_killed_board_is_out_at_once_and_its_requests_are_elsewhere() -> None:
         assert undisturbed(chat(messages=[{"role": "user", "content": f"Site {number}?"}])).text == one.text
 
 
-def test_the_only_board_comes_back_after_5_seconds_and_finishes() -> None:
+def test_the_only_board_returns_after_5_seconds_and_completes_the_answer() -> None:
     async def play() -> Got:
         async with world("one").running() as running:
 
@@ -73,7 +73,7 @@ def test_the_only_board_comes_back_after_5_seconds_and_finishes() -> None:
     assert 5 < got.took_s < 10
 
 
-def test_it_is_found_again_even_if_nobody_tells_that_it_is_back() -> None:
+def test_a_board_is_used_again_without_notification() -> None:
     async def play() -> Got:
         async with world("one").running() as running:
 
@@ -89,7 +89,7 @@ def test_it_is_found_again_even_if_nobody_tells_that_it_is_back() -> None:
 
 @pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("after", [0, 6])
-def test_where_every_board_is_dead_it_ends_in_an_error_within_the_outage(*, told: bool, after: int) -> None:
+def test_all_boards_dead_is_an_error_within_the_outage_limit(*, told: bool, after: int) -> None:
     async def play() -> Got:
         async with world(limits=QueueLimits(outage_s=30)).running() as running:
             admitted = accept(running, chat())
@@ -115,7 +115,7 @@ def test_where_every_board_is_dead_it_ends_in_an_error_within_the_outage(*, told
     assert got.took_s < 60
 
 
-def test_no_silence_is_waited_out_for_ever_even_of_a_board_that_nobody_knows() -> None:
+def test_silence_has_a_limit_even_without_known_rates() -> None:
     async def play() -> Got:
         async with world("one", known_rates=False).running() as running:
             admitted = accept(running, chat())
@@ -128,7 +128,7 @@ def test_no_silence_is_waited_out_for_ever_even_of_a_board_that_nobody_knows() -
     assert got.took_s < FOR_EVER_S / 4
 
 
-def test_it_is_sent_no_more_often_than_it_may_be() -> None:
+def test_attempts_are_limited() -> None:
     async def play() -> Got:
         async with world("one", "two", "three").running() as running:
             for name in ("one", "two", "three"):
@@ -146,7 +146,7 @@ def test_it_is_sent_no_more_often_than_it_may_be() -> None:
 
 
 @pytest.mark.parametrize("names", [("one",), ("one", "two")])
-def test_boards_that_all_refuse_are_asked_again_after_a_pause(names: tuple[str, ...]) -> None:
+def test_refusing_boards_are_tried_again_after_a_pause(names: tuple[str, ...]) -> None:
     """All attempts within milliseconds find what the first one found."""
 
     async def play() -> Got:
@@ -172,7 +172,7 @@ async def _alone() -> Got:
         return await hear(accept(running, chat()))
 
 
-def test_a_board_that_never_stops_refusing_is_asked_four_times_with_growing_pauses() -> None:
+def test_a_refusing_board_gets_four_attempts_with_growing_pauses() -> None:
     async def play() -> Got:
         async with world("one").running() as running:
             arm(running, "one", "refuse", 0, times=None)
@@ -187,7 +187,7 @@ def test_a_board_that_never_stops_refusing_is_asked_four_times_with_growing_paus
     assert pauses == pytest.approx([0.25, 0.5, 2.0], abs=0.05)  # then it is out, for as long as a breaker's first rest
 
 
-def test_while_it_pauses_a_board_that_comes_is_taken_at_once() -> None:
+def test_a_new_board_is_used_at_once_during_a_pause() -> None:
     async def play() -> Got:
         async with world("one", "two").running() as running:
             running.source.fail("two")
@@ -202,7 +202,7 @@ def test_while_it_pauses_a_board_that_comes_is_taken_at_once() -> None:
     assert got.routed.leases[1].started_at - got.routed.leases[0].started_at == pytest.approx(0.1, abs=0.05)
 
 
-def test_whoever_pauses_counts_as_queued_and_holds_no_slot() -> None:
+def test_a_pausing_request_is_queued_and_holds_no_slot() -> None:
     async def play() -> tuple[str, int]:
         async with world("one").running() as running:
             arm(running, "one", "refuse", 0, times=1)
@@ -231,7 +231,7 @@ def begin(running: World, body: dict[str, Any]) -> asyncio.Task[Got]:
     return asyncio.create_task(hear(accept(running, body)))
 
 
-def test_a_prompt_that_only_a_dead_board_could_hold_does_not_wait_because_others_are_served() -> None:
+def test_a_prompt_that_fits_only_a_dead_board_fails() -> None:
     async def play() -> tuple[list[Got], list[Got]]:
         async with mixed().running() as running:
             before = begin(running, long_chat(max_tokens=5))
@@ -252,7 +252,7 @@ def test_a_prompt_that_only_a_dead_board_could_hold_does_not_wait_because_others
     assert "small: context too small for this prompt" in str(waited[0].error)
 
 
-def test_who_can_be_served_is_not_sent_away_with_those_who_cannot() -> None:
+def test_servable_requests_are_not_rejected_with_unservable_ones() -> None:
     """The one board is gone; for the other one somebody waits behind all who wait for the first."""
 
     async def play() -> tuple[list[Got], Got]:
@@ -275,7 +275,7 @@ def test_who_can_be_served_is_not_sent_away_with_those_who_cannot() -> None:
     assert short.took_s > 40
 
 
-def test_whoever_pauses_longer_than_an_outage_is_served_afterwards() -> None:
+def test_a_pause_longer_than_the_outage_limit_ends_in_service() -> None:
     async def play() -> float:
         async with world("one", limits=QueueLimits(outage_s=30)).running() as running:
             route_request = accept(running, chat()).routed.route_request
@@ -287,7 +287,7 @@ def test_whoever_pauses_longer_than_an_outage_is_served_afterwards() -> None:
     assert run_virtually(play()) == pytest.approx(50.0, abs=0.1)
 
 
-def test_an_outage_begins_anew_once_the_board_was_back() -> None:
+def test_the_outage_restarts_after_a_recovery() -> None:
     async def play() -> Got:
         async with world("one", config=msgspec.structs.replace(PACE, slots=1)).running() as running:
             before = begin(running, chat(max_tokens=500))
@@ -310,7 +310,7 @@ def test_an_outage_begins_anew_once_the_board_was_back() -> None:
 
 
 @pytest.mark.parametrize(("names", "status"), [(("one", "two"), 400), (("one",), 500)], ids=["two", "one"])
-def test_a_request_that_every_engine_objects_to_takes_no_board_out(names: tuple[str, ...], status: int) -> None:
+def test_a_request_that_all_engines_object_to_opens_no_breaker(names: tuple[str, ...], status: int) -> None:
     """In the stream, of a grammar that allows nothing. Of one board alone nobody knows whose fault it is."""
 
     async def play() -> tuple[Got, set[BreakerState], Got]:
@@ -330,7 +330,7 @@ def test_a_request_that_every_engine_objects_to_takes_no_board_out(names: tuple[
     assert other.error is None
 
 
-def test_each_board_rests_as_long_as_it_asked_for() -> None:
+def test_each_board_pauses_for_its_retry_after() -> None:
     """And not the shorter time of the one that failed after it."""
 
     async def play() -> dict[str, float]:
@@ -347,7 +347,7 @@ def test_each_board_rests_as_long_as_it_asked_for() -> None:
 
 
 @pytest.mark.parametrize("after", [0, 6])
-def test_what_one_engine_objects_to_and_another_answers_is_held_against_the_first(after: int) -> None:
+def test_an_objection_counts_as_failure_if_another_engine_answers(after: int) -> None:
     async def play() -> tuple[Got, int]:
         async with world().running() as running:
             admitted = accept(running, chat())
@@ -361,7 +361,7 @@ def test_what_one_engine_objects_to_and_another_answers_is_held_against_the_firs
     assert failures == 1
 
 
-def test_where_a_board_is_stays_with_us() -> None:
+def test_clients_do_not_learn_the_url_of_a_board() -> None:
     async def play() -> Got:
         async with world("one").running() as running:
             arm(running, "one", "cut", 3, times=None)
@@ -374,7 +374,7 @@ def test_where_a_board_is_stays_with_us() -> None:
     assert "one broke off" in str(got.error)
 
 
-def test_a_model_that_cannot_be_loaded_is_given_up_with_its_reason() -> None:
+def test_a_model_that_cannot_load_fails_with_its_reason() -> None:
     """Each of its attempts, and the rests between them, count."""
 
     async def play() -> tuple[Got, int]:

@@ -17,7 +17,7 @@ def chat(content: object, **fields: Any) -> InferenceRequest:
 @pytest.mark.parametrize(
     "request_", [chat("up?"), chat([TEXT]), InferenceRequest(prompt="up?"), InferenceRequest(input="up?")]
 )
-def test_one_text_counts(request_: InferenceRequest) -> None:
+def test_one_text_is_comparable(request_: InferenceRequest) -> None:
     assert is_prompt_comparable(request_)
 
 
@@ -34,6 +34,6 @@ def test_one_text_counts(request_: InferenceRequest) -> None:
     ],
     ids=str,
 )
-def test_pictures_ids_and_several_do_not(request_: InferenceRequest) -> None:
+def test_images_ids_and_several_prompts_are_not_comparable(request_: InferenceRequest) -> None:
     """Four arrays of prompts, and every prompt was thought to be a fifth of what it is."""
     assert not is_prompt_comparable(request_)

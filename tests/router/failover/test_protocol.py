@@ -29,7 +29,7 @@ def event(data: str, name: str = "message") -> SseEvent:
     return SseEvent(event=name, data=data)
 
 
-def test_a_chunk_is_read_whatever_else_is_in_it() -> None:
+def test_a_chunk_with_unknown_fields_is_read() -> None:
     chunk = read_chunk(event('{"choices":[{"delta":{"content":"a"}}],"x":1}'), CompletionChunk, "pi")
 
     assert chunk.choices is not None
@@ -37,7 +37,7 @@ def test_a_chunk_is_read_whatever_else_is_in_it() -> None:
     assert chunk.choices[0].delta.content == "a"
 
 
-def test_a_part_of_a_tool_call_is_no_malformed_chunk() -> None:
+def test_a_part_of_a_tool_call_is_not_malformed() -> None:
     chunk = read_chunk(event('{"choices":[{"delta":{"tool_calls":[{"index":0}]}}]}'), CompletionChunk, "pi")
 
     assert chunk.choices is not None
@@ -47,7 +47,7 @@ def test_a_part_of_a_tool_call_is_no_malformed_chunk() -> None:
 
 @pytest.mark.parametrize("kind", [CompletionChunk, NativeChunk])
 @pytest.mark.parametrize("data", ["{", "7", '{"choices":7,"tokens":7}', ""])
-def test_what_is_no_chunk_breaks_the_protocol(kind: Any, data: str) -> None:
+def test_a_malformed_chunk_is_a_protocol_error(kind: Any, data: str) -> None:
     with pytest.raises(EngineProtocolError, match="pi sent a malformed chunk"):
         read_chunk(event(data), kind, "pi")
 
@@ -63,7 +63,7 @@ def test_what_is_no_chunk_breaks_the_protocol(kind: Any, data: str) -> None:
         ('{"code":503,"message":"no"}', "error", 503, "no"),
     ],
 )
-def test_an_error_in_place_of_a_chunk_is_one(kind: Any, data: str, name: str, status: int, message: str) -> None:
+def test_an_error_event_raises(kind: Any, data: str, name: str, status: int, message: str) -> None:
     with pytest.raises(EngineRefusedError, match=f"pi ended the stream with an error: {message}") as caught:
         read_chunk(event(data, name), kind, "pi")
 
@@ -71,7 +71,7 @@ def test_an_error_in_place_of_a_chunk_is_one(kind: Any, data: str, name: str, st
     assert data.encode() == caught.value.body
 
 
-def test_what_came_before_an_error_is_passed_on_with_it() -> None:
+def test_payloads_before_an_error_are_returned_with_it() -> None:
     def take(event: SseEvent) -> list[bytes]:
         if event.data == "bad":
             raise EngineProtocolError("bad")
@@ -94,11 +94,11 @@ def test_what_came_before_an_error_is_passed_on_with_it() -> None:
         (EngineRefusedError("x", status=500, kind=None), "refused"),
     ],
 )
-def test_a_failure_in_one_word(error: EngineError, word: str) -> None:
+def test_a_failure_is_classified_in_one_word(error: EngineError, word: str) -> None:
     assert word == retry_reason(error)
 
 
-def test_pauses_double_and_keep_to_what_an_engine_wants_within_reason() -> None:
+def test_pauses_double_and_respect_retry_after_up_to_a_limit() -> None:
     died = EngineDiedError("gone")
 
     assert [retry_pause_s(died, failures) for failures in (1, 2, 3, 6, 7, 5000)] == [0.25, 0.5, 1.0, 8.0, 10.0, 10.0]
@@ -110,7 +110,7 @@ def busy(retry_after_s: float) -> EngineRefusedError:
     return EngineRefusedError("busy", status=503, kind=None, retry_after_s=retry_after_s)
 
 
-def test_an_answer_without_success_is_an_error_with_what_it_said() -> None:
+def test_an_error_response_keeps_the_engines_message() -> None:
     error = refusal("pi", Reply(503, b'{"error":{"message":"Loading model","type":"unavailable_error"}}', ""))
 
     assert (error.status, error.kind) == (503, "unavailable_error")
@@ -118,12 +118,12 @@ def test_an_answer_without_success_is_an_error_with_what_it_said() -> None:
     assert "<html>" in refusal("pi", Reply(502, b"<html>", "")).message
 
 
-def test_a_native_stream_ends_with_its_stop_and_not_with_a_text_that_says_so() -> None:
+def test_a_native_stream_ends_with_its_stop_field_not_with_such_text() -> None:
     assert is_native_end(event('{"content":"","stop":true}'))
     assert not is_native_end(event(msgspec.json.encode({"content": '"stop":true', "stop": False}).decode()))
 
 
-def test_chunks_of_one_answer_are_made_those_of_another() -> None:
+def test_chunks_get_the_common_fields_of_another_answer() -> None:
     head = common_fields('{"id":"a","created":1,"choices":[],"timings":{},"usage":null,"prompt_progress":{}}')
 
     assert head == {"id": "a", "created": 1}
@@ -133,17 +133,17 @@ def test_chunks_of_one_answer_are_made_those_of_another() -> None:
     }
 
 
-def test_a_text_beside_progress_is_told_without_it() -> None:
+def test_text_beside_progress_is_sent_without_the_progress() -> None:
     assert msgspec.json.decode(without_progress('{"choices":[1],"prompt_progress":{"total":4}}')) == {"choices": [1]}
 
 
-def test_of_an_engine_without_timings_its_count_of_tokens_is_taken() -> None:
+def test_usage_replaces_missing_timings() -> None:
     reply = Reply(200, b'{"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 40}}', "")
 
     assert lease_result(read_response(reply), chain("a"), prompt_comparable=True) == LeaseResult(generated_tokens=40)
 
 
-def test_an_answer_in_one_piece_is_learned_from_where_it_tells() -> None:
+def test_a_complete_response_yields_a_lease_result() -> None:
     held = chain("a")
     timings = {"prompt_n": 1, "prompt_ms": 1, "predicted_n": 1, "predicted_ms": 1}
     body = msgspec.json.encode({"choices": [{"finish_reason": "length"}], "timings": timings})

@@ -33,7 +33,7 @@ LIVE_FAULTS = ["stall", "cut", "malformed", "error", "die"]
 
 @pytest.mark.parametrize("after", [0, 1, 7, TOKENS - 1])
 @pytest.mark.parametrize("kind", LIVE_FAULTS)
-def test_an_answer_goes_on_elsewhere_as_if_nothing_had_happened(kind: str, after: int) -> None:
+def test_an_answer_is_resumed_on_another_board_unchanged(kind: str, after: int) -> None:
     got = failing(kind, after, chat())
 
     assert_one_answer(undisturbed(chat()), got)
@@ -42,7 +42,7 @@ def test_an_answer_goes_on_elsewhere_as_if_nothing_had_happened(kind: str, after
     assert got.took_s < 15  # a silence is believed after 5 s and what is computed, four times
 
 
-def test_a_board_that_refuses_is_not_asked_twice() -> None:
+def test_a_refusing_board_is_not_tried_twice() -> None:
     got = failing("refuse", 0, chat())
 
     assert_one_answer(undisturbed(chat()), got)
@@ -51,7 +51,7 @@ def test_a_board_that_refuses_is_not_asked_twice() -> None:
 
 
 @pytest.mark.parametrize("after", [1, 7])
-def test_ids_that_the_engine_told_are_gone_on_from(after: int) -> None:
+def test_reported_token_ids_are_used_to_resume(after: int) -> None:
     body = chat(logprobs=True, top_logprobs=1)
 
     got = failing("cut", after, body)
@@ -62,7 +62,7 @@ def test_ids_that_the_engine_told_are_gone_on_from(after: int) -> None:
 
 @pytest.mark.parametrize("kind", ["cut", "malformed", "error"])
 @pytest.mark.parametrize("second", [1, 5])
-def test_the_one_that_goes_on_may_fail_too(kind: str, second: int) -> None:
+def test_the_resuming_board_may_fail_too(kind: str, second: int) -> None:
     async def play() -> Got:
         async with world("one", "two", "three").running() as running:
             admitted = accept(running, chat())
@@ -78,7 +78,7 @@ def test_the_one_that_goes_on_may_fail_too(kind: str, second: int) -> None:
 
 @pytest.mark.parametrize("kind", ["cut", "stall", "error", "die"])
 @pytest.mark.parametrize("after", [0, 6])
-def test_an_answer_in_one_piece_survives_as_well(kind: str, after: int) -> None:
+def test_a_complete_response_survives_too(kind: str, after: int) -> None:
     body = chat(stream=False)
 
     async def play(*, fails: bool) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def test_an_answer_in_one_piece_survives_as_well(kind: str, after: int) -> None:
 
 @pytest.mark.parametrize("prompt", ["The mast was", [7, 8, 9]])
 @pytest.mark.parametrize("after", [0, 1, TOKENS - 1])
-def test_a_completion_goes_on_as_a_chat_does(prompt: str | list[int], after: int) -> None:
+def test_a_completion_is_resumed_like_a_chat(prompt: str | list[int], after: int) -> None:
     body = {"prompt": prompt, "max_tokens": TOKENS}
 
     usual, got = undisturbed(body, TEXT), failing("cut", after, body, TEXT)
@@ -110,7 +110,7 @@ def test_a_completion_goes_on_as_a_chat_does(prompt: str | list[int], after: int
     assert {chunk["object"] for chunk in got.chunks} == {"text_completion"}
 
 
-def test_an_answer_that_ends_by_itself_ends_there_elsewhere_too() -> None:
+def test_a_resumed_answer_ends_where_the_model_ends_it() -> None:
     config = msgspec.structs.replace(PACE, answer_tokens=12)
     body = chat(max_tokens=None)
     usual = undisturbed(body, config=config)
@@ -130,7 +130,7 @@ def test_an_answer_that_ends_by_itself_ends_there_elsewhere_too() -> None:
     ['"finish_reason":"length"', '"usage"', "[DONE]"],
     ids=["the end", "the account of tokens", "the last word"],
 )
-def test_what_is_missing_after_the_last_token_is_said_for_the_engine(missing: str) -> None:
+def test_the_missing_end_of_a_chat_is_added(missing: str) -> None:
     """Nobody is asked for a token more than was wanted."""
     got, streams = cut_off(lambda data: missing in data, chat())
 
@@ -138,7 +138,7 @@ def test_what_is_missing_after_the_last_token_is_said_for_the_engine(missing: st
     assert len(streams) == 1
 
 
-def test_the_end_of_a_completion_is_said_for_the_engine_too() -> None:
+def test_the_missing_end_of_a_completion_is_added() -> None:
     body = {"prompt": "The mast was", "max_tokens": TOKENS}
 
     got, streams = cut_off(lambda data: '"finish_reason":"length"' in data, body, TEXT)
@@ -150,7 +150,7 @@ def test_the_end_of_a_completion_is_said_for_the_engine_too() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 5, TOKENS])
-def test_what_came_with_the_failure_is_neither_lost_nor_said_twice(tokens: int) -> None:
+def test_chunks_that_arrive_with_the_failure_are_sent_once(tokens: int) -> None:
     """A busy gateway reads tokens and the broken line behind them at once."""
     seen = []
 
@@ -176,7 +176,7 @@ def test_what_came_with_the_failure_is_neither_lost_nor_said_twice(tokens: int) 
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "text": "up?"}]}]}, "images or audio"),
     ],
 )
-def test_what_cannot_go_on_ends_in_an_error_that_says_why(fields: dict[str, Any], word: str) -> None:
+def test_an_answer_that_cannot_be_resumed_ends_with_the_reason(fields: dict[str, Any], word: str) -> None:
     got = failing("cut", 5, chat(**fields))
 
     assert isinstance(got.error, BrokenOffError)
@@ -186,14 +186,14 @@ def test_what_cannot_go_on_ends_in_an_error_that_says_why(fields: dict[str, Any]
 
 
 @pytest.mark.parametrize("fields", [{"tools": [{"type": "function"}]}, {"response_format": {"type": "json_object"}}])
-def test_before_the_first_token_it_can_be_sent_again_all_the_same(fields: dict[str, Any]) -> None:
+def test_before_its_first_token_any_request_can_be_retried(fields: dict[str, Any]) -> None:
     got = failing("cut", 0, chat(**fields))
 
     assert got.error is None
     assert undisturbed(chat()).text == got.text
 
 
-def test_a_tag_that_comes_beside_progress_is_passed_on_once() -> None:
+def test_a_tag_beside_progress_is_sent_once() -> None:
     """As llama-server says it where thoughts are wanted as text."""
 
     def rewrite(data: str) -> str:
@@ -208,7 +208,7 @@ def test_a_tag_that_comes_beside_progress_is_passed_on_once() -> None:
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
-def test_a_thought_that_was_shown_cannot_be_taken_up(name: str) -> None:
+def test_sent_reasoning_cannot_be_resumed(name: str) -> None:
     seen = []
 
     def rewrite(data: str) -> str:
@@ -221,7 +221,7 @@ def test_a_thought_that_was_shown_cannot_be_taken_up(name: str) -> None:
     assert "reasoning" in got.error.hint
 
 
-def test_a_tool_call_is_passed_on_and_not_taken_up() -> None:
+def test_a_tool_call_is_relayed_but_not_resumed() -> None:
     call = '{"index":0,"id":"a","function":{"name":"ping","arguments":"{"}}'
     seen = []
 
@@ -236,7 +236,7 @@ def test_a_tool_call_is_passed_on_and_not_taken_up() -> None:
     assert any(choice["delta"].get("tool_calls") for choice in got.choices)
 
 
-def test_a_request_that_an_engine_refuses_is_not_sent_again() -> None:
+def test_a_refused_request_is_not_retried() -> None:
     async def play() -> Got:
         async with world().running() as running:
             return await hear(accept(running, chat(logprobs="yes")))
@@ -248,7 +248,7 @@ def test_a_request_that_an_engine_refuses_is_not_sent_again() -> None:
     assert got.routed.retries == []
 
 
-def test_a_board_whose_context_is_too_small_to_go_on_says_so() -> None:
+def test_a_context_too_small_to_resume_is_reported() -> None:
     async def play() -> Got:
         small = msgspec.structs.replace(PACE, context=24)
         async with World({"large": PACE, "small": small}, rules=RULES).running() as running:
@@ -268,7 +268,7 @@ def test_a_board_whose_context_is_too_small_to_go_on_says_so() -> None:
     assert "an answer that another replica began" in got.error.hint
 
 
-def test_a_board_that_loads_is_left_for_one_that_has_loaded() -> None:
+def test_a_loading_board_is_left_for_a_loaded_one() -> None:
     async def play() -> Got:
         async with world().running() as running:
             admitted = accept(running, chat())
@@ -287,7 +287,7 @@ def test_a_board_that_loads_is_left_for_one_that_has_loaded() -> None:
 OPENAI = {"two": "openai"}
 
 
-def test_what_another_server_began_a_llama_server_goes_on_with() -> None:
+def test_llama_server_resumes_an_answer_of_another_server() -> None:
     async def play() -> tuple[Got, str]:
         boards = {"one": msgspec.structs.replace(PACE, prefill_tps=10.0), "two": PACE}
         async with World(boards, rules=RULES, dialects=OPENAI).running() as running:
@@ -303,7 +303,7 @@ def test_what_another_server_began_a_llama_server_goes_on_with() -> None:
     assert [lease.replica.id for lease in got.routed.leases] == ["two", "one"]
 
 
-def test_an_answer_goes_on_only_where_it_can_however_fast_others_are() -> None:
+def test_an_answer_is_resumed_only_by_llama_server_however_fast_others_are() -> None:
     async def play() -> Got:
         slow, fast = (msgspec.structs.replace(PACE, prefill_tps=tps) for tps in (10.0, 1000.0))
         boards = {"one": slow, "two": fast, "three": slow}
@@ -327,7 +327,7 @@ def test_an_answer_goes_on_only_where_it_can_however_fast_others_are() -> None:
     assert {lease.replica.id for lease in got.routed.leases} == {"one", "three"}
 
 
-def test_where_no_board_can_go_on_the_error_says_so() -> None:
+def test_the_error_names_the_lack_of_a_board_that_can_resume() -> None:
     async def play() -> Got:
         boards = {"two": PACE, "three": PACE}
         openai = dict.fromkeys(boards, "openai")
@@ -342,7 +342,7 @@ def test_where_no_board_can_go_on_the_error_says_so() -> None:
     assert "only llama-server" in got.error.hint
 
 
-def test_a_picture_says_nothing_of_how_many_characters_a_token_has() -> None:
+def test_an_image_does_not_change_characters_per_token() -> None:
     """The engine counts what it takes, and there is no text for it."""
 
     async def play() -> tuple[float, float]:
@@ -358,7 +358,7 @@ def test_a_picture_says_nothing_of_how_many_characters_a_token_has() -> None:
     assert before == after
 
 
-def test_an_embedding_is_not_waited_for_as_if_it_generated() -> None:
+def test_an_embedding_has_a_short_time_limit() -> None:
     limits: list[float] = []
 
     async def play() -> None:

@@ -20,7 +20,7 @@ def delta(index: int = 0, finish_reason: str | None = None, **fields: Any) -> di
     return {"choices": [{"index": index, "delta": fields, "finish_reason": finish_reason}]}
 
 
-def test_texts_are_joined_and_the_rest_stands_as_it_came_last() -> None:
+def test_texts_are_joined_and_other_fields_replaced() -> None:
     found = assembled(
         delta(role="assistant", content=None),
         delta(content="The"),
@@ -37,7 +37,7 @@ def test_texts_are_joined_and_the_rest_stands_as_it_came_last() -> None:
     }
 
 
-def test_a_completion_has_text_and_no_message() -> None:
+def test_a_completion_has_text_instead_of_a_message() -> None:
     found = assembled(
         {"choices": [{"index": 0, "text": "The", "finish_reason": None}], "object": "text_completion"},
         {"choices": [{"index": 0, "text": "re", "finish_reason": "length"}], "object": "text_completion"},
@@ -48,7 +48,7 @@ def test_a_completion_has_text_and_no_message() -> None:
     assert found["choices"] == [{"index": 0, "text": "There", "finish_reason": "length"}]
 
 
-def test_thoughts_and_probabilities_are_joined_each_by_itself() -> None:
+def test_reasoning_and_logprobs_are_joined_separately() -> None:
     found = assembled(
         delta(reasoning_content="H"),
         delta(reasoning_content="m"),
@@ -61,7 +61,7 @@ def test_thoughts_and_probabilities_are_joined_each_by_itself() -> None:
     assert choice["logprobs"] == {"content": [{"id": 1}, {"id": 2}]}
 
 
-def test_a_tool_call_comes_in_pieces() -> None:
+def test_pieces_of_a_tool_call_are_joined() -> None:
     found = assembled(
         delta(tool_calls=[{"index": 0, "id": "x", "type": "function", "function": {"name": "ping", "arguments": ""}}]),
         delta(tool_calls=[{"index": 0, "function": {"arguments": '{"a":'}}]),
@@ -77,7 +77,7 @@ def test_a_tool_call_comes_in_pieces() -> None:
     ]
 
 
-def test_two_answers_are_kept_apart_and_counted_together() -> None:
+def test_two_answers_are_separate_but_share_usage() -> None:
     found = assembled(
         delta(1, content="b"),
         delta(0, content="a"),
@@ -95,7 +95,7 @@ def test_two_answers_are_kept_apart_and_counted_together() -> None:
     assert found["usage"] == {"prompt_tokens": 4, "completion_tokens": 5, "total_tokens": 9}
 
 
-def test_what_the_request_began_is_a_part_of_the_answer() -> None:
+def test_a_prefilled_beginning_is_part_of_the_answer() -> None:
     found = assembled(delta(content=" there"), prefilled="Hi")
 
     assert found["choices"][0]["message"]["content"] == "Hi there"
@@ -112,7 +112,7 @@ def test_what_the_request_began_is_a_part_of_the_answer() -> None:
         ([{"role": "assistant", "content": [{"type": "image_url"}, "x", {"text": 3}]}], ""),
     ],
 )
-def test_only_a_trailing_assistant_message_begins_an_answer(messages: list[dict[str, Any]], text: str) -> None:
+def test_only_a_trailing_assistant_message_is_a_prefill(messages: list[dict[str, Any]], text: str) -> None:
     assert text == prefilled_answer(InferenceRequest(messages=messages))
 
 
@@ -142,7 +142,7 @@ def test_each_prompt_is_counted_once_however_many_answers_it_has() -> None:
     }
 
 
-def test_what_one_alternative_does_not_tell_is_not_counted_as_nothing() -> None:
+def test_an_unreported_count_makes_the_total_unknown() -> None:
     found = assembled(
         delta(0, content="x"),
         {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": None, "total_tokens": None}},

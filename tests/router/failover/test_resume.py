@@ -39,14 +39,14 @@ def request(**fields: Any) -> InferenceRequest:
     return msgspec.convert({"messages": [{"role": "user", "content": "a"}], **fields}, InferenceRequest)
 
 
-def test_nothing_has_been_said_by_a_role() -> None:
+def test_a_role_is_not_text() -> None:
     sent = SentText()
 
     assert not sent.record(chunk(delta={"role": "assistant", "content": None}))
     assert not sent.started
 
 
-def test_text_and_ids_are_kept_as_long_as_every_token_is_told() -> None:
+def test_text_and_ids_are_kept_while_every_id_is_reported() -> None:
     sent = SentText()
     sent.record(told("a", 1))
     sent.record(told("bc", 2, 3))
@@ -57,7 +57,7 @@ def test_text_and_ids_are_kept_as_long_as_every_token_is_told() -> None:
 
 
 @pytest.mark.parametrize("second", [chunk(delta={"content": "b"}), told("b", None), told("b")])
-def test_one_token_that_is_not_told_ends_the_certainty_for_good(second: CompletionChunk) -> None:
+def test_one_missing_id_makes_the_ids_unknown(second: CompletionChunk) -> None:
     sent = SentText()
     sent.record(told("a", 1))
     sent.record(second)
@@ -67,7 +67,7 @@ def test_one_token_that_is_not_told_ends_the_certainty_for_good(second: Completi
     assert sent.tokens == 3
 
 
-def test_a_token_whose_text_was_held_back_counts_where_its_text_comes() -> None:
+def test_a_withheld_token_counts_when_its_text_arrives() -> None:
     """A stop word may have begun: llama-server tells the token at once and its text later."""
     sent = SentText()
     sent.resume_from(ResumePoint([0, 9], [1], "ids"))
@@ -78,7 +78,7 @@ def test_a_token_whose_text_was_held_back_counts_where_its_text_comes() -> None:
     assert sent.prompt_tokens == 2
 
 
-def test_a_tag_that_is_shown_while_the_prompt_is_computed_is_no_token() -> None:
+def test_a_tag_sent_during_prefill_is_not_a_token() -> None:
     sent = SentText()
     tag = {"choices": [{"index": 0, "delta": {"content": "<think>"}}], "prompt_progress": {"total": 4, "processed": 0}}
     sent.record(msgspec.convert(tag, CompletionChunk))
@@ -87,7 +87,7 @@ def test_a_tag_that_is_shown_while_the_prompt_is_computed_is_no_token() -> None:
     assert (sent.text, sent.token_ids, sent.tokens) == ("<think>", [], 0)
 
 
-def test_the_end_has_no_token() -> None:
+def test_the_final_chunk_has_no_token() -> None:
     sent = SentText()
     sent.resume_from(ResumePoint([0], [1], "ids"))
     sent.record_native(native("", 2))
@@ -97,7 +97,7 @@ def test_the_end_has_no_token() -> None:
     assert sent.finished
 
 
-def test_of_two_answers_both_must_end() -> None:
+def test_two_answers_must_both_end() -> None:
     sent = SentText(2)
     sent.record(chunk(finish_reason="stop"))
 
@@ -111,7 +111,7 @@ def test_of_two_answers_both_must_end() -> None:
     ("fields", "number"),
     [({}, 1), ({"n": 3}, 3), ({"messages": None, "prompt": ["a", "b"]}, 2), ({"messages": None, "prompt": [1, 2]}, 1)],
 )
-def test_how_many_answers_a_request_wants(fields: dict[str, Any], number: int) -> None:
+def test_answers_are_counted(fields: dict[str, Any], number: int) -> None:
     assert number == request(**fields).answers
 
 
@@ -123,7 +123,7 @@ def test_how_many_answers_a_request_wants(fields: dict[str, Any], number: int) -
         ({"tool_calls": [{"index": 0}]}, "a tool call"),
     ],
 )
-def test_what_is_beyond_text_is_an_obstacle(delta: dict[str, Any], what: str) -> None:
+def test_tool_calls_and_reasoning_block_a_resume(delta: dict[str, Any], what: str) -> None:
     sent = SentText()
     sent.record(chunk(delta=delta))
 
@@ -141,7 +141,7 @@ def test_what_is_beyond_text_is_an_obstacle(delta: dict[str, Any], what: str) ->
         {"messages": None, "prompt": "a"},
     ],
 )
-def test_plain_text_has_no_obstacle(fields: dict[str, Any]) -> None:
+def test_plain_text_can_be_resumed(fields: dict[str, Any]) -> None:
     assert resume_blocker(request(**fields), SentText()) is None
 
 
@@ -157,7 +157,7 @@ def test_plain_text_has_no_obstacle(fields: dict[str, Any]) -> None:
         {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
     ],
 )
-def test_obstacles_of_requests(fields: dict[str, Any]) -> None:
+def test_some_requests_cannot_be_resumed(fields: dict[str, Any]) -> None:
     assert "cannot be resumed on another engine" in (resume_blocker(request(**fields), SentText()) or "")
 
 
@@ -174,12 +174,12 @@ def test_obstacles_of_requests(fields: dict[str, Any]) -> None:
         ({"messages": None, "input": ["a", "b"]}, 1),
     ],
 )
-def test_how_many_answers_there_will_be(fields: dict[str, Any], count: int) -> None:
+def test_answers_of_several_prompts_are_counted(fields: dict[str, Any], count: int) -> None:
     """A list with a token id in it is one prompt."""
     assert request(**fields).answers == count
 
 
-def test_the_body_keeps_what_decides_tokens_and_drops_what_is_a_chat_s() -> None:
+def test_the_body_keeps_sampling_fields_and_drops_chat_fields() -> None:
     body = {"messages": [], "model": "m", "temperature": 0, "seed": 7, "stop": ["x"], "max_tokens": 50, "n": 1}
 
     assert resume_body(body, ResumePoint([1, 2], [], "ids"), max_tokens=5) == {
@@ -206,12 +206,12 @@ def test_the_body_keeps_what_decides_tokens_and_drops_what_is_a_chat_s() -> None
         ({}, None),
     ],
 )
-def test_probabilities_go_on_being_told(fields: dict[str, Any], likeliest: int | None) -> None:
+def test_logprobs_are_requested_again(fields: dict[str, Any], likeliest: int | None) -> None:
     assert likeliest == resume_body(fields, ResumePoint([1], [], "ids"), max_tokens=None).get("n_probs")
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_a_token_of_a_continuation_is_one_of_the_answer(*, chat: bool) -> None:
+def test_a_resumed_token_becomes_a_chunk_of_the_answer(*, chat: bool) -> None:
     sent = SentText()
     sent.common = HEAD
     asked = request() if chat else request(messages=None, prompt="a")
@@ -224,7 +224,7 @@ def test_a_token_of_a_continuation_is_one_of_the_answer(*, chat: bool) -> None:
 
 
 @pytest.mark.parametrize(("stop_type", "reason"), [("limit", "length"), ("eos", "stop"), ("word", "stop")])
-def test_the_end_of_a_continuation_counts_all_engines(stop_type: str, reason: str) -> None:
+def test_the_end_of_a_resumed_answer_counts_all_engines(stop_type: str, reason: str) -> None:
     sent = SentText()
     sent.common = HEAD
     sent.resume_from(ResumePoint([0, 1, 2, 3], [5, 6], "ids"))
@@ -241,11 +241,11 @@ def test_the_end_of_a_continuation_counts_all_engines(stop_type: str, reason: st
     assert "usage" not in alone
 
 
-def test_a_held_back_token_says_nothing() -> None:
+def test_a_withheld_token_sends_no_chunk() -> None:
     assert answer_chunks(native("", 5), SentText(), request(), 0) == []
 
 
-def test_the_rest_of_an_answer_that_is_whole_is_what_was_not_said() -> None:
+def test_the_missing_end_contains_only_unsent_parts() -> None:
     sent = SentText()
     sent.common = HEAD
     sent.prompt_tokens = 4
@@ -261,7 +261,7 @@ def test_the_rest_of_an_answer_that_is_whole_is_what_was_not_said() -> None:
     assert missing_end(sent, asked, None) == []
 
 
-def test_tokens_that_nobody_counted_are_not_made_up() -> None:
+def test_unreported_tokens_are_not_invented() -> None:
     sent = SentText()
     sent.record(chunk(delta={"content": "a"}, finish_reason="stop"))
 

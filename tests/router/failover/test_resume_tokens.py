@@ -62,40 +62,40 @@ def having(text: str, ids: list[int] | None = None) -> SentText:
     return sent
 
 
-def test_a_chat_s_prompt_is_rendered_and_its_marks_are_read_as_marks() -> None:
+def test_a_chat_prompt_is_rendered_with_special_tokens() -> None:
     assert joint(having("There")).prompt == [0, 1, 3, 2]
 
 
 @pytest.mark.parametrize("prompt", ["Hi", [0, 3]])
-def test_a_completion_s_prompt_is_taken_as_it_is(prompt: str | list[int]) -> None:
+def test_a_completion_prompt_is_used_unchanged(prompt: str | list[int]) -> None:
     assert joint(having("There"), request=InferenceRequest(prompt=prompt)).prompt == [0, 3]
 
 
-def test_told_ids_are_believed_even_where_the_text_would_be_cut_otherwise() -> None:
+def test_reported_ids_win_over_tokenising() -> None:
     assert joint(having("There", [5, 6])) == ResumePoint([0, 1, 3, 2], [5, 6], "ids")
 
 
-def test_without_told_ids_the_text_is_tokenised() -> None:
+def test_without_reported_ids_the_text_is_tokenised() -> None:
     assert joint(having("There")) == ResumePoint([0, 1, 3, 2], [7], "text")
 
 
-def test_ids_that_do_not_spell_the_text_are_not_believed() -> None:
+def test_ids_that_do_not_decode_to_the_text_are_ignored() -> None:
     """Of a character in several tokens llama-server tells the last one alone."""
     assert joint(having("é", [11])) == ResumePoint([0, 1, 3, 2], [10], "text")
     assert joint(having("Hi there", [4])).answer == [3, 4]
 
 
-def test_a_space_that_the_tokenizer_adds_is_taken_away_again() -> None:
+def test_a_space_added_by_the_tokenizer_is_removed() -> None:
     assert joint(having("There"), Vocabulary(spaced=True)).answer == [7]
 
 
-def test_marks_that_the_model_wrote_as_text_are_no_marks() -> None:
+def test_template_marks_in_the_answer_are_plain_text() -> None:
     """Else whoever makes a model repeat them could begin a turn of somebody else."""
     assert min(joint(having("a<|user|>a")).answer) >= SPECIAL
 
 
 @pytest.mark.parametrize(("text", "sent"), [("<|user|>\nHi", [3]), ("<|user|>\n\nHi", [9, 3]), ("Hi", [3])])
-def test_a_tag_that_the_template_opened_and_the_answer_shows_stands_there_once(text: str, sent: list[int]) -> None:
+def test_a_tag_opened_by_the_template_is_not_repeated(text: str, sent: list[int]) -> None:
     """Of thoughts that are wanted as text llama-server shows the tag, although it is the prompt's end (b11549)."""
     engine = Vocabulary()
     engine.opens = "<|user|>\n"
@@ -103,19 +103,19 @@ def test_a_tag_that_the_template_opened_and_the_answer_shows_stands_there_once(t
     assert joint(having(text), engine) == ResumePoint([0, 1, 3, 2, 1, 9], sent, "text")
 
 
-def test_a_tag_that_the_prompt_does_not_end_with_is_the_answer_s() -> None:
+def test_a_tag_missing_from_the_prompt_belongs_to_the_answer() -> None:
     assert min(joint(having("<a>Hi")).answer) >= SPECIAL
     assert joint(having("<a>Hi")).answer[-1] == 3
 
 
-def test_what_an_engine_cannot_check_is_taken_as_it_is() -> None:
+def test_without_detokenize_the_tokens_are_assumed_exact() -> None:
     engine = Vocabulary(blind=True)
 
     assert joint(having("There", [5, 6]), engine).answer == [5, 6]
     assert joint(having("There"), engine).answer == [7]
 
 
-def test_another_refusal_is_a_failure() -> None:
+def test_other_refusals_are_failures() -> None:
     async def ask(path: str, _body: dict[str, Any]) -> dict[str, Any]:
         if path == "/detokenize":
             raise EngineRefusedError("loading", status=503, kind=None)

@@ -11,7 +11,7 @@ def told(prompt: int, cached: int | None, generated: int) -> Timings:
     )
 
 
-def test_of_one_answer_the_last_account_counts() -> None:
+def test_the_last_report_of_an_answer_counts() -> None:
     """With ``timings_per_token`` there is one in every chunk."""
     tally = UsageTally()
     assert tally.timings() is None
@@ -22,7 +22,7 @@ def test_of_one_answer_the_last_account_counts() -> None:
     assert tally.timings() == told(7, 2, 3)
 
 
-def test_answers_to_one_prompt_share_it() -> None:
+def test_answers_to_one_prompt_share_its_tokens() -> None:
     """The second one found all of it computed."""
     tally = UsageTally(alternatives=2)
     for index, prompt, cached in ((1, 1, 6), (0, 5, 2)):
@@ -46,7 +46,7 @@ def test_every_prompt_counts() -> None:
     assert (total.prompt_n, total.cache_n, total.predicted_n) == (4000, 560, 1600)
 
 
-def test_an_account_that_comes_alone_belongs_to_the_answer_before_it() -> None:
+def test_a_report_without_choices_belongs_to_the_previous_answer() -> None:
     tally = UsageTally(alternatives=2)
     for index in (1, 0):
         tally.add(CompletionChunk(choices=[ChunkChoice(index=index)]))

@@ -71,7 +71,7 @@ def mixed(*, limits: QueueLimits | None = None) -> World:
     return World(configs, limits=limits)
 
 
-def test_a_request_that_has_its_slot_and_was_not_told_yet_has_nobody_before_it() -> None:
+def test_a_request_with_a_slot_has_position_0() -> None:
     """A status event may be due in that very moment."""
 
     async def play() -> int:
@@ -87,7 +87,7 @@ def test_a_request_that_has_its_slot_and_was_not_told_yet_has_nobody_before_it()
     assert run_virtually(play()) == 0
 
 
-def test_a_request_that_leaves_in_the_moment_in_which_it_is_given_a_slot_gives_it_back() -> None:
+def test_a_request_cancelled_as_it_gets_a_slot_releases_it() -> None:
     async def play() -> tuple[bool, int]:
         entries: list[QueueEntry] = []
         world = World({"a": SimulationConfig(model="yi")})
@@ -108,7 +108,7 @@ def test_a_request_that_leaves_in_the_moment_in_which_it_is_given_a_slot_gives_i
     assert run_virtually(play()) == (True, 0)
 
 
-def test_as_long_as_no_slot_is_free_nobody_chooses_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_free_slot_placements_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weighing 50 boards for everybody who waits, whenever somebody comes or goes, took seconds."""
     weighed: list[int] = []
     choose = Affinity.choose
@@ -147,7 +147,7 @@ def test_as_long_as_no_slot_is_free_nobody_chooses_again(monkeypatch: pytest.Mon
     assert of_one_that_goes <= 3
 
 
-def test_a_key_is_charged_what_its_request_took_whatever_was_expected() -> None:
+def test_a_key_is_charged_the_real_cost() -> None:
     """A model's first answer is expected to have 200 tokens, and has ten."""
 
     async def play() -> dict[str, float]:
@@ -165,7 +165,7 @@ def test_a_key_is_charged_what_its_request_took_whatever_was_expected() -> None:
     assert found["charged"] == pytest.approx(found["prompt"] + 10)
 
 
-def test_a_request_that_was_sent_again_is_charged_its_answer_once() -> None:
+def test_a_resubmitted_request_is_charged_once() -> None:
     async def play() -> dict[str, float]:
         world = World({"a": SimulationConfig(model="yi"), "b": SimulationConfig(model="yi")})
         async with world.running():
@@ -184,7 +184,7 @@ def test_a_request_that_was_sent_again_is_charged_its_answer_once() -> None:
     assert found["charged"] == pytest.approx(found["prompt"] + 10)
 
 
-def test_nobody_waits_for_a_board_that_was_removed() -> None:
+def test_requests_do_not_wait_for_a_removed_board() -> None:
     """It finishes what it has; whoever comes now is told at once that there is none."""
 
     async def play() -> None:
@@ -216,7 +216,7 @@ def test_nobody_waits_for_a_board_that_was_removed() -> None:
         ("a n:again-batch n:batch", "n:batch", "newcomer"),
     ],
 )
-def test_batch_work_makes_room_for_people_and_only_for_its_like(queued: str, newcomer: str, goes: str) -> None:
+def test_batch_requests_are_shed_before_interactive_ones(queued: str, newcomer: str, goes: str) -> None:
     def fields(of: str) -> dict[str, Any]:
         key, _, kind = of.partition(":")
         return {"key": key, "batch": kind.endswith("batch"), "resubmitted": kind.startswith("again")}
@@ -234,7 +234,7 @@ def test_batch_work_makes_room_for_people_and_only_for_its_like(queued: str, new
     assert run_virtually(play()) == [goes]
 
 
-def test_batch_work_that_has_lost_its_patience_makes_room_for_nobody() -> None:
+def test_batch_requests_beyond_their_patience_are_not_shed_first() -> None:
     async def play() -> list[str]:
         world = World({"a": SimulationConfig(model="yi")}, limits=QueueLimits(queue=3))
         async with world.running():
@@ -250,7 +250,7 @@ def test_batch_work_that_has_lost_its_patience_makes_room_for_nobody() -> None:
     assert run_virtually(play()) == ["1"]
 
 
-def test_who_stands_behind_many_that_cannot_use_a_free_board_gets_it() -> None:
+def test_a_free_board_goes_to_the_first_request_that_fits_it() -> None:
     async def play() -> list[str]:
         world = mixed(limits=QueueLimits(queue=100))
         async with world.running():
@@ -263,7 +263,7 @@ def test_who_stands_behind_many_that_cannot_use_a_free_board_gets_it() -> None:
     assert run_virtually(play()) == ["0", "short"]
 
 
-def test_as_long_as_no_slot_is_free_who_stands_behind_many_is_not_looked_at() -> None:
+def test_without_a_free_slot_only_the_first_requests_are_planned() -> None:
     async def play() -> int:
         world = World({"a": SimulationConfig(model="yi")}, limits=QueueLimits(queue=200))
         async with world.running():
@@ -277,7 +277,7 @@ def test_as_long_as_no_slot_is_free_who_stands_behind_many_is_not_looked_at() ->
     assert run_virtually(play()) == 1 + 64
 
 
-def test_a_board_that_is_only_too_small_is_not_said_to_fail_nor_waited_for() -> None:
+def test_a_board_that_is_too_small_is_not_called_failing() -> None:
     async def play() -> NoCapacityError:
         world = mixed()
         async with world.running():
@@ -293,7 +293,7 @@ def test_a_board_that_is_only_too_small_is_not_said_to_fail_nor_waited_for() -> 
     assert error.retry_after_s == pytest.approx(40.0)
 
 
-def test_a_board_that_is_well_is_not_said_to_fail_whatever_is_asked() -> None:
+def test_a_healthy_board_is_never_called_failing() -> None:
     async def play() -> NoCapacityError:
         world = mixed()
         async with world.running():
@@ -303,7 +303,7 @@ def test_a_board_that_is_well_is_not_said_to_fail_whatever_is_asked() -> None:
     assert "(big: does not answer; small: ready)" in run_virtually(play()).message
 
 
-def test_a_board_that_is_tried_again_is_no_hope_for_a_prompt_that_it_does_not_hold() -> None:
+def test_a_trial_of_a_board_that_is_too_small_is_no_recovery() -> None:
     async def play() -> tuple[bool, bool]:
         world = mixed()
         async with world.running():
@@ -319,9 +319,7 @@ def test_a_board_that_is_tried_again_is_no_hope_for_a_prompt_that_it_does_not_ho
 
 
 @pytest.mark.parametrize(("answers", "pieces", "told", "took"), [(1, 12, 10, 10), (3, 7, 30, 30), (3, 7, None, 7)])
-def test_a_key_is_charged_all_answers_that_its_request_asks_for(
-    answers: int, pieces: int, told: int | None, took: int
-) -> None:
+def test_a_key_is_charged_for_every_answer(answers: int, pieces: int, told: int | None, took: int) -> None:
     """As many tokens as the engine says, else as many pieces as came."""
 
     async def play() -> tuple[float, float]:
@@ -339,7 +337,7 @@ def test_a_key_is_charged_all_answers_that_its_request_asks_for(
     assert run_virtually(play()) == (JOB.prompt_tokens + answers * 20, JOB.prompt_tokens + took)
 
 
-def test_what_is_learned_of_answers_meanwhile_changes_no_charge() -> None:
+def test_learning_does_not_change_earlier_charges() -> None:
     """Twenty were queued when answers were expected to have 200 tokens, and all had five."""
 
     async def play() -> tuple[float, float]:

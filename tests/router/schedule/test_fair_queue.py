@@ -31,12 +31,12 @@ def test_an_item_is_not_queued_twice() -> None:
 
 
 @pytest.mark.parametrize("cost", [0.0, -1.0, float("nan")])
-def test_what_costs_nothing_is_refused(cost: float) -> None:
+def test_a_cost_of_0_is_refused(cost: float) -> None:
     with pytest.raises(ValueError, match="must be above 0"):
         FairQueue[str]().push("a", key="ann", cost=cost, now=0.0)
 
 
-def test_what_is_not_queued_has_no_position_and_cannot_be_taken() -> None:
+def test_an_unqueued_item_has_no_position_and_cannot_be_taken() -> None:
     queue = filled(("a", "ann", 1.0))
 
     assert queue.remove("a")
@@ -47,7 +47,7 @@ def test_what_is_not_queued_has_no_position_and_cannot_be_taken() -> None:
         queue.take("a")
 
 
-def test_items_of_one_key_stay_in_their_order() -> None:
+def test_items_of_one_key_stay_in_order() -> None:
     assert drained(filled(("a1", "ann", 9.0), ("a2", "ann", 1.0), ("a3", "ann", 5.0))) == ["a1", "a2", "a3"]
 
 
@@ -57,13 +57,13 @@ def test_keys_take_turns() -> None:
     assert drained(queue) == ["a0", "b0", "a1", "b1", "a2", "a3"]
 
 
-def test_cheap_items_get_more_turns_than_dear_ones() -> None:
+def test_cheap_items_get_more_turns_than_expensive_ones() -> None:
     queue = filled(("a0", "ann", 30.0), ("a1", "ann", 30.0), *[(f"b{number}", "bob", 10.0) for number in range(5)])
 
     assert drained(queue) == ["a0", "b0", "b1", "b2", "a1", "b3", "b4"]
 
 
-def test_the_position_counts_those_before() -> None:
+def test_the_position_counts_earlier_items() -> None:
     queue = filled(("a0", "ann", 10.0), ("a1", "ann", 10.0), ("b0", "bob", 10.0))
 
     assert [queue.position(name, 0.0) for name in ("a0", "a1", "b0")] == [0, 2, 1]
@@ -71,7 +71,7 @@ def test_the_position_counts_those_before() -> None:
     assert "a1" in queue
 
 
-def test_who_leaves_is_not_charged() -> None:
+def test_a_removed_item_is_not_charged() -> None:
     """Ann's two dear requests are given up; her cheap one is then as early as Bob's."""
     queue = filled(("a0", "ann", 500.0), ("a1", "ann", 500.0), ("a2", "ann", 10.0), ("b0", "bob", 10.0))
     queue.remove("a0")
@@ -80,7 +80,7 @@ def test_who_leaves_is_not_charged() -> None:
     assert queue.ordered(0.0) == ["a2", "b0"]
 
 
-def test_an_idle_key_saves_nothing_up() -> None:
+def test_an_idle_key_saves_no_credit() -> None:
     queue = filled(*[(f"a{number}", "ann", 10.0) for number in range(20)])
     for number in range(10):
         queue.take(f"a{number}")
@@ -90,7 +90,7 @@ def test_an_idle_key_saves_nothing_up() -> None:
     assert queue.ordered(0.0)[:4] == ["b0", "a10", "b1", "a11"]
 
 
-def test_an_item_from_far_behind_does_not_carry_newcomers_beyond_the_others() -> None:
+def test_an_item_taken_early_does_not_delay_newcomers() -> None:
     """Only Ann's last item can be placed; Bob, who comes then, is not behind her other 99."""
     queue = filled(*[(f"a{number}", "ann", 10.0) for number in range(100)])
     queue.take("a99")
@@ -99,7 +99,7 @@ def test_an_item_from_far_behind_does_not_carry_newcomers_beyond_the_others() ->
     assert queue.position("b0", 0.0) == 0
 
 
-def test_a_key_that_waits_for_its_model_gains_no_credit_by_it() -> None:
+def test_a_key_waiting_for_its_model_gains_no_credit() -> None:
     queue = filled(*[(f"a{number}", "ann", 10.0) for number in range(50)])
     for number in range(30):
         queue.push(f"b{number}", key="bob", cost=10.0, now=0.0)
@@ -109,7 +109,7 @@ def test_a_key_that_waits_for_its_model_gains_no_credit_by_it() -> None:
     assert queue.ordered(0.0)[:3] == ["a0", "c0", "a1"]
 
 
-def test_a_key_is_charged_for_what_it_really_took() -> None:
+def test_settling_charges_the_real_cost() -> None:
     """Ann's answer was 20 tokens longer than estimated, so Bob has two turns before hers."""
     queue = filled(("a0", "ann", 10.0), ("a1", "ann", 10.0), *[(f"b{number}", "bob", 10.0) for number in range(4)])
     queue.take("a0")
@@ -118,7 +118,7 @@ def test_a_key_is_charged_for_what_it_really_took() -> None:
     assert queue.ordered(0.0) == ["b0", "b1", "b2", "a1", "b3"]
 
 
-def test_a_correction_counts_from_now_for_a_key_that_was_forgotten() -> None:
+def test_a_correction_for_a_forgotten_key_counts_from_now() -> None:
     """Ann has long been served 1000; what Cid and Dan took beyond their estimates puts them 20 and 10 behind."""
     queue = filled(("a0", "ann", 1000.0), ("a1", "ann", 10.0))
     queue.take("a0")
@@ -143,7 +143,7 @@ def test_a_refund_brings_a_key_forward_but_earns_no_credit() -> None:
     assert [name for name in drained(queue)[:3] if name.startswith("a")] == ["a1", "a2"]
 
 
-def test_batch_comes_after_interactive_until_its_patience_is_over() -> None:
+def test_batch_items_follow_interactive_ones_until_their_patience_ends() -> None:
     queue = FairQueue[str](patience_s=300.0)
     queue.push("batch", key="night", cost=10.0, batch=True, now=0.0)
     queue.push("late", key="bob", cost=10.0, now=299.0)
@@ -152,7 +152,7 @@ def test_batch_comes_after_interactive_until_its_patience_is_over() -> None:
     assert queue.ordered(300.0) == ["batch", "late"]
 
 
-def test_who_is_patient_is_told() -> None:
+def test_yields_reports_patient_batch_items() -> None:
     queue = FairQueue[str](patience_s=300.0)
     queue.push("batch", key="night", cost=10.0, batch=True, now=0.0)
     queue.push("again", key="night", cost=10.0, batch=True, first=True, now=0.0)
@@ -164,7 +164,7 @@ def test_who_is_patient_is_told() -> None:
         queue.yields("nobody", 0.0)
 
 
-def test_a_patient_crowd_of_batch_items_takes_turns_like_everybody() -> None:
+def test_patient_batch_items_take_turns_by_key() -> None:
     """A thousand of them lose their patience at once; a person who comes then waits for one of them."""
     queue = FairQueue[str](patience_s=300.0)
     for number in range(1000):
@@ -197,7 +197,7 @@ def test_memory_stays_flat_when_every_key_comes_once() -> None:
     assert remembered(queue, 100_000) == 100
 
 
-def test_settling_keys_that_are_gone_stays_flat_too() -> None:
+def test_settling_forgotten_keys_keeps_memory_flat() -> None:
     queue = FairQueue[int](remembered=100)
     for number in range(1000):
         queue.settle(f"once-{number}", 10.0)
@@ -221,7 +221,7 @@ def test_a_thousand_items_of_one_key_delay_a_newcomer_by_one_service_at_most(see
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_who_comes_again_waits_for_no_more_than_it_was_given_and_one_item(seed: int) -> None:
+def test_a_returning_key_waits_at_most_its_debt_and_one_item(seed: int) -> None:
     generator, given, dearest = Random(seed), 0.0, 2000.0
     queue = FairQueue[str]()
     costs = {f"heavy{number}": generator.uniform(1.0, dearest) for number in range(1000)}

@@ -39,7 +39,7 @@ async def move(world: World, *names: str) -> None:
     await asyncio.sleep(0.1)
 
 
-def test_of_replicas_that_left_nothing_is_kept() -> None:
+def test_removed_replicas_leave_no_state() -> None:
     async def play() -> tuple[list[dict[str, int]], dict[str, int]]:
         world, during = World({"a": YI}), []
         async with world.running():
@@ -57,7 +57,7 @@ def test_of_replicas_that_left_nothing_is_kept() -> None:
     assert set(after.values()) == {0}
 
 
-def test_of_a_replica_that_left_in_the_middle_of_an_answer_nothing_is_kept() -> None:
+def test_a_replica_removed_during_an_answer_leaves_no_state() -> None:
     async def play() -> tuple[dict[str, int], dict[str, int]]:
         world = World({"a": YI})
         async with world.running():
@@ -77,7 +77,7 @@ def test_of_a_replica_that_left_in_the_middle_of_an_answer_nothing_is_kept() -> 
     )
 
 
-def test_of_an_engine_that_was_ended_to_make_room_no_cache_is_believed_in() -> None:
+def test_a_stopped_engine_has_empty_caches() -> None:
     """It drains first, and comes back empty."""
 
     async def play() -> list[int]:
@@ -95,7 +95,7 @@ def test_of_an_engine_that_was_ended_to_make_room_no_cache_is_believed_in() -> N
     assert (ready == draining > 0, cold) == (True, 0)
 
 
-def test_an_outage_begins_anew_for_whoever_meets_it_later() -> None:
+def test_an_outage_counts_from_the_request_that_meets_it() -> None:
     """The first that met it left the queue long ago; the second one has all of its patience."""
 
     async def play() -> str | None:
