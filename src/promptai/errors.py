@@ -104,7 +104,7 @@ class EngineStartError(EngineError):
 
 
 class EngineDiedError(EngineError):
-    """An engine died, disconnected or fell silent while serving."""
+    """An engine cannot be reached, broke off, or did not answer in time."""
 
 
 class EngineRefusedError(EngineError):
@@ -112,7 +112,7 @@ class EngineRefusedError(EngineError):
     An engine answered a request with an error.
 
     Attributes:
-        status: HTTP status; ``None`` for an error inside a stream.
+        status: HTTP status, or the code of an error event; ``None``: unknown.
         kind: The ``type`` in the error envelope, e.g. ``exceed_context_size_error``.
         body: The response body, possibly truncated.
         retry_after_s: Seconds of ``Retry-After``; ``None`` without one.

@@ -14,6 +14,7 @@ from promptai.fleet.replica import State
 from promptai.gateway.admission import AdmissionRules
 from promptai.gateway.auth import Guard
 from promptai.gateway.keys import KeyStore
+from promptai.router.failover.request import RoutedRequest
 from promptai.router.selection import Alias, ModelNames
 from support_cold import Cold
 from support_fleet import model
@@ -326,3 +327,26 @@ def test_the_access_log_has_one_line_per_request_and_no_text(caplog: pytest.LogC
     assert lines[1].startswith(f"abc-2 local {CHAT} model=- replica=- status=404 queue=- ttft=- total=0.0")
     assert lines[0].startswith(f"abc-1 local {CHAT} model=yi replica=a status=200 queue=0.000s ttft=0.0")
     assert "cell" not in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_internal_error_is_recorded_as_500_not_as_a_disconnect(
+    stream: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fail(_admitted: object) -> None:
+        raise RuntimeError("a bug")
+
+    async def use(at: Door) -> int:
+        at.gateway._guard.reserve = lambda *_: monkeypatch.setattr(  # type: ignore[method-assign]
+            RoutedRequest, "events" if stream else "response", fail
+        )
+        return (await at.chat(stream=stream)).status
+
+    with caplog.at_level(logging.INFO, "promptai.access"):
+        status = visit(one(), use)
+
+    assert status == 500
+    assert "status=500" in caplog.text
+    assert "status=499" not in caplog.text

@@ -1,8 +1,8 @@
 """Admit a request: resolve its model, check that it fits, and bound its time.
 
-Everything that can be refused is refused here, with the numbers, before the request is queued or sent: unknown names,
-prompts that exceed every context, fields of the wrong type. No prompt is truncated and no unknown field is dropped;
-the parameters of an alias apply only to fields that the request leaves open.
+A request that its own content and the fleet's snapshot suffice to refuse is refused here, before it is queued: unknown
+models, fields of the wrong type, prompts too long for the model and its fallbacks. No prompt is truncated and no
+unknown field is dropped; the parameters of an alias apply only to fields that the request leaves open.
 """
 
 from collections.abc import Mapping
@@ -101,7 +101,7 @@ class _ParsedRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     def demand_permission(self) -> None:
         """
-        Check that the key permits the requested name and the model it stands for.
+        Check that the key permits the requested name; for the default, that name or its model.
 
         Raises:
             ApiError: 403.
@@ -353,7 +353,10 @@ def _demand_roles(fields: InferenceRequest) -> None:
     for number, message in enumerate(fields.messages or ()):
         if not isinstance(message.get("role"), str):
             raise RequestRefusedError(
-                f"message {number} has no role", code="wrong_type", param="messages", hint="user, assistant, system"
+                f"message {number} has no role",
+                code="wrong_type",
+                param="messages",
+                hint="set it to system, user, assistant or tool",
             )
 
 

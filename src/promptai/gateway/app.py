@@ -1,11 +1,11 @@
 """The gateway as an HTTP application: its routes, and the life of a request from socket to engine and back.
 
-    envelope ─▶ guard ─▶ handler ─▶ admission ─▶ RoutedRequest ─▶ streaming
-    (errors)    (keys)   (here)     (model,      (router:         (response)
-                                     limits)      slot, attempts)
+    envelope ─▶ guard ─────▶ handler ─▶ admission ─▶ RoutedRequest ─▶ streaming
+    (errors)    (key, its    (here)     (model,      (router: slot,   (response)
+                 limits)                 context)     attempts)
 
-It does not listen: ``gateway.server`` does. One event loop in one process: a gateway that relays a few hundred streams
-is mostly idle, and so all its knowledge of the fleet is in one place.
+``gateway.server`` listens, this module does not. One process suffices, since relaying a few hundred streams leaves it
+mostly idle; so all that it knows of the fleet is in one place.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ _log = logging.getLogger("promptai.gateway")
 
 #: The request was admitted; ``_infer`` records its end.
 _ADMITTED = web.RequestKey("admitted", bool)
-_CLIENT_DISCONNECTED = 499
+_CLIENT_DISCONNECTED, _INTERNAL_ERROR = 499, 500
 _RETRY_WHEN_DRAINING_S = 10.0
 
 
@@ -151,6 +151,11 @@ class Gateway:
             status = failure.status
             failure.headers = {**route_headers(admitted), **failure.headers}
             raise failure from None
+        except ConnectionError:
+            raise
+        except Exception:
+            status = _INTERNAL_ERROR  # the envelope answers and logs it
+            raise
         finally:
             self._record_end(request, caller, admitted, status, arrived)
 

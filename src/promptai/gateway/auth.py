@@ -123,7 +123,7 @@ class Guard:
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Set ``request[CALLER]``, or refuse the request; must directly follow the envelope."""
+        """Set ``request[CALLER]``, or refuse the request; must run inside the envelope."""
         self._check_host(request)
         self._check_origin(request)
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:

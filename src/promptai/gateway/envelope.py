@@ -1,4 +1,4 @@
-"""Give every error that leaves the gateway OpenAI's envelope, including those of aiohttp itself.
+"""Put every error response into OpenAI's envelope, including aiohttp's own.
 
 aiohttp rejects some requests before any handler sees them: malformed HTTP, endless headers, an unknown ``Expect``. Its
 responses quote the line it could not read, which may contain the API key. ``EnvelopeRunner`` sends the envelope there,

@@ -1,4 +1,4 @@
-"""The one map from errors to HTTP, in OpenAI's envelope.
+"""Convert every error to an HTTP status in OpenAI's envelope; the only map between the two.
 
 Clients read ``error.message`` and nothing else, so the message includes the advice; ``src`` names the side that
 failed, ``gateway`` or ``engine``; ``hint`` repeats the advice alone.

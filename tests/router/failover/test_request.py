@@ -1,4 +1,4 @@
-"""A request outlives its board: whatever fails, and whenever, the client gets what it would have got."""
+"""A request outlives its board: the client gets the same answer, whichever attempt fails and when."""
 
 import asyncio
 from typing import Any
@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from promptai.engine.upstream import Reply
-from promptai.errors import BrokenOffError, EngineRefusedError
+from promptai.errors import BrokenOffError, EngineProtocolError, EngineRefusedError
 from support_clock import run_virtually
 from support_routed import (
     PACE,
@@ -375,3 +375,20 @@ def test_an_embedding_has_a_short_time_limit() -> None:
     run_virtually(play())
 
     assert [limit < 120 for limit in limits] == [True]
+
+
+def test_an_oversized_response_counts_as_a_failure_of_its_board() -> None:
+    async def play() -> tuple[int, list[str]]:
+        async with world().running() as running:
+            admitted = accept(running, {"input": "Is cell 12 up?", "stream": False}, "/v1/embeddings")
+            post, broken = running.upstream.post, f"sim://{first(running, admitted)}"
+
+            async def oversized(url: str, path: str, body: bytes, *, limit_s: float) -> Reply:
+                if url == broken:
+                    raise EngineProtocolError(f"{url}{path} answered with more than 1 bytes")
+                return await post(url, path, body, limit_s=limit_s)
+
+            running.upstream.post = oversized  # type: ignore[method-assign]
+            return (await admitted.routed.response()).status, admitted.routed.retries
+
+    assert run_virtually(play()) == (200, ["protocol"])

@@ -8,7 +8,8 @@ the router counts the failures of real requests, with one breaker per replica:
        |                                   +------ failure --------+
        +---------------------------- success ----------------------+
 
-In TRIAL one request at a time goes through, so a board that is still broken costs one retry.
+In TRIAL (half-open, in a circuit breaker's usual terms) one request at a time goes through, so a board that is still
+broken costs one retry.
 
 A pure state machine: it never sleeps, logs or reads a clock. ``now`` is in seconds of a monotonic clock, so a test
 passes an hour of outage in microseconds.
@@ -105,8 +106,8 @@ class Breaker(msgspec.Struct, frozen=True, kw_only=True):
 
         Args:
             limit: Consecutive failures that open the breaker.
-            weight: Number of failures this one counts as. A refused connection counts as ``limit``: a board that
-                is off need not fail three requests first.
+            weight: Number of failures this one counts as. A replica that refuses the connection, breaks off or falls
+                silent before its first token counts as ``limit``: a board that is off need not fail three requests.
             sent_at: When the failed request was sent, if known. A request sent before the breaker opened changes
                 nothing, even during a trial.
             max_cooldown_s: Ceiling for the doubling: a board that was off all night is tried again within two

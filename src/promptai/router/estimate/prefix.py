@@ -29,7 +29,7 @@ class Chain(msgspec.Struct, frozen=True):
 
     @property
     def head(self) -> int:
-        """Identifies the conversation: the checksum of its first two windows, or of what there is of them."""
+        """Identifies the conversation: the checksum of its first 128 characters, which conversations may share."""
         return self.links[min(1, len(self.links) - 1)] if self.links else self.chars
 
     def shared(self, other: "Chain") -> int:

@@ -106,7 +106,7 @@ class RateBook:
             timings: As the engine reported them.
             predicted_cached: Prompt tokens that were expected in the cache.
             mean_streams: Streams on the replica during the answer, this one included, averaged over time.
-            alone: Whether no other request ran there at any time.
+            alone: Whether no other request ran there meanwhile.
             prompt_chars: Length of the prompt that the engine counted; 0: unknown.
             capped: Whether ``max_tokens``, the context or the client ended the answer, not the model.
         """

@@ -119,7 +119,8 @@ class Attempt:
         Send a request whose response is not streamed; an engine's 4xx is a response, too.
 
         Raises:
-            EngineDiedError, EngineRefusedError: The attempt failed; the latter for HTTP 5xx and 429.
+            EngineDiedError, EngineProtocolError, EngineRefusedError: The attempt failed; the last one for HTTP 5xx
+                and 429.
         """
         lease, request = self._lease, self._client_request
         limit_s = self._response_limit_s(max_tokens)

@@ -54,7 +54,7 @@ class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def request_body(lease: SlotLease, request: InferenceRequest, body: dict[str, Any]) -> bytes:
-    """Encode the first attempt of a request for the engine of ``lease``."""
+    """Encode a request that the engine of ``lease`` answers from the beginning."""
     sent = {**body, "model": lease.replica.model}
     if request.stream and lease.replica.dialect == "llama-server":
         # Also needed for disconnects: an engine that writes nothing does not notice that its client is gone.
@@ -67,7 +67,7 @@ def with_engine_fields(lease: SlotLease, request: InferenceRequest, body: dict[s
     replica = lease.replica
     if replica.dialect != "llama-server":
         return body
-    # Its HTTP thread sends a ping every 30 s (b11549), even when nothing is computed any more.
+    # -1 turns pings off: its HTTP thread sends one every 30 s (b11549), which would hide a stalled engine.
     sent = {**body, "sse_ping_interval": -1}
     if replica.slots > 1 and replica.host_cache_tokens == 0 and request.answers == 1:
         # Without a prompt cache, the engine might choose the slot of a conversation that will continue.
@@ -76,7 +76,7 @@ def with_engine_fields(lease: SlotLease, request: InferenceRequest, body: dict[s
 
 
 def is_prompt_comparable(request: InferenceRequest) -> bool:
-    """Whether the engine counts the same text as the gateway: one prompt, no images, no token ids."""
+    """Whether the engine counts the same text as the gateway: one text prompt without media."""
     if request.messages is None:
         given = request.prompt if request.prompt is not None else request.input
         return isinstance(given, str) and request.answers == 1

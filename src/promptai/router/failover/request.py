@@ -1,12 +1,11 @@
 """Carry one request through the fleet: queue, attempt, and after a failure another attempt.
 
-A board that dies takes its requests along, and their clients are left with half an answer. Here a request outlives its
-board. Before the first byte of the answer, the request is sent again to another replica; after it, another replica
-resumes the answer (``failover.resume``). A silence counts as a failure once it is longer than the replica's pending
-work can explain.
+When a board dies, its running requests fail, and their clients are left with half an answer. Here another replica takes
+over. Before the first byte of the answer it gets the request anew; after it, it resumes the answer
+(``failover.resume``). A silence counts as a failure once it is longer than the replica's pending work can explain.
 
-A request that its engine refuses with HTTP 400 to 499 is not sent again, since the next engine would refuse it, too. An
-answer that cannot be resumed, such as a part of a tool call, ends with an error that names the obstacle.
+A request that its engine refuses with HTTP 400 to 499, except 429, is not sent again: the next engine would refuse it,
+too. An answer that cannot be resumed, such as a part of a tool call, ends with an error that names the obstacle.
 """
 
 from collections.abc import AsyncGenerator
@@ -27,9 +26,9 @@ from promptai.wire.llamaserver import Timings
 from promptai.wire.openai import Usage
 
 _NOT_IMPLEMENTED = 501
-#: Statuses of an engine that works but objects to the request. It may be broken; but llama-server also sends 500 for an
-#: image, or inside the stream for a grammar that matches nothing (b11549), and such requests must not open the breaker
-#: of one board after another.
+#: Statuses that may be the request's fault: llama-server sends 500 for an image, and inside the stream for a grammar
+#: that matches nothing (b11549). A second replica decides, so that such a request does not open the breaker of one
+#: board after another.
 _OBJECTIONS = {500, _NOT_IMPLEMENTED}
 
 
@@ -175,7 +174,7 @@ class RoutedRequest:
             async with self._slot() as lease:
                 try:
                     reply = await self._attempt(lease).complete(self.route_request.max_tokens)
-                except (EngineDiedError, EngineRefusedError) as error:
+                except (EngineDiedError, EngineProtocolError, EngineRefusedError) as error:
                     self._handle_failure(lease, error)
                     continue
                 if reply.status == 200:
@@ -212,7 +211,8 @@ class RoutedRequest:
         if status is not None and 400 <= status < 500 and status != 429:
             lease.result = LeaseResult(generated_tokens=lease.generated)
             if started:
-                raise _broken_off(lease, error, "it refused to resume an answer that another replica began")
+                resumed = "it refused to resume an answer that another replica began" if self.continuations else ""
+                raise _broken_off(error, resumed)
             raise error
         if isinstance(error, EngineRefusedError) and status in _OBJECTIONS:
             self._objectors.append(lease)
@@ -229,7 +229,7 @@ class RoutedRequest:
             return True
         if blocker is not None or self._attempts_spent:
             if started:
-                raise _broken_off(lease, error, blocker or f"all {len(self.leases)} attempts failed")
+                raise _broken_off(error, blocker or f"all {len(self.leases)} attempts failed")
             raise error
         return self._try_again(lease, error)
 
@@ -273,5 +273,5 @@ class RoutedRequest:
         return blocker
 
 
-def _broken_off(lease: SlotLease, error: EngineError, hint: str) -> BrokenOffError:
-    return BrokenOffError(f"{lease.replica.id} failed in the middle of the answer: {error.message}", hint=hint)
+def _broken_off(error: EngineError, hint: str) -> BrokenOffError:
+    return BrokenOffError(f"the answer broke off: {error.message}", hint=hint)

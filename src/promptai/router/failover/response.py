@@ -1,9 +1,10 @@
 """Build a complete response from the chunks of a stream.
 
-llama-server notices that its client has disconnected only when it writes. It writes a response that is not streamed
-at its end, so a board may compute for minutes without a client (tried with b11549). The gateway therefore always
-streams from engines, and builds the response for clients that do not want a stream. Fields are merged by type, not by
-name: texts are joined, lists are appended, and any other value replaces the earlier one. Pure.
+llama-server notices that its client has disconnected only when it writes. It writes a response that is not streamed at
+its end, so a board may compute for minutes without a client (tried with b11549). The gateway therefore streams from
+engines wherever they can (``RoutedRequest.response``), and builds the response for clients that do not want a stream.
+Fields are merged by type, not by name: texts are joined, lists are appended, and any other value replaces the earlier
+one. Pure.
 """
 
 from collections.abc import Iterable

@@ -134,7 +134,7 @@ def _beyond_text(tool_calls: object, thought: str) -> str:
     return "reasoning" if thought else ""
 
 
-# Whether
+# Can it be resumed?
 
 
 def resume_blocker(request: InferenceRequest, sent: SentText) -> str | None:
@@ -172,7 +172,7 @@ def _has_media(content: object) -> bool:
     )
 
 
-# From where
+# The resume point
 
 
 class ResumePoint(NamedTuple):
@@ -218,7 +218,7 @@ async def resume_tokens(query: Query, request: InferenceRequest, body: dict[str,
 
 
 def _repeated_tag_chars(prompt: str, text: str) -> int:
-    """Length of an answer's beginning that repeats a tag, and the text behind it, from the end of its prompt."""
+    """Length of an answer's beginning that repeats a tag, and the text after it, from the end of its prompt."""
     if not text.startswith("<"):
         return 0
     tag = text.find(">") + 1
@@ -227,7 +227,7 @@ def _repeated_tag_chars(prompt: str, text: str) -> int:
 
 
 async def _text_tokens(query: Query, text: str) -> list[int]:
-    """Tokenise an answer; some tokenizers put a space before every text, but not behind a line break."""
+    """Tokenise an answer; some tokenizers put a space before every text, but not after a line break."""
     plain = await _tokenize(query, text, special=False)
     if await _decodes_to(query, plain, text):
         return plain
@@ -254,7 +254,7 @@ async def _tokenize(query: Query, text: str, *, special: bool) -> list[int]:
     return [int(token) for token in found.get("tokens", ())]
 
 
-# How
+# The request, and the chunks of its answer
 
 
 def resume_body(body: dict[str, Any], point: ResumePoint, *, max_tokens: int | None) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Give every request the best available slot, in a fair order, within a bounded queue.
 
 An engine's own queue can neither be inspected nor bounded, and a request in it can no longer move to another board.
-So requests queue here, and an engine never gets more requests than it has slots. Whenever something changes (a
+So requests queue here, and an engine never gets more requests than it has slots (a request for several answers counts
+as one slot, although the engine may use more). Whenever something changes (a
 request arrives or ends, a replica comes or goes, a second has passed) the dispatcher walks the queue in order and
 gives each request the replica that is cheapest for it. If that replica has no free slot, the request keeps its place
 and counts as a reservation there for all requests behind it. While no slot is free at all, placements stay as they
-are for up to a second: weighing every replica for every request at every event stalled 50 boards.
+are for up to a second: weighing every replica for every request at every event left 50 boards idle while the
+gateway computed.
 
 ``estimate`` and ``fair_queue`` decide; this module keeps the queue and acts. All of it runs in one event loop without
 locks, and nothing awaits between a decision and its effect.
@@ -53,8 +55,8 @@ class QueueEntry:
     Attributes:
         queued_at: The loop's time at which it entered.
         placement: Where it would go, as of the last pass; ``None``: nowhere.
-        no_replica_since: Time since which no replica can serve the request now or after a recovery. Starts when there
-            is none at all, not even a cold one; a ready replica ends it. ``None`` while there is hope.
+        no_replica_since: The loop's time since which no replica could serve the request, now or after recovering;
+            ``None`` while one can. A ready replica resets it, a loading one does not.
         leased: Gets the lease, or the error that ends the wait.
     """
 
@@ -148,7 +150,7 @@ class Dispatcher:
         return max(1.0, math.ceil(min(times, default=5.0)))
 
     def no_capacity(self, model: str, request: RouteRequest | None = None) -> NoCapacityError:
-        """Return the error that no replica of a model can serve (``request``), with the reason of each replica."""
+        """Return the error for a model that no replica can serve now, with the reasons of up to four replicas."""
         now = self._now()
         replicas = self.fleet_state.fleet.snapshot.of(model)
         if not replicas:

@@ -48,7 +48,7 @@ class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def min_prompt_tokens(self) -> float:
-        """Lower bound for the prompt's tokens: prose has four or five characters a token, hardly any text six."""
+        """Lower bound for the prompt's tokens, at 7 characters each: prose has four or five, hardly any text six."""
         return self.prompt.chars / _MAX_CHARS_PER_TOKEN
 
 
@@ -57,11 +57,12 @@ class LeaseResult(msgspec.Struct, frozen=True, kw_only=True):
     The outcome of a request on its replica.
 
     Attributes:
-        conversation: Prompt and answer as the next turn will begin, now in the slot's cache; ``None``: unknown.
+        conversation: Prompt and answer as the next turn repeats them, now in the slot's cache; ``None``: unknown.
         timings: As the engine reported them; ``None`` if it did not.
         generated_tokens: Tokens of all answers; ``None`` if the engine does not report them.
         capped: A limit ended the answer, not the model.
-        prompt_comparable: The engine counted the same text as the gateway: no images, no prefilled answer.
+        prompt_comparable: The engine counted the same text as the gateway: one text prompt without media, answered
+            from its beginning.
     """
 
     conversation: Chain | None = None
@@ -86,7 +87,7 @@ class SlotLease:
         pending_decode: Decoding that the request still causes.
         expected_answer_tokens: Estimated length of the answer.
         charged_tokens: Tokens charged to the key when the request got the slot.
-        alone: No other request ran on the replica at any time.
+        alone: No other request ran on the replica during this lease.
         failed: The replica failed the request.
         result: Set before the lease ends; ``None``: the request failed or its client disconnected.
         stream_seconds_before: Stream seconds of the replica when the first token came.
