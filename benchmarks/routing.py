@@ -162,7 +162,7 @@ def virtual(console: Console, seeds: int) -> int:
     with ProcessPoolExecutor(os.cpu_count()) as pool, _progress(console) as progress:
         task = progress.add_task("virtual time", total=len(jobs))
         waiting: dict[tuple[Setting, str, int], Future[Played]] = {
-            route_request: pool.submit(run, *route_request) for route_request in jobs
+            slot_request: pool.submit(run, *slot_request) for slot_request in jobs
         }
         for future in waiting.values():
             future.add_done_callback(lambda _: progress.advance(task))

@@ -135,7 +135,7 @@ def chat(**fields: Any) -> dict[str, Any]:
 
 def first(world: World, admitted: AdmittedRequest) -> str:
     """The board that the router tries first."""
-    choice = world.dispatcher.preview(admitted.routed.route_request)
+    choice = world.dispatcher.preview(admitted.routed.slot_request)
     assert choice is not None
     return choice.view.replica.id
 

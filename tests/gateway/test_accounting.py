@@ -126,7 +126,7 @@ def test_several_answers_without_usage_are_unknown_rather_than_zero(
             reply = await admitted.routed.response()
             assert reply.status == status
             record = request_record(admitted, status, 0.0)
-            return record, charged_tokens(admitted, record), round(admitted.routed.route_request.prompt_tokens)
+            return record, charged_tokens(admitted, record), round(admitted.routed.slot_request.prompt_tokens)
 
     record, found, prompt = run_virtually(play())
 
@@ -147,7 +147,7 @@ def test_charges_the_generated_tokens_of_several_answers_after_a_disconnect() ->
             listening.cancel()
             await asyncio.wait([listening])
             record = request_record(admitted, 499, 0.0)
-            return record, round(admitted.routed.route_request.prompt_tokens)
+            return record, round(admitted.routed.slot_request.prompt_tokens)
 
     record, prompt = run_virtually(play())
 

@@ -91,7 +91,7 @@ def test_a_prompt_too_long_for_its_model_goes_to_the_fallback_or_is_refused() ->
     with pytest.raises(RequestRefusedError) as refused:
         play(small_and_large(), use)
 
-    assert (moved.model, moved.routed.route_request.model) == ("small", "small")
+    assert (moved.model, moved.routed.slot_request.model) == ("small", "small")
     assert moved.reason == "large holds 2048 tokens, the prompt has about 4173"
     assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
     assert "the prompt has about 4173 tokens" in refused.value.message
@@ -261,12 +261,12 @@ BATCHES = pytest.mark.parametrize(
 def test_the_context_only_has_to_hold_the_longest_of_several_prompts(path: str, field: str, one: Any) -> None:
     async def use(world: World) -> tuple[AdmittedRequest, int]:
         admitted = await admit(path, **{field: [one] * 150})(world)
-        return admitted, len(world.fleet_state.candidates(admitted.routed.route_request))
+        return admitted, len(world.fleet_state.candidates(admitted.routed.slot_request))
 
     admitted, boards = play(lambda: World({"l": msgspec.structs.replace(LARGE, context=1024)}), use)
 
     assert (boards, admitted.model) == (1, "large")
-    assert admitted.routed.route_request.prompt_tokens == pytest.approx(150 * 15, rel=0.5)
+    assert admitted.routed.slot_request.prompt_tokens == pytest.approx(150 * 15, rel=0.5)
 
 
 @BATCHES
@@ -295,7 +295,7 @@ def test_counts_token_ids_exactly(path: str, field: str) -> None:
     one = play(small_and_large(), admit(path, **{field: [151_643] * 2047}))
     several = play(small_and_large(), admit(path, **{field: [[151_643] * 500, [7] * 300]}))
 
-    assert (one.routed.route_request.prompt_tokens, several.routed.route_request.prompt_tokens) == (2047, 800)
+    assert (one.routed.slot_request.prompt_tokens, several.routed.slot_request.prompt_tokens) == (2047, 800)
 
 
 @BATCHES
@@ -324,7 +324,7 @@ def test_refuses_a_request_without_the_required_field(path: str, field: str, not
     ],
 )
 def test_counts_the_requested_answers(path: str, fields: dict[str, Any], answers: int) -> None:
-    assert play(small_and_large(), admit(path, **fields)).routed.route_request.answers == answers
+    assert play(small_and_large(), admit(path, **fields)).routed.slot_request.answers == answers
 
 
 @pytest.mark.parametrize(

@@ -335,7 +335,7 @@ def test_an_internal_error_is_recorded_as_500_not_as_a_disconnect(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async def fail(_admitted: object) -> None:
+    def fail(_admitted: object) -> None:
         raise RuntimeError("a bug")
 
     async def use(at: Door) -> int:

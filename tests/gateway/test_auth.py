@@ -245,10 +245,10 @@ def test_charges_tokens_to_the_key(store: KeyStore) -> None:
 
 def test_refuses_a_model_that_the_key_does_not_permit() -> None:
     caller = Caller(limits=KeyLimits(models=("small", "tiny")))
-    caller.demand_model("tiny")
+    caller.check_model("tiny")
 
     with pytest.raises(ApiError, match="may not use large") as caught:
-        caller.demand_model("large")
+        caller.check_model("large")
 
     assert (
         caught.value.status,

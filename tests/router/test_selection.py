@@ -152,7 +152,7 @@ def test_a_prompt_longer_than_its_context_is_refused_with_the_numbers() -> None:
     refused = check("small", 5000)
 
     assert refused == ContextTooLong(prompt_tokens=5000, contexts={"small": 4096})
-    assert refused.message == "the prompt has 5000 tokens; small holds 4096, the answer included"
+    assert refused.message == "the prompt has about 5000 tokens; small holds 4096, the answer included"
 
 
 def test_a_prompt_longer_than_every_fallback_is_refused_with_all_numbers() -> None:
@@ -174,7 +174,7 @@ def test_a_prompt_without_room_for_an_answer_is_too_long() -> None:
 
 def test_a_long_prompt_goes_to_the_fallback() -> None:
     assert check("small", 5000, fallbacks={"small": "large"}) == ContextFits(
-        model="large", reason="small holds 4096 tokens, the prompt has 5000"
+        model="large", reason="small holds 4096 tokens, the prompt has about 5000"
     )
 
 

@@ -27,7 +27,7 @@ def request_record(admitted: AdmittedRequest, status: int, arrived: float) -> Re
     prompt, cached, generated = _token_counts(routed)
     computed = timings.prompt_n if timings is not None else 0
     # The first token of each answer belongs to prefill.
-    decoded = timings.predicted_n - routed.route_request.answers if timings is not None else 0
+    decoded = timings.predicted_n - routed.slot_request.answers if timings is not None else 0
     first_tokens = [lease.first_token_at for lease in leases if lease.first_token_at is not None]
     return RequestRecord(
         model=admitted.model,
@@ -59,11 +59,11 @@ def _token_counts(routed: RoutedRequest) -> tuple[int | None, int | None, int | 
     # Tokens of an attempt that a later one resumed are part of the later prompt, and of the answer.
     before, last = sum(lease.generated for lease in routed.leases[:-1]), routed.leases[-1].generated
     reported, result = routed.sent.prompt_tokens, routed.leases[-1].result
-    if routed.route_request.answers > 1 and result is None:
+    if routed.slot_request.answers > 1 and result is None:
         # Engines report each of several answers at its end; a client that disconnects earlier had all prompts computed
         # or queued.
         ended = timings.predicted_n if timings is not None else 0
-        return max(reported or 0, round(routed.route_request.prompt_tokens)), None, before + max(ended, last)
+        return max(reported or 0, round(routed.slot_request.prompt_tokens)), None, before + max(ended, last)
     if timings is not None:
         processed = timings.prompt_n + (timings.cache_n or 0)
         prompt = reported if routed.continuations and reported is not None else max(0, processed - before)

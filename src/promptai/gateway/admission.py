@@ -19,7 +19,7 @@ from promptai.router.estimate.prefix import Chain, chain
 from promptai.router.failover.protocol import ClientRequest
 from promptai.router.failover.request import RoutedRequest
 from promptai.router.schedule.dispatcher import Dispatcher
-from promptai.router.schedule.lease import RouteRequest
+from promptai.router.schedule.lease import SlotRequest
 from promptai.router.selection import (
     AUTO,
     DEFAULT,
@@ -99,7 +99,7 @@ class _ParsedRequest(msgspec.Struct, frozen=True, kw_only=True):
         """Whether the key permits the model, under the name it was resolved from or its own."""
         return any(self.caller.limits.allow(name) for name in (self.name.meant, self.name.model))
 
-    def demand_permission(self) -> None:
+    def check_permission(self) -> None:
         """
         Check that the key permits the requested name; for the default, that name or its model.
 
@@ -107,9 +107,9 @@ class _ParsedRequest(msgspec.Struct, frozen=True, kw_only=True):
             ApiError: 403.
         """
         if self.name.name != DEFAULT:
-            self.caller.demand_model(self.name.name)
+            self.caller.check_model(self.name.name)
         if not self.permitted and not self.name.auto:
-            self.caller.demand_model(self.name.model)
+            self.caller.check_model(self.name.model)
 
     @property
     def text(self) -> str:
@@ -138,11 +138,11 @@ class Admission:
             ApiError: The key does not permit the model.
         """
         parsed = self._parse(path, body, headers, caller)
-        parsed.demand_permission()
-        route_request = self._estimate(parsed)
-        model, reason = self._choose_model(parsed, route_request)
-        if model != route_request.model:
-            route_request = self._for_model(parsed, route_request, model)
+        parsed.check_permission()
+        slot_request = self._estimate(parsed)
+        model, reason = self._choose_model(parsed, slot_request)
+        if model != slot_request.model:
+            slot_request = self._for_model(parsed, slot_request, model)
         client_request = ClientRequest(
             path=path,
             body=parsed.body,
@@ -152,11 +152,11 @@ class Admission:
             stall_s=self.rules.stall_s,
         )
         return AdmittedRequest(
-            routed=RoutedRequest(client_request, route_request, self.dispatcher, self.upstream),
+            routed=RoutedRequest(client_request, slot_request, self.dispatcher, self.upstream),
             fields=parsed.fields,
             model=model,
             reason=reason,
-            tokens=self._total_tokens(parsed, route_request),
+            tokens=self._total_tokens(parsed, slot_request),
         )
 
     def decide(
@@ -164,7 +164,7 @@ class Admission:
     ) -> tuple[AdmittedRequest, Placement | None]:
         """Return where a request would go; sends nothing. Raises as ``admit`` does."""
         admitted = self.admit(path, body, headers, caller)
-        return admitted, self.dispatcher.preview(admitted.routed.route_request)
+        return admitted, self.dispatcher.preview(admitted.routed.slot_request)
 
     def unknown_model(self, name: str | None, caller: Caller) -> RequestRefusedError:
         """Return the error for a name that no model has; it lists only models that the caller may use."""
@@ -184,20 +184,20 @@ class Admission:
         filled = name.filled(body)
         if filled != body:
             fields = _convert(filled)
-        _demand_field(path, fields)
-        _demand_roles(fields)
+        _check_field(path, fields)
+        _check_roles(fields)
         prompts = fields.prompts()
         return _ParsedRequest(
             path=path, name=name, body=filled, fields=fields, prompts=prompts, headers=headers, caller=caller
         )
 
-    def _estimate(self, parsed: _ParsedRequest) -> RouteRequest:
+    def _estimate(self, parsed: _ParsedRequest) -> SlotRequest:
         """Return the request as the dispatcher needs it, for the model that its name stands for."""
         fields, headers, model = parsed.fields, parsed.headers, parsed.name.model
         longest = parsed.longest(self.dispatcher.fleet_state.book.chars_per_token(model)).text
         max_wait_s = self.rules.max_wait_s
         prompt_tokens, longest_prompt_tokens = self._prompt_tokens(parsed, model)
-        return RouteRequest(
+        return SlotRequest(
             model=model,
             # With several prompts it is unknown which one a slot's cache will hold.
             prompt=chain(longest) if len(parsed.prompts) == 1 else Chain((), len(longest)),
@@ -210,11 +210,11 @@ class Admission:
             max_wait_s=min(max_wait_s, _seconds(headers, "x-promptai-deadline") or max_wait_s),
         )
 
-    def _for_model(self, parsed: _ParsedRequest, route_request: RouteRequest, model: str) -> RouteRequest:
+    def _for_model(self, parsed: _ParsedRequest, slot_request: SlotRequest, model: str) -> SlotRequest:
         """Return the request for another model, whose tokens may have another length."""
         prompt_tokens, longest = self._prompt_tokens(parsed, model)
         return msgspec.structs.replace(
-            route_request, model=model, prompt_tokens=prompt_tokens, longest_prompt_tokens=longest
+            slot_request, model=model, prompt_tokens=prompt_tokens, longest_prompt_tokens=longest
         )
 
     def _prompt_tokens(self, parsed: _ParsedRequest, model: str) -> tuple[float, float | None]:
@@ -226,20 +226,20 @@ class Admission:
 
     # Choosing the model
 
-    def _choose_model(self, parsed: _ParsedRequest, route_request: RouteRequest) -> tuple[str, str]:
+    def _choose_model(self, parsed: _ParsedRequest, slot_request: SlotRequest) -> tuple[str, str]:
         """Return the model and the reason for it."""
         if parsed.name.auto:
-            return self._choose_auto(parsed, route_request)
-        found = self._check_context(parsed, route_request.longest_prompt_tokens or route_request.prompt_tokens)
+            return self._choose_auto(parsed, slot_request)
+        found = self._check_context(parsed, slot_request.longest_prompt_tokens or slot_request.prompt_tokens)
         if isinstance(found, ContextTooLong):
             # A prompt that is probably too long goes to the fallback, but only one that is certainly too long is
             # refused: the engine counts exactly.
-            minimum = max(route_request.min_prompt_tokens, *(prompt.ids for prompt in parsed.prompts))
+            minimum = max(slot_request.min_prompt_tokens, *(prompt.ids for prompt in parsed.prompts))
             certain = self._check_context(parsed, minimum)
             if isinstance(certain, ContextTooLong):
-                raise _too_long(parsed, found.message.replace("has ", "has about ", 1), found.hint)
+                raise _too_long(parsed, found.message, found.hint)
             found = certain
-        return found.model, found.reason.replace("prompt has ", "prompt has about ", 1)
+        return found.model, found.reason
 
     def _check_context(self, parsed: _ParsedRequest, tokens: float) -> ContextFits | ContextTooLong:
         """Find a context for that many tokens, in the requested model or in a fallback that the key permits."""
@@ -251,19 +251,19 @@ class Admission:
             fallbacks={small: large for small, large in self.rules.fallbacks.items() if allow(large)},
         )
 
-    def _choose_auto(self, parsed: _ParsedRequest, route_request: RouteRequest) -> tuple[str, str]:
+    def _choose_auto(self, parsed: _ParsedRequest, slot_request: SlotRequest) -> tuple[str, str]:
         """Return the model that ``auto`` takes, and the reason."""
         snapshot = self.dispatcher.fleet_state.fleet.snapshot
         if not snapshot.models:
             raise NoCapacityError("no model is available for auto", hint="see /v1/models")
         models = [model for model in snapshot.models if parsed.permitted or parsed.caller.limits.allow(model)]
         if not models:
-            parsed.caller.demand_model(AUTO)
-        longest = route_request.longest_prompt_tokens or route_request.prompt_tokens
-        requests = [msgspec.structs.replace(route_request, model=model) for model in models]
+            parsed.caller.check_model(AUTO)
+        longest = slot_request.longest_prompt_tokens or slot_request.prompt_tokens
+        requests = [msgspec.structs.replace(slot_request, model=model) for model in models]
         candidates = [self._auto_candidate(request, longest, snapshot) for request in requests]
         budget_s = _seconds(parsed.headers, "x-promptai-budget")
-        chosen = choose_auto(candidates, budget_s, route_request.max_tokens)
+        chosen = choose_auto(candidates, budget_s, slot_request.max_tokens)
         if chosen.model is None:
             # If an unavailable model could hold the prompt, the prompt is not at fault.
             unavailable = next((model for model in models if _likely_fits(model, longest, snapshot)), None)
@@ -272,7 +272,7 @@ class Admission:
             raise _too_long(parsed, chosen.reason, "shorten the prompt")
         return chosen.model, chosen.reason
 
-    def _auto_candidate(self, request: RouteRequest, longest: float, snapshot: Snapshot) -> AutoCandidate:
+    def _auto_candidate(self, request: SlotRequest, longest: float, snapshot: Snapshot) -> AutoCandidate:
         replicas = snapshot.of(request.model)
         fleet_state, placement = self.dispatcher.fleet_state, self.dispatcher.preview(request)
         finish_s: float | None = None
@@ -288,14 +288,14 @@ class Admission:
             fits_context=placement is not None and _likely_fits(request.model, longest, snapshot),
         )
 
-    def _answer_tokens(self, request: RouteRequest, longest: float, context: int | None) -> float:
+    def _answer_tokens(self, request: SlotRequest, longest: float, context: int | None) -> float:
         """Longest possible answer in tokens; the usual length if nothing limits it."""
         if request.max_tokens is None:
             return self.dispatcher.fleet_state.expected_answer_tokens(request)
         limit = float(request.max_tokens)
         return limit if context is None else min(limit, max(1.0, context - longest))
 
-    def _total_tokens(self, parsed: _ParsedRequest, request: RouteRequest) -> int:
+    def _total_tokens(self, parsed: _ParsedRequest, request: SlotRequest) -> int:
         expected = self.dispatcher.fleet_state.expected_answer_tokens(request)
         generated = 0.0 if parsed.fields.input is not None else request.answers * expected
         return round(request.prompt_tokens + generated)
@@ -335,7 +335,7 @@ def _likely_fits(model: str, tokens: float, snapshot: Snapshot) -> bool:
     return isinstance(found, ContextFits)
 
 
-def _demand_field(path: str, fields: InferenceRequest) -> None:
+def _check_field(path: str, fields: InferenceRequest) -> None:
     """Refuse a request with the field of another path, which would be silently ignored, or without its own."""
     for home, field in _PATHS.items():
         if home != path and getattr(fields, field) is not None:
@@ -348,7 +348,7 @@ def _demand_field(path: str, fields: InferenceRequest) -> None:
         raise RequestRefusedError(f"the request has no {field}", code="missing_field", param=field, hint=hint)
 
 
-def _demand_roles(fields: InferenceRequest) -> None:
+def _check_roles(fields: InferenceRequest) -> None:
     """Refuse a message without a role: llama-server answers it with HTTP 500, as if the engine were broken."""
     for number, message in enumerate(fields.messages or ()):
         if not isinstance(message.get("role"), str):

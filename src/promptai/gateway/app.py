@@ -218,7 +218,7 @@ class Gateway:
 
     async def _models(self, request: web.Request) -> web.Response:
         caller: Caller = request[CALLER]
-        return json(models_view(self._dispatcher, self.admission.rules.names, caller.limits.allow))
+        return json_response(models_view(self._dispatcher, self.admission.rules.names, caller.limits.allow))
 
     async def _model(self, request: web.Request) -> web.Response:
         caller: Caller = request[CALLER]
@@ -227,13 +227,13 @@ class Gateway:
         found = next((entry for entry in view["data"] if entry["id"] == name), None)
         if found is None:
             raise self.admission.unknown_model(name, caller)
-        return json(found)
+        return json_response(found)
 
     async def _fleet(self, request: web.Request) -> web.Response:
-        return json(fleet_view(self._dispatcher, self.admission.rules.names, admin=request[CALLER].admin))
+        return json_response(fleet_view(self._dispatcher, self.admission.rules.names, admin=request[CALLER].admin))
 
     async def _queue(self, _request: web.Request) -> web.Response:
-        return json(queue_view(self._dispatcher))
+        return json_response(queue_view(self._dispatcher))
 
     async def _decide(self, request: web.Request) -> web.Response:
         body = await read_json(request, limit_bytes=self._limits.body_bytes, limit_s=self._limits.body_s)
@@ -243,7 +243,7 @@ class Gateway:
         found: dict[str, Any] = {
             "model": admitted.model,
             "why": admitted.reason,
-            "prompt_tokens_estimated": round(admitted.routed.route_request.prompt_tokens),
+            "prompt_tokens_estimated": round(admitted.routed.slot_request.prompt_tokens),
             "replica": None,
         }
         if placement is not None:
@@ -258,7 +258,7 @@ class Gateway:
                 "cost_s": round(expected.cost_s, 3),
                 "rates": self._dispatcher.fleet_state.book.source(view.replica),
             }
-        return json(found)
+        return json_response(found)
 
     async def _ready(self, _request: web.Request) -> web.Response:
         snapshot = self._dispatcher.fleet_state.fleet.snapshot
@@ -266,7 +266,7 @@ class Gateway:
         if self.draining or not usable:
             why = "the gateway is shutting down" if self.draining else "no replica can serve requests"
             raise ApiError(503, why, code="not_ready", retry_after_s=2.0)
-        return json({"status": "ready", "replicas": len(usable)})
+        return json_response({"status": "ready", "replicas": len(usable)})
 
     async def _metrics_page(self, _request: web.Request) -> web.Response:
         data, kind = self.metrics.render()
@@ -274,7 +274,7 @@ class Gateway:
 
 
 async def _healthy(_request: web.Request) -> web.Response:
-    return json({"status": "ok"})
+    return json_response({"status": "ok"})
 
 
 async def _openapi(_request: web.Request) -> web.Response:
@@ -285,6 +285,6 @@ async def _docs(request: web.Request) -> web.Response:
     return web.Response(text=openapi.page(f"{request.scheme}://{request.host}"), content_type="text/html")
 
 
-def json(value: Any) -> web.Response:
+def json_response(value: Any) -> web.Response:
     """Return a JSON response."""
     return web.Response(body=msgspec.json.encode(value), content_type="application/json")

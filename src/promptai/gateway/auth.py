@@ -62,7 +62,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     limits: KeyLimits = KeyLimits()
     admin: bool = True
 
-    def demand_model(self, model: str) -> None:
+    def check_model(self, model: str) -> None:
         """
         Check that the key permits a model, an alias or ``auto``, by name.
 
@@ -130,7 +130,7 @@ class Guard:
             return self._preflight(request)
         resource = request.match_info.route.resource
         scope = None if resource is None else scope_of(resource.canonical)
-        request[CALLER] = caller = Caller(admin=False) if scope is None else self._admit(request, scope)
+        request[CALLER] = caller = Caller(admin=False) if scope is None else self._authenticate(request, scope)
         if scope != "infer" or request.method in _SAFE_METHODS:
             return await handler(request)
         reached = self.meter.begin(caller.key_id, caller.limits, asyncio.get_running_loop().time())
@@ -167,7 +167,7 @@ class Guard:
             response.headers["Access-Control-Allow-Origin"] = origin
             response.headers["Access-Control-Expose-Headers"] = _EXPOSED
 
-    def _admit(self, request: web.Request, scope: Scope) -> Caller:
+    def _authenticate(self, request: web.Request, scope: Scope) -> Caller:
         if self._store is not None:
             try:
                 self._store.refresh(asyncio.get_running_loop().time())

@@ -179,7 +179,7 @@ class ContextTooLong(msgspec.Struct, frozen=True, kw_only=True):
     def message(self) -> str:
         """What happened, in one line."""
         held = ", ".join(f"{model} holds {context}" for model, context in self.contexts.items())
-        return f"the prompt has {self.prompt_tokens} tokens; {held}, the answer included"
+        return f"the prompt has about {self.prompt_tokens} tokens; {held}, the answer included"
 
     @property
     def hint(self) -> str:
@@ -211,7 +211,7 @@ def check_context(
         reported = [context for context in own if context is not None]
         if not own:  # a fallback that is not served
             break
-        moved = f"{model} holds {contexts[model]} tokens, the prompt has {prompt_tokens}" if contexts else ""
+        moved = f"{model} holds {contexts[model]} tokens, the prompt has about {prompt_tokens}" if contexts else ""
         if len(reported) < len(own) or prompt_tokens < max(reported):
             return ContextFits(model=current, reason=moved)
         contexts[current] = max(reported)

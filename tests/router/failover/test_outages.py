@@ -278,9 +278,9 @@ def test_servable_requests_are_not_rejected_with_unservable_ones() -> None:
 def test_a_pause_longer_than_the_outage_limit_ends_in_service() -> None:
     async def play() -> float:
         async with world("one", limits=QueueLimits(outage_s=30)).running() as running:
-            route_request = accept(running, chat()).routed.route_request
+            slot_request = accept(running, chat()).routed.slot_request
             now = running.fleet_state.now()
-            pausing = msgspec.structs.replace(route_request, avoid_until={"one": now + 50}, resubmitted=True)
+            pausing = msgspec.structs.replace(slot_request, avoid_until={"one": now + 50}, resubmitted=True)
             async with running.dispatcher.acquire(pausing) as lease:
                 return lease.started_at - now
 
@@ -335,10 +335,10 @@ def test_each_board_pauses_for_its_retry_after() -> None:
 
     async def play() -> dict[str, float]:
         async with world().running() as running:
-            route_request = accept(running, chat()).routed.route_request
+            slot_request = accept(running, chat()).routed.slot_request
             now = running.fleet_state.now()
             pausing = msgspec.structs.replace(
-                route_request, avoid_until={"one": now + 8, "two": now + 3}, resubmitted=True
+                slot_request, avoid_until={"one": now + 8, "two": now + 3}, resubmitted=True
             )
             async with running.dispatcher.acquire(pausing) as lease:
                 return {lease.replica.id: lease.started_at - now}

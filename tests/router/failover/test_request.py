@@ -310,8 +310,8 @@ def test_an_answer_is_resumed_only_by_llama_server_however_fast_others_are() -> 
         async with World(boards, rules=RULES, dialects=OPENAI).running() as running:
             busy = [accept(running, chat(max_tokens=200)) for _ in range(2)]
             async with (
-                running.dispatcher.acquire(busy[0].routed.route_request),
-                running.dispatcher.acquire(busy[1].routed.route_request),
+                running.dispatcher.acquire(busy[0].routed.slot_request),
+                running.dispatcher.acquire(busy[1].routed.slot_request),
             ):
                 admitted = accept(running, chat())
                 began = first(running, admitted)

@@ -13,13 +13,13 @@ from promptai.router.estimate.breaker import Breaker
 from promptai.router.estimate.policy import Affinity, Demand, Placement, ReplicaView
 from promptai.router.estimate.prefix import chain
 from promptai.router.schedule.dispatcher import QueueEntry, QueueLimits
-from promptai.router.schedule.lease import LeaseResult, RouteRequest
+from promptai.router.schedule.lease import LeaseResult, SlotRequest
 from support_clock import run_virtually
 from support_serve import World, listen
 
-JOB = RouteRequest(model="yi", prompt=chain("Is cell 12 up?"), prompt_tokens=4.0)
+JOB = SlotRequest(model="yi", prompt=chain("Is cell 12 up?"), prompt_tokens=4.0)
 #: Has 857 tokens at least.
-LONG = RouteRequest(model="yi", prompt=chain("up? " * 1500), prompt_tokens=1500.0)
+LONG = SlotRequest(model="yi", prompt=chain("up? " * 1500), prompt_tokens=1500.0)
 
 
 class Crowd:
@@ -36,7 +36,7 @@ class Crowd:
         self._leave: dict[str, asyncio.Event] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    async def ask(self, name: str, request: RouteRequest = JOB, **fields: Any) -> None:
+    async def ask(self, name: str, request: SlotRequest = JOB, **fields: Any) -> None:
         """Let one come."""
         self._tasks[name] = asyncio.create_task(self._hold(name, msgspec.structs.replace(request, **fields)))
         await asyncio.sleep(0)
@@ -59,7 +59,7 @@ class Crowd:
         found = dict(zip(self._tasks, await asyncio.gather(*self._tasks.values(), return_exceptions=True), strict=True))
         return [name for name in ended if isinstance(found[name], kind)]
 
-    async def _hold(self, name: str, request: RouteRequest) -> None:
+    async def _hold(self, name: str, request: SlotRequest) -> None:
         leave = self._leave[name] = asyncio.Event()
         async with self._world.dispatcher.acquire(request, on_queued=lambda entry: self.entries.update({name: entry})):
             await leave.wait()
@@ -157,7 +157,7 @@ def test_a_key_is_charged_the_real_cost() -> None:
             await listen(admitted)
             return {
                 "charged": world.dispatcher._queue("yi")._finish["k"],
-                "prompt": admitted.routed.route_request.prompt_tokens,
+                "prompt": admitted.routed.slot_request.prompt_tokens,
             }
 
     found = run_virtually(play())
@@ -176,7 +176,7 @@ def test_a_resubmitted_request_is_charged_once() -> None:
             assert len(admitted.routed.leases) == 3
             return {
                 "charged": world.dispatcher._queue("yi")._finish["k"],
-                "prompt": admitted.routed.route_request.prompt_tokens,
+                "prompt": admitted.routed.slot_request.prompt_tokens,
             }
 
     found = run_virtually(play())
@@ -345,7 +345,7 @@ def test_learning_does_not_change_earlier_charges() -> None:
         async with world.running():
             admitted_requests = [world.admitted([{"role": "user", "content": f"{n} up?"}], key="k") for n in range(20)]
             heard = await asyncio.gather(*map(listen, admitted_requests))
-            used = sum(admitted.routed.route_request.prompt_tokens for admitted in admitted_requests)
+            used = sum(admitted.routed.slot_request.prompt_tokens for admitted in admitted_requests)
             for admitted in admitted_requests:
                 assert admitted.routed.timings is not None
                 used += admitted.routed.timings.predicted_n

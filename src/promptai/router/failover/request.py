@@ -16,12 +16,13 @@ import msgspec
 
 from promptai.engine.upstream import Reply, Upstream
 from promptai.errors import BrokenOffError, EngineDiedError, EngineError, EngineProtocolError, EngineRefusedError
+from promptai.router.estimate.breaker import FAILURE_LIMIT
 from promptai.router.failover.attempt import AnswerState, Attempt
 from promptai.router.failover.protocol import ClientRequest, engine_message, retry_pause_s, retry_reason
 from promptai.router.failover.response import ResponseBuilder, prefilled_answer
 from promptai.router.failover.resume import SentText, missing_end, resume_blocker
 from promptai.router.schedule.dispatcher import Dispatcher, QueueEntry
-from promptai.router.schedule.lease import LeaseResult, RouteRequest, SlotLease
+from promptai.router.schedule.lease import LeaseResult, SlotLease, SlotRequest
 from promptai.wire.llamaserver import Timings
 from promptai.wire.openai import Usage
 
@@ -58,17 +59,17 @@ class RoutedRequest:
     """
 
     def __init__(
-        self, client_request: ClientRequest, route_request: RouteRequest, dispatcher: Dispatcher, upstream: Upstream
+        self, client_request: ClientRequest, slot_request: SlotRequest, dispatcher: Dispatcher, upstream: Upstream
     ) -> None:
         self.client_request = client_request
-        self.route_request = route_request
+        self.slot_request = slot_request
         self.leases: list[SlotLease] = []
         self._state = AnswerState(client_request.fields)
         self._dispatcher = dispatcher
         self._fleet_state = dispatcher.fleet_state
         self._upstream = upstream
         self._entry: QueueEntry | None = None
-        self._prompt_tokens = route_request.prompt_tokens
+        self._prompt_tokens = slot_request.prompt_tokens
         self._objectors: list[SlotLease] = []
         self._objection = ""
 
@@ -164,7 +165,7 @@ class RoutedRequest:
 
     def _streamable(self) -> bool:
         """Whether engines can stream the answer: llama-server does not stream tools with ``logprobs``."""
-        fields, replicas = self.client_request.fields, self._fleet_state.fleet.snapshot.of(self.route_request.model)
+        fields, replicas = self.client_request.fields, self._fleet_state.fleet.snapshot.of(self.slot_request.model)
         known = all(replica.dialect in {"llama-server", "promptai"} for replica in replicas)
         return fields.input is None and known and not (fields.tools and self.client_request.body.get("logprobs"))
 
@@ -173,7 +174,7 @@ class RoutedRequest:
         while True:
             async with self._slot() as lease:
                 try:
-                    reply = await self._attempt(lease).complete(self.route_request.max_tokens)
+                    reply = await self._attempt(lease).complete(self.slot_request.max_tokens)
                 except (EngineDiedError, EngineProtocolError, EngineRefusedError) as error:
                     self._handle_failure(lease, error)
                     continue
@@ -182,7 +183,7 @@ class RoutedRequest:
                 return reply
 
     def _slot(self) -> AbstractAsyncContextManager[SlotLease]:
-        return self._dispatcher.acquire(self.route_request, on_queued=self._queued)
+        return self._dispatcher.acquire(self.slot_request, on_queued=self._queued)
 
     def _queued(self, entry: QueueEntry) -> None:
         self._entry = entry
@@ -220,7 +221,7 @@ class RoutedRequest:
                 return self._handle_objection(lease, error)
         else:
             dead = isinstance(error, EngineDiedError) and not lease.first_token_at
-            self._fleet_state.record_failure(lease, weight=3 if dead else 1)
+            self._fleet_state.record_failure(lease, weight=FAILURE_LIMIT if dead else 1)
         if self.sent.finished:
             return True
         blocker = self._resume_blocker() if started else None
@@ -253,9 +254,9 @@ class RoutedRequest:
         if not self.sent.started:
             self.retries.append(retry_reason(error))
         pause_ends_at = self._fleet_state.now() + retry_pause_s(error, len(self.leases))
-        self.route_request = msgspec.structs.replace(
-            self.route_request,
-            avoid_until=self.route_request.avoid_until | {lease.replica.id: pause_ends_at},
+        self.slot_request = msgspec.structs.replace(
+            self.slot_request,
+            avoid_until=self.slot_request.avoid_until | {lease.replica.id: pause_ends_at},
             resubmitted=True,
             resuming=self.sent.started,
             prompt_tokens=self._prompt_tokens + self.sent.tokens,
@@ -267,7 +268,7 @@ class RoutedRequest:
         return len(self.leases) >= self.client_request.max_attempts
 
     def _resume_blocker(self) -> str | None:
-        blocker, model = resume_blocker(self.client_request.fields, self.sent), self.route_request.model
+        blocker, model = resume_blocker(self.client_request.fields, self.sent), self.slot_request.model
         if blocker is None and not self._fleet_state.can_resume(model):
             return f"no replica of {model} can resume an answer: only llama-server does"
         return blocker

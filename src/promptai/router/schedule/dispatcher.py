@@ -26,7 +26,7 @@ from promptai.router.estimate.policy import Demand, PendingWork, Placement, Stra
 from promptai.router.estimate.prefix import chain
 from promptai.router.schedule.fair_queue import FairQueue
 from promptai.router.schedule.fleet_state import FleetState, can_serve, may_fit
-from promptai.router.schedule.lease import RouteRequest, SlotLease
+from promptai.router.schedule.lease import SlotLease, SlotRequest
 
 #: While no slot is free, only so many queued requests with a placement are considered: the others' turn is far off. A
 #: free slot may belong to a replica that none of the first can use, so then all are considered.
@@ -60,7 +60,7 @@ class QueueEntry:
         leased: Gets the lease, or the error that ends the wait.
     """
 
-    def __init__(self, request: RouteRequest, now: float) -> None:
+    def __init__(self, request: SlotRequest, now: float) -> None:
         self.request = request
         self.queued_at = now
         self.placement: Placement | None = None
@@ -94,7 +94,7 @@ class Dispatcher:
 
     @contextlib.asynccontextmanager
     async def acquire(
-        self, request: RouteRequest, *, on_queued: Callable[[QueueEntry], None] = lambda _: None
+        self, request: SlotRequest, *, on_queued: Callable[[QueueEntry], None] = lambda _: None
     ) -> AsyncGenerator[SlotLease, None]:
         """
         Wait for a slot and hold it inside the block.
@@ -133,7 +133,7 @@ class Dispatcher:
         queue = self._queue(entry.request.model)
         return queue.position(entry, self._now()) if entry in queue else 0
 
-    def preview(self, request: RouteRequest) -> Placement | None:
+    def preview(self, request: SlotRequest) -> Placement | None:
         """Return the placement of a request that would arrive now, behind all queued ones; takes no slot."""
         reserved: dict[str, list[PendingWork]] = {}
         for entry in self.queued(request.model):
@@ -143,13 +143,13 @@ class Dispatcher:
 
     def next_slot_in_s(self, model: str) -> float:
         """Estimated seconds until the next queued request of a model gets a slot; at least 1."""
-        request = RouteRequest(model=model, prompt=_EMPTY_PROMPT, prompt_tokens=1.0)
+        request = SlotRequest(model=model, prompt=_EMPTY_PROMPT, prompt_tokens=1.0)
         times = [
             free_in_s(self.fleet_state.view(replica, request, {})) for replica in self.fleet_state.candidates(request)
         ]
         return max(1.0, math.ceil(min(times, default=5.0)))
 
-    def no_capacity(self, model: str, request: RouteRequest | None = None) -> NoCapacityError:
+    def no_capacity(self, model: str, request: SlotRequest | None = None) -> NoCapacityError:
         """Return the error for a model that no replica can serve now, with the reasons of up to four replicas."""
         now = self._now()
         replicas = self.fleet_state.fleet.snapshot.of(model)
@@ -166,7 +166,7 @@ class Dispatcher:
 
     # Entering and leaving the queue
 
-    def _enqueue(self, request: RouteRequest) -> QueueEntry:
+    def _enqueue(self, request: SlotRequest) -> QueueEntry:
         now = self._now()
         queue = self._queue(request.model)
         entry = QueueEntry(request, now)
@@ -210,7 +210,7 @@ class Dispatcher:
     def _release(self, lease: SlotLease) -> None:
         self.fleet_state.close_lease(lease)
         # The charge covers prompt and answer; a resubmitted request was charged before and is not charged again.
-        charged = max(0.0, lease.charged_tokens - lease.request.prompt_tokens)
+        charged = max(0.0, lease.queue_cost - lease.request.prompt_tokens)
         generated = _generated_tokens(lease)
         queue = self._queue(lease.request.model)
         queue.settle(lease.request.key, 0.0 if generated is None else generated - charged)
@@ -259,7 +259,7 @@ class Dispatcher:
             if placement.immediate:
                 free -= 1
                 lease = self.fleet_state.open_lease(entry.request, placement, since=entry.queued_at)
-                lease.charged_tokens = queue.take(entry)
+                lease.queue_cost = queue.take(entry)
                 entry.leased.set_result(lease)
                 self.strategy.placed(replica.id)
             else:
@@ -269,7 +269,7 @@ class Dispatcher:
         if len(queue):
             self._dispatch_at(now + _TICK_S)
 
-    def _place(self, request: RouteRequest, reserved: dict[str, list[PendingWork]]) -> Placement | None:
+    def _place(self, request: SlotRequest, reserved: dict[str, list[PendingWork]]) -> Placement | None:
         views = [self.fleet_state.view(replica, request, reserved) for replica in self.fleet_state.candidates(request)]
         demand = Demand(
             prompt_tokens=request.prompt_tokens,
@@ -278,7 +278,7 @@ class Dispatcher:
         )
         return self.strategy.choose(demand, views)
 
-    def _reserve(self, reserved: dict[str, list[PendingWork]], request: RouteRequest, placement: Placement) -> None:
+    def _reserve(self, reserved: dict[str, list[PendingWork]], request: SlotRequest, placement: Placement) -> None:
         """Count a queued request as pending work of its replica."""
         uncached = max(1.0, request.prompt_tokens - placement.view.cached_tokens)
         work = PendingWork(uncached, self.fleet_state.expected_answer_tokens(request))
@@ -322,7 +322,7 @@ class Dispatcher:
         for model in list(self._queues):
             self._dispatch(model, replace=True)
 
-    def _why_unavailable(self, replica: Replica, request: RouteRequest | None) -> str:
+    def _why_unavailable(self, replica: Replica, request: SlotRequest | None) -> str:
         if request is not None and not may_fit(replica, request):
             return "context too small for this prompt"
         if request is not None and not can_serve(replica, request):

@@ -22,7 +22,7 @@ from promptai.router.estimate.policy import (
 from promptai.router.estimate.prefix import Chain
 from promptai.router.estimate.rates import RateBook
 from promptai.router.estimate.step_curve import StepCurve
-from promptai.router.schedule.lease import RouteRequest, SlotLease
+from promptai.router.schedule.lease import SlotLease, SlotRequest
 
 #: Assumed time to load a model of unknown size: 1.5 B parameters from an SD card.
 _LOAD_S = 30.0
@@ -105,14 +105,14 @@ class FleetState:
 
     # Candidates
 
-    def candidates(self, request: RouteRequest) -> list[Replica]:
+    def candidates(self, request: SlotRequest) -> list[Replica]:
         """Replicas that may serve a request now."""
         able = self._able(request)
         # Replicas that failed the request come last, and only after their pause.
         untried = [replica for replica in able if replica.id not in request.avoid_until]
         return untried or [replica for replica in able if request.avoid_until[replica.id] <= self.now()]
 
-    def may_be_served(self, request: RouteRequest) -> bool:
+    def may_be_served(self, request: SlotRequest) -> bool:
         """Whether a replica can serve a request now, after its pause, or after it recovers."""
         return bool(self._able(request)) or self._may_recover(request)
 
@@ -120,7 +120,7 @@ class FleetState:
         """Whether a replica of the model could continue an answer begun elsewhere, now or later."""
         return any(replica.dialect == "llama-server" for replica in self.fleet.snapshot.of(model))
 
-    def _able(self, request: RouteRequest) -> list[Replica]:
+    def _able(self, request: SlotRequest) -> list[Replica]:
         """Healthy replicas that suit a request, pausing or not."""
         now = self.now()
         able = [
@@ -131,7 +131,7 @@ class FleetState:
         # The prompt's length is an estimate, so a replica that may be too small is used when no other is left.
         return [replica for replica in able if _likely_fits(replica, request)] or able
 
-    def _may_recover(self, request: RouteRequest) -> bool:
+    def _may_recover(self, request: SlotRequest) -> bool:
         """Whether a suitable replica may come back: a draining one turns cold and can be woken; a trial may succeed."""
         now = self.now()
         return any(
@@ -144,7 +144,7 @@ class FleetState:
     # Estimates
 
     def view(
-        self, replica: Replica, request: RouteRequest, reserved: Mapping[str, Sequence[PendingWork]]
+        self, replica: Replica, request: SlotRequest, reserved: Mapping[str, Sequence[PendingWork]]
     ) -> ReplicaView:
         """Return a replica as ``request`` sees it; ``reserved``: earlier queued requests by replica."""
         now = self.now()
@@ -174,7 +174,7 @@ class FleetState:
             ready_in_s=_ready_in_s(replica),
         )
 
-    def expected_answer_tokens(self, request: RouteRequest) -> float:
+    def expected_answer_tokens(self, request: SlotRequest) -> float:
         """Expected length of one answer: the model's mean, within the request's limit."""
         mean = self.book.answer_tokens(request.model)
         return mean if request.max_tokens is None else min(mean, float(max(1, request.max_tokens)))
@@ -195,7 +195,7 @@ class FleetState:
             limit += 4.0 * sum(other.prefill_tokens_left(now, 0.0) for other in prefilling) / prefill
         return limit
 
-    def _cached_chars(self, replica: Replica, found: SlotChoice, request: RouteRequest) -> int:
+    def _cached_chars(self, replica: Replica, found: SlotChoice, request: SlotRequest) -> int:
         """Characters cached once a slot is free: without a free slot, prompts that are being answered count, too."""
         if found.slot is not None:
             return found.cached_chars
@@ -215,7 +215,7 @@ class FleetState:
 
     # Life of a lease
 
-    def open_lease(self, request: RouteRequest, placement: Placement, *, since: float) -> SlotLease:
+    def open_lease(self, request: SlotRequest, placement: Placement, *, since: float) -> SlotLease:
         """Give a request the slot of its placement; ``since``: when it entered the queue."""
         now = self.now()
         replica = placement.view.replica
@@ -255,7 +255,7 @@ class FleetState:
         lease.record_token(now)
 
     def record_failure(self, lease: SlotLease, *, weight: int = 1) -> None:
-        """Record that a replica failed a request; a weight of 3 opens its breaker at once."""
+        """Record that a replica failed a request; a weight of ``FAILURE_LIMIT`` opens its breaker."""
         lease.failed = True
         before = self.breaker(lease.replica.id)
         self.breakers[lease.replica.id] = before.failed(self.now(), weight=weight, sent_at=lease.started_at)
@@ -369,21 +369,21 @@ class _StreamIntegral:
         return self._sum + self._streams * (now - self._since)
 
 
-def may_fit(replica: Replica, request: RouteRequest) -> bool:
+def may_fit(replica: Replica, request: SlotRequest) -> bool:
     """Whether a replica's context may hold a request's prompt, by the lower bound of its tokens."""
     return replica.context is None or request.min_prompt_tokens < replica.context
 
 
-def can_serve(replica: Replica, request: RouteRequest) -> bool:
+def can_serve(replica: Replica, request: SlotRequest) -> bool:
     """Whether a healthy replica could serve a request, by its context and dialect."""
     return may_fit(replica, request) and (replica.dialect == "llama-server" or not request.resuming)
 
 
-def _likely_fits(replica: Replica, request: RouteRequest) -> bool:
+def _likely_fits(replica: Replica, request: SlotRequest) -> bool:
     return replica.context is None or (request.longest_prompt_tokens or request.prompt_tokens) < replica.context
 
 
-def _prompts(request: RouteRequest, leases: Iterable[SlotLease]) -> Iterator[Chain]:
+def _prompts(request: SlotRequest, leases: Iterable[SlotLease]) -> Iterator[Chain]:
     yield request.prompt
     for lease in leases:
         yield lease.request.prompt

@@ -14,7 +14,7 @@ from promptai.wire.llamaserver import Timings
 _MAX_CHARS_PER_TOKEN = 7.0
 
 
-class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
+class SlotRequest(msgspec.Struct, frozen=True, kw_only=True):
     """
     A request as the dispatcher sees it.
 
@@ -86,7 +86,7 @@ class SlotLease:
         generated: Chunks with text so far, at most one per token.
         pending_decode: Decoding that the request still causes.
         expected_answer_tokens: Estimated length of the answer.
-        charged_tokens: Tokens charged to the key when the request got the slot.
+        queue_cost: Tokens counted against the key's fair share when the request got the slot.
         alone: No other request ran on the replica during this lease.
         failed: The replica failed the request.
         result: Set before the lease ends; ``None``: the request failed or its client disconnected.
@@ -95,7 +95,7 @@ class SlotLease:
 
     def __init__(
         self,
-        request: RouteRequest,
+        request: SlotRequest,
         replica: Replica,
         *,
         slot: int,
@@ -121,7 +121,7 @@ class SlotLease:
         self.result: LeaseResult | None = None
         self.stream_seconds_before = 0.0
         self.expected_answer_tokens = expected_answer_tokens
-        self.charged_tokens = 0.0
+        self.queue_cost = 0.0
         self._uncomputed = max(1.0, request.prompt_tokens - cached_tokens)
         self._to_compute = self._uncomputed
         self._uncomputed_at = now
