@@ -7,7 +7,7 @@ from promptai.router.estimate.breaker import FAILURE_LIMIT, Breaker, BreakerStat
 
 
 def opened(at: float = 0.0) -> Breaker:
-    """Just taken out by a refused connection."""
+    """Return a breaker that a refused connection opened at that time."""
     return Breaker().failed(at, weight=FAILURE_LIMIT)
 
 
@@ -28,15 +28,15 @@ def test_a_refused_connection_opens_the_breaker_at_once() -> None:
     assert not refused.allows(5.0)
 
 
-def test_a_late_failure_does_not_extend_the_outage() -> None:
-    out = opened()
+def test_a_failure_while_open_does_not_extend_the_cooldown() -> None:
+    breaker = opened()
 
-    assert out == out.failed(1.9)
-    assert BreakerState.TRIAL is out.state(2.0)
+    assert breaker == breaker.failed(1.9)
+    assert BreakerState.TRIAL is breaker.state(2.0)
 
 
-def test_a_late_failure_does_not_end_a_trial() -> None:
-    """It was sent before the breaker opened, and timed out while a trial is under way."""
+def test_a_late_failure_is_not_taken_for_the_outcome_of_a_trial() -> None:
+    """The request was sent before the breaker opened and timed out during a trial."""
     on_trial = opened(at=10.0).took_trial(12.0)
 
     assert on_trial == on_trial.failed(13.0, sent_at=9.0)
@@ -55,11 +55,11 @@ def test_a_failed_trial_doubles_the_cooldown_up_to_two_minutes() -> None:
     assert cooldowns == [2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 120.0, 120.0, 120.0]
 
 
-def test_a_trial_allows_one_request_at_a_time() -> None:
-    resting = opened()
-    on_trial = resting.took_trial(2.0)
+def test_only_one_trial_runs_at_a_time() -> None:
+    due_for_trial = opened()
+    on_trial = due_for_trial.took_trial(2.0)
 
-    assert resting.allows(2.0)
+    assert due_for_trial.allows(2.0)
     assert not on_trial.allows(2.0)
     assert not on_trial.allows(100.0)
 
@@ -80,8 +80,8 @@ def test_a_trial_whose_client_disconnects_allows_another() -> None:
     assert on_trial.released_trial(sent_at=2.0).allows(2.1)
 
 
-def test_a_disconnect_of_an_earlier_request_does_not_end_the_trial() -> None:
-    """One that was sent before the breaker opened, and one whose own trial was given up for this one."""
+def test_a_disconnect_from_an_earlier_request_does_not_end_the_trial() -> None:
+    """One request was sent before the breaker opened; the other was an earlier trial that expired."""
     on_trial = opened(at=10.0).took_trial(12.0).took_trial(132.0)
 
     assert on_trial == on_trial.released_trial(sent_at=9.0)
@@ -95,14 +95,14 @@ def test_a_disconnect_outside_a_trial_changes_nothing(sent_at: float | None) -> 
         assert breaker == breaker.released_trial(sent_at=sent_at)
 
 
-def test_a_failed_trial_is_over() -> None:
-    again_open = opened().took_trial(2.0).failed(3.0)
+def test_a_failed_trial_allows_another_after_the_cooldown() -> None:
+    reopened = opened().took_trial(2.0).failed(3.0)
 
-    assert again_open.allows(7.0)
+    assert reopened.allows(7.0)
 
 
 @pytest.mark.parametrize("breaker", [Breaker(), Breaker().failed(0.0), opened()], ids=["new", "failed-once", "open"])
-def test_took_trial_changes_nothing_outside_a_trial(breaker: Breaker) -> None:
+def test_took_trial_changes_nothing_outside_the_trial_state(breaker: Breaker) -> None:
     assert breaker == breaker.took_trial(1.0)
 
 
@@ -113,8 +113,8 @@ def test_rest_s_is_the_remaining_cooldown() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_dead_replica_costs_few_requests_and_returns_within_two_minutes(seed: int) -> None:
-    """A request every few seconds, each failing for an hour; then the board comes back."""
+def test_a_dead_replica_gets_few_requests_and_a_recovered_one_returns_within_150_s(seed: int) -> None:
+    """For an hour one request a second on average, all failing; then the board recovers."""
     generator, breaker, now = Random(seed), Breaker(), 0.0
     tried: list[float] = []
     while now < 3600.0 or breaker.opened_at is not None:

@@ -11,8 +11,8 @@ UNKNOWN = Replica(id="a", url="", model="m")
 PROFILED = Replica(id="a", url="", model="m", slots=4, rates=Rates(prefill_tps=50.0, decode_tps=10.0, source="profile"))
 
 
-class Beside(TypedDict, total=False):
-    """What a test changes of the circumstances of a request."""
+class Circumstances(TypedDict, total=False):
+    """Circumstances of a request that a test may change."""
 
     model: str
     predicted_cached: float
@@ -30,10 +30,10 @@ def observe(
     predicted_n: int = 0,
     predicted_ms: float = 0.0,
     cache_n: int | None = 0,
-    **changes: Unpack[Beside],
+    **changes: Unpack[Circumstances],
 ) -> None:
-    """A request that teaches nothing but what is changed in it."""
-    ordinary: Beside = {
+    """Observe one request; with the defaults it teaches nothing."""
+    circumstances: Circumstances = {
         "model": "m",
         "predicted_cached": 0.0,
         "mean_streams": 1.0,
@@ -41,27 +41,27 @@ def observe(
         "prompt_chars": 0,
         "capped": True,
     }
-    ordinary.update(changes)
-    book.observe("a", timings=Timings(prompt_n, prompt_ms, predicted_n, predicted_ms, cache_n), **ordinary)
+    circumstances.update(changes)
+    book.observe("a", timings=Timings(prompt_n, prompt_ms, predicted_n, predicted_ms, cache_n), **circumstances)
 
 
-def prefilled(*seen: tuple[int, float, bool]) -> RateBook:
-    """Requests as (prompt tokens, tokens a second, whether they were alone)."""
+def prefilled(*requests: tuple[int, float, bool]) -> RateBook:
+    """Return a book after requests given as (prompt tokens, tokens a second, ran alone)."""
     book = RateBook()
-    for tokens, rate, alone in seen:
+    for tokens, rate, alone in requests:
         observe(book, prompt_n=tokens, prompt_ms=1000 * tokens / rate, alone=alone)
     return book
 
 
-def decoded(*seen: tuple[float, float], tokens: int = 101) -> RateBook:
-    """Answers as (streams, seconds a step)."""
+def decoded(*answers: tuple[float, float], tokens: int = 101) -> RateBook:
+    """Return a book after answers given as (streams, seconds a step)."""
     book = RateBook()
-    for streams, step_s in seen:
+    for streams, step_s in answers:
         observe(book, predicted_n=tokens, predicted_ms=1000 * step_s * (tokens - 1), mean_streams=streams)
     return book
 
 
-def test_an_unmeasured_replica_has_no_rates() -> None:
+def test_rates_of_an_unobserved_replica_are_unknown() -> None:
     book = RateBook()
 
     assert book.prefill_tps(UNKNOWN) is None
@@ -70,8 +70,8 @@ def test_an_unmeasured_replica_has_no_rates() -> None:
     assert book.trust("a") == 1.0
 
 
-def test_empty_timings_teach_nothing() -> None:
-    """A server that sends zeros has not told anything; least of all that it is infinitely fast."""
+def test_timings_of_zero_are_ignored() -> None:
+    """A server that sends zeros has reported nothing, and is not infinitely fast."""
     book = RateBook()
     observe(book, prompt_n=100, prompt_ms=0.0, predicted_n=100, predicted_ms=0.0, cache_n=None, prompt_chars=400)
 
@@ -85,7 +85,7 @@ def test_a_source_without_a_rate_is_unknown() -> None:
     assert RateBook().source(Replica(id="a", url="", model="m", rates=Rates(source="settings"))) == "unknown"
 
 
-def test_a_profile_applies_until_rates_are_learned() -> None:
+def test_the_profile_applies_until_a_rate_is_learned() -> None:
     book = RateBook()
 
     assert book.prefill_tps(PROFILED) == 50.0
@@ -98,7 +98,7 @@ def test_a_profile_applies_until_rates_are_learned() -> None:
     assert book.source(PROFILED) == "learned"
 
 
-def test_a_replica_with_another_model_is_learned_anew() -> None:
+def test_rates_start_anew_when_a_replica_changes_its_model() -> None:
     book = prefilled((100, 20.0, True))
     assert book.prefill_tps(Replica(id="a", url="", model="other")) is None
 
@@ -113,15 +113,15 @@ def test_a_short_prompt_does_not_change_the_prefill_rate() -> None:
 
 
 def test_the_prefill_rate_is_a_sum_over_a_sum() -> None:
-    """1000 tokens in 10 s, then 100 in 5 s: the earlier ones count for nine tenths."""
+    """1000 tokens in 10 s, then 100 in 5 s; the first request's weight has faded to nine tenths."""
     assert prefilled((1000, 100.0, True), (100, 20.0, True)).prefill_tps(UNKNOWN) == pytest.approx(1000 / 14)
 
 
-def test_a_request_beside_others_counts_only_if_faster() -> None:
-    believed = prefilled((100, 50.0, True))
+def test_a_request_beside_others_counts_only_if_it_was_faster() -> None:
+    book = prefilled((100, 50.0, True))
     for rate, expected in [(20.0, 50.0), (100.0, 190 / 2.8)]:
-        observe(believed, prompt_n=100, prompt_ms=100_000 / rate, alone=False)
-        assert believed.prefill_tps(UNKNOWN) == pytest.approx(expected)
+        observe(book, prompt_n=100, prompt_ms=100_000 / rate, alone=False)
+        assert book.prefill_tps(UNKNOWN) == pytest.approx(expected)
 
 
 def test_a_request_beside_others_is_a_lower_bound_until_one_runs_alone() -> None:
@@ -134,7 +134,7 @@ def test_a_request_beside_others_is_a_lower_bound_until_one_runs_alone() -> None
     assert book.prefill_tps(UNKNOWN) == 40.0
 
 
-def test_a_throttling_board_shows_after_some_requests() -> None:
+def test_throttling_shows_in_the_rate_after_15_requests() -> None:
     book = prefilled(*[(500, 80.0, True)] * 50, *[(500, 40.0, True)] * 15)
 
     assert book.prefill_tps(UNKNOWN) == pytest.approx(40.0, rel=0.15)
@@ -145,15 +145,15 @@ def test_a_short_answer_does_not_change_the_decode_step() -> None:
     assert decoded((1.0, 0.1), tokens=8).decode_step_s(UNKNOWN, 1) == pytest.approx(0.1)
 
 
-def test_missing_steps_are_interpolated_from_the_nearest() -> None:
-    """Seen with two streams at 0.3 s, so 0.2 s alone, as each further one costs half of that."""
+def test_steps_for_unobserved_numbers_of_streams_are_interpolated() -> None:
+    """Two streams take 0.3 s, so one takes 0.2 s: each further stream adds half of that."""
     book = decoded((2.0, 0.3))
 
     assert [book.decode_step_s(UNKNOWN, streams) for streams in (0, 1, 2, 3)] == pytest.approx([0.2, 0.2, 0.3, 0.4])
 
 
-def test_the_slowdown_is_fitted_to_observations() -> None:
-    """0.1 s alone and 0.14 s with three: each further stream adds a fifth."""
+def test_the_slowdown_is_learned_from_observed_steps() -> None:
+    """0.1 s with one stream and 0.14 s with three: each further stream adds a fifth."""
     book = decoded((1.0, 0.1), (3.0, 0.14))
 
     assert [book.decode_step_s(PROFILED, streams) for streams in (1, 2, 3, 4)] == pytest.approx([0.1, 0.12, 0.14, 0.16])
@@ -162,28 +162,28 @@ def test_the_slowdown_is_fitted_to_observations() -> None:
     assert steps.slowdown == pytest.approx(0.2)
 
 
-def test_more_streams_are_never_predicted_to_be_faster() -> None:
-    """Noise had the step of two streams below that of one."""
+def test_the_slowdown_is_never_negative() -> None:
+    """Noise put the step with two streams below the step with one."""
     book = decoded((1.0, 0.11), (2.0, 0.10))
 
     assert book.decode_step_s(UNKNOWN, 4) == pytest.approx(0.10)
 
 
-def test_steps_without_a_line_keep_the_expected_slowdown() -> None:
-    """A line through these would have a step of less than nothing for one stream."""
+def test_the_default_slowdown_applies_if_a_line_fit_gives_a_negative_step() -> None:
+    """The line through these two points is below zero at one stream."""
     book = decoded((2.0, 0.1), (3.0, 1.0))
 
     assert book.decode_step_s(UNKNOWN, 1) == pytest.approx(0.1 / 1.5)
 
 
-def test_a_step_between_two_stream_counts_moves_to_the_nearer() -> None:
-    """1.4 streams took 0.24 s, so one takes 0.2 s."""
+def test_a_step_at_a_fractional_number_of_streams_is_scaled_to_the_nearest() -> None:
+    """A mean of 1.4 streams took 0.24 s, so one takes 0.2 s."""
     assert decoded((1.4, 0.24)).decode_step_s(UNKNOWN, 1) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_true_speed_is_learned_under_any_load(seed: int) -> None:
-    """Steps of 0.08 s that grow by 30 % a stream, with 10 % noise and loads that are never whole."""
+def test_the_true_decode_steps_are_learned_under_any_load(seed: int) -> None:
+    """Steps of 0.08 s that grow by 30 % per stream, with 10 % noise and fractional numbers of streams."""
     generator, book = Random(seed), RateBook()
     for _ in range(400):
         streams = generator.uniform(1.0, 4.4)
@@ -194,24 +194,24 @@ def test_the_true_speed_is_learned_under_any_load(seed: int) -> None:
         assert book.decode_step_s(UNKNOWN, streams) == pytest.approx(0.08 * (1 + 0.3 * (streams - 1)), rel=0.1)
 
 
-def test_answers_are_expected_to_have_200_tokens_at_first() -> None:
+def test_an_answer_is_expected_to_have_200_tokens_at_first() -> None:
     assert RateBook().answer_tokens("m") == 200.0
 
 
 def test_a_capped_answer_raises_the_expected_length() -> None:
     """Its tokens count, its end does not: (200 + 100) tokens over one end."""
-    cut, whole = RateBook(), RateBook()
-    observe(cut, predicted_n=100, capped=True)
-    observe(whole, predicted_n=100, capped=False)
+    capped, ended = RateBook(), RateBook()
+    observe(capped, predicted_n=100, capped=True)
+    observe(ended, predicted_n=100, capped=False)
 
-    assert cut.answer_tokens("m") == 300.0
-    assert whole.answer_tokens("m") == 150.0
+    assert capped.answer_tokens("m") == 300.0
+    assert ended.answer_tokens("m") == 150.0
 
 
 @pytest.mark.parametrize("cap", [50, 400])
 @pytest.mark.parametrize("mean", [60.0, 300.0])
-def test_the_answer_length_is_learned_although_most_are_capped(mean: float, cap: int) -> None:
-    """Exponential lengths, the model of the estimate; the mean over many streams of them is right to 15 %."""
+def test_the_mean_answer_length_is_learned_even_if_most_answers_are_capped(mean: float, cap: int) -> None:
+    """Lengths are exponential, as the estimate assumes; its mean over 20 books is within 15 %."""
     estimates = []
     for seed in range(20):
         generator, book = Random(seed), RateBook()
@@ -223,7 +223,7 @@ def test_the_answer_length_is_learned_although_most_are_capped(mean: float, cap:
     assert sum(estimates) / len(estimates) == pytest.approx(mean, rel=0.15)
 
 
-def test_characters_per_token_include_cached_tokens() -> None:
+def test_characters_per_token_include_the_cached_tokens() -> None:
     book = RateBook()
     for _ in range(200):
         observe(book, prompt_n=50, cache_n=150, prompt_chars=500)
@@ -231,7 +231,7 @@ def test_characters_per_token_include_cached_tokens() -> None:
     assert book.chars_per_token("m") == pytest.approx(2.5, rel=0.05)
 
 
-def test_a_cache_that_never_works_loses_trust() -> None:
+def test_trust_falls_when_the_cache_never_hits() -> None:
     book = RateBook()
     trusts = []
     for _ in range(8):
@@ -243,14 +243,14 @@ def test_a_cache_that_never_works_loses_trust() -> None:
     assert trusts[-1] < 0.15
 
 
-def test_trust_never_exceeds_one() -> None:
+def test_trust_is_at_most_1() -> None:
     book = RateBook()
     observe(book, predicted_cached=100.0, cache_n=900)
 
     assert book.trust("a") == 1.0
 
 
-def test_small_predictions_and_missing_reports_do_not_change_trust() -> None:
+def test_small_predictions_and_unreported_cache_hits_do_not_change_the_trust() -> None:
     book = RateBook()
     observe(book, predicted_cached=31.0, cache_n=0)
     observe(book, predicted_cached=500.0, cache_n=None)
@@ -258,7 +258,7 @@ def test_small_predictions_and_missing_reports_do_not_change_trust() -> None:
     assert book.trust("a") == 1.0
 
 
-def test_a_cache_that_works_again_regains_trust() -> None:
+def test_trust_recovers_when_the_cache_hits_again() -> None:
     book = RateBook()
     for cached in [0] * 20 + [500] * 20:
         observe(book, predicted_cached=500.0, cache_n=cached)
@@ -266,7 +266,7 @@ def test_a_cache_that_works_again_regains_trust() -> None:
     assert book.trust("a") > 0.85
 
 
-def test_one_request_teaches_about_replica_and_model() -> None:
+def test_one_request_updates_the_replica_and_its_model() -> None:
     book = RateBook()
     observe(book, prompt_n=100, prompt_ms=2000.0, predicted_n=11, predicted_ms=1000.0, capped=False)
 
@@ -275,7 +275,7 @@ def test_one_request_teaches_about_replica_and_model() -> None:
     assert book.answer_tokens("m") == pytest.approx(105.5)
 
 
-def test_the_most_recent_replicas_are_remembered() -> None:
+def test_only_the_last_1024_replicas_are_remembered() -> None:
     book = RateBook()
     for number in range(1100):
         timings = Timings(prompt_n=100, prompt_ms=1000.0, predicted_n=1, predicted_ms=0.0)
