@@ -2,14 +2,14 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-WORKERS ?= 2
+WORKERS ?= 3
 
 .PHONY: demo test check prose bench bench-gateway bench-models bench-routing bench-failover docs format clean help
 
 demo: $(VENV)/.installed  ## install, then measure the bundled model and write a report (under 3 minutes)
 	$(BIN)/promptai demo
 
-# Two workers share two cores; tests that measure time follow alone, also when another has failed. A status above 1 is
+# Three workers keep two cores busy, since many tests wait for processes; tests that measure time follow alone, also when another has failed. A status above 1 is
 # Ctrl-C or an error of pytest itself. Without byte code each of 400 processes would compile the package again.
 test: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/.dev  ## install what is missing, then the whole test suite
