@@ -9,8 +9,9 @@ WORKERS ?= 3
 demo: $(VENV)/.installed  ## install, then measure the bundled model and write a report (under 3 minutes)
 	$(BIN)/promptai demo
 
-# Three workers keep two cores busy, since many tests wait for processes; tests that measure time follow alone, also when another has failed. A status above 1 is
-# Ctrl-C or an error of pytest itself. Without byte code each of 400 processes would compile the package again.
+# Three workers keep two cores busy, since many tests wait for processes; tests that measure time follow alone, also when
+# another has failed. A status above 1 is Ctrl-C or an error of pytest itself. Without byte code each of 400 processes
+# would compile the package again.
 test: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/.dev  ## install what is missing, then the whole test suite
 	@$(BIN)/pytest -m "not timed" --numprocesses=$(WORKERS) --dist=worksteal; first=$$?; \
