@@ -1,4 +1,4 @@
-"""Boards that are gone: which of them are left out, and how long anybody waits."""
+"""Outages: which boards are avoided, and how long a request waits."""
 
 import asyncio
 import itertools
@@ -147,7 +147,7 @@ def test_attempts_are_limited() -> None:
 
 @pytest.mark.parametrize("names", [("one",), ("one", "two")])
 def test_refusing_boards_are_tried_again_after_a_pause(names: tuple[str, ...]) -> None:
-    """All attempts within milliseconds find what the first one found."""
+    """Without a pause, all attempts within milliseconds meet the same state."""
 
     async def play() -> Got:
         async with world(*names).running() as running:
@@ -184,7 +184,7 @@ def test_a_refusing_board_gets_four_attempts_with_growing_pauses() -> None:
     pauses = [after - before for before, after in itertools.pairwise(sent)]
     assert isinstance(got.error, EngineRefusedError)
     assert len(sent) == 4
-    assert pauses == pytest.approx([0.25, 0.5, 2.0], abs=0.05)  # then it is out, for as long as a breaker's first rest
+    assert pauses == pytest.approx([0.25, 0.5, 2.0], abs=0.05)  # then the breaker opens for its first cooldown
 
 
 def test_a_new_board_is_used_at_once_during_a_pause() -> None:
@@ -217,7 +217,7 @@ def test_a_pausing_request_is_queued_and_holds_no_slot() -> None:
 
 
 def mixed(*, queue: int = 64) -> World:
-    """A board that holds long prompts, and one that does not; each has one slot."""
+    """A board with a large context and one with a small context; each has one slot."""
     big = msgspec.structs.replace(PACE, slots=1)
     configs = {"big": big, "small": msgspec.structs.replace(big, context=512)}
     return World(configs, limits=QueueLimits(queue=queue, outage_s=30))
@@ -253,7 +253,7 @@ def test_a_prompt_that_fits_only_a_dead_board_fails() -> None:
 
 
 def test_servable_requests_are_not_rejected_with_unservable_ones() -> None:
-    """The one board is gone; for the other one somebody waits behind all who wait for the first."""
+    """One board is gone; a request for the other one is queued behind all requests for the first."""
 
     async def play() -> tuple[list[Got], Got]:
         async with mixed(queue=100).running() as running:
@@ -311,7 +311,7 @@ def test_the_outage_restarts_after_a_recovery() -> None:
 
 @pytest.mark.parametrize(("names", "status"), [(("one", "two"), 400), (("one",), 500)], ids=["two", "one"])
 def test_a_request_that_all_engines_object_to_opens_no_breaker(names: tuple[str, ...], status: int) -> None:
-    """In the stream, of a grammar that allows nothing. Of one board alone nobody knows whose fault it is."""
+    """The objection comes in the stream, e.g. to a grammar that matches nothing; one board alone may be at fault."""
 
     async def play() -> tuple[Got, set[BreakerState], Got]:
         async with world(*names).running() as running:
@@ -331,7 +331,7 @@ def test_a_request_that_all_engines_object_to_opens_no_breaker(names: tuple[str,
 
 
 def test_each_board_pauses_for_its_retry_after() -> None:
-    """And not the shorter time of the one that failed after it."""
+    """The shorter Retry-After of a board that failed later does not count."""
 
     async def play() -> dict[str, float]:
         async with world().running() as running:
@@ -375,7 +375,7 @@ def test_clients_do_not_learn_the_url_of_a_board() -> None:
 
 
 def test_a_model_that_cannot_load_fails_with_its_reason() -> None:
-    """Each of its attempts, and the rests between them, count."""
+    """All attempts, and the pauses between them, count."""
 
     async def play() -> tuple[Got, int]:
         cold = Cold(model("yi"), config=PACE, limits=QueueLimits(outage_s=30))

@@ -1,4 +1,4 @@
-"""What a request teaches of how many characters make a token, and what it does not."""
+"""Which requests the engine counts as the same text as the gateway (characters per token)."""
 
 from typing import Any
 
@@ -35,5 +35,5 @@ def test_one_text_is_comparable(request_: InferenceRequest) -> None:
     ids=str,
 )
 def test_images_ids_and_several_prompts_are_not_comparable(request_: InferenceRequest) -> None:
-    """Four arrays of prompts, and every prompt was thought to be a fifth of what it is."""
+    """Four requests with several prompts once cut the estimate of every prompt to a fifth."""
     assert not is_prompt_comparable(request_)

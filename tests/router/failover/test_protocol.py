@@ -1,3 +1,5 @@
+"""Bodies as engines receive them, and events as the router reads them."""
+
 from typing import Any
 
 import msgspec

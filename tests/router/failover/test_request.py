@@ -39,7 +39,7 @@ def test_an_answer_is_resumed_on_another_board_unchanged(kind: str, after: int) 
     assert_one_answer(undisturbed(chat()), got)
     assert got.routed.continuations == (["text"] if after else [])
     assert len(got.routed.retries) == (0 if after else 1)
-    assert got.took_s < 15  # a silence is believed after 5 s and what is computed, four times
+    assert got.took_s < 15  # the limit of a silence is 5 s and four times the pending work
 
 
 def test_a_refusing_board_is_not_tried_twice() -> None:
@@ -131,7 +131,7 @@ def test_a_resumed_answer_ends_where_the_model_ends_it() -> None:
     ids=["the end", "the account of tokens", "the last word"],
 )
 def test_the_missing_end_of_a_chat_is_added(missing: str) -> None:
-    """Nobody is asked for a token more than was wanted."""
+    """No engine gets a request for more tokens than the client wanted."""
     got, streams = cut_off(lambda data: missing in data, chat())
 
     assert_one_answer(undisturbed(chat()), got)
@@ -151,7 +151,7 @@ def test_the_missing_end_of_a_completion_is_added() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 5, TOKENS])
 def test_chunks_that_arrive_with_the_failure_are_sent_once(tokens: int) -> None:
-    """A busy gateway reads tokens and the broken line behind them at once."""
+    """A busy gateway reads the tokens and the malformed line after them at once."""
     seen = []
 
     def before(data: str) -> bool:
@@ -194,7 +194,7 @@ def test_before_its_first_token_any_request_can_be_retried(fields: dict[str, Any
 
 
 def test_a_tag_beside_progress_is_sent_once() -> None:
-    """As llama-server says it where thoughts are wanted as text."""
+    """llama-server sends it so if the client wants reasoning as text."""
 
     def rewrite(data: str) -> str:
         first_progress = '"processed":0' in data
@@ -343,7 +343,7 @@ def test_the_error_names_the_lack_of_a_board_that_can_resume() -> None:
 
 
 def test_an_image_does_not_change_characters_per_token() -> None:
-    """The engine counts what it takes, and there is no text for it."""
+    """The engine counts the image's tokens, for which there is no text."""
 
     async def play() -> tuple[float, float]:
         async with world().running() as running:

@@ -1,3 +1,5 @@
+"""A complete response from the chunks of a stream."""
+
 from typing import Any
 
 import msgspec

@@ -1,3 +1,5 @@
+"""Whether and how an answer is resumed, and the chunks of a resumed answer."""
+
 from typing import Any
 
 import msgspec
@@ -68,7 +70,7 @@ def test_one_missing_id_makes_the_ids_unknown(second: CompletionChunk) -> None:
 
 
 def test_a_withheld_token_counts_when_its_text_arrives() -> None:
-    """A stop word may have begun: llama-server tells the token at once and its text later."""
+    """After the beginning of a stop word, llama-server sends the token at once and its text later."""
     sent = SentText()
     sent.resume_from(ResumePoint([0, 9], [1], "ids"))
     sent.record_native(native("", 2))
@@ -175,7 +177,7 @@ def test_some_requests_cannot_be_resumed(fields: dict[str, Any]) -> None:
     ],
 )
 def test_answers_of_several_prompts_are_counted(fields: dict[str, Any], count: int) -> None:
-    """A list with a token id in it is one prompt."""
+    """A list that contains a token id is one prompt."""
     assert request(**fields).answers == count
 
 

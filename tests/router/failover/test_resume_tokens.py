@@ -1,4 +1,4 @@
-"""Where an answer goes on, against vocabularies of both kinds in a few lines."""
+"""Resume points, with two tiny vocabularies: with and without a leading space."""
 
 import asyncio
 from typing import Any
@@ -16,14 +16,14 @@ SPECIAL = 3
 
 class Vocabulary:
     """
-    Longest match.
+    A tokenizer by longest match.
 
     Args:
-        spaced: Every text begins with a space that is not there, as with SentencePiece.
-        blind: It is not known to put tokens back together.
+        spaced: It puts a space before every text, as SentencePiece does.
+        blind: It has no ``/detokenize``.
 
     Attributes:
-        opens: What its template ends with, to let the model think.
+        opens: The tag with which its template ends, to start the reasoning.
     """
 
     def __init__(self, *, spaced: bool = False, blind: bool = False) -> None:
@@ -32,7 +32,7 @@ class Vocabulary:
         self._blind = blind
 
     async def __call__(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Answer as an engine does."""
+        """Respond as an engine does."""
         if path == "/apply-template":
             return {"prompt": f"<|user|>{body['messages'][0]['content']}<|assistant|>{self.opens}"}
         if path == "/detokenize":
@@ -80,7 +80,7 @@ def test_without_reported_ids_the_text_is_tokenised() -> None:
 
 
 def test_ids_that_do_not_decode_to_the_text_are_ignored() -> None:
-    """Of a character in several tokens llama-server tells the last one alone."""
+    """For a character of several tokens, llama-server reports only the last one."""
     assert joint(having("é", [11])) == ResumePoint([0, 1, 3, 2], [10], "text")
     assert joint(having("Hi there", [4])).answer == [3, 4]
 
@@ -90,13 +90,13 @@ def test_a_space_added_by_the_tokenizer_is_removed() -> None:
 
 
 def test_template_marks_in_the_answer_are_plain_text() -> None:
-    """Else whoever makes a model repeat them could begin a turn of somebody else."""
+    """Otherwise a prompt that makes the model repeat marks could begin another turn."""
     assert min(joint(having("a<|user|>a")).answer) >= SPECIAL
 
 
 @pytest.mark.parametrize(("text", "sent"), [("<|user|>\nHi", [3]), ("<|user|>\n\nHi", [9, 3]), ("Hi", [3])])
 def test_a_tag_opened_by_the_template_is_not_repeated(text: str, sent: list[int]) -> None:
-    """Of thoughts that are wanted as text llama-server shows the tag, although it is the prompt's end (b11549)."""
+    """With reasoning as text, llama-server sends the tag although it ends the prompt (b11549)."""
     engine = Vocabulary()
     engine.opens = "<|user|>\n"
 

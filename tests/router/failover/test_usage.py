@@ -18,7 +18,7 @@ def timings_of(prompt: int, cached: int | None, generated: int) -> Timings:
 
 
 def test_the_last_report_of_an_answer_counts() -> None:
-    """With ``timings_per_token`` there is one in every chunk."""
+    """With ``timings_per_token`` every chunk has a report."""
     tally = UsageTally()
     assert tally.timings() is None
 
@@ -29,7 +29,7 @@ def test_the_last_report_of_an_answer_counts() -> None:
 
 
 def test_answers_to_one_prompt_share_its_tokens() -> None:
-    """The second one found all of it computed."""
+    """The second answer found the whole prompt computed."""
     tally = UsageTally(alternatives=2)
     for index, prompt, cached in ((1, 1, 6), (0, 5, 2)):
         tally.add(CompletionChunk(choices=[ChunkChoice(index=index)], timings=timings_of(prompt, cached, 20)))
