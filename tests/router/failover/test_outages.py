@@ -73,7 +73,7 @@ def test_the_only_board_returns_after_5_seconds_and_completes_the_answer() -> No
     assert 5 < got.took_s < 10
 
 
-def test_a_board_is_used_again_without_notification() -> None:
+def test_a_board_is_used_again_although_its_recovery_is_not_reported() -> None:
     async def play() -> Got:
         async with world("one").running() as running:
 
@@ -87,9 +87,9 @@ def test_a_board_is_used_again_without_notification() -> None:
     assert_one_answer(undisturbed(chat()), run_virtually(play()))
 
 
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("reported", [True, False])
 @pytest.mark.parametrize("after", [0, 6])
-def test_all_boards_dead_is_an_error_within_the_outage_limit(*, told: bool, after: int) -> None:
+def test_all_boards_dead_is_an_error_within_the_outage_limit(*, reported: bool, after: int) -> None:
     async def play() -> Got:
         async with world(limits=QueueLimits(outage_s=30)).running() as running:
             admitted = accept(running, chat())
@@ -97,7 +97,7 @@ def test_all_boards_dead_is_an_error_within_the_outage_limit(*, told: bool, afte
             def kill() -> None:
                 for name in ("one", "two"):
                     running.kill(name)
-                    if told:
+                    if reported:
                         running.source.fail(name)
 
             def at(chunks: int) -> None:
@@ -115,7 +115,7 @@ def test_all_boards_dead_is_an_error_within_the_outage_limit(*, told: bool, afte
     assert got.took_s < 60
 
 
-def test_silence_has_a_limit_even_without_known_rates() -> None:
+def test_silence_has_a_limit_even_if_rates_are_unknown() -> None:
     async def play() -> Got:
         async with world("one", known_rates=False).running() as running:
             admitted = accept(running, chat())
@@ -153,10 +153,10 @@ def test_refusing_boards_are_tried_again_after_a_pause(names: tuple[str, ...]) -
         async with world(*names).running() as running:
             for name in names:
                 arm(running, name, "refuse", 0, times=None)
-            asyncio.get_running_loop().call_later(0.3, mend, running)
+            asyncio.get_running_loop().call_later(0.3, repair, running)
             return await hear(accept(running, chat()))
 
-    def mend(running: World) -> None:
+    def repair(running: World) -> None:
         for engine in running.engines.values():
             engine.fault = None
 
@@ -275,7 +275,7 @@ def test_servable_requests_are_not_rejected_with_unservable_ones() -> None:
     assert short.took_s > 40
 
 
-def test_a_pause_longer_than_the_outage_limit_ends_in_service() -> None:
+def test_a_request_that_pauses_longer_than_the_outage_limit_is_served() -> None:
     async def play() -> float:
         async with world("one", limits=QueueLimits(outage_s=30)).running() as running:
             slot_request = accept(running, chat()).routed.slot_request
@@ -287,7 +287,7 @@ def test_a_pause_longer_than_the_outage_limit_ends_in_service() -> None:
     assert run_virtually(play()) == pytest.approx(50.0, abs=0.1)
 
 
-def test_the_outage_restarts_after_a_recovery() -> None:
+def test_the_outage_limit_starts_anew_after_a_recovery() -> None:
     async def play() -> Got:
         async with world("one", config=msgspec.structs.replace(PACE, slots=1)).running() as running:
             before = begin(running, chat(max_tokens=500))
@@ -375,7 +375,7 @@ def test_clients_do_not_learn_the_url_of_a_board() -> None:
 
 
 def test_a_model_that_cannot_load_fails_with_its_reason() -> None:
-    """All attempts, and the pauses between them, count."""
+    """Later attempts to load it, and the pauses between them, count towards the outage limit."""
 
     async def play() -> tuple[Got, int]:
         cold = Cold(model("yi"), config=PACE, limits=QueueLimits(outage_s=30))

@@ -11,6 +11,7 @@ from promptai.router.estimate.prefix import chain
 from promptai.router.failover.protocol import (
     common_fields,
     is_native_end,
+    is_prompt_comparable,
     lease_result,
     payloads_until_error,
     read_chunk,
@@ -22,6 +23,7 @@ from promptai.router.failover.protocol import (
     without_progress,
 )
 from promptai.router.schedule.lease import LeaseResult
+from promptai.wire.inference import InferenceRequest
 from promptai.wire.llamaserver import NativeChunk
 from promptai.wire.openai import CompletionChunk
 from promptai.wire.sse import SseEvent
@@ -104,8 +106,8 @@ def test_pauses_double_and_respect_retry_after_up_to_a_limit() -> None:
     died = EngineDiedError("gone")
 
     assert [retry_pause_s(died, failures) for failures in (1, 2, 3, 6, 7, 5000)] == [0.25, 0.5, 1.0, 8.0, 10.0, 10.0]
-    told = {4.0: 4.0, 0.1: 0.25, 1e6: 10.0}
-    assert {after: retry_pause_s(busy(after), 1) for after in told} == told
+    pauses = {4.0: 4.0, 0.1: 0.25, 1e6: 10.0}
+    assert {after: retry_pause_s(busy(after), 1) for after in pauses} == pauses
 
 
 def busy(retry_after_s: float) -> EngineRefusedError:
@@ -156,3 +158,37 @@ def test_a_complete_response_yields_a_lease_result() -> None:
     assert found.conversation is held
     for reply in (Reply(200, b"{}", ""), Reply(200, b"{", ""), Reply(400, body, "")):
         assert lease_result(read_response(reply), held, prompt_comparable=True) == LeaseResult()
+
+
+# Requests that the engine counts as the same text as the gateway (characters per token)
+
+TEXT = {"type": "text", "text": "up?"}
+
+
+def chat(content: object, **fields: Any) -> InferenceRequest:
+    return InferenceRequest(messages=[{"role": "user", "content": content}], **fields)
+
+
+@pytest.mark.parametrize(
+    "request_", [chat("up?"), chat([TEXT]), InferenceRequest(prompt="up?"), InferenceRequest(input="up?")]
+)
+def test_one_text_is_comparable(request_: InferenceRequest) -> None:
+    assert is_prompt_comparable(request_)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        chat([TEXT, {"type": "image_url"}]),
+        chat("up?", n=2),
+        InferenceRequest(prompt=["up?", "down?"]),
+        InferenceRequest(prompt=[7, 8, 9]),
+        InferenceRequest(prompt="up?", n=2),
+        InferenceRequest(input=["up?", "down?"]),
+        InferenceRequest(input=[[7], [8]]),
+    ],
+    ids=str,
+)
+def test_images_ids_and_several_prompts_are_not_comparable(request_: InferenceRequest) -> None:
+    """Four requests with several prompts once cut the estimate of every prompt to a fifth."""
+    assert not is_prompt_comparable(request_)

@@ -128,7 +128,7 @@ def test_a_resumed_answer_ends_where_the_model_ends_it() -> None:
 @pytest.mark.parametrize(
     "missing",
     ['"finish_reason":"length"', '"usage"', "[DONE]"],
-    ids=["the end", "the account of tokens", "the last word"],
+    ids=["finish reason", "usage", "done"],
 )
 def test_the_missing_end_of_a_chat_is_added(missing: str) -> None:
     """No engine gets a request for more tokens than the client wanted."""
@@ -363,13 +363,13 @@ def test_an_embedding_has_a_short_time_limit() -> None:
 
     async def play() -> None:
         async with world(config=msgspec.structs.replace(PACE, context=8192), known_rates=False).running() as running:
-            ask = running.upstream.post
+            post = running.upstream.post
 
-            async def noted(url: str, path: str, body: bytes, *, limit_s: float) -> Reply:
+            async def recorded(url: str, path: str, body: bytes, *, limit_s: float) -> Reply:
                 limits.append(limit_s)
-                return await ask(url, path, body, limit_s=limit_s)
+                return await post(url, path, body, limit_s=limit_s)
 
-            running.upstream.post = noted  # type: ignore[method-assign]
+            running.upstream.post = recorded  # type: ignore[method-assign]
             await accept(running, {"input": "Is cell 12 up?", "stream": False}, "/v1/embeddings").routed.response()
 
     run_virtually(play())

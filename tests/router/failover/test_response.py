@@ -120,7 +120,7 @@ def test_only_a_trailing_assistant_message_is_a_prefill(messages: list[dict[str,
 
 def test_each_prompt_is_counted_once_however_many_answers_it_has() -> None:
     """Four answers to two prompts of 11 and 8 tokens, of which 3 and none were cached."""
-    told = ((11, 3), (11, 3), (8, 0), (8, 0))
+    reports = ((11, 3), (11, 3), (8, 0), (8, 0))
     chunks = [
         {
             "choices": [{"index": index, "text": "x"}],
@@ -131,7 +131,7 @@ def test_each_prompt_is_counted_once_however_many_answers_it_has() -> None:
                 "prompt_tokens_details": {"cached_tokens": cached},
             },
         }
-        for index, (prompt, cached) in enumerate(told)
+        for index, (prompt, cached) in enumerate(reports)
     ]
 
     found = assembled(*chunks, chat=False, alternatives=2)

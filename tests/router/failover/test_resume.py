@@ -1,10 +1,12 @@
-"""Whether and how an answer is resumed, and the chunks of a resumed answer."""
+"""Whether and from which tokens an answer is resumed, and the chunks of a resumed answer."""
 
+import asyncio
 from typing import Any
 
 import msgspec
 import pytest
 
+from promptai.errors import EngineRefusedError
 from promptai.router.failover.resume import (
     ResumePoint,
     SentText,
@@ -12,6 +14,7 @@ from promptai.router.failover.resume import (
     missing_end,
     resume_blocker,
     resume_body,
+    resume_tokens,
 )
 from promptai.wire.inference import InferenceRequest
 from promptai.wire.llamaserver import NativeChunk, Timings
@@ -25,7 +28,7 @@ def chunk(**choice: Any) -> CompletionChunk:
     return msgspec.convert({"choices": [{"index": 0, **choice}]}, CompletionChunk)
 
 
-def told(text: str, *ids: int | None) -> CompletionChunk:
+def text_chunk(text: str, *ids: int | None) -> CompletionChunk:
     return chunk(delta={"content": text}, logprobs={"content": [{"id": token} for token in ids]})
 
 
@@ -50,20 +53,20 @@ def test_a_role_is_not_text() -> None:
 
 def test_text_and_ids_are_kept_while_every_id_is_reported() -> None:
     sent = SentText()
-    sent.record(told("a", 1))
-    sent.record(told("bc", 2, 3))
+    sent.record(text_chunk("a", 1))
+    sent.record(text_chunk("bc", 2, 3))
 
     assert sent.text == "abc"
     assert sent.token_ids == [1, 2, 3]
     assert sent.tokens == 3
 
 
-@pytest.mark.parametrize("second", [chunk(delta={"content": "b"}), told("b", None), told("b")])
+@pytest.mark.parametrize("second", [chunk(delta={"content": "b"}), text_chunk("b", None), text_chunk("b")])
 def test_one_missing_id_makes_the_ids_unknown(second: CompletionChunk) -> None:
     sent = SentText()
-    sent.record(told("a", 1))
+    sent.record(text_chunk("a", 1))
     sent.record(second)
-    sent.record(told("c", 3))
+    sent.record(text_chunk("c", 3))
 
     assert sent.token_ids is None
     assert sent.tokens == 3
@@ -118,19 +121,19 @@ def test_answers_are_counted(fields: dict[str, Any], number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("delta", "what"),
+    ("delta", "obstacle"),
     [
         ({"reasoning_content": "Hm"}, "reasoning"),
         ({"reasoning": "Hm"}, "reasoning"),
         ({"tool_calls": [{"index": 0}]}, "a tool call"),
     ],
 )
-def test_tool_calls_and_reasoning_block_a_resume(delta: dict[str, Any], what: str) -> None:
+def test_tool_calls_and_reasoning_block_a_resume(delta: dict[str, Any], obstacle: str) -> None:
     sent = SentText()
     sent.record(chunk(delta=delta))
 
     assert sent.started
-    assert f"{what} cannot be resumed on another engine" == resume_blocker(request(), sent)
+    assert f"{obstacle} cannot be resumed on another engine" == resume_blocker(request(), sent)
 
 
 @pytest.mark.parametrize(
@@ -268,3 +271,121 @@ def test_unreported_tokens_are_not_invented() -> None:
     sent.record(chunk(delta={"content": "a"}, finish_reason="stop"))
 
     assert missing_end(sent, request(stream_options={"include_usage": True}), None) == []
+
+
+# Resume points, with two tiny vocabularies: with and without a leading space
+
+PIECES = ["<s>", "<|user|>", "<|assistant|>", "Hi", " there", "The", "re", "There", " ", "\n", "é", "<0xC3>", "a"]
+CHAT = InferenceRequest(messages=[{"role": "user", "content": "Hi"}])
+SPECIAL = 3
+
+
+class Vocabulary:
+    """
+    A tokenizer by longest match.
+
+    Args:
+        spaced: It puts a space before every text, as SentencePiece does.
+        blind: It has no ``/detokenize``.
+
+    Attributes:
+        opens: The tag with which its template ends, to start the reasoning.
+    """
+
+    def __init__(self, *, spaced: bool = False, blind: bool = False) -> None:
+        self.opens = ""
+        self._spaced = spaced
+        self._blind = blind
+
+    async def __call__(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Respond as an engine does."""
+        if path == "/apply-template":
+            return {"prompt": f"<|user|>{body['messages'][0]['content']}<|assistant|>{self.opens}"}
+        if path == "/detokenize":
+            if self._blind:
+                raise EngineRefusedError("not found", status=404, kind=None)
+            return {"content": "".join(PIECES[token] for token in body["tokens"])}
+        text, first = body["content"], 0 if body["parse_special"] else SPECIAL
+        found = [0] if body["add_special"] else []
+        if self._spaced and not text.startswith("<|"):
+            found.append(PIECES.index(" "))
+        while text:
+            piece = max((p for p in PIECES[first:] if text.startswith(p)), key=len, default=None)
+            if piece is not None:
+                found.append(PIECES.index(piece))
+            text = text[len(piece or "?") :]
+        return {"tokens": found}
+
+
+def resume_point(sent: SentText, engine: Vocabulary | None = None, request: InferenceRequest = CHAT) -> ResumePoint:
+    body = {"messages": request.messages, "stream": True}
+    return asyncio.run(resume_tokens(engine or Vocabulary(), request, body, sent))
+
+
+def sent_text(text: str, ids: list[int] | None = None) -> SentText:
+    sent = SentText()
+    sent.text, sent.token_ids = text, ids
+    return sent
+
+
+def test_a_chat_prompt_is_rendered_with_special_tokens() -> None:
+    assert resume_point(sent_text("There")).prompt == [0, 1, 3, 2]
+
+
+@pytest.mark.parametrize("prompt", ["Hi", [0, 3]])
+def test_a_completion_prompt_is_used_unchanged(prompt: str | list[int]) -> None:
+    assert resume_point(sent_text("There"), request=InferenceRequest(prompt=prompt)).prompt == [0, 3]
+
+
+def test_reported_ids_win_over_tokenising() -> None:
+    assert resume_point(sent_text("There", [5, 6])) == ResumePoint([0, 1, 3, 2], [5, 6], "ids")
+
+
+def test_without_reported_ids_the_text_is_tokenised() -> None:
+    assert resume_point(sent_text("There")) == ResumePoint([0, 1, 3, 2], [7], "text")
+
+
+def test_ids_that_do_not_decode_to_the_text_are_ignored() -> None:
+    """For a character of several tokens, llama-server reports only the last one."""
+    assert resume_point(sent_text("é", [11])) == ResumePoint([0, 1, 3, 2], [10], "text")
+    assert resume_point(sent_text("Hi there", [4])).answer == [3, 4]
+
+
+def test_a_space_added_by_the_tokenizer_is_removed() -> None:
+    assert resume_point(sent_text("There"), Vocabulary(spaced=True)).answer == [7]
+
+
+def test_template_marks_in_the_answer_are_plain_text() -> None:
+    """Otherwise a prompt that makes the model repeat marks could begin another turn."""
+    assert min(resume_point(sent_text("a<|user|>a")).answer) >= SPECIAL
+
+
+@pytest.mark.parametrize(("text", "sent"), [("<|user|>\nHi", [3]), ("<|user|>\n\nHi", [9, 3]), ("Hi", [3])])
+def test_a_tag_opened_by_the_template_is_not_repeated(text: str, sent: list[int]) -> None:
+    """With reasoning as text, llama-server sends the tag although it ends the prompt (b11549)."""
+    engine = Vocabulary()
+    engine.opens = "<|user|>\n"
+
+    assert resume_point(sent_text(text), engine) == ResumePoint([0, 1, 3, 2, 1, 9], sent, "text")
+
+
+def test_a_tag_missing_from_the_prompt_belongs_to_the_answer() -> None:
+    assert min(resume_point(sent_text("<a>Hi")).answer) >= SPECIAL
+    assert resume_point(sent_text("<a>Hi")).answer[-1] == 3
+
+
+def test_without_detokenize_the_tokens_are_assumed_exact() -> None:
+    engine = Vocabulary(blind=True)
+
+    assert resume_point(sent_text("There", [5, 6]), engine).answer == [5, 6]
+    assert resume_point(sent_text("There"), engine).answer == [7]
+
+
+def test_other_refusals_are_failures() -> None:
+    async def ask(path: str, _body: dict[str, Any]) -> dict[str, Any]:
+        if path == "/detokenize":
+            raise EngineRefusedError("loading", status=503, kind=None)
+        return {"prompt": "", "tokens": [1]}
+
+    with pytest.raises(EngineRefusedError):
+        asyncio.run(resume_tokens(ask, CHAT, {"messages": CHAT.messages}, sent_text("a", [1])))
