@@ -64,14 +64,14 @@ def test_a_report_without_choices_belongs_to_the_previous_answer() -> None:
     assert (total.prompt_n, total.cache_n, total.predicted_n) == (5, None, 21)
 
 
-def report(index: int, prompt: int | None, cached: int, generated: int) -> dict[str, Any]:
+def report(index: int, prompt: int | None, cached: int | None, generated: int | None) -> dict[str, Any]:
     """A chunk with the usage and the timings of one answer, as llama-server sends them."""
     usage = {
         "prompt_tokens": prompt,
         "completion_tokens": generated,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
-    timings = timings_of((prompt or 0) - cached, cached, generated)
+    timings = timings_of((prompt or 0) - (cached or 0), cached, generated or 0)
     return {"choices": [{"index": index, "text": "x"}], "usage": usage, "timings": msgspec.to_builtins(timings)}
 
 
@@ -103,14 +103,30 @@ def test_response_and_charge_agree_on_several_answers(
     assert totals == (built.prompt_tokens, built.cached_tokens, built.completion_tokens)
 
 
-def test_a_count_that_one_answer_lacks_is_unknown_for_all() -> None:
-    tally, builder = UsageTally(), ResponseBuilder(chat=False)
-    for chunk in (report(0, 10, 0, 20), report(1, None, 0, 30)):
+@pytest.mark.parametrize(
+    ("alternatives", "second", "totals"),
+    [
+        (1, report(1, None, 0, 30), (None, 2, 50)),
+        (1, report(1, 10, None, 30), (20, None, 50)),
+        (1, report(1, 10, 0, None), (20, 2, None)),
+        (2, report(1, 10, None, 30), (10, None, 50)),
+        (2, report(1, 10, 0, None), (10, 0, None)),
+    ],
+    ids=["prompt", "cached", "completion", "cached, one prompt", "completion, one prompt"],
+)
+def test_a_count_that_one_answer_lacks_is_unknown_for_all(
+    alternatives: int, second: dict[str, Any], totals: tuple[int | None, int | None, int | None]
+) -> None:
+    tally, builder = UsageTally(alternatives), ResponseBuilder(chat=False, alternatives=alternatives)
+    for chunk in (report(0, 10, 2, 20), second):
         tally.add(msgspec.convert(chunk, CompletionChunk))
         builder.add([msgspec.json.encode(chunk)])
 
-    usage = tally.usage()
+    timings, usage = tally.timings(), tally.usage()
+    built = msgspec.convert(msgspec.json.decode(builder.build())["usage"], Usage)
 
+    assert timings is not None
     assert usage is not None
-    assert (usage.prompt_tokens, usage.completion_tokens) == (None, 50)
-    assert msgspec.json.decode(builder.build())["usage"]["prompt_tokens"] is None
+    assert totals == (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
+    assert totals == (built.prompt_tokens, built.cached_tokens, built.completion_tokens)
+    assert totals[1] == timings.cache_n
