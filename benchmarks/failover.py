@@ -124,9 +124,9 @@ async def simulated(kind: Literal["stall", "cut", "malformed", "error", "refuse"
                 continue
             failed += [heard.failure] if heard.failure else []
             same += heard.text == usual.text and heard.ended == 1
-            joints = len(recorder.joints.get(number, ()))
-            interrupted += joints > 0 or kind == "refuse"
-            twice += joints > 1
+            resumed = len(recorder.continuations.get(number, ()))
+            interrupted += resumed > 0 or kind == "refuse"
+            twice += resumed > 1
     seen = f"{len(failed)} failed, {hung} hung, {same} equal (n {interrupted}, {twice} of them twice) {failed[:1]}"
     return Row(f"simulated engines, {kind}", "all equal", seen, not failed and same == interrupted == wanted)
 

@@ -40,9 +40,9 @@ MAX_TOKENS = 60
 HANG_S = 60.0
 
 
-class Joint(msgspec.Struct):
+class Continuation(msgspec.Struct):
     """
-    One continuation: what the gateway requested, and the engine's response.
+    A request to resume an answer, and the engine's response.
 
     Attributes:
         prompt: Token ids that the gateway sent.
@@ -77,7 +77,7 @@ class Recorder(HttpUpstream):
 
     def __init__(self) -> None:
         super().__init__()
-        self.joints: dict[int, list[Joint]] = {}
+        self.continuations: dict[int, list[Continuation]] = {}
 
     async def stream(
         self,
@@ -89,19 +89,19 @@ class Recorder(HttpUpstream):
         ends: Callable[[SseEvent], bool] = is_done,
     ) -> AsyncGenerator[Piece, None]:
         """See ``Upstream``."""
-        joint = Joint()
+        continuation = Continuation()
         if path == "/completion":
             asked = msgspec.json.decode(body, type=dict[str, Any])
-            joint.prompt = asked["prompt"]
-            self.joints.setdefault(asked.get("seed", -1), []).append(joint)
+            continuation.prompt = asked["prompt"]
+            self.continuations.setdefault(asked.get("seed", -1), []).append(continuation)
         pieces = super().stream(url, path, body, silence_s=silence_s, ends=ends)
         async with contextlib.aclosing(pieces):
             async for piece in pieces:
-                for event in piece.events if joint.prompt else ():
+                for event in piece.events if continuation.prompt else ():
                     with contextlib.suppress(msgspec.DecodeError):
                         chunk = msgspec.json.decode(event.data, type=dict[str, Any])
-                        joint.tokens += [] if "prompt_progress" in chunk else chunk.get("tokens", [])
-                        joint.text += chunk.get("content", "")
+                        continuation.tokens += [] if "prompt_progress" in chunk else chunk.get("tokens", [])
+                        continuation.text += chunk.get("content", "")
                 yield piece
 
 
@@ -193,15 +193,15 @@ async def all_ready(registry: Registry, count: int) -> None:
         unsubscribe()
 
 
-async def ask(url: str, body: dict[str, Any], strike: Callable[[Heard], None] = lambda _: None) -> Heard:
-    """Stream one chat; ``strike`` is called after every chunk."""
+async def ask(url: str, body: dict[str, Any], on_chunk: Callable[[Heard], None] = lambda _: None) -> Heard:
+    """Stream one chat; ``on_chunk`` is called after every chunk."""
     heard, loop = Heard(), asyncio.get_running_loop()
     last = loop.time()
 
-    def beside(found: Any) -> None:
+    def on_status(found: Any) -> None:
         heard.replica = found.get("x-promptai-replica", heard.replica)
 
-    async with EngineClient(url, on_status=beside) as client:
+    async with EngineClient(url, on_status=on_status) as client:
         try:
             async with contextlib.aclosing(client.stream_chat(body)) as arrivals:
                 async for arrival in arrivals:
@@ -210,7 +210,7 @@ async def ask(url: str, body: dict[str, Any], strike: Callable[[Heard], None] = 
                     heard.tokens += bool(text)
                     heard.ended += len(arrival.chunk.finish_reasons)
                     heard.pause_s, last = max(heard.pause_s, loop.time() - last), loop.time()
-                    strike(heard)
+                    on_chunk(heard)
         except EngineError as error:
             heard.failure = error.message
     return heard

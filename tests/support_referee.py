@@ -16,7 +16,7 @@ from promptai.engine.launch import RunningEngine, free_port
 from promptai.engine.locate import locate
 from promptai.engine.scoring import force_token
 from promptai.models.bundled import bundled_model
-from support_failover import HANG_S, MAX_TOKENS, Boards, Heard, Joint, Recorder, all_ready, ask, chat, front
+from support_failover import HANG_S, MAX_TOKENS, Boards, Continuation, Heard, Recorder, all_ready, ask, chat, front
 
 #: An answer is interrupted after this number of tokens, drawn at random.
 EARLIEST, LATEST = 3, 30
@@ -44,7 +44,11 @@ class Tally(msgspec.Struct):
     Results of all requests of one configuration.
 
     Attributes:
+        same: Interrupted answers with the undisturbed text.
         calm: Answers without an interruption, for comparison; ``calm_same`` of them have the undisturbed text.
+        torn: Answers with lost or repeated text at a seam.
+        odd: Answers longer than ``MAX_TOKENS``, or without exactly one finish reason.
+        worse: Nats by which the likeliest token beats each token of a continuation.
     """
 
     asked: int = 0
@@ -56,7 +60,7 @@ class Tally(msgspec.Struct):
     calm_same: int = 0
     torn: int = 0
     odd: int = 0
-    joints: int = 0
+    continuations: int = 0
     unscored: int = 0
     worse: list[float] = []
     pauses_s: list[float] = []
@@ -117,28 +121,28 @@ class Run:
             task.cancel()
         for task, one, seed in zip(tasks, asked, seeds, strict=True):
             if task not in late:
-                await self._judge(task.result(), one, recorder.joints.get(seed, []))
+                await self._judge(task.result(), one, recorder.continuations.get(seed, []))
 
-    async def _judge(self, heard: Heard, asked: Question, joints: list[Joint]) -> None:
+    async def _judge(self, heard: Heard, asked: Question, continuations: list[Continuation]) -> None:
         tally = self.tally
         tally.asked += 1
         if heard.failure:
             tally.failed.append(heard.failure)
             return
         tally.odd += heard.ended != 1 or heard.tokens > MAX_TOKENS
-        if not joints:
+        if not continuations:
             tally.calm += 1
             tally.calm_same += heard.text == asked.text
             return
         tally.interrupted += 1
-        tally.joints += len(joints)
+        tally.continuations += len(continuations)
         tally.same += heard.text == asked.text
         tally.pauses_s.append(heard.pause_s)
-        tally.torn += not await self._seamless(heard, asked, joints)
-        for joint in joints if not self._hot else ():
-            await self._score(joint)
+        tally.torn += not await self._seamless(heard, asked, continuations)
+        for continuation in continuations if not self._hot else ():
+            await self._score(continuation)
 
-    async def _seamless(self, heard: Heard, asked: Question, joints: list[Joint]) -> bool:
+    async def _seamless(self, heard: Heard, asked: Question, continuations: list[Continuation]) -> bool:
         """
         Whether the client received each part of the answer exactly once.
 
@@ -146,16 +150,16 @@ class Run:
         engine was sent exactly what the client had received.
         """
         prompt = await self._referee.prompt(asked.messages)
-        last = joints[-1]
-        if any(joint.prompt[: len(prompt)] != prompt for joint in joints):
+        last = continuations[-1]
+        if any(continuation.prompt[: len(prompt)] != prompt for continuation in continuations):
             return False
         before = await self._referee.spelled(last.prompt[len(prompt) :])
         return bool(before) and heard.text == before + last.text
 
-    async def _score(self, joint: Joint) -> None:
-        """Score each token after the joint: by how many nats another token is likelier."""
-        for position, token in enumerate(joint.tokens):
-            worse = await self._referee.worse(joint.prompt + joint.tokens[:position], token)
+    async def _score(self, continuation: Continuation) -> None:
+        """Score each token of a continuation: by how many nats another token is likelier."""
+        for position, token in enumerate(continuation.tokens):
+            worse = await self._referee.worse(continuation.prompt + continuation.tokens[:position], token)
             if worse is None:
                 self.tally.unscored += 1
             else:
@@ -202,15 +206,15 @@ class Referee:
 
     async def spelled(self, tokens: list[int]) -> str:
         """The text of tokens."""
-        said = await self._quick("/detokenize", {"tokens": tokens})
-        return str(said["content"])
+        reply = await self._quick("/detokenize", {"tokens": tokens})
+        return str(reply["content"])
 
     async def worse(self, prompt: list[int], token: int) -> float | None:
         """Nats by which the likeliest token beats this one; ``None`` where the engine does not report it."""
-        told = await force_token(self._client, prompt, token, n_probs=1)
-        if told is None or told.id != token or not told.top_logprobs:
+        forced = await force_token(self._client, prompt, token, n_probs=1)
+        if forced is None or forced.id != token or not forced.top_logprobs:
             return None
-        return told.top_logprobs[0].logprob - told.logprob
+        return forced.top_logprobs[0].logprob - forced.logprob
 
     async def _quick(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         reply = await self._upstream.post(self._engine.base_url, path, msgspec.json.encode(body), limit_s=HANG_S)

@@ -27,7 +27,7 @@ FOR_EVER_S = 3600.0
 RULES = AdmissionRules(stall_s=5.0)
 
 
-class Got(msgspec.Struct, kw_only=True):
+class Received(msgspec.Struct, kw_only=True):
     """
     The answer that a client received.
 
@@ -111,11 +111,11 @@ class CutUpstream:
                             raise broken_off(url)
                         yield Piece(piece.t, [*lump, msgspec.structs.replace(event, data="{")])
                         return
-                    said = msgspec.structs.replace(event, data=self.rewrite(event.data))
+                    rewritten = msgspec.structs.replace(event, data=self.rewrite(event.data))
                     if self.lumped and not self._cut:
-                        lump.append(said)
+                        lump.append(rewritten)
                     else:
-                        yield Piece(piece.t, [said])
+                        yield Piece(piece.t, [rewritten])
 
 
 def world(*names: str, config: SimulationConfig = PACE, **fields: Any) -> World:
@@ -146,39 +146,41 @@ def arm(world: World, name: str, kind: str, after: int, *, times: int | None = 1
     world.engines[f"sim://{name}"].fault = msgspec.convert(fault, Fault)
 
 
-async def hear(admitted: AdmittedRequest, at: Callable[[int], None] = lambda _: None) -> Got:
-    """Read an answer to its end or its error; ``at`` receives the number of chunks after each."""
+async def receive(admitted: AdmittedRequest, on_chunk: Callable[[int], None] = lambda _: None) -> Received:
+    """Read an answer to its end or its error; ``on_chunk`` receives the number of chunks so far."""
     loop = asyncio.get_running_loop()
-    got, start = Got(routed=admitted.routed), loop.time()
+    received, start = Received(routed=admitted.routed), loop.time()
     try:
         async with asyncio.timeout(FOR_EVER_S), contextlib.aclosing(admitted.routed.events()) as events:
             async for some in events:
-                got.chunks += [msgspec.json.decode(data, type=dict[str, Any]) for data in some]
-                at(len(got.chunks))
+                received.chunks += [msgspec.json.decode(data, type=dict[str, Any]) for data in some]
+                on_chunk(len(received.chunks))
     except PromptAIError as error:
-        got.error = error
-    got.took_s = loop.time() - start
-    return got
+        received.error = error
+    received.took_s = loop.time() - start
+    return received
 
 
-def undisturbed(body: Mapping[str, Any], path: str = "/v1/chat/completions", config: SimulationConfig = PACE) -> Got:
+def undisturbed(
+    body: Mapping[str, Any], path: str = "/v1/chat/completions", config: SimulationConfig = PACE
+) -> Received:
     """The answer to a request when nothing fails."""
 
-    async def play() -> Got:
+    async def play() -> Received:
         async with world(config=config).running() as running:
-            return await hear(accept(running, body, path))
+            return await receive(accept(running, body, path))
 
     return run_virtually(play())
 
 
-def failing(kind: str, after: int, body: Mapping[str, Any], path: str = "/v1/chat/completions") -> Got:
+def failing(kind: str, after: int, body: Mapping[str, Any], path: str = "/v1/chat/completions") -> Received:
     """The answer to a request whose first board fails after ``after`` tokens."""
 
-    async def play() -> Got:
+    async def play() -> Received:
         async with world().running() as running:
             admitted = accept(running, body, path)
             arm(running, first(running, admitted), kind, after)
-            return await hear(admitted)
+            return await receive(admitted)
 
     return run_virtually(play())
 
@@ -190,24 +192,24 @@ def cut_off(
     *,
     lumped: bool = False,
     rewrite: Callable[[str], str] = lambda data: data,
-) -> tuple[Got, list[str]]:
+) -> tuple[Received, list[str]]:
     """The answer to a request whose first stream breaks off there, and the paths that were requested."""
 
-    async def play() -> tuple[Got, list[str]]:
+    async def play() -> tuple[Received, list[str]]:
         async with world().running() as running:
             cut = CutUpstream(running.upstream, before, lumped=lumped)
             cut.rewrite = rewrite
             running.admission.upstream = cut
-            return await hear(accept(running, body, path)), cut.streams
+            return await receive(accept(running, body, path)), cut.streams
 
     return run_virtually(play())
 
 
-def assert_one_answer(usual: Got, got: Got) -> None:
+def assert_one_answer(usual: Received, received: Received) -> None:
     """Assert that the client cannot distinguish the answer from an undisturbed one."""
-    assert got.error is None
-    assert usual.text == got.text
-    assert usual.ends == got.ends
-    assert usual.usage == got.usage
-    assert len({chunk["id"] for chunk in got.chunks}) == 1
-    assert len([c for c in got.choices if (c.get("delta") or {}).get("role")]) == 1
+    assert received.error is None
+    assert usual.text == received.text
+    assert usual.ends == received.ends
+    assert usual.usage == received.usage
+    assert len({chunk["id"] for chunk in received.chunks}) == 1
+    assert len([c for c in received.choices if (c.get("delta") or {}).get("role")]) == 1

@@ -122,20 +122,20 @@ async def play(
     async def converse(conversation: Conversation) -> None:
         thinks = Random(f"{script.seed}/{conversation.id}")
         given = [m for m in conversation.messages if m.role == "system"]
-        said = [Message("system", script.system)] if script.system else given
+        messages = [Message("system", script.system)] if script.system else given
         before: list[int] = []
         questions = [message for message in conversation.messages if message.role == "user"][: script.turns]
         for turn, question in enumerate(questions):
             await asyncio.sleep(thinks.expovariate(1 / script.think_s) / faster)
-            said = [*said, question]
-            prompt = tokenize(render(said))
-            answer = await ask(said)
+            messages = [*messages, question]
+            prompt = tokenize(render(messages))
+            answer = await ask(messages)
             new = max(1, len(prompt) - shared_prefix(before, prompt))
             first_s = answer.first_s * faster
             exchanges.append(Exchange(turn, new, len(prompt), first_s, answer.tokens, answer.replica))
             heard(exchanges[-1])
-            said = [*said, Message("assistant", answer.text)]
-            before = tokenize(render(said))
+            messages = [*messages, Message("assistant", answer.text)]
+            before = tokenize(render(messages))
 
     async def user() -> None:
         while todo:

@@ -94,7 +94,7 @@ def test_the_openai_client_does_not_notice_a_killed_engine(tmp_path: Path, quest
                     await boards.restart()
                     await all_ready(registry, 2)
                     found.append(await asyncio.wait_for(answer(client, boards, question, seed), HANG_S))
-                return found, [question.text for question in single], len(recorder.joints)
+                return found, [question.text for question in single], len(recorder.continuations)
 
     found, expected, interrupted = asyncio.run(play())
 

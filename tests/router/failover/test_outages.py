@@ -16,13 +16,13 @@ from support_fleet import model
 from support_routed import (
     FOR_EVER_S,
     PACE,
-    Got,
+    Received,
     accept,
     arm,
     assert_one_answer,
     chat,
     first,
-    hear,
+    receive,
     undisturbed,
     world,
 )
@@ -30,32 +30,32 @@ from support_serve import World
 
 
 def test_a_killed_board_is_avoided_at_once_and_its_requests_move() -> None:
-    async def play() -> tuple[list[Got], BreakerState]:
+    async def play() -> tuple[list[Received], BreakerState]:
         async with world().running() as running:
             admitted_requests = [
                 accept(running, chat(messages=[{"role": "user", "content": f"Site {n}?"}])) for n in range(4)
             ]
-            tasks = [asyncio.create_task(hear(admitted)) for admitted in admitted_requests]
+            tasks = [asyncio.create_task(receive(admitted)) for admitted in admitted_requests]
             await asyncio.sleep(1)
             running.kill("one")
             found = [await task for task in tasks]
-            late = await hear(accept(running, chat()))
+            late = await receive(accept(running, chat()))
             return [*found, late], running.fleet_state.breaker("one").state(running.fleet_state.now())
 
-    got, state = run_virtually(play())
+    received, state = run_virtually(play())
 
     assert state is not BreakerState.CLOSED
-    assert [one.error for one in got] == [None] * 5
-    assert sum(bool(one.routed.continuations) for one in got) == 2
-    for number, one in enumerate(got[:4]):
+    assert [one.error for one in received] == [None] * 5
+    assert sum(bool(one.routed.continuations) for one in received) == 2
+    for number, one in enumerate(received[:4]):
         assert undisturbed(chat(messages=[{"role": "user", "content": f"Site {number}?"}])).text == one.text
 
 
 def test_the_only_board_returns_after_5_seconds_and_completes_the_answer() -> None:
-    async def play() -> Got:
+    async def play() -> Received:
         async with world("one").running() as running:
 
-            def at(chunks: int) -> None:
+            def on_chunk(chunks: int) -> None:
                 if chunks == 6:
                     running.kill("one")
                     running.source.fail("one")
@@ -65,24 +65,24 @@ def test_the_only_board_returns_after_5_seconds_and_completes_the_answer() -> No
                 running.upstream.revive("sim://one")
                 running.source.recover("one")
 
-            return await hear(accept(running, chat()), at)
+            return await receive(accept(running, chat()), on_chunk)
 
-    got = run_virtually(play())
+    received = run_virtually(play())
 
-    assert_one_answer(undisturbed(chat()), got)
-    assert 5 < got.took_s < 10
+    assert_one_answer(undisturbed(chat()), received)
+    assert 5 < received.took_s < 10
 
 
 def test_a_board_is_used_again_although_its_recovery_is_not_reported() -> None:
-    async def play() -> Got:
+    async def play() -> Received:
         async with world("one").running() as running:
 
-            def at(chunks: int) -> None:
+            def on_chunk(chunks: int) -> None:
                 if chunks == 6:
                     running.kill("one")
                     asyncio.get_running_loop().call_later(5, running.upstream.revive, "sim://one")
 
-            return await hear(accept(running, chat()), at)
+            return await receive(accept(running, chat()), on_chunk)
 
     assert_one_answer(undisturbed(chat()), run_virtually(play()))
 
@@ -90,7 +90,7 @@ def test_a_board_is_used_again_although_its_recovery_is_not_reported() -> None:
 @pytest.mark.parametrize("reported", [True, False])
 @pytest.mark.parametrize("after", [0, 6])
 def test_all_boards_dead_is_an_error_within_the_outage_limit(*, reported: bool, after: int) -> None:
-    async def play() -> Got:
+    async def play() -> Received:
         async with world(limits=QueueLimits(outage_s=30)).running() as running:
             admitted = accept(running, chat())
 
@@ -100,106 +100,106 @@ def test_all_boards_dead_is_an_error_within_the_outage_limit(*, reported: bool, 
                     if reported:
                         running.source.fail(name)
 
-            def at(chunks: int) -> None:
+            def on_chunk(chunks: int) -> None:
                 if chunks == after:
                     kill()
 
             if not after:
                 asyncio.get_running_loop().call_soon(kill)
-            return await hear(admitted, at)
+            return await receive(admitted, on_chunk)
 
-    got = run_virtually(play())
+    received = run_virtually(play())
 
-    assert isinstance(got.error, (NoCapacityError, BrokenOffError, EngineDiedError))
-    assert got.error.message
-    assert got.took_s < 60
+    assert isinstance(received.error, (NoCapacityError, BrokenOffError, EngineDiedError))
+    assert received.error.message
+    assert received.took_s < 60
 
 
 def test_silence_has_a_limit_even_if_rates_are_unknown() -> None:
-    async def play() -> Got:
+    async def play() -> Received:
         async with world("one", known_rates=False).running() as running:
             admitted = accept(running, chat())
             arm(running, "one", "stall", 3, times=None)
-            return await hear(admitted)
+            return await receive(admitted)
 
-    got = run_virtually(play())
+    received = run_virtually(play())
 
-    assert isinstance(got.error, BrokenOffError)
-    assert got.took_s < FOR_EVER_S / 4
+    assert isinstance(received.error, BrokenOffError)
+    assert received.took_s < FOR_EVER_S / 4
 
 
 def test_attempts_are_limited() -> None:
-    async def play() -> Got:
+    async def play() -> Received:
         async with world("one", "two", "three").running() as running:
             for name in ("one", "two", "three"):
                 arm(running, name, "cut", 1, times=None)
-            return await hear(accept(running, chat()))
+            return await receive(accept(running, chat()))
 
-    got = run_virtually(play())
+    received = run_virtually(play())
 
-    assert isinstance(got.error, BrokenOffError)
-    assert "all 4 attempts failed" in got.error.hint
-    assert len(got.routed.continuations) == 3
+    assert isinstance(received.error, BrokenOffError)
+    assert "all 4 attempts failed" in received.error.hint
+    assert len(received.routed.continuations) == 3
     usual = undisturbed(chat()).text
-    assert usual.startswith(got.text)
-    assert got.text
+    assert usual.startswith(received.text)
+    assert received.text
 
 
 @pytest.mark.parametrize("names", [("one",), ("one", "two")])
 def test_refusing_boards_are_tried_again_after_a_pause(names: tuple[str, ...]) -> None:
     """Without a pause, all attempts within milliseconds meet the same state."""
 
-    async def play() -> Got:
+    async def play() -> Received:
         async with world(*names).running() as running:
             for name in names:
                 arm(running, name, "refuse", 0, times=None)
             asyncio.get_running_loop().call_later(0.3, repair, running)
-            return await hear(accept(running, chat()))
+            return await receive(accept(running, chat()))
 
     def repair(running: World) -> None:
         for engine in running.engines.values():
             engine.fault = None
 
-    got = run_virtually(play())
+    received = run_virtually(play())
 
-    assert_one_answer(undisturbed(chat()), got)
-    assert set(got.routed.retries) == {"busy"}
-    assert got.took_s < run_virtually(_alone()).took_s + 1.0
+    assert_one_answer(undisturbed(chat()), received)
+    assert set(received.routed.retries) == {"busy"}
+    assert received.took_s < run_virtually(_alone()).took_s + 1.0
 
 
-async def _alone() -> Got:
+async def _alone() -> Received:
     async with world("one").running() as running:
-        return await hear(accept(running, chat()))
+        return await receive(accept(running, chat()))
 
 
 def test_a_refusing_board_gets_four_attempts_with_growing_pauses() -> None:
-    async def play() -> Got:
+    async def play() -> Received:
         async with world("one").running() as running:
             arm(running, "one", "refuse", 0, times=None)
-            return await hear(accept(running, chat()))
+            return await receive(accept(running, chat()))
 
-    got = run_virtually(play())
+    received = run_virtually(play())
 
-    sent = [lease.started_at for lease in got.routed.leases]
+    sent = [lease.started_at for lease in received.routed.leases]
     pauses = [after - before for before, after in itertools.pairwise(sent)]
-    assert isinstance(got.error, EngineRefusedError)
+    assert isinstance(received.error, EngineRefusedError)
     assert len(sent) == 4
     assert pauses == pytest.approx([0.25, 0.5, 2.0], abs=0.05)  # then the breaker opens for its first cooldown
 
 
 def test_a_new_board_is_used_at_once_during_a_pause() -> None:
-    async def play() -> Got:
+    async def play() -> Received:
         async with world("one", "two").running() as running:
             running.source.fail("two")
             arm(running, "one", "refuse", 0, times=1)
             asyncio.get_running_loop().call_later(0.1, running.source.recover, "two")
-            return await hear(accept(running, chat()))
+            return await receive(accept(running, chat()))
 
-    got = run_virtually(play())
+    received = run_virtually(play())
 
-    assert_one_answer(undisturbed(chat()), got)
-    assert [lease.replica.id for lease in got.routed.leases] == ["one", "two"]
-    assert got.routed.leases[1].started_at - got.routed.leases[0].started_at == pytest.approx(0.1, abs=0.05)
+    assert_one_answer(undisturbed(chat()), received)
+    assert [lease.replica.id for lease in received.routed.leases] == ["one", "two"]
+    assert received.routed.leases[1].started_at - received.routed.leases[0].started_at == pytest.approx(0.1, abs=0.05)
 
 
 def test_a_pausing_request_is_queued_and_holds_no_slot() -> None:
@@ -207,10 +207,10 @@ def test_a_pausing_request_is_queued_and_holds_no_slot() -> None:
         async with world("one").running() as running:
             arm(running, "one", "refuse", 0, times=1)
             admitted = accept(running, chat())
-            hearing = asyncio.create_task(hear(admitted))
+            receiving = asyncio.create_task(receive(admitted))
             await asyncio.sleep(0.2)
             seen = admitted.routed.status().stage, running.fleet_state.running("one")
-            assert (await hearing).error is None
+            assert (await receiving).error is None
             return seen
 
     assert run_virtually(play()) == ("queued", 0)
@@ -227,12 +227,12 @@ def long_chat(**fields: Any) -> dict[str, Any]:
     return chat(messages=[{"role": "user", "content": "up? " * 1500}], **fields)
 
 
-def begin(running: World, body: dict[str, Any]) -> asyncio.Task[Got]:
-    return asyncio.create_task(hear(accept(running, body)))
+def begin(running: World, body: dict[str, Any]) -> asyncio.Task[Received]:
+    return asyncio.create_task(receive(accept(running, body)))
 
 
 def test_a_prompt_that_fits_only_a_dead_board_fails() -> None:
-    async def play() -> tuple[list[Got], list[Got]]:
+    async def play() -> tuple[list[Received], list[Received]]:
         async with mixed().running() as running:
             before = begin(running, long_chat(max_tokens=5))
             await asyncio.sleep(0.1)
@@ -255,7 +255,7 @@ def test_a_prompt_that_fits_only_a_dead_board_fails() -> None:
 def test_servable_requests_are_not_rejected_with_unservable_ones() -> None:
     """One board is gone; a request for the other one is queued behind all requests for the first."""
 
-    async def play() -> tuple[list[Got], Got]:
+    async def play() -> tuple[list[Received], Received]:
         async with mixed(queue=100).running() as running:
             tasks = [begin(running, long_chat(max_tokens=5)), begin(running, chat(max_tokens=450))]
             await asyncio.sleep(0.1)
@@ -288,7 +288,7 @@ def test_a_request_that_pauses_longer_than_the_outage_limit_is_served() -> None:
 
 
 def test_the_outage_limit_starts_anew_after_a_recovery() -> None:
-    async def play() -> Got:
+    async def play() -> Received:
         async with world("one", config=msgspec.structs.replace(PACE, slots=1)).running() as running:
             before = begin(running, chat(max_tokens=500))
             await asyncio.sleep(0.1)
@@ -299,27 +299,27 @@ def test_the_outage_limit_starts_anew_after_a_recovery() -> None:
             running.source.recover("one")
             await asyncio.sleep(5)
             running.source.fail("one")
-            got = await waiting
+            received = await waiting
             before.cancel()
-            return got
+            return received
 
-    got = run_virtually(play())
+    received = run_virtually(play())
 
-    assert isinstance(got.error, NoCapacityError)
-    assert 55 <= got.took_s <= 57
+    assert isinstance(received.error, NoCapacityError)
+    assert 55 <= received.took_s <= 57
 
 
 @pytest.mark.parametrize(("names", "status"), [(("one", "two"), 400), (("one",), 500)], ids=["two", "one"])
 def test_a_request_that_all_engines_object_to_opens_no_breaker(names: tuple[str, ...], status: int) -> None:
     """The objection comes in the stream, e.g. to a grammar that matches nothing; one board alone may be at fault."""
 
-    async def play() -> tuple[Got, set[BreakerState], Got]:
+    async def play() -> tuple[Received, set[BreakerState], Received]:
         async with world(*names).running() as running:
             for name in names:
                 arm(running, name, "error", 0, times=2 // len(names))
-            refused = await hear(accept(running, chat()))
+            refused = await receive(accept(running, chat()))
             states = {running.fleet_state.breaker(name).state(running.fleet_state.now()) for name in names}
-            return refused, states, await hear(accept(running, chat()))
+            return refused, states, await receive(accept(running, chat()))
 
     refused, states, other = run_virtually(play())
 
@@ -348,44 +348,44 @@ def test_each_board_pauses_for_its_retry_after() -> None:
 
 @pytest.mark.parametrize("after", [0, 6])
 def test_an_objection_counts_as_failure_if_another_engine_answers(after: int) -> None:
-    async def play() -> tuple[Got, int]:
+    async def play() -> tuple[Received, int]:
         async with world().running() as running:
             admitted = accept(running, chat())
             name = first(running, admitted)
             arm(running, name, "error", after)
-            return await hear(admitted), running.fleet_state.breaker(name).failures
+            return await receive(admitted), running.fleet_state.breaker(name).failures
 
-    got, failures = run_virtually(play())
+    received, failures = run_virtually(play())
 
-    assert_one_answer(undisturbed(chat()), got)
+    assert_one_answer(undisturbed(chat()), received)
     assert failures == 1
 
 
 def test_clients_do_not_learn_the_url_of_a_board() -> None:
-    async def play() -> Got:
+    async def play() -> Received:
         async with world("one").running() as running:
             arm(running, "one", "cut", 3, times=None)
-            return await hear(accept(running, chat(max_tokens=None, tools=[{"type": "function"}])))
+            return await receive(accept(running, chat(max_tokens=None, tools=[{"type": "function"}])))
 
-    got = run_virtually(play())
+    received = run_virtually(play())
 
-    assert isinstance(got.error, BrokenOffError)
-    assert "sim://" not in str(got.error)
-    assert "one broke off" in str(got.error)
+    assert isinstance(received.error, BrokenOffError)
+    assert "sim://" not in str(received.error)
+    assert "one broke off" in str(received.error)
 
 
 def test_a_model_that_cannot_load_fails_with_its_reason() -> None:
     """Later attempts to load it, and the pauses between them, count towards the outage limit."""
 
-    async def play() -> tuple[Got, int]:
+    async def play() -> tuple[Received, int]:
         cold = Cold(model("yi"), config=PACE, limits=QueueLimits(outage_s=30))
         cold.launcher.broken.add("yi")
         async with cold.running() as running:
-            got = await hear(running.admitted("yi", [{"role": "user", "content": "up?"}]))
-            return got, len(cold.launcher.starts)
+            received = await receive(running.admitted("yi", [{"role": "user", "content": "up?"}]))
+            return received, len(cold.launcher.starts)
 
-    got, starts = run_virtually(play())
+    received, starts = run_virtually(play())
 
-    assert isinstance(got.error, NoCapacityError)
-    assert got.took_s < 30 + 2 * 10 + 10
+    assert isinstance(received.error, NoCapacityError)
+    assert received.took_s < 30 + 2 * 10 + 10
     assert starts <= 3
