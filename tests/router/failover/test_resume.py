@@ -219,9 +219,9 @@ def test_logprobs_are_requested_again(fields: dict[str, Any], likeliest: int | N
 def test_a_resumed_token_becomes_a_chunk_of_the_answer(*, chat: bool) -> None:
     sent = SentText()
     sent.common = HEAD
-    asked = request() if chat else request(messages=None, prompt="a")
+    client_request = request() if chat else request(messages=None, prompt="a")
     probabilities = [{"id": 5, "logprob": -0.5}]
-    (found,) = decoded(answer_chunks(native("b", 5, completion_probabilities=probabilities), sent, asked, 3))
+    (found,) = decoded(answer_chunks(native("b", 5, completion_probabilities=probabilities), sent, client_request, 3))
 
     text = {"delta": {"content": "b"}} if chat else {"text": "b"}
     choice = {"index": 0, "finish_reason": None, "logprobs": {"content": probabilities}, **text}
@@ -255,15 +255,15 @@ def test_the_missing_end_contains_only_unsent_parts() -> None:
     sent.common = HEAD
     sent.prompt_tokens = 4
     sent.record(chunk(delta={"content": "a"}))
-    asked = request(stream_options={"include_usage": True})
+    client_request = request(stream_options={"include_usage": True})
 
-    end, usage = decoded(missing_end(sent, asked, None))
+    end, usage = decoded(missing_end(sent, client_request, None))
 
     assert end["choices"][0]["finish_reason"] == "length"
     assert usage["usage"] == {"prompt_tokens": 4, "completion_tokens": 1, "total_tokens": 5}
     assert sent.finished
     sent.usage_sent = True
-    assert missing_end(sent, asked, None) == []
+    assert missing_end(sent, client_request, None) == []
 
 
 def test_unreported_tokens_are_not_invented() -> None:
@@ -382,10 +382,10 @@ def test_without_detokenize_the_tokens_are_assumed_exact() -> None:
 
 
 def test_other_refusals_are_failures() -> None:
-    async def ask(path: str, _body: dict[str, Any]) -> dict[str, Any]:
+    async def query(path: str, _body: dict[str, Any]) -> dict[str, Any]:
         if path == "/detokenize":
             raise EngineRefusedError("loading", status=503, kind=None)
         return {"prompt": "", "tokens": [1]}
 
     with pytest.raises(EngineRefusedError):
-        asyncio.run(resume_tokens(ask, CHAT, {"messages": CHAT.messages}, sent_text("a", [1])))
+        asyncio.run(resume_tokens(query, CHAT, {"messages": CHAT.messages}, sent_text("a", [1])))
