@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from promptai.fleet.replica import State
-from promptai.gateway.admission import AdmissionRules
+from promptai.gateway.admission import Admission, AdmissionRules
 from promptai.gateway.auth import Guard
 from promptai.gateway.keys import KeyStore
 from promptai.router.failover.request import RoutedRequest
@@ -329,24 +329,32 @@ def test_the_access_log_has_one_line_per_request_and_no_text(caplog: pytest.LogC
     assert "cell" not in caplog.text
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_an_internal_error_is_recorded_as_500_not_as_a_disconnect(
-    stream: bool,  # noqa: FBT001
+@pytest.mark.parametrize(
+    ("owner", "name", "fields"),
+    [
+        (Admission, "admit", {}),
+        (RoutedRequest, "response", {}),
+        (RoutedRequest, "events", {"stream": True}),
+    ],
+    ids=["admission", "response", "stream"],
+)
+def test_an_internal_error_is_recorded_once_as_500(
+    owner: type,
+    name: str,
+    fields: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def fail(_admitted: object) -> None:
+    def fail(*_args: object) -> None:
         raise RuntimeError("a bug")
 
     async def use(at: Door) -> int:
-        at.gateway._guard.reserve = lambda *_: monkeypatch.setattr(  # type: ignore[method-assign]
-            RoutedRequest, "events" if stream else "response", fail
-        )
-        return (await at.chat(stream=stream)).status
+        monkeypatch.setattr(owner, name, fail)
+        return (await at.chat(**fields)).status
 
     with caplog.at_level(logging.INFO, "promptai.access"):
         status = visit(one(), use)
 
+    lines = [record.getMessage() for record in caplog.records if record.name == "promptai.access"]
     assert status == 500
-    assert "status=500" in caplog.text
-    assert "status=499" not in caplog.text
+    assert ["status=500" in line for line in lines] == [True]

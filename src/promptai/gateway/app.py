@@ -165,16 +165,22 @@ class Gateway:
 
     @web.middleware
     async def _record_refusals(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Record requests that the guard or a later step refuses; runs before the guard."""
+        """Record requests that fail in the guard or before they are admitted; runs before the guard."""
         arrived = asyncio.get_running_loop().time()
         try:
             return await handler(request)
         except (ApiError, PromptAIError) as error:
-            if request.match_info.handler == self._infer and _ADMITTED not in request:
-                self._record_refusal(request, api_error(error).status, arrived)
+            self._record_refusal(request, api_error(error).status, arrived)
+            raise
+        except (ConnectionError, web.HTTPException):
+            raise
+        except Exception:
+            self._record_refusal(request, _INTERNAL_ERROR, arrived)
             raise
 
     def _record_refusal(self, request: web.Request, status: int, arrived: float) -> None:
+        if request.match_info.handler != self._infer or _ADMITTED in request:
+            return
         record = RequestRecord(model="", replica="", status=status)
         self.metrics.observe_request(record)
         # Without a caller the request had no valid key; an invalid one must not be logged.
